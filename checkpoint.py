@@ -1,0 +1,96 @@
+"""Checkpoints: saved whole or not at all, verified before they are read, and never able to run code.
+
+A checkpoint is a directory with `weights.pt` (float32, by parameter name), `state.pt` (what resuming needs beside them)
+and `manifest.json` with the digests of both. It is written under a temporary name, flushed to disk, and renamed.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import stage
+from model import ModelConfig, Transformer
+from stage import UserError, log
+
+
+def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
+    """Writes a checkpoint directory, atomically, in place of one of the same name.
+
+    weights, state: what `torch.load(weights_only=True)` reads: tensors, numbers, strings, and containers of them.
+    about: goes into the manifest: config, tokenizer, counts.
+    """
+    temporary = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    torch.save(weights, temporary / "weights.pt")
+    torch.save(state, temporary / "state.pt")
+    wrote = stage.digests(temporary, temporary.glob("*.pt"))
+    stage.write_json(temporary / "manifest.json", about | {"wrote": wrote, "versions": stage.versions()})
+    if directory.exists():  # two renames, with the old one whole beside until the new one stands: see `recover`
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(directory, old)
+        os.rename(temporary, directory)
+        stage.sync(directory.parent)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, directory)
+        stage.sync(directory.parent)
+
+
+def recover(parent: Path) -> None:
+    """Clears up after a process killed while saving: restores what was moved aside, removes what is partial."""
+    for old in parent.glob(".*.old"):
+        if not (target := parent / old.name[1:-4]).exists():
+            os.rename(old, target)
+        else:
+            shutil.rmtree(old)
+    for partial in parent.glob(".*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def read(directory: Path, file: str) -> dict:
+    """One of a checkpoint's files, on the CPU, its digest checked first. UserError if it is missing or damaged."""
+    if (manifest := stage.read_manifest(directory)) is None:
+        raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
+    if file not in manifest["wrote"]:
+        raise UserError(f"{directory} has no {file}; it holds {', '.join(manifest['wrote'])}")
+    if wrong := stage.damage(directory, {file: manifest["wrote"][file]}):
+        raise UserError(f"{wrong}: the checkpoint is damaged; use another")
+    return torch.load(directory / file, map_location="cpu", weights_only=True)
+
+
+def steps(parent: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every checkpoint that a run can resume from, newest first."""
+    found = []
+    for path in parent.glob("*"):
+        if re.fullmatch(r"step_\d+|final", path.name) and (manifest := stage.read_manifest(path)):
+            found.append((manifest["counts"]["step"], path))
+    return sorted(found, reverse=True)
+
+
+def newest(parent: Path) -> Iterator[Path]:
+    """Checkpoints to resume from, newest first, those with a damaged file left out with a warning."""
+    for _, directory in steps(parent):
+        if wrong := stage.damage(directory, stage.read_manifest(directory)["wrote"]):
+            log.warning(f"{wrong}: passing over {directory}")
+        else:
+            yield directory
+
+
+def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
+    """The trained model in a checkpoint directory, ready to generate. UserError if it is missing or damaged."""
+    directory = Path(directory)
+    weights = read(directory, "weights.pt")
+    shape = dict(stage.read_manifest(directory)["config"]["model"])
+    shape.pop("type")
+    model = Transformer(ModelConfig(**shape))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
+    return model.eval().to(device)

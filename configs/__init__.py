@@ -1,0 +1,104 @@
+"""Experiments. One experiment is one file, which sets `experiment`; another derives from it with `dataclasses.replace`.
+
+    >>> configs.load("configs/tiny.py").model.d_model
+    256
+"""
+
+import dataclasses
+import difflib
+import re
+import runpy
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import stage
+from data.corpus import CorpusConfig
+from data.pack import PackConfig
+from data.sources import Files, PythonDocs
+from model import ModelConfig
+from stage import UserError
+from tokenizer.train import TokenizerConfig
+from train import TrainConfig
+
+DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "pretrain": "pretrain", "eval": "eval"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Every stage of one experiment. Raises TypeError or ValueError, naming the field, for what cannot be."""
+
+    name: str
+    """Its directory under runs/."""
+    model: ModelConfig
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    pack: PackConfig
+    pretrain: TrainConfig
+    shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
+    """Stages (corpus, tokenizer, pack) whose directory is another experiment's, for sizes that are to be compared."""
+    file: Path | None = field(default=None, repr=False)
+    """Where `load` found it."""
+
+    def __post_init__(self):
+        stage.check_types(self)
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(f"name is {self.name!r}; expected letters, digits, _, - and .: it names a directory")
+        if self.model.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {self.model.vocab_size} and tokenizer.vocab_size {self.tokenizer.vocab_size}; "
+                "they must be equal"
+            )
+        for stage_name, other in self.shared.items():
+            if stage_name not in ("corpus", "tokenizer", "pack"):
+                raise ValueError(f"shared names {stage_name!r}; expected corpus, tokenizer or pack")
+            if getattr(self, stage_name) != getattr(other, stage_name):
+                raise ValueError(f"{stage_name} is shared with {other.name}, but differs from its {stage_name}")
+
+    @property
+    def path(self) -> Path:
+        """The config file, for commands in messages."""
+        return self.file or Path("configs") / f"{self.name}.py"
+
+    def owner(self, stage_name: str) -> "Experiment":
+        """The experiment whose directory a stage's is: itself, or the one it shares."""
+        return self.shared[stage_name].owner(stage_name) if stage_name in self.shared else self
+
+    def directory(self, stage_name: str) -> Path:
+        """Where a stage writes."""
+        return stage.runs() / self.owner(stage_name).name / DIRECTORIES[stage_name]
+
+
+def load(path: str | Path) -> Experiment:
+    """The experiment that a config file describes. UserError, in one line, for a file that is missing or mistaken."""
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.as_posix() for p in Path("configs").glob("*.py") if p.name != "__init__.py")
+        raise UserError(f"no config at {path}; {_meant(path.as_posix(), there)}")
+    try:
+        found = runpy.run_path(str(path)).get("experiment")
+    except Exception as error:  # a config is the user's own code: whatever it raises is theirs to mend
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
+        raise UserError(f"{path}, line {line}: {_explain(error)}") from None
+    if not isinstance(found, Experiment):
+        raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
+    return dataclasses.replace(found, file=path)
+
+
+def _explain(error: Exception) -> str:
+    """An exception in a config, in words; for a misspelt field, with the one that was meant."""
+    if match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
+        name, field_name = match.groups()
+        classes = Experiment, ModelConfig, CorpusConfig, Files, PythonDocs, TokenizerConfig, PackConfig, TrainConfig
+        known = [f.name for cls in classes if cls.__name__ == name for f in dataclasses.fields(cls)]
+        return f"{name} has no field {field_name!r}; {_meant(field_name, known)}"
+    if isinstance(error, (TypeError, ValueError)):
+        return str(error).replace(".__init__()", "")
+    return f"{type(error).__name__}: {error}"
+
+
+def _meant(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

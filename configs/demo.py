@@ -1,0 +1,26 @@
+"""demo: a small model on the embedded corpus, every stage of it, in minutes on two CPU cores."""
+
+from configs import Experiment
+from data.corpus import CorpusConfig
+from data.pack import PackConfig
+from data.sources import PythonDocs
+from model import ModelConfig
+from tokenizer.train import TokenizerConfig
+from train import TrainConfig
+
+experiment = Experiment(
+    name="demo",
+    model=ModelConfig(vocab_size=4_096, context_length=256, n_layers=4, d_model=128, n_heads=2),
+    corpus=CorpusConfig(sources=(PythonDocs(),)),
+    tokenizer=TokenizerConfig(vocab_size=4_096, algorithm="bpe"),
+    pack=PackConfig(),
+    pretrain=TrainConfig(
+        steps=1_950,
+        batch_size=4,
+        learning_rate=5e-3,
+        warmup_steps=100,
+        eval_every=500,
+        eval_rows=128,
+        save_every=500,
+    ),
+)

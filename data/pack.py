@@ -1,0 +1,180 @@
+"""Corpus and tokenizer to packed tokens: two flat files that training maps into memory.
+
+    python -m data.pack configs/tiny.py   ->  runs/tiny/packed
+
+`train.bin` and `val.bin` hold the ids of one document after another, each closed by the end token, little-endian uint16
+(uint32 past 65,536 pieces). `train.idx` and `val.idx` hold where each document starts, in tokens, as int64.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import data.corpus
+import stage
+import tokenizer
+import tokenizer.train
+from data.corpus import held_out
+from stage import Stage, UserError, check_types, log, progress
+
+if TYPE_CHECKING:
+    from configs import Experiment
+
+CHUNK = 1 << 20  # bytes of a shard that one worker takes at a time
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How a corpus becomes tokens. Raises TypeError or ValueError, naming the field, for what cannot be."""
+
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation, each decided by its own hash."""
+
+    def __post_init__(self):
+        check_types(self)
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; expected more than 0 and less than 1")
+
+
+class Packed:
+    """One split of a packed directory: `tokens`, a memory map of ids, and `starts`, where its documents begin.
+
+    bytes: of UTF-8 text that the tokens spell. name: for messages.
+    """
+
+    def __init__(self, directory: Path, split: str, counts: dict):
+        self.name = str(directory / f"{split}.bin")
+        self.tokens = np.memmap(directory / f"{split}.bin", dtype=counts["dtype"], mode="r")
+        self.starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
+        self.bytes = counts[split]["bytes"]
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The ids of each document, its end token included."""
+        for start, end in zip(self.starts, [*self.starts[1:], len(self.tokens)], strict=True):
+            yield self.tokens[start:end]
+
+
+def load(directory: Path, tokenizer_sha256: str, make: str) -> dict[str, Packed]:
+    """The splits of a finished packed directory, every file checked against its manifest.
+
+    UserError, naming `make`, if it is missing, damaged, or was made with another tokenizer.
+    """
+    manifest = stage.finished(directory, make)
+    made_with = next(digest for path, digest in manifest["read"].items() if path.endswith("spm.model"))
+    if made_with != tokenizer_sha256:
+        raise UserError(
+            f"{directory} was packed with tokenizer {made_with[:12]}…, but the tokenizer here is "
+            f"{tokenizer_sha256[:12]}…; pack again with: {make} --force"
+        )
+    return {split: Packed(directory, split, manifest["counts"]) for split in SPLITS}
+
+
+def _chunks(corpus: Path) -> list[tuple[Path, int]]:
+    """Every shard cut into pieces of CHUNK bytes; a line belongs to the piece that its first byte lies in."""
+    shards = sorted(corpus.glob("shard_*.jsonl"))
+    return [(shard, start) for shard in shards for start in range(0, shard.stat().st_size, CHUNK)]
+
+
+def _start_worker(spm: tokenizer.Tokenizer, val_fraction: float, dtype: str) -> None:
+    global _worker
+    _worker = spm, val_fraction, dtype
+
+
+def _encode(chunk: tuple[Path, int]) -> dict:
+    """{split: (ids, document lengths in tokens, bytes of text)} of one piece of a shard."""
+    (spm, val_fraction, dtype), (shard, start) = _worker, chunk
+    ids: dict[str, list[int]] = {split: [] for split in SPLITS}
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    size = dict.fromkeys(SPLITS, 0)
+    with open(shard, "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()
+        while file.tell() < start + CHUNK and (line := file.readline()):
+            text = json.loads(line)["text"]
+            split = "val" if held_out(text, val_fraction) else "train"
+            document = [*spm.encode(text), spm.eos]
+            ids[split] += document
+            lengths[split].append(len(document))
+            size[split] += len(text.encode())
+    return {split: (np.array(ids[split], dtype=dtype), lengths[split], size[split]) for split in SPLITS}
+
+
+def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
+    """Makes the experiment's packed tokens, and what they need, unless they are there. Returns their directory."""
+    experiment = experiment.owner("pack")
+    config, directory = experiment.pack, experiment.directory("pack")
+    corpus, spm = experiment.directory("corpus"), experiment.directory("tokenizer")
+    missing = force or stage.read_manifest(directory) is None
+    if missing or stage.read_manifest(corpus):
+        data.corpus.build(experiment, workers)
+    if missing or stage.read_manifest(spm):
+        tokenizer.train.build(experiment, workers)
+    read = stage.outputs(corpus) | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
+    if not stage.read_manifest(corpus) or not stage.read_manifest(spm):
+        read = {}  # packed tokens stand without what they were made from
+    make = f"python -m data.pack {experiment.path}"
+    job = Stage(directory, config, read, make)
+    if job.up_to_date(force):
+        return directory
+    stage.finished(corpus, f"python -m data.corpus {experiment.path}")
+    spm = tokenizer.load(spm)
+    with job.making():
+        counts = pack(corpus, spm, config.val_fraction, directory, workers)
+        for split in SPLITS:
+            if not counts[split]["documents"]:
+                documents = sum(counts[each]["documents"] for each in SPLITS)
+                raise UserError(
+                    f"of {documents:,} documents none is left for {split} at val_fraction = {config.val_fraction}; "
+                    "add documents, or change val_fraction"
+                )
+        job.finish(counts)
+        train, val = counts["train"], counts["val"]
+        log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {directory}")
+    return directory
+
+
+def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory: Path, workers: int) -> dict:
+    """Writes the four files. The pieces are written in order, however many workers encode them."""
+    dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    chunks = _chunks(corpus)
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context(open(directory / name, "wb"))
+            for split in SPLITS
+            for name in (f"{split}.bin", f"{split}.idx")
+        }
+        pool = stack.enter_context(stage.pool(workers, _start_worker, spm, val_fraction, dtype))
+        encoded = pool.imap(_encode, chunks)
+        for pieces in progress(encoded, len(chunks), "MB", "packing"):
+            for split, (ids, lengths, size) in pieces.items():
+                total = counts[split]
+                starts = total["tokens"] + np.cumsum([0, *lengths[:-1]]) if lengths else []
+                files[f"{split}.bin"].write(ids.tobytes())
+                files[f"{split}.idx"].write(np.asarray(starts, dtype="<i8").tobytes())
+                total["documents"] += len(lengths)
+                total["tokens"] += len(ids)
+                total["bytes"] += size
+    return {"dtype": dtype, **counts}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import configs
+
+    experiment = configs.load(arguments.config)
+    directory = build(experiment, stage.workers(arguments), arguments.force)
+    log.info(f"{directory} is up to date")
+
+
+if __name__ == "__main__":
+    from data.pack import main  # the module that configs import, not this second copy of it
+
+    stage.run(main, stage.parser(__doc__, many=True).parse_args())

@@ -1,0 +1,391 @@
+"""A stage of the pipeline: one directory, made once, described by the `manifest.json` that is written last.
+
+    job = Stage(directory, config, read={"tiny/tokenizer/spm.model": "9f86…"}, remake="python -m data.pack …")
+    if job.up_to_date(force):        # a finished directory of the same config and inputs; of others: UserError
+        return directory
+    with job.making():               # locked, logged to log.txt; without a manifest it counts as unfinished
+        ...                          # write files
+        job.finish(counts={...})     # digests, fsync, manifest.json
+
+Also here: what every command shares, from its arguments to its exit status.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import multiprocessing.pool
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from tqdm import tqdm
+
+log = logging.getLogger("lumi")
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line on standard error saying what was found, what was expected and what mends it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- configs
+
+
+def check_types(config) -> None:
+    """Raises TypeError if a field of a dataclass is not of its annotated type; an int passes for a float."""
+    for name, expected in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is(value, expected):
+            wanted = getattr(expected, "__name__", expected) if not typing.get_args(expected) else expected
+            raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {wanted}")
+
+
+def _is(value, expected) -> bool:
+    args = typing.get_args(expected)
+    if isinstance(expected, types.UnionType):
+        return any(_is(value, each) for each in args)
+    if typing.get_origin(expected) is tuple:
+        each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is, value, each))
+    if expected in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if expected is float else typing.get_origin(expected) or expected)
+
+
+def describe(value):
+    """A config as JSON holds it; of the classes that may stand in one place (sources, say), the name is kept."""
+    if dataclasses.is_dataclass(value):
+        return {"type": type(value).__name__} | {
+            f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
+    if isinstance(value, (tuple, list)):
+        return [describe(each) for each in value]
+    if isinstance(value, dict):
+        return {key: describe(each) for key, each in value.items()}
+    return value
+
+
+def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterator[str]:
+    """Yields a phrase for each place where two JSON values differ, keys in `free` left out."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in was | now:
+            if key in free:
+                continue
+            yield from differences(was.get(key), now.get(key), f"{path}.{key}" if path else str(key), free)
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for i, (a, b) in enumerate(zip(was, now, strict=True)):
+            yield from differences(a, b, f"{path}[{i}]", free)
+    elif was != now:
+        yield f"{path} was {json.dumps(was)}, is now {json.dumps(now)}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+
+def runs() -> Path:
+    """Where experiments live: `runs/`, or RUNS in the environment."""
+    return Path(os.environ.get("RUNS") or "runs")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Asks the disk to keep a file's bytes, or a directory's names, before anything that relies on them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a JSON file so that a reader sees the whole of it or none of it, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def read_manifest(directory: Path) -> dict | None:
+    """A directory's manifest, or None where there is none: the directory is unfinished. UserError if it is damaged."""
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not {"config", "read", "wrote"} <= manifest.keys():
+            raise ValueError
+        return manifest
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged; delete {directory} and make it again") from None
+
+
+def digests(directory: Path, files: Iterable[Path]) -> dict[str, dict]:
+    """{name: {"bytes", "sha256"}} for a manifest, each file flushed to disk first."""
+    table = {}
+    for path in sorted(files):
+        sync(path)
+        table[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return table
+
+
+def damage(directory: Path, wrote: dict[str, dict]) -> str | None:
+    """What is wrong with a directory's files, by their manifest, or None: sizes first, then SHA-256."""
+    for name, expected in wrote.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if (found := path.stat().st_size) != expected["bytes"]:
+            return f"{path} has {found:,} bytes; its manifest says {expected['bytes']:,}"
+    for name, expected in wrote.items():
+        if (digest := sha256(directory / name)) != expected["sha256"]:
+            return f"{directory / name} has SHA-256 {digest[:12]}…; its manifest says {expected['sha256'][:12]}…"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the five packages; recorded, never compared."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "sentencepiece", "triton", "tqdm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a directory against a second process. The lock goes with the process, however that ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory} is being written by another process; wait for it, or stop it") from None
+        yield
+
+
+class Stage:
+    """One stage's directory.
+
+    config: its dataclass, or several by name. read: {path: SHA-256} of its direct inputs; while they are gone, pass
+    none: what was made from them stands. remake: the command that makes it, for the user to type. free: names of
+    config fields that may change without the result counting as another.
+    """
+
+    def __init__(self, directory: Path, config, read: dict[str, str], remake: str, free: Collection[str] = ()):
+        self.directory, self.config, self.read, self.remake = directory, describe(config), read, remake
+        self.free = free
+
+    def up_to_date(self, force: bool = False) -> bool:
+        """Whether the directory is finished, from this config and these inputs. UserError if from others, unless force."""
+        if force or read_manifest(self.directory) is None:
+            return False
+        self.must_match(self.directory)
+        return True
+
+    def must_match(self, directory: Path) -> None:
+        """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
+        manifest = read_manifest(directory)
+        different = list(differences(manifest["config"], self.config, "", self.free))
+        if self.read:
+            different += differences(manifest["read"], self.read)
+        if different:
+            raise UserError(
+                f"{directory} was made from something else: {'; '.join(different[:4])}. "
+                f"Give the experiment another name, or make it anew: {self.remake} --force"
+            )
+
+    @contextlib.contextmanager
+    def making(self, keep: bool = False) -> Iterator[None]:
+        """Holds the directory and logs to its log.txt while the block runs. Empties it first, unless `keep`."""
+        with locked(self.directory):
+            (self.directory / "manifest.json").unlink(missing_ok=True)  # from here on it is unfinished
+            for path in self.directory.iterdir():
+                if not keep and path.name not in (".lock", "log.txt"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with logging_to(self.directory):
+                self.started = time.perf_counter()
+                yield
+
+    def finish(self, counts: dict, files: Iterable[Path] | None = None) -> None:
+        """Writes the manifest: the stage is finished. files: what it wrote; None takes the directory's own files."""
+        if files is None:
+            kept = (".lock", "log.txt", "manifest.json")
+            files = [p for p in self.directory.iterdir() if p.is_file() and p.name not in kept]
+        manifest = {
+            "config": self.config,
+            "read": self.read,
+            "wrote": digests(self.directory, files),
+            "counts": counts,
+            "versions": versions(),
+        }
+        write_json(self.directory / "manifest.json", manifest)
+        record_seconds(self.directory, time.perf_counter() - self.started)
+
+
+def record_seconds(directory: Path, seconds: float) -> None:
+    """Notes in `seconds.json`, beside the directory, how long it took to make: outputs themselves carry no clock."""
+    path = directory.parent / "seconds.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, table | {directory.name: round(seconds, 1)})
+
+
+def outputs(directory: Path) -> dict[str, str]:
+    """{path: SHA-256} of what a finished directory holds, as the stage that reads it records it; {} if unfinished."""
+    manifest = read_manifest(directory) or {"wrote": {}}
+    return {f"{directory.parent.name}/{directory.name}/{name}": f["sha256"] for name, f in manifest["wrote"].items()}
+
+
+def finished(directory: Path, make: str) -> dict:
+    """The manifest of a directory that must be there, its files checked. UserError, naming `make`, if it is not."""
+    if (manifest := read_manifest(directory)) is None:
+        raise UserError(f"{directory} is not there or unfinished; make it with: {make}")
+    if wrong := damage(directory, manifest["wrote"]):
+        raise UserError(f"{wrong}; make it again with: {make} --force")
+    return manifest
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+class _Console(logging.Handler):
+    """Prints records above a progress bar, warnings and errors on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+@contextlib.contextmanager
+def logging_to(directory: Path) -> Iterator[None]:
+    """Appends to the directory's log.txt, with the time, what is logged meanwhile."""
+    handler = logging.FileHandler(directory / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    try:
+        yield
+    except UserError as error:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, f"error: {error}", (), None))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def progress(items: Iterable, total: int, unit: str, what: str) -> Iterator:
+    """Yields the items under a bar with rate and time left; off a terminal, logs a plain line every ten seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total, unit=f" {unit}", leave=False)
+        return
+    started = shown = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown > 10 and done < total:
+            left = (now - started) / done * (total - done)
+            log.info(f"{what}: {done:,} of {total:,} {unit}, {done / (now - started):.1f} a second, {left:.0f} s left")
+            shown = now
+
+
+@contextlib.contextmanager
+def pool(workers: int, initializer: Callable[..., None] = lambda: None, *initargs) -> Iterator[multiprocessing.pool.Pool]:
+    """A pool of processes that ends with this one, however this one ends.
+
+    Forked, not spawned: a worker needs what is already in memory, and must not run the caller's script again.
+    """
+    forked = multiprocessing.get_context("fork").Pool(workers, _become_worker, (os.getpid(), initializer, *initargs))
+    with forked:  # terminates it on the way out
+        yield forked
+
+
+def _become_worker(parent: int, initializer: Callable[..., None], *initargs) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    initializer(*initargs)
+
+
+def workers(arguments: argparse.Namespace) -> int:
+    return arguments.workers or len(os.sched_getaffinity(0))
+
+
+def parser(description: str, *, many: bool = False) -> argparse.ArgumentParser:
+    """The arguments that commands share: CONFIG, --log-level and --force; with `many`, --workers too."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
+    p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it anew")
+    p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    if many:
+        p.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core")
+    return p
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+class Stopped(BaseException):
+    """A signal ended the command, with nothing lost. status: to exit with."""
+
+    def __init__(self, status: int, message: str = "stopped; the same command goes on from here"):
+        super().__init__(message)
+        self.status = status
+
+
+def _stop(signum, frame):
+    raise Stopped(128 + signum)
+
+
+USERS_OWN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR}
+
+
+def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> typing.NoReturn:
+    """Runs a command and exits: 0 done, 2 the user's mistake, 130 or 143 stopped, 1 (with a traceback) a defect."""
+    console = _Console()
+    log.setLevel(arguments.log_level.upper())
+    log.addHandler(console)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        main(arguments)
+    except UserError as error:
+        _fail(f"error: {error}")
+    except OSError as error:
+        if error.errno not in USERS_OWN:
+            raise
+        _fail(f"error: {error.strerror}: {error.filename or 'while writing'}; mend that and run the same command again")
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+    sys.exit(0)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

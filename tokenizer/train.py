@@ -1,0 +1,163 @@
+"""Corpus to tokenizer: a SentencePiece model, frozen, that can spell any text.
+
+    python -m tokenizer.train configs/tiny.py   ->  runs/tiny/tokenizer
+"""
+
+import argparse
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sentencepiece
+
+import data.corpus
+import stage
+from stage import Stage, UserError, check_types, log
+from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from configs import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How a tokenizer is trained. Raises TypeError or ValueError, naming the field, for what cannot be."""
+
+    vocab_size: int = 32_768
+    """Pieces, the 256 byte pieces and the two control pieces among them."""
+    algorithm: str = "unigram"
+    """"unigram" (arXiv:1804.10959) or "bpe" (arXiv:1508.07909)."""
+    sample_bytes: int = 20_000_000
+    """At most this much text is learnt from, taken evenly from the corpus."""
+
+    def __post_init__(self):
+        check_types(self)
+        if not 300 <= self.vocab_size <= 1 << 20:
+            raise ValueError(f"vocab_size is {self.vocab_size}; expected 300 to {1 << 20}")
+        if self.algorithm not in ("unigram", "bpe"):
+            raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
+        if self.sample_bytes < 1:
+            raise ValueError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
+
+
+def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterator[str]:
+    """Training documents, all of them or every so many, up to `limit` bytes of `total`; none that are held out."""
+    share, taken = min(1.0, limit / max(1, total)), 0.0
+    for text in data.corpus.documents(corpus):
+        if not data.corpus.held_out(text, val_fraction):
+            taken += share
+            if taken >= 1:
+                taken -= 1
+                yield text
+
+
+def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float) -> bytes:
+    """A SentencePiece model: identity normalisation, byte fallback, white space kept, digits apart.
+
+    The number of threads is fixed, because the sums that training makes depend on it.
+    """
+    texts = sample(corpus, total, config.sample_bytes, val_fraction)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts,
+            model_writer=model,
+            vocab_size=config.vocab_size,
+            model_type=config.algorithm,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            max_sentence_length=1 << 24,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=4,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"SentencePiece cannot make {config.vocab_size:,} pieces of this corpus: {error}; lower vocab_size or add text"
+        ) from None
+    return model.getvalue()
+
+
+def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
+    """Makes the experiment's tokenizer, and the corpus it needs, unless they are there. Returns its directory."""
+    experiment = experiment.owner("tokenizer")
+    config, directory = experiment.tokenizer, experiment.directory("tokenizer")
+    corpus, val_fraction = experiment.directory("corpus"), experiment.pack.val_fraction
+    if force or stage.read_manifest(directory) is None or stage.read_manifest(corpus):
+        data.corpus.build(experiment, workers)
+    settings = {"tokenizer": config, "val_fraction": val_fraction}
+    job = Stage(directory, settings, stage.outputs(corpus), f"python -m tokenizer.train {experiment.path}")
+    if job.up_to_date(force):
+        return directory
+    manifest = stage.finished(corpus, f"python -m data.corpus {experiment.path}")
+    with job.making():
+        log.info(f"tokenizer: training {config.vocab_size:,} pieces")
+        total = manifest["counts"]["bytes"]
+        with stage.pool(1) as pool:  # SentencePiece does not hear Ctrl-C; this process does
+            model = pool.apply(train, (corpus, total, config, val_fraction))
+        (directory / "spm.model").write_bytes(model)
+        tokenizer = Tokenizer(model, stage.sha256(directory / "spm.model"))
+        pieces = tokenizer.pieces
+        vocabulary = (f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size))
+        (directory / "spm.vocab").write_text("".join(vocabulary), encoding="utf-8", newline="\n")
+        numbers = measure(tokenizer, sample(corpus, total, 2_000_000, 0.0))
+        settings = {"vocab_size": tokenizer.vocab_size, "unk": 0, "eos": tokenizer.eos, "sha256": tokenizer.sha256}
+        stage.write_json(directory / "tokenizer_config.json", settings)
+        (directory / "TOKENIZER_CARD.md").write_text(card(experiment.name, config, settings, numbers), encoding="utf-8")
+        job.finish(numbers)
+        log.info(f"tokenizer: {numbers['bytes_per_token']:.2f} bytes a token -> {directory}")
+    return directory
+
+
+def measure(tokenizer: Tokenizer, texts: Iterator[str]) -> dict:
+    """Bytes and characters a token over some documents, and whether each comes back as it was."""
+    tokens = size = characters = documents = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if tokenizer.decode(ids) != text:
+            raise AssertionError(f"the tokenizer does not give back {text[:80]!r}")
+        tokens, size = tokens + len(ids), size + len(text.encode())
+        characters, documents = characters + len(text), documents + 1
+    return {
+        "documents_checked": documents,
+        "bytes_per_token": round(size / max(1, tokens), 4),
+        "characters_per_token": round(characters / max(1, tokens), 4),
+    }
+
+
+def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> str:
+    """TOKENIZER_CARD.md: what the tokenizer is and how well it compresses its corpus."""
+    return f"""# Tokenizer of {name}
+
+SentencePiece {config.algorithm}, {settings["vocab_size"]:,} pieces, SHA-256 `{settings["sha256"]}`.
+
+Lossless: text is not normalised, white space is kept, digits stand apart, and what has no piece is spelt in bytes.
+Piece {settings["eos"]} ends a document. Held-out documents were not learnt from.
+
+On {numbers["documents_checked"]:,} documents of its corpus, each of which came back as it was:
+{numbers["bytes_per_token"]} bytes and {numbers["characters_per_token"]} characters a token.
+"""
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import configs
+
+    experiment = configs.load(arguments.config)
+    directory = build(experiment, stage.workers(arguments), arguments.force)
+    log.info(f"{directory} is up to date")
+
+
+if __name__ == "__main__":
+    from tokenizer.train import main  # the module that configs import, not this second copy of it
+
+    stage.run(main, stage.parser(__doc__, many=True).parse_args())

@@ -1,0 +1,424 @@
+"""The one training loop; as a script, pretraining.
+
+    python train.py configs/tiny.py   ->  runs/tiny/pretrain
+
+A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer, schedule,
+precision, accumulation, clipping, evaluation, checkpoints, resume, signals, logging. Training is exact: killed at any
+moment and started again, a run ends with the same bytes as one never disturbed.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import stage
+from model import Transformer
+from stage import Stage, UserError, check_types, log
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. Raises TypeError or ValueError, naming the field, for what cannot be.
+
+    Fields marked * may change when a run is resumed; with the others another run begins.
+    """
+
+    steps: int | None = None
+    """* Optimizer steps; or say `epochs`."""
+    epochs: float | None = None
+    """* Passes over the training data; or say `steps`."""
+    batch_size: int
+    """Rows of context_length tokens a step, over all micro-batches."""
+    micro_batch_size: int | None = None
+    """* Rows in memory at once; divides batch_size. None: all."""
+    learning_rate: float
+    """AdamW's, at the peak."""
+    min_lr: float = 0.0
+    """The learning rate that the cosine ends at."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean gradient, a step (arXiv:1711.05101)."""
+    beta2: float = 0.95
+    """Decay of AdamW's mean squared gradient, a step."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices; vectors, which here are the gains of norms, are not decayed."""
+    grad_clip: float = 1.0
+    """The gradient's norm is clipped to this."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    log_every: int = 10
+    """* Steps from one line of metrics.jsonl to the next."""
+    eval_every: int = 250
+    """* Steps from one evaluation to the next."""
+    eval_rows: int = 128
+    """* Rows of the validation data an evaluation reads, evenly spaced."""
+    save_every: int = 250
+    """* Steps from one checkpoint to the next."""
+    keep_checkpoints: int = 2
+    """* How many step_… checkpoints to keep; older ones are removed. final/ and best/ stay."""
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "learning_rate", "grad_clip", "log_every"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a positive number")
+        for name in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0, less than 1")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set either steps or epochs, and leave the other None")
+        if not 0 <= self.min_lr <= self.learning_rate:
+            raise ValueError(f"min_lr is {self.min_lr}; expected 0 to learning_rate, {self.learning_rate}")
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; it must divide batch_size, {self.batch_size}")
+
+
+FREE = {"steps", "epochs", "micro_batch_size", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"}
+
+
+@dataclass
+class Task:
+    """What a stage hands the loop. A batch is a tuple of CPU tensors with rows along the first axis."""
+
+    batch: Callable[[int], tuple[Tensor, ...]]
+    """The global batch of a step, counted from 0: a pure function of it."""
+    loss: Callable[..., Tensor]
+    """loss(model, *batch): the mean over the batch's targets."""
+    targets: Callable[..., int]
+    """targets(*batch): how many that mean is over, so that micro-batches can be weighed."""
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    """Metrics of held-out data by name, `val_loss` among them; the model is in eval mode and no gradient is kept."""
+    steps: int
+    """Steps to train."""
+    epoch: float
+    """Steps that one pass over the data takes."""
+
+
+# ----------------------------------------------------------------------------------------------------- the loop's parts
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Of a step counted from 0: a linear rise, then half a cosine from learning_rate to min_lr (arXiv:1608.03983)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def pick_device() -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype its matrix products run in. Weights and optimizer are float32 everywhere.
+
+    A GPU from Ampere on multiplies bfloat16 natively. Other devices get float32: bfloat16 on a processor that emulates
+    it is some hundred times slower.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    torch.set_float32_matmul_precision("high")
+    native = torch.cuda.get_device_capability() >= (8, 0)
+    return torch.device("cuda"), torch.bfloat16 if native else torch.float32
+
+
+class Signals:
+    """Remembers Ctrl-C and SIGTERM until the step is finished and saved; a second one exits at once."""
+
+    def __init__(self):
+        self.caught: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        if self.caught is not None:
+            os._exit(128 + signum)
+        self.caught = signum
+        os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
+
+
+class Metrics:
+    """metrics.jsonl: one object a logged step. On resume, what an interrupted run wrote past its checkpoint goes."""
+
+    def __init__(self, path: Path, step: int):
+        kept = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + b"\n")
+            except ValueError:
+                break  # the line that was being written when the run was killed
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(path)
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
+        self.file.flush()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume: str, remake: str) -> None:
+    """Trains the model to the end, from where an earlier run of this directory was left. Writes checkpoints, metrics.jsonl
+    and, last, the manifest. resume: "auto", or the checkpoint to go on from. remake: the command, for messages.
+
+    UserError if the checkpoint is of another config, or the loss is not finite. Stopped on Ctrl-C or SIGTERM, saved.
+    """
+    directory, steps = job.directory, task.steps
+    device, dtype = pick_device()
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    step, seconds, best, record = 0, 0.0, math.inf, None
+
+    if (start := find_checkpoint(job, resume)) is not None:
+        model.load_state_dict(checkpoint.read(start, "weights.pt"))
+        state = checkpoint.read(start, "state.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        counts = stage.read_manifest(start)["counts"]
+        step, best, seconds, record = counts["step"], state["best"], counts["seconds"], counts["record"]
+        log.info(f"resumed from step {step} ({start})")
+    metrics = Metrics(directory / "metrics.jsonl", step)
+
+    def save(name: str) -> None:
+        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "best": best}
+        if device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        counts = {"step": step, "seconds": round(seconds, 3), "record": record}
+        about = {"config": job.config, "read": job.read, "counts": counts}
+        checkpoint.save(directory / name, model.state_dict(), state, about)
+        kept = [path for _, path in checkpoint.steps(directory) if path.name != "final"][: config.keep_checkpoints]
+        for _, path in checkpoint.steps(directory):
+            if path.name != "final" and path not in kept:
+                shutil.rmtree(path)
+
+    def finish_step() -> None:
+        """Evaluates and logs, if this step should. A resumed run begins here: its record came with the checkpoint."""
+        nonlocal best
+        if step % config.eval_every == 0 or step == steps:
+            with evaluating(model), autocast:
+                record.update(task.evaluate(model))
+            log.info(line(record, steps))
+            if record["val_loss"] < best:
+                best = record["val_loss"]
+                save("best")
+        if step % config.log_every == 0 or "val_loss" in record:
+            metrics.write(record)
+
+    if record is not None:
+        finish_step()
+    bar = tqdm(total=steps, initial=step, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    shown = tick = time.perf_counter()
+    first = counted = step
+    with Signals() as signals, bar:
+        while step < steps and signals.caught is None:
+            # One optimizer step: the gradient of the mean over the global batch, gathered from micro-batches.
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, steps)
+            batch = task.batch(step)
+            targets, loss = task.targets(*batch), 0.0
+            for micro in zip(*(t.split(config.micro_batch_size or config.batch_size) for t in batch), strict=True):
+                share = task.targets(*micro) / targets
+                with autocast:
+                    part = task.loss(model, *(t.to(device, non_blocking=True) for t in micro)) * share
+                part.backward()
+                loss += part.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+
+            saving = step % config.save_every == 0 or step == steps or signals.caught is not None
+            evaluated = step % config.eval_every == 0 or step == steps
+            if not (saving or evaluated or step % config.log_every == 0 or step == first + 1):
+                continue
+            if not math.isfinite(loss := float(loss)) or not math.isfinite(norm := float(norm)):
+                raise UserError(
+                    f"step {step}: the loss is {loss}, the gradient's norm {norm}. Lower learning_rate or lengthen "
+                    f"warmup_steps, and start anew: {remake} --force"
+                )
+            now = time.perf_counter()
+            rate = (step - counted) * targets / (now - tick)
+            record = {
+                "step": step,
+                "loss": loss,
+                "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm,
+                "tokens": step * targets,
+                "epoch": step / task.epoch,
+                "tokens_per_second": rate,
+            }
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+            if not sys.stderr.isatty() and (now - shown > 20 or step == first + 1):
+                left = (steps - step) * targets / rate
+                log.info(f"{line(record, steps)}, {rate:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left")
+                shown = now
+            seconds += now - tick
+            if saving:  # before the evaluation, which may fail
+                save("final" if step == steps else f"step_{step:07d}")
+            finish_step()
+            tick, counted = time.perf_counter(), step  # neither saving, evaluation nor the first step counts
+    if step < steps:
+        name = signal.Signals(signals.caught).name
+        raise stage.Stopped(128 + signals.caught, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
+    counts = {"step": step, "tokens": record["tokens"], "seconds": round(seconds, 1), "record": record}
+    job.finish(counts, files=(directory / "final").glob("*"))
+
+
+def line(record: dict, steps: int) -> str:
+    """A step as one line to read."""
+    text = f"step {record['step']} of {steps}, epoch {record['epoch']:.2f}: loss {record['loss']:.4f}"
+    for name in ("val_loss", "val_perplexity", "val_bits_per_byte"):
+        if name in record:
+            text += f", {name.replace('_', ' ')} {record[name]:.4f}"
+    return text
+
+
+def find_checkpoint(job: Stage, resume: str) -> Path | None:
+    """The checkpoint to go on from: the one named, or the run's newest whole one; None to begin. UserError if it is of
+    another config, or if going on from it would leave later ones behind."""
+    if resume == "auto":
+        start = next(checkpoint.newest(job.directory), None)
+    else:
+        start = Path(resume)
+        checkpoint.read(start, "state.pt")
+        step = stage.read_manifest(start)["counts"]["step"]
+        if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
+            raise UserError(
+                f"going on from {start} would leave {', '.join(later)} in {job.directory} behind; move them away, "
+                "or give the experiment another name"
+            )
+    if start is not None:
+        job.must_match(start)
+    return start
+
+
+# ------------------------------------------------------------------------------------------------------------- pretraining
+
+
+def pretraining(experiment, packed: dict) -> Task:
+    """Next-token prediction on packed tokens."""
+    from data.batches import Windows
+
+    config, length = experiment.pretrain, experiment.model.context_length
+    windows, held_out = Windows(packed["train"], length, config.seed), Windows(packed["val"], length)
+    count = min(config.eval_rows, held_out.count)
+    chosen = [i * held_out.count // count for i in range(count)]
+    rows = config.micro_batch_size or config.batch_size
+    bits = len(packed["val"].tokens) / packed["val"].bytes / math.log(2)  # a nat a token, in bits a byte
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        device, total = next(model.parameters()).device, 0.0
+        for i in range(0, count, rows):
+            tokens, targets = (t.to(device) for t in held_out.read(chosen[i : i + rows]))
+            total += float(model(tokens, targets)) * len(tokens)
+        loss = total / count
+        return {"val_loss": loss, "val_perplexity": math.exp(loss), "val_bits_per_byte": loss * bits}
+
+    epoch = windows.count / config.batch_size
+    return Task(
+        batch=lambda step: windows.batch(step, config.batch_size),
+        loss=lambda model, tokens, targets: model(tokens, targets),
+        targets=lambda tokens, targets: targets.numel(),
+        evaluate=evaluate,
+        steps=config.steps or max(1, round(config.epochs * epoch)),
+        epoch=epoch,
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import configs
+    import data.pack
+    import tokenizer
+
+    experiment = configs.load(arguments.config)
+    config, directory = experiment.pretrain, experiment.directory("pretrain")
+    remake = f"python train.py {experiment.path}"
+    packed = data.pack.build(experiment, stage.workers(arguments))
+    spm = tokenizer.load(experiment.directory("tokenizer"))
+    splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
+    task = pretraining(experiment, splits)
+
+    read = stage.outputs(packed) | {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
+    job = Stage(directory, {"model": experiment.model, "pretrain": config}, read, remake, free=FREE)
+    if job.up_to_date(arguments.force) and stage.read_manifest(directory)["counts"]["step"] >= task.steps:
+        log.info(f"{directory} is up to date")
+        return
+    with job.making(keep=not arguments.force):
+        checkpoint.recover(directory)
+        torch.manual_seed(config.seed)
+        model = Transformer(experiment.model)
+        describe(model, task, config, len(splits["train"].tokens))
+        train(model, task, config, job, arguments.resume, remake)
+        log.info(f"trained: {directory / 'final'}")
+
+
+def describe(model: Transformer, task: Task, config: TrainConfig, tokens: int) -> None:
+    """What is about to happen, in a few lines."""
+    device, dtype = pick_device()
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    seen, n = task.steps * config.batch_size * model.config.context_length, model.num_parameters()
+    log.info(
+        f"pretraining {n:,} parameters on {hardware} in {str(dtype).removeprefix('torch.')}: {task.steps:,} steps of "
+        f"{config.batch_size} × {model.config.context_length} tokens"
+    )
+    log.info(
+        f"{seen:,} tokens, {task.steps / task.epoch:.2f} epochs of {tokens:,}; {seen / n:.2f} tokens a parameter "
+        "(about 20 is compute-optimal, arXiv:2203.15556)"
+    )
+
+
+if __name__ == "__main__":
+    from train import main  # the module that configs import, not this second copy of it
+
+    p = stage.parser(__doc__, many=True)
+    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to go on from; default: newest")
+    stage.run(main, p.parse_args())
