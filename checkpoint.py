@@ -82,6 +82,17 @@ def newest(parent: Path) -> Iterator[Path]:
             yield directory
 
 
+def must_match(directory: Path, tokenizer_sha256: str) -> None:
+    """UserError if a checkpoint was not trained on the output of this tokenizer."""
+    manifest = stage.read_manifest(directory) or {"read": {}}
+    found = next((digest for path, digest in manifest["read"].items() if path.endswith("spm.model")), "none")
+    if found != tokenizer_sha256:
+        raise UserError(
+            f"{directory} was trained with tokenizer {found[:12]}…, but the tokenizer here is "
+            f"{tokenizer_sha256[:12]}…; use the config that it was trained with, or train it anew"
+        )
+
+
 def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. UserError if it is missing or damaged."""
     directory = Path(directory)

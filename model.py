@@ -4,7 +4,7 @@ A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971): token embedd
 projection. A block adds two things to the residual stream, each reading a normalised copy of it: causal attention with
 rotary positions, and a SwiGLU feed-forward network. There are no biases and no dropout.
 
-Shapes in the comments: B batch, T tokens, D d_model, H heads, K key-value heads, E head dimension, F d_ff, V vocabulary.
+In shapes: B batch, T tokens, D d_model, H heads, K key-value heads, E head dimension, F d_ff, V vocabulary.
 """
 
 import math
@@ -22,7 +22,7 @@ except ImportError:  # not on Linux: the plain-PyTorch twins serve
     triton = None
 
 
-# ---------------------------------------------------------------------------------------------------------- configuration
+# ----------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
 
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# ----------------------------------------------------------------------------------------------------------- kernels
 #
 # Each kernel has a plain-PyTorch twin that says what it computes. The kernels read and write what they are given, in
 # float32, float16 or bfloat16, and compute in float32. Offsets are int64: a tensor may hold more than 2³¹ elements.
@@ -236,7 +236,7 @@ def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
     return _SwiGLU.apply(gate, up) if _use_triton(kernels, gate) else swiglu_torch(gate, up)
 
 
-# ------------------------------------------------------------------------------------------------------------------- loss
+# -------------------------------------------------------------------------------------------------------------- loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -287,7 +287,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _LinearCrossEntropy.apply(x, weight, targets) / len(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------------------------ layers
 
 
 class KVCache:
@@ -435,7 +435,7 @@ class Transformer(nn.Module):
             return self.head(x)  # (B, T, V)
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
 
-    # -------------------------------------------------------------------------------------------------------- generation
+    # ----------------------------------------------------------------------------------------------------- generation
 
     @torch.inference_mode()
     def stream(

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.pool
 import os
@@ -38,10 +39,10 @@ log = logging.getLogger("lumi")
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line on standard error saying what was found, what was expected and what mends it."""
+    """A mistake of the user's. Its one line says what was found, what was expected and what mends it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- configs
+# ----------------------------------------------------------------------------------------------------------- configs
 
 
 def check_types(config) -> None:
@@ -92,7 +93,7 @@ def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterato
         yield f"{path} was {json.dumps(was)}, is now {json.dumps(now)}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def runs() -> Path:
@@ -192,9 +193,10 @@ class Stage:
     def __init__(self, directory: Path, config, read: dict[str, str], remake: str, free: Collection[str] = ()):
         self.directory, self.config, self.read, self.remake = directory, describe(config), read, remake
         self.free = free
+        self.earlier = 0.0  # seconds that interrupted runs have spent on it
 
     def up_to_date(self, force: bool = False) -> bool:
-        """Whether the directory is finished, from this config and these inputs. UserError if from others, unless force."""
+        """Whether the directory is finished, from this config and inputs. UserError if from others and not force."""
         if force or read_manifest(self.directory) is None:
             return False
         self.must_match(self.directory)
@@ -237,7 +239,11 @@ class Stage:
             "versions": versions(),
         }
         write_json(self.directory / "manifest.json", manifest)
-        record_seconds(self.directory, time.perf_counter() - self.started)
+        record_seconds(self.directory, self.seconds())
+
+    def seconds(self) -> float:
+        """Spent on making it so far."""
+        return self.earlier + time.perf_counter() - self.started
 
 
 def record_seconds(directory: Path, seconds: float) -> None:
@@ -245,6 +251,12 @@ def record_seconds(directory: Path, seconds: float) -> None:
     path = directory.parent / "seconds.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, table | {directory.name: round(seconds, 1)})
+
+
+def read_seconds(directory: Path) -> float:
+    """How long a directory took to make; NaN if that was not noted."""
+    path = directory.parent / "seconds.json"
+    return json.loads(path.read_text()).get(directory.name, math.nan) if path.exists() else math.nan
 
 
 def outputs(directory: Path) -> dict[str, str]:
@@ -262,7 +274,7 @@ def finished(directory: Path, make: str) -> dict:
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------------------------- the command
 
 
 class _Console(logging.Handler):
@@ -306,7 +318,7 @@ def progress(items: Iterable, total: int, unit: str, what: str) -> Iterator:
 
 
 @contextlib.contextmanager
-def pool(workers: int, initializer: Callable[..., None] = lambda: None, *initargs) -> Iterator[multiprocessing.pool.Pool]:
+def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Iterator[multiprocessing.pool.Pool]:
     """A pool of processes that ends with this one, however this one ends.
 
     Forked, not spawned: a worker needs what is already in memory, and must not run the caller's script again.
@@ -333,18 +345,20 @@ def workers(arguments: argparse.Namespace) -> int:
     return arguments.workers or len(os.sched_getaffinity(0))
 
 
-def parser(description: str, *, many: bool = False) -> argparse.ArgumentParser:
-    """The arguments that commands share: CONFIG, --log-level and --force; with `many`, --workers too."""
-    p = argparse.ArgumentParser(description=description)
+def parser(description: str, *, makes: bool = False, many: bool = False) -> argparse.ArgumentParser:
+    """The arguments that commands share: CONFIG, --log-level; --force if one makes something, --workers if many do."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
     p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
-    p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it anew")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    if makes:
+        p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it anew")
     if many:
-        p.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core")
+        p.add_argument("--workers", type=positive, metavar="N", help="processes; default: one a core")
     return p
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

@@ -2,9 +2,9 @@
 
     python train.py configs/tiny.py   ->  runs/tiny/pretrain
 
-A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer, schedule,
-precision, accumulation, clipping, evaluation, checkpoints, resume, signals, logging. Training is exact: killed at any
-moment and started again, a run ends with the same bytes as one never disturbed.
+A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer,
+schedule, precision, accumulation, clipping, evaluation, checkpoints, resume, signals, logging. Training is exact: a run
+that is killed at any moment and started again ends with the same bytes as one never disturbed.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class TrainConfig:
         if not 0 <= self.min_lr <= self.learning_rate:
             raise ValueError(f"min_lr is {self.min_lr}; expected 0 to learning_rate, {self.learning_rate}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; it must divide batch_size, {self.batch_size}")
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; expected a divisor of {self.batch_size}")
 
 
 FREE = {"steps", "epochs", "micro_batch_size", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"}
@@ -115,7 +115,7 @@ class Task:
     """Steps that one pass over the data takes."""
 
 
-# ----------------------------------------------------------------------------------------------------- the loop's parts
+# -------------------------------------------------------------------------------------------------- the loop's parts
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -183,11 +183,11 @@ class Metrics:
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(path)
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = path
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
-        self.file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 
 @contextmanager
@@ -199,21 +199,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.train()
 
 
-# ---------------------------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume: str, remake: str) -> None:
-    """Trains the model to the end, from where an earlier run of this directory was left. Writes checkpoints, metrics.jsonl
-    and, last, the manifest. resume: "auto", or the checkpoint to go on from. remake: the command, for messages.
+    """Trains the model to the end, from where an earlier run left it. Writes checkpoints, metrics.jsonl, the manifest.
 
-    UserError if the checkpoint is of another config, or the loss is not finite. Stopped on Ctrl-C or SIGTERM, saved.
+    resume: "auto", or the checkpoint to go on from. remake: the command, for messages. Raises UserError if that
+    checkpoint is of another config or the loss is not finite, and Stopped, everything saved, on Ctrl-C or SIGTERM.
     """
     directory, steps = job.directory, task.steps
     device, dtype = pick_device()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     model.to(device).train()
     optimizer = make_optimizer(model, config)
-    step, seconds, best, record = 0, 0.0, math.inf, None
+    step, best, record = 0, math.inf, None
 
     if (start := find_checkpoint(job, resume)) is not None:
         model.load_state_dict(checkpoint.read(start, "weights.pt"))
@@ -223,7 +223,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
         counts = stage.read_manifest(start)["counts"]
-        step, best, seconds, record = counts["step"], state["best"], counts["seconds"], counts["record"]
+        step, record, best, job.earlier = counts["step"], counts["record"], state["best"], counts["seconds"]
         log.info(f"resumed from step {step} ({start})")
     metrics = Metrics(directory / "metrics.jsonl", step)
 
@@ -231,7 +231,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "best": best}
         if device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        counts = {"step": step, "seconds": round(seconds, 3), "record": record}
+        counts = {"step": step, "seconds": round(job.seconds(), 1), "record": record}
         about = {"config": job.config, "read": job.read, "counts": counts}
         checkpoint.save(directory / name, model.state_dict(), state, about)
         kept = [path for _, path in checkpoint.steps(directory) if path.name != "final"][: config.keep_checkpoints]
@@ -301,7 +301,6 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
                 left = (steps - step) * targets / rate
                 log.info(f"{line(record, steps)}, {rate:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left")
                 shown = now
-            seconds += now - tick
             if saving:  # before the evaluation, which may fail
                 save("final" if step == steps else f"step_{step:07d}")
             finish_step()
@@ -309,7 +308,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     if step < steps:
         name = signal.Signals(signals.caught).name
         raise stage.Stopped(128 + signals.caught, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
-    counts = {"step": step, "tokens": record["tokens"], "seconds": round(seconds, 1), "record": record}
+    counts = {"step": step, "parameters": sum(p.numel() for p in model.parameters()), "record": record}
     job.finish(counts, files=(directory / "final").glob("*"))
 
 
@@ -341,7 +340,7 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
     return start
 
 
-# ------------------------------------------------------------------------------------------------------------- pretraining
+# ------------------------------------------------------------------------------------------------------- pretraining
 
 
 def pretraining(experiment, packed: dict) -> Task:
@@ -419,6 +418,6 @@ def describe(model: Transformer, task: Task, config: TrainConfig, tokens: int) -
 if __name__ == "__main__":
     from train import main  # the module that configs import, not this second copy of it
 
-    p = stage.parser(__doc__, many=True)
+    p = stage.parser(__doc__, makes=True, many=True)
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to go on from; default: newest")
     stage.run(main, p.parse_args())

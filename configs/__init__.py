@@ -2,6 +2,8 @@
 
     >>> configs.load("configs/tiny.py").model.d_model
     256
+
+A config is a program of the user's own: loading it runs it.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import stage
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import Files, PythonDocs
+from eval import EvalConfig
 from model import ModelConfig
 from stage import UserError
 from tokenizer.train import TokenizerConfig
@@ -36,6 +39,7 @@ class Experiment:
     tokenizer: TokenizerConfig
     pack: PackConfig
     pretrain: TrainConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
     shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
     """Stages (corpus, tokenizer, pack) whose directory is another experiment's, for sizes that are to be compared."""
     file: Path | None = field(default=None, repr=False)
@@ -69,6 +73,16 @@ class Experiment:
         """Where a stage writes."""
         return stage.runs() / self.owner(stage_name).name / DIRECTORIES[stage_name]
 
+    def trained(self, stage_name: str) -> Path:
+        """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
+        final = self.directory(stage_name) / "final"
+        if stage.read_manifest(final) is None:
+            raise UserError(f"{self.name} is not trained: no {final}; train it with: python train.py {self.path}")
+        return final
+
+
+CONFIGS = Experiment, ModelConfig, CorpusConfig, Files, PythonDocs, TokenizerConfig, PackConfig, TrainConfig, EvalConfig
+
 
 def load(path: str | Path) -> Experiment:
     """The experiment that a config file describes. UserError, in one line, for a file that is missing or mistaken."""
@@ -91,8 +105,7 @@ def _explain(error: Exception) -> str:
     """An exception in a config, in words; for a misspelt field, with the one that was meant."""
     if match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
         name, field_name = match.groups()
-        classes = Experiment, ModelConfig, CorpusConfig, Files, PythonDocs, TokenizerConfig, PackConfig, TrainConfig
-        known = [f.name for cls in classes if cls.__name__ == name for f in dataclasses.fields(cls)]
+        known = [f.name for cls in CONFIGS if cls.__name__ == name for f in dataclasses.fields(cls)]
         return f"{name} has no field {field_name!r}; {_meant(field_name, known)}"
     if isinstance(error, (TypeError, ValueError)):
         return str(error).replace(".__init__()", "")

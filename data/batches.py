@@ -1,4 +1,4 @@
-"""Batches of packed tokens. A batch is a pure function of (seed, step): there is no loader whose state could be lost."""
+"""Batches of packed tokens. A batch is a pure function of (seed, step): no loader has a state that could be lost."""
 
 from functools import lru_cache
 

@@ -177,4 +177,4 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     from data.pack import main  # the module that configs import, not this second copy of it
 
-    stage.run(main, stage.parser(__doc__, many=True).parse_args())
+    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

@@ -1,5 +1,8 @@
-"""Where text comes from. A source has a `name`, `inputs()` with what it reads and its digests, and `documents(workers)`,
-which yields (id, text) pairs in an order that depends on nothing but the input."""
+"""Where text comes from.
+
+A source has a `name`, `inputs()` with what it reads and its digests, and `documents(workers)`, which yields (id, text)
+pairs in an order that depends on nothing but the input.
+"""
 
 import ast
 import bz2
@@ -146,12 +149,11 @@ def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
         return []
     if name == "pydoc_data.topics":
         return [(f"{name}.{topic}", text) for topic, text in ast.literal_eval(tree.body[-1].value).items()]
-    found = []
+    found, documented = [], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
     def visit(node: ast.AST, name: str) -> None:
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                found.append((name, text))
+        if isinstance(node, documented) and (text := ast.get_docstring(node)):
+            found.append((name, text))
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, ast.expr):
                 visit(child, f"{name}.{child.name}" if hasattr(child, "name") else name)

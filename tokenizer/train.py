@@ -1,6 +1,8 @@
 """Corpus to tokenizer: a SentencePiece model, frozen, that can spell any text.
 
     python -m tokenizer.train configs/tiny.py   ->  runs/tiny/tokenizer
+
+Its SHA-256 is its identity: packed tokens and checkpoints carry it, and refuse another.
 """
 
 import argparse
@@ -83,7 +85,8 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
         )
     except RuntimeError as error:
         raise UserError(
-            f"SentencePiece cannot make {config.vocab_size:,} pieces of this corpus: {error}; lower vocab_size or add text"
+            f"SentencePiece cannot make {config.vocab_size:,} pieces of this corpus: lower vocab_size or add text "
+            f"({error})"
         ) from None
     return model.getvalue()
 
@@ -160,4 +163,4 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     from tokenizer.train import main  # the module that configs import, not this second copy of it
 
-    stage.run(main, stage.parser(__doc__, many=True).parse_args())
+    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

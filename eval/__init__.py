@@ -1,0 +1,31 @@
+"""Evaluation of trained models: `python -m eval CONFIG` measures, `python -m eval.report CONFIG` tells."""
+
+from dataclasses import dataclass
+
+from stage import check_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is generated when a model is evaluated. Raises TypeError or ValueError, naming the field."""
+
+    continuations: int = 3
+    """Held-out documents whose beginning the model continues."""
+    prompt_tokens: int = 48
+    """Length of the beginning."""
+    new_tokens: int = 64
+    """Length of the continuation."""
+    temperature: float = 0.7
+    """Of sampling; 0 is greedy."""
+    top_p: float = 0.9
+    """Of sampling."""
+    seed: int = 0
+    """Of sampling."""
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("continuations", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature is {self.temperature}, top_p {self.top_p}; expected ≥ 0, and 0 < top_p ≤ 1")

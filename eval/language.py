@@ -1,0 +1,64 @@
+"""How well a model predicts held-out text: loss, perplexity, and bits per byte beside what xz needs for the same."""
+
+import lzma
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.pack import Packed
+from model import Transformer
+from stage import progress
+from tokenizer import Tokenizer
+
+LOGITS = 1 << 25  # at most so many at once: 128 MiB in float32
+
+
+def token_nats(model: Transformer, tokens: np.ndarray, eos: int) -> np.ndarray:
+    """−log p of every token, in nats: (N,) float64.
+
+    The tokens are one stream, opened by the end token as if a document had just closed. Windows of context_length
+    overlap by half, and each but the first counts only its later half: no token past the first window is predicted
+    from less than half a context.
+    """
+    T, n = model.config.context_length, len(tokens)
+    stream = torch.from_numpy(np.concatenate(([eos], tokens)).astype(np.int64))
+    starts = [0, *range(T // 2, n - T, T // 2), n - T] if n > T else [0]  # the last one ends where the stream does
+    rows = max(1, LOGITS // (T * model.config.vocab_size))
+    batches = [starts[i : i + rows] for i in range(0, len(starts), rows)]
+    nats, scored, device = np.empty(n), 0, model.embed.weight.device
+    with torch.inference_mode():
+        for batch in progress(batches, len(batches), "batches", "validation"):
+            windows: Tensor = torch.stack([stream[s : s + T + 1] for s in batch]).to(device)  # (B, T + 1)
+            logits = model(windows[:, :-1])
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none")
+            for start, row in zip(batch, losses.view(len(batch), -1).cpu().double().numpy(), strict=True):
+                nats[scored : start + len(row)] = row[scored - start :]
+                scored = start + len(row)
+    return nats
+
+
+def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer) -> dict[str, float]:
+    """The task `validation`, over all held-out documents, each document's end token included.
+
+    bits_per_byte: total −log₂ likelihood over the UTF-8 bytes of the documents; its standard error, over documents, is
+    `stderr`. xz_bits_per_byte, the baseline: the documents joined by newlines, compressed by xz -9.
+    """
+    nats = token_nats(model, packed.tokens, tokenizer.eos)
+    texts = [tokenizer.decode(ids.tolist()).encode() for ids in packed.documents()]
+    sizes = np.array([len(text) for text in texts])
+    bits = np.add.reduceat(nats, packed.starts) / math.log(2)
+    bits_per_byte = bits.sum() / sizes.sum()
+    joined = b"\n".join(texts)
+    xz = 8 * len(lzma.compress(joined, preset=9)) / len(joined)
+    return {
+        "loss": float(nats.mean()),
+        "perplexity": math.exp(nats.mean()),
+        "bits_per_byte": float(bits_per_byte),
+        "xz_bits_per_byte": xz,
+        "stderr": float(np.sqrt(np.square(bits - bits_per_byte * sizes).sum()) / sizes.sum()),
+        "baseline": xz,
+        "n": len(nats),
+    }

@@ -1,0 +1,95 @@
+"""A trained model, put to use.
+
+    python serve.py configs/tiny.py generate "Return the"
+
+Standard output carries the text and nothing else.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import checkpoint
+import stage
+import tokenizer
+from stage import UserError
+from train import pick_device
+
+
+def text_stream(spm: tokenizer.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come, in pieces that together are `spm.decode` of all of them.
+
+    A character may be spelt by several byte tokens: it is held back until it is whole.
+    """
+    seen: list[int] = []
+    sent = ""
+    for token in ids:
+        seen.append(token)
+        text = spm.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(sent) :]
+            sent = text
+    yield spm.decode(seen)[len(sent) :]
+
+
+def read_input() -> str:
+    """Standard input, whole. UserError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continues a prompt, from the argument or standard input, on standard output."""
+    import configs
+
+    experiment = configs.load(arguments.config)
+    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
+    spm = tokenizer.load(experiment.directory("tokenizer"))
+    checkpoint.must_match(directory, spm.sha256)
+    model = checkpoint.load_model(directory, str(pick_device()[0]))
+    prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt
+    ids = [spm.eos, *spm.encode(prompt)]
+    for i in range(arguments.samples):
+        new = model.stream(
+            ids,
+            arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=None if arguments.seed is None else arguments.seed + i,
+            stop=(spm.eos,),
+        )
+        print(prompt, end="", flush=True)
+        try:
+            for text in text_stream(spm, new):
+                print(text, end="", flush=True)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        finally:
+            print(flush=True)
+        if i + 1 < arguments.samples:
+            print("-" * 40)
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = stage.parser(__doc__)
+    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
+    commands = p.add_subparsers(required=True, metavar="COMMAND")
+    g = commands.add_parser("generate", description=generate.__doc__, help="continue a prompt")
+    g.set_defaults(command=generate)
+    g.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; none, or -, reads standard input")
+    g.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (0.7)")
+    g.add_argument("--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this share (0.9)")
+    g.add_argument("--top-k", type=int, help="sample among the k likeliest tokens (all)")
+    g.add_argument("--max-tokens", type=stage.positive, default=200, help="at most so many new tokens (200)")
+    g.add_argument("--seed", type=int, help="of the sampling (another each time)")
+    g.add_argument("--samples", type=stage.positive, default=1, help="how many continuations (1)")
+    return p
+
+
+if __name__ == "__main__":
+    parsed = arguments().parse_args()
+    stage.run(parsed.command, parsed)
