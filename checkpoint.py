@@ -5,6 +5,7 @@ and `manifest.json` with the digests of both. It is written under a temporary na
 """
 
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -61,7 +62,11 @@ def read(directory: Path, file: str) -> dict:
         raise UserError(f"{directory} has no {file}; it holds {', '.join(manifest['wrote'])}")
     if wrong := stage.damage(directory, {file: manifest["wrote"][file]}):
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
-    return torch.load(directory / file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(directory / file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"{directory / file} holds something other than tensors and numbers: {what}") from None
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:

@@ -376,7 +376,7 @@ def _stop(signum, frame):
     raise Stopped(128 + signum)
 
 
-USERS_OWN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR}
+USERS_OWN = {getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EEXIST ENOTDIR EISDIR EFBIG".split()}
 
 
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> typing.NoReturn:

@@ -21,6 +21,12 @@ from pathlib import Path
 import stage
 from stage import UserError, check_types, progress, sha256
 
+
+def raw() -> Path:
+    """Where raw text with a relative path is found: `data/raw/`, or DATA in the environment."""
+    return Path(os.environ.get("DATA") or "data/raw")
+
+
 OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -42,9 +48,9 @@ class Files:
 
     def files(self) -> list[Path]:
         """The files meant, sorted within each pattern. UserError for a pattern that matches none, or another format."""
-        root, found = Path(os.environ.get("DATA") or "data/raw"), []
+        found = []
         for pattern in self.paths:
-            full = str(root / pattern)
+            full = str(raw() / pattern)
             matches = [Path(full)] if Path(full).is_file() else sorted(map(Path, glob.glob(full, recursive=True)))
             if not (matches := [path for path in matches if path.is_file()]):
                 raise UserError(f"no file at {full}; correct the path, or say with DATA where relative paths are found")
@@ -55,7 +61,9 @@ class Files:
         return list(dict.fromkeys(found))
 
     def inputs(self) -> dict[str, str]:
-        return {str(path): sha256(path) for path in self.files()}
+        # By the path under DATA: the same files in another place are the same input.
+        names = {p: p.relative_to(raw()) if p.is_relative_to(raw()) else p for p in self.files()}
+        return {str(name): sha256(path) for path, name in names.items()}
 
     def documents(self, workers: int) -> Iterator[tuple[str, str]]:
         files = self.files()

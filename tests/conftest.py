@@ -1,0 +1,132 @@
+"""A small experiment on real text, and the commands run as a user runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more, and tests often share a machine
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MINI = """
+from configs import Experiment
+from data.corpus import CorpusConfig
+from data.pack import PackConfig
+from data.sources import Files
+from eval import EvalConfig
+from model import ModelConfig
+from tokenizer.train import TokenizerConfig
+from train import TrainConfig
+
+experiment = Experiment(
+    name="mini",
+    model=ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=32, n_heads=2),
+    corpus=CorpusConfig(sources=(Files(paths=("text.jsonl",)),), min_chars=20),
+    tokenizer=TokenizerConfig(vocab_size=512, algorithm="bpe"),
+    pack=PackConfig(val_fraction=0.1),
+    pretrain=TrainConfig(
+        steps=24, batch_size=12, micro_batch_size=4, learning_rate=3e-3, warmup_steps=4,
+        log_every=1, eval_every=8, eval_rows=8, save_every=5,
+    ),
+    eval=EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8),
+)
+"""
+
+
+class Command(subprocess.Popen):
+    """A command under way."""
+
+    def wait_for(self, text: str) -> None:
+        """Reads its output until a line has the text."""
+        while text not in (line := self.stdout.readline()):
+            assert line, f"the command ended without {text!r}: {self.communicate()}"
+
+
+class Place:
+    """A directory with the raw text, a config and room for runs."""
+
+    def __init__(self, path: Path):
+        self.path, self.config = path, path / "mini.py"
+        self.raw, self.runs = path / "raw", path / "runs"
+        self.env = os.environ | {"DATA": str(self.raw), "RUNS": str(self.runs), "PYTHONPATH": str(ROOT)}
+
+    def start(self, *arguments, **options) -> Command:
+        """Starts a command from the repository's root."""
+        command = [sys.executable, *map(str, arguments)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return Command(command, cwd=ROOT, env=self.env, text=True, **pipes, **options)
+
+    def run(self, *arguments, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess:
+        """Runs a command and expects an exit status; for 2, the user's mistake, one line on standard error."""
+        process = self.start(*arguments)
+        out, err = process.communicate(stdin, timeout=240)
+        assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
+        if status == 2:
+            assert err.startswith("error: "), err
+            assert err.count("\n") == 1, err
+        return subprocess.CompletedProcess(arguments, status, out, err)
+
+    def edit(self, *pairs: tuple[str, str]) -> Path:
+        """Changes the config, text by text."""
+        text = self.config.read_text()
+        for before, after in pairs:
+            assert before in text
+            text = text.replace(before, after)
+        self.config.write_text(text)
+        return self.config
+
+    def metrics(self) -> list[dict]:
+        """What training logged, but for the clock."""
+        lines = (self.runs / "mini/pretrain/metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def text() -> list[str]:
+    """Paragraphs of this repository's own model, 16 kB of them: real text that every checkout has."""
+    return [part for part in (ROOT / "model.py").read_text()[:16_000].split("\n\n") if len(part) > 20]
+
+
+@pytest.fixture
+def place(tmp_path: Path, text: list[str]) -> Place:
+    """A fresh directory: text and config, nothing made yet."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text))
+    (tmp_path / "mini.py").write_text(MINI)
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> Place:
+    """One with corpus, tokenizer and packed tokens, and a model trained without a disturbance."""
+    path = tmp_path_factory.mktemp("made")
+    (path / "raw").mkdir()
+    (path / "raw/text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text))
+    (path / "mini.py").write_text(MINI)
+    place = Place(path)
+    place.output = place.run("train.py", place.config).stdout
+    return place
+
+
+@pytest.fixture
+def packed(made: Place, tmp_path: Path) -> Place:
+    """A copy of it that has everything but the trained model."""
+    shutil.copytree(made.path, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/mini/pretrain")
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def trained(made: Place, tmp_path: Path) -> Place:
+    """A copy of it with the trained model."""
+    shutil.copytree(made.path, tmp_path, dirs_exist_ok=True)
+    return Place(tmp_path)

@@ -1,0 +1,81 @@
+"""Every shipped config loads; a mistaken one is explained in one line."""
+
+from pathlib import Path
+
+import pytest
+
+import configs
+from stage import UserError
+from tests.conftest import MINI, ROOT
+
+SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_loads(name, monkeypatch):
+    monkeypatch.delenv("RUNS", raising=False)
+    experiment = configs.load(f"configs/{name}.py")
+    assert experiment.name == name
+    assert experiment.directory("pretrain") == Path("runs") / name / "pretrain"
+    assert experiment.model.head_dim == 64
+
+
+def test_the_five_sizes_are_there():
+    assert {"demo", "micro", "tiny", "small", "base"} <= set(SHIPPED)
+
+
+def test_sizes_share_one_tokenizer(monkeypatch):
+    monkeypatch.setenv("RUNS", "elsewhere")
+    for name in ("micro", "small", "base"):
+        assert configs.load(f"configs/{name}.py").directory("tokenizer") == Path("elsewhere/tiny/tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("n_layers=2", "n_layer=2", "ModelConfig has no field 'n_layer'; did you mean n_layers?"),
+        ("steps=24", "step=24", "TrainConfig has no field 'step'; did you mean steps?"),
+        ('name="mini",', "", "Experiment missing 1 required keyword-only argument: 'name'"),
+        ("n_layers=2", 'n_layers="2"', "n_layers is '2' (str); expected int"),
+        ("steps=24", "steps=24.5", "steps is 24.5 (float); expected int | None"),
+        ("d_model=32", "d_model=33", "d_model is 33 and n_heads 2"),
+        ("val_fraction=0.1", "val_fraction=1.5", "val_fraction is 1.5; expected"),
+        ("vocab_size=512, context", "vocab_size=513, context", "model.vocab_size is 513 and tokenizer.vocab_size 512"),
+        ('"text.jsonl",', "3,", "paths is (3,) (tuple); expected tuple[str, ...]"),
+        ('("text.jsonl",)', '"text.jsonl"', "paths is 'text.jsonl' (str); expected tuple[str, ...]"),
+        ('name="mini"', 'name="../mini"', "name is '../mini'; expected letters"),
+        ("experiment =", "experimnt =", "sets no experiment"),
+        ("n_layers=2", "n_layers=2 n_heads", "invalid syntax"),
+        ("n_layers=2", "n_layers=two", "NameError: name 'two' is not defined"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, before, after, message):
+    path = tmp_path / "wrong.py"
+    assert before in MINI
+    path.write_text(MINI.replace(before, after))
+    with pytest.raises(UserError) as error:
+        configs.load(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_the_line_of_a_mistake_is_named(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("x = 1\ny = x + None\n")
+    with pytest.raises(UserError, match=r"wrong.py, line 2: unsupported operand"):
+        configs.load(path)
+
+
+def test_a_missing_config_is_named_with_the_one_meant():
+    with pytest.raises(UserError, match=r"no config at configs/tini.py; did you mean configs/tiny.py\?"):
+        configs.load("configs/tini.py")
+
+
+def test_what_is_shared_must_be_the_same(tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text(
+        "from dataclasses import replace\nfrom configs.small import experiment as small\n"
+        "experiment = replace(small, name='other', pack=replace(small.pack, val_fraction=0.2))\n"
+    )
+    with pytest.raises(UserError, match="pack is shared with tiny, but differs"):
+        configs.load(path)

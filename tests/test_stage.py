@@ -1,0 +1,113 @@
+"""Stage directories: finished or not, of the same inputs or not; and the checks of config types."""
+
+import dataclasses
+import json
+
+import pytest
+
+import stage
+from stage import Stage, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    size: int = 3
+    rate: float = 0.5
+    names: tuple[str, ...] = ("a",)
+    limit: int | None = None
+    free: int = 0
+
+    def __post_init__(self):
+        stage.check_types(self)
+
+
+def make(directory, config=None, read=None, force=False) -> bool:
+    """Makes a directory unless it is up to date; whether it did."""
+    job = Stage(directory, config or Config(), {"x": "1"} if read is None else read, "make it", free={"free"})
+    if job.up_to_date(force):
+        return False
+    with job.making():
+        (directory / "out").write_text("hello")
+        job.finish({"n": 1})
+    return True
+
+
+def test_made_once(tmp_path):
+    assert make(tmp_path / "run/a")
+    assert not make(tmp_path / "run/a")
+    assert not make(tmp_path / "run/a", Config(free=9))
+    assert make(tmp_path / "run/a", force=True)
+    manifest = json.loads((tmp_path / "run/a/manifest.json").read_text())
+    assert manifest["wrote"] == {
+        "out": {"bytes": 5, "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}
+    }
+    assert manifest["read"] == {"x": "1"}
+    assert manifest["config"]["size"] == 3
+    assert stage.outputs(tmp_path / "run/a") == {"run/a/out": manifest["wrote"]["out"]["sha256"]}
+
+
+def test_another_config_or_input_stops(tmp_path):
+    make(tmp_path / "a")
+    with pytest.raises(UserError, match=r'size was 3, is now 4; names\[0\] was "a", is now "b"'):
+        make(tmp_path / "a", Config(size=4, names=("b",)))
+    with pytest.raises(UserError, match='x was "1", is now "2"'):
+        make(tmp_path / "a", read={"x": "2"})
+    with pytest.raises(UserError, match="make it --force"):
+        make(tmp_path / "a", Config(size=4))
+    assert not make(tmp_path / "a", read={})  # inputs gone: what was made from them stands
+
+
+def test_interrupted_making_is_unfinished(tmp_path):
+    make(tmp_path / "a")
+    job = Stage(tmp_path / "a", Config(size=4), {}, "make it")
+
+    def interrupted():
+        with job.making():
+            (tmp_path / "a/half").write_text("…")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert stage.read_manifest(tmp_path / "a") is None
+    with pytest.raises(UserError, match="unfinished; make it with: make it"):
+        stage.finished(tmp_path / "a", "make it")
+    assert make(tmp_path / "a")
+    assert not (tmp_path / "a/half").exists()
+
+
+def test_damage_is_named(tmp_path):
+    make(tmp_path / "a")
+    (tmp_path / "a/out").write_text("hellO")
+    with pytest.raises(UserError, match="out has SHA-256"):
+        stage.finished(tmp_path / "a", "make it")
+    (tmp_path / "a/out").write_text("hell")
+    with pytest.raises(UserError, match="out has 4 bytes; its manifest says 5"):
+        stage.finished(tmp_path / "a", "make it")
+    (tmp_path / "a/out").unlink()
+    with pytest.raises(UserError, match="out is missing"):
+        stage.finished(tmp_path / "a", "make it")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\x00" * 40])
+def test_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="damaged"):
+        stage.read_manifest(tmp_path)
+
+
+def test_second_writer_is_refused(tmp_path):
+    with stage.locked(tmp_path), pytest.raises(UserError, match="another process"), stage.locked(tmp_path):
+        pass
+    with stage.locked(tmp_path):
+        pass
+
+
+def test_types():
+    Config(rate=1, limit=7, names=())
+    for wrong in ({"size": 1.0}, {"size": True}, {"rate": "1"}, {"names": ["a"]}, {"names": (1,)}, {"limit": "7"}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            Config(**wrong)
+
+
+def test_progress_yields_everything():
+    assert list(stage.progress(iter("abc"), 3, "letters", "reading")) == ["a", "b", "c"]

@@ -1,0 +1,315 @@
+"""The loop: what is optimised, and that a run cannot be harmed by killing it."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import ModelConfig, Transformer
+from stage import Stage
+from tests.conftest import Place
+from train import TrainConfig, learning_rate
+
+CONFIG = TrainConfig(steps=10, batch_size=4, learning_rate=1e-2)
+
+# Runs train.py in a process that sends itself SIGKILL at the n-th call of a function: a real signal, a known moment.
+KILL = """
+import os, signal, sys
+import {module}
+def killing(original, calls=[0]):
+    def wrapped(*a, **k):
+        calls[0] += 1
+        if calls[0] == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*a, **k)
+    return wrapped
+{module}.{function} = killing({module}.{function})
+import stage, train
+p = stage.parser("", makes=True, many=True)
+p.add_argument("--resume", default="auto")
+stage.run(train.main, p.parse_args())
+"""
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def assert_same_run(place: Place, made: Place) -> None:
+    """The same bytes of weights and of everything that resuming needs, and the same log."""
+    for file in ("weights.pt", "state.pt"):
+        for name in ("final", "best"):
+            ours, theirs = (p.runs / "mini/pretrain" / name / file for p in (place, made))
+            assert digest(ours) == digest(theirs)
+    assert place.metrics() == made.metrics()
+
+
+# --------------------------------------------------------------------------------------------------------- in process
+
+
+def test_learning_rate_by_hand():
+    config = TrainConfig(steps=12, batch_size=1, learning_rate=1.0, min_lr=0.2, warmup_steps=4)
+    found = [learning_rate(config, step, 12) for step in range(13)]
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[8] == pytest.approx(0.6)  # half-way down the cosine
+    assert found[12] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(found[4:]))
+
+
+def test_norms_are_not_decayed():
+    model = Transformer(ModelConfig(vocab_size=9, n_layers=1, d_model=4, n_heads=1))
+    matrices, vectors = train.make_optimizer(model, CONFIG).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert sum(p.numel() for p in vectors["params"]) == 3 * 4  # two norms of the block and the last one
+    assert sum(p.numel() for p in matrices["params"]) + 12 == model.num_parameters()
+
+
+class Numbers:
+    """0 1 2 3 … modulo 61, in the place of packed tokens."""
+
+    name = "numbers"
+    tokens = np.arange(20_000) % 61
+    bytes = 20_000
+
+
+def counting(config: TrainConfig, length: int = 16) -> tuple[Transformer, train.Task]:
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=61, context_length=length, n_layers=1, d_model=32, n_heads=2)
+    experiment = type("Experiment", (), {"model": shape, "pretrain": config})
+    return Transformer(shape), train.pretraining(experiment, {"train": Numbers, "val": Numbers})
+
+
+def run_counting(directory: Path, config: TrainConfig) -> tuple[Transformer, list[dict]]:
+    """Trains on counting; returns the model and what was logged."""
+    model, task = counting(config)
+    job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "")
+    with job.making():
+        train.train(model, task, config, job, "auto", "")
+    return model, [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_model_trained_on_counting_predicts_the_next_number(tmp_path):
+    model, _ = run_counting(tmp_path, TrainConfig(steps=150, batch_size=8, learning_rate=1e-2, warmup_steps=10))
+    assert model.generate([7], 12, temperature=0) == list(range(8, 20))  # not 9, 11, …: shifted once
+    assert model.generate([59], 4, temperature=0) == [60, 0, 1, 2]
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    logs = []
+    for rows in (8, 4, 1):
+        config = TrainConfig(steps=2, batch_size=8, micro_batch_size=rows, learning_rate=1e-2, log_every=1)
+        logs.append(run_counting(tmp_path / str(rows), config)[1])
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in logs[1]] == pytest.approx([m[name] for m in logs[0]], rel=1e-4)
+        assert [m[name] for m in logs[2]] == pytest.approx([m[name] for m in logs[0]], rel=1e-4)
+
+
+def test_gradient_norm_is_logged_as_it_was_before_clipping(tmp_path):
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-2, grad_clip=1e-3)
+    model, task = counting(config)
+    task.loss(model, *task.batch(0)).backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    assert run_counting(tmp_path, config)[1][0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": None},
+        {"epochs": 1},
+        {"batch_size": 0},
+        {"micro_batch_size": 3},
+        {"learning_rate": math.nan},
+        {"min_lr": 1.0},
+        {"beta2": 1.0},
+        {"weight_decay": -1.0},
+        {"eval_every": 0},
+    ],
+)
+def test_impossible_settings_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        TrainConfig(**{"steps": 10, "batch_size": 4, "learning_rate": 1e-2} | changes)
+
+
+# ------------------------------------------------------------------------------------------------- killed and resumed
+
+
+def test_run_logs_what_it_should(made: Place):
+    assert [m["step"] for m in made.metrics()] == list(range(1, 25))
+    assert [m["step"] for m in made.metrics() if "val_loss" in m] == [8, 16, 24]
+    first, last = made.metrics()[0], made.metrics()[-1]
+    assert first["loss"] == pytest.approx(math.log(512), rel=0.02)
+    assert last["val_loss"] < 0.9 * first["loss"]
+    assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+    assert sorted(p.name for p in (made.runs / "mini/pretrain").glob("*_*")) == ["step_0000015", "step_0000020"]
+
+
+def kill_points() -> list:
+    """(module, function, which call). A step takes three forward passes, one a micro-batch; the evaluations after steps
+    8, 16 and 24 take two each."""
+    forward, edge = ("model", "Transformer.forward"), ("data.batches", "Windows.batch")
+    return [
+        pytest.param(*forward, 2, id="first step, second micro-batch"),
+        pytest.param(*forward, 3 * 11 + 2 + 2, id="step 12, in the middle of accumulation"),
+        pytest.param(*forward, 3 * 8 + 1, id="evaluation after step 8"),
+        pytest.param(*edge, None, id="epoch's edge"),
+        pytest.param("os", "rename", 1, id="first checkpoint written, not yet renamed"),
+        pytest.param("torch", "save", 4, id="second checkpoint, between its files"),
+        pytest.param("checkpoint", "stage.write_json", 6, id="a later checkpoint, before its manifest"),
+        pytest.param("train", "Metrics.write", 10, id="step 10 saved, not yet logged"),
+    ]
+
+
+@pytest.mark.parametrize(("module", "function", "at"), kill_points())
+def test_killed_and_restarted_equals_undisturbed(packed: Place, made: Place, module, function, at):
+    if at is None:  # the first batch that holds windows of two epochs
+        windows = (len(np.fromfile(made.runs / "mini/packed/train.bin", "<u2")) - 1) // 64
+        at = windows // 12 + 1
+        assert windows % 12
+        assert at < 20
+    killed = packed.start("-c", KILL.format(module=module, function=function, at=at), packed.config)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    there = [p for p in (packed.runs / "mini/pretrain").glob("step_*") if (p / "manifest.json").exists()]
+    again = packed.run("train.py", packed.config)
+    if there:
+        assert re.search(r"resumed from step \d+", again.stdout)
+    assert_same_run(packed, made)
+    assert not list((packed.runs / "mini/pretrain").glob(".*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_random_moments(packed: Place, made: Place, seed):
+    chance = random.Random(seed)
+    for _ in range(3):
+        run = packed.start("train.py", packed.config)
+        time.sleep(chance.uniform(2.0, 7.0))
+        run.kill()
+        run.communicate()
+    packed.run("train.py", packed.config)
+    assert_same_run(packed, made)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(packed: Place, made: Place, signum, status):
+    packed.edit(("steps=24", "steps=100_000"))
+    run = packed.start("train.py", packed.config)
+    run.wait_for("step 1 of")
+    time.sleep(0.5)
+    run.send_signal(signum)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == status
+    step = int(re.search(r"saved at step (\d+) of 100000; go on with: python train.py", err)[1])
+    packed.edit(("steps=100_000", f"steps={step + 3}"))
+    again = packed.run("train.py", packed.config)
+    assert f"resumed from step {step} " in again.stdout
+    assert packed.metrics()[-1]["step"] == step + 3
+
+
+def test_the_same_command_again_finds_it_done(trained: Place, made: Place):
+    assert "is up to date" in trained.run("train.py", trained.config).stdout
+    assert_same_run(trained, made)
+
+
+def test_more_steps_go_on_from_the_end(trained: Place):
+    trained.edit(("steps=24", "steps=30"), ("save_every=5", "save_every=100"))
+    assert "resumed from step 24" in trained.run("train.py", trained.config).stdout
+    assert [m["step"] for m in trained.metrics()] == list(range(1, 31))
+
+
+def test_resumes_from_a_path(packed: Place, made: Place):
+    kept = packed.path / "kept"
+    shutil.copytree(made.runs / "mini/pretrain/step_0000015", kept)
+    run = packed.run("train.py", packed.config, "--resume", kept)
+    assert "resumed from step 15" in run.stdout
+    for file in ("weights.pt", "state.pt"):
+        assert digest(packed.runs / "mini/pretrain/final" / file) == digest(made.runs / "mini/pretrain/final" / file)
+
+
+def test_resuming_earlier_than_what_is_there_is_refused(trained: Place):
+    trained.edit(("steps=24", "steps=30"))
+    start = trained.runs / "mini/pretrain/step_0000015"
+    assert "final" in trained.run("train.py", trained.config, "--resume", start, status=2).stderr
+    assert "no manifest.json" in trained.run("train.py", trained.config, "--resume", "nowhere", status=2).stderr
+
+
+def test_force_begins_anew(trained: Place, made: Place):
+    assert "resumed" not in trained.run("train.py", trained.config, "--force").stdout
+    assert_same_run(trained, made)
+
+
+def test_another_config_is_refused(trained: Place):
+    trained.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
+    error = trained.run("train.py", trained.config, status=2).stderr
+    assert "pretrain.learning_rate was 0.003, is now 0.002" in error
+    assert "--force" in error
+
+
+def test_another_config_is_refused_on_resume(packed: Place, made: Place):
+    shutil.copytree(made.runs / "mini/pretrain/step_0000015", packed.runs / "mini/pretrain/step_0000015")
+    packed.edit(("n_layers=2", "n_layers=3"))
+    assert "model.n_layers was 2, is now 3" in packed.run("train.py", packed.config, status=2).stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over(packed: Place, made: Place):
+    for name in ("step_0000015", "step_0000020"):
+        shutil.copytree(made.runs / "mini/pretrain" / name, packed.runs / "mini/pretrain" / name)
+    weights = packed.runs / "mini/pretrain/step_0000020/weights.pt"
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    weights.write_bytes(damaged)
+    run = packed.run("train.py", packed.config)
+    assert "step_0000020/weights.pt has SHA-256" in run.stderr
+    assert "resumed from step 15" in run.stdout
+
+
+def test_two_runs_cannot_write_to_one_directory(packed: Place):
+    packed.edit(("steps=24", "steps=100_000"))
+    first = packed.start("train.py", packed.config)
+    first.wait_for("step 1 of")
+    assert "another process" in packed.run("train.py", packed.config, status=2).stderr
+    first.kill()
+    first.communicate()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(packed: Place):
+    packed.edit(("learning_rate=3e-3", "learning_rate=1e30"))
+    error = packed.run("train.py", packed.config, status=2).stderr
+    assert "Lower learning_rate" in error
+
+
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "train.idx"])
+def test_truncated_packed_data_is_named(packed: Place, file):
+    path = packed.runs / "mini/packed" / file
+    os.truncate(path, path.stat().st_size - 3)
+    error = packed.run("train.py", packed.config, status=2).stderr
+    assert file in error
+    assert "python -m data.pack" in error
+    assert not (packed.runs / "mini/pretrain").exists()
+
+
+def test_a_tokenizer_that_does_not_match_is_named(packed: Place):
+    shutil.rmtree(packed.runs / "mini/corpus")  # so that nothing can be made again
+    other = packed.path / "other"
+    shutil.copytree(packed.runs / "mini/tokenizer", other)
+    spm = packed.runs / "mini/tokenizer/spm.model"
+    spm.write_bytes(spm.read_bytes()[:-1] + b"?")
+    assert "spm.model has SHA-256" in packed.run("train.py", packed.config, status=2).stderr
+
+
+def test_context_longer_than_the_text_is_named(place: Place):
+    place.edit(("context_length=64", "context_length=100_000"))
+    assert "one window of context_length 100,000" in place.run("train.py", place.config, status=2).stderr
