@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 
 .PHONY: install demo pipeline test test-all lint
 
-demo: CONFIG = configs/demo.py
+demo: override CONFIG = configs/demo.py
 demo: pipeline
 
 pipeline: $(VENV)/core

@@ -5,7 +5,6 @@ and `manifest.json` with the digests of both. It is written under a temporary na
 """
 
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -64,8 +63,8 @@ def read(directory: Path, file: str) -> dict:
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
     try:
         return torch.load(directory / file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        what = str(error).splitlines()[0]
+    except Exception as error:  # a file made to harm can break the reader anywhere
+        what = f"{type(error).__name__} {error}".splitlines()[0]
         raise UserError(f"{directory / file} holds something other than tensors and numbers: {what}") from None
 
 
@@ -107,6 +106,6 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     model = Transformer(ModelConfig(**shape))
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
     return model.eval().to(device)

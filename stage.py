@@ -376,7 +376,17 @@ def _stop(signum, frame):
     raise Stopped(128 + signum)
 
 
-USERS_OWN = {getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS EEXIST ENOTDIR EISDIR EFBIG".split()}
+# What the machine refuses, rather than the code: no space, no permission, a file in the place of a directory.
+REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 
 
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> typing.NoReturn:
@@ -391,7 +401,7 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     except UserError as error:
         _fail(f"error: {error}")
     except OSError as error:
-        if error.errno not in USERS_OWN:
+        if error.errno not in REFUSED:
             raise
         _fail(f"error: {error.strerror}: {error.filename or 'while writing'}; mend that and run the same command again")
     except Stopped as stop:
