@@ -26,10 +26,16 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    torch.save(weights, temporary / "weights.pt")
-    torch.save(state, temporary / "state.pt")
-    wrote = stage.digests(temporary, temporary.glob("*.pt"))
-    stage.write_json(temporary / "manifest.json", about | {"wrote": wrote, "versions": stage.versions()})
+    try:
+        for name, content in (("weights.pt", weights), ("state.pt", state)):
+            with open(temporary / name, "wb") as file:
+                torch.save(content, file)
+        wrote = stage.digests(temporary, temporary.glob("*.pt"))
+        stage.write_json(temporary / "manifest.json", about | {"wrote": wrote, "versions": stage.versions()})
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.__context__  # torch covers what the disk said with an error of its own
+        raise reason if isinstance(reason, OSError) else error from None
     if directory.exists():  # two renames, with the old one whole beside until the new one stands: see `recover`
         old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)

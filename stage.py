@@ -218,10 +218,11 @@ class Stage:
     def making(self, keep: bool = False) -> Iterator[None]:
         """Holds the directory and logs to its log.txt while the block runs. Empties it first, unless `keep`."""
         with locked(self.directory):
-            (self.directory / "manifest.json").unlink(missing_ok=True)  # from here on it is unfinished
-            for path in self.directory.iterdir():
-                if not keep and path.name not in (".lock", "log.txt"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not keep:
+                (self.directory / "manifest.json").unlink(missing_ok=True)  # from here on it is unfinished
+                for path in self.directory.iterdir():
+                    if path.name not in (".lock", "log.txt"):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
             with logging_to(self.directory):
                 self.started = time.perf_counter()
                 yield
@@ -376,7 +377,7 @@ def _stop(signum, frame):
     raise Stopped(128 + signum)
 
 
-# What the machine refuses, rather than the code: no space, no permission, a file in the place of a directory.
+# What the machine refuses: no space, no permission, a file where a directory should be.
 REFUSED = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -386,6 +387,7 @@ REFUSED = {
     errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EFBIG,
 }
 
 

@@ -225,6 +225,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         counts = stage.read_manifest(start)["counts"]
         step, record, best, job.earlier = counts["step"], counts["record"], state["best"], counts["seconds"]
         log.info(f"resumed from step {step} ({start})")
+    (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished run is made longer
     metrics = Metrics(directory / "metrics.jsonl", step)
 
     def save(name: str) -> None:
@@ -234,10 +235,9 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         counts = {"step": step, "seconds": round(job.seconds(), 1), "record": record}
         about = {"config": job.config, "read": job.read, "counts": counts}
         checkpoint.save(directory / name, model.state_dict(), state, about)
-        kept = [path for _, path in checkpoint.steps(directory) if path.name != "final"][: config.keep_checkpoints]
-        for _, path in checkpoint.steps(directory):
-            if path.name != "final" and path not in kept:
-                shutil.rmtree(path)
+        numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
+        for path in numbered[config.keep_checkpoints :]:
+            shutil.rmtree(path)
 
     def finish_step() -> None:
         """Evaluates and logs, if this step should. A resumed run begins here: its record came with the checkpoint."""
@@ -258,7 +258,8 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     shown = tick = time.perf_counter()
     first = counted = step
     with Signals() as signals, bar:
-        while step < steps and signals.caught is None:
+        stopping = None
+        while step < steps and stopping is None:
             # One optimizer step: the gradient of the mean over the global batch, gathered from micro-batches.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, steps)
@@ -276,7 +277,8 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
             step += 1
             bar.update()
 
-            saving = step % config.save_every == 0 or step == steps or signals.caught is not None
+            stopping = signals.caught  # read once: what is saved below is what the message after the loop speaks of
+            saving = step % config.save_every == 0 or step == steps or stopping is not None
             evaluated = step % config.eval_every == 0 or step == steps
             if not (saving or evaluated or step % config.log_every == 0 or step == first + 1):
                 continue
@@ -306,8 +308,8 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
             finish_step()
             tick, counted = time.perf_counter(), step  # neither saving, evaluation nor the first step counts
     if step < steps:
-        name = signal.Signals(signals.caught).name
-        raise stage.Stopped(128 + signals.caught, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
+        name = signal.Signals(stopping).name
+        raise stage.Stopped(128 + stopping, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
     counts = {"step": step, "parameters": sum(p.numel() for p in model.parameters()), "record": record}
     job.finish(counts, files=(directory / "final").glob("*"))
 

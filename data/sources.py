@@ -161,7 +161,7 @@ def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
 
     def visit(node: ast.AST, name: str) -> None:
         if isinstance(node, documented) and (text := ast.get_docstring(node)):
-            found.append((name, text))
+            found.append((name, text.encode(errors="replace").decode()))  # a literal can spell half a surrogate
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, ast.expr):
                 visit(child, f"{name}.{child.name}" if hasattr(child, "name") else name)

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -289,6 +290,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(packed: Place):
     packed.edit(("learning_rate=3e-3", "learning_rate=1e30"))
     error = packed.run("train.py", packed.config, status=2).stderr
     assert "Lower learning_rate" in error
+
+
+def test_a_disk_that_fills_up_loses_nothing(packed: Place, made: Place):
+    """A limit on the size of files, which the system enforces as it does a full disk."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # noqa: E731
+    full = packed.start("train.py", packed.config, preexec_fn=limit)
+    _, err = full.communicate(timeout=60)
+    assert full.returncode == 2
+    assert err.startswith("error: File too large")
+    assert not list((packed.runs / "mini/pretrain").glob("*_*"))
+    packed.run("train.py", packed.config)
+    assert_same_run(packed, made)
 
 
 @pytest.mark.parametrize("file", ["train.bin", "val.bin", "train.idx"])
