@@ -48,7 +48,9 @@ class TrainConfig:
     learning_rate: float
     """AdamW's, at the peak."""
     min_lr: float = 0.0
-    """The learning rate that the cosine ends at."""
+    """The learning rate at the end."""
+    schedule: str = "cosine"
+    """How it goes from the peak to the end: "cosine" (arXiv:1608.03983) or "linear" (arXiv:2310.07831)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     beta1: float = 0.9
@@ -86,6 +88,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0, less than 1")
+        if self.schedule not in ("cosine", "linear"):
+            raise ValueError(f'schedule is {self.schedule!r}; expected "cosine" or "linear"')
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set either steps or epochs, and leave the other None")
         if not 0 <= self.min_lr <= self.learning_rate:
@@ -119,11 +123,12 @@ class Task:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Of a step counted from 0: a linear rise, then half a cosine from learning_rate to min_lr (arXiv:1608.03983)."""
+    """Of a step counted from 0: a linear rise over the warm-up, then a fall from learning_rate to min_lr."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
+    return config.min_lr + (config.learning_rate - config.min_lr) * left
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

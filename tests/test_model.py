@@ -123,7 +123,7 @@ def compare(kernel, twin, inputs: list[torch.Tensor], layout: str, dtype: torch.
         assert kernel_error <= 2 * twin_error + slack
 
 
-SHAPES = [(1, 1), (3, 7), (5, 64), (2, 3, 97), (33, 128), (4, 257), (2, 8191), (3, 8192), (300, 5)]
+SHAPES = [(1, 1), (3, 7), (5, 64), (2, 3, 97), (33, 128), (4, 257), (2, 8191), (3, 8192), (300, 5), (300, 2049)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """The loop: what is optimised, and that a run cannot be harmed by killing it."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -67,6 +68,9 @@ def test_learning_rate_by_hand():
     assert found[8] == pytest.approx(0.6)  # half-way down the cosine
     assert found[12] == pytest.approx(0.2)
     assert all(a > b for a, b in itertools.pairwise(found[4:]))
+    config = dataclasses.replace(config, schedule="linear")
+    found = [learning_rate(config, step, 12) for step in range(13)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
 
 
 def test_norms_are_not_decayed():
@@ -137,6 +141,7 @@ def test_gradient_norm_is_logged_as_it_was_before_clipping(tmp_path):
         {"beta2": 1.0},
         {"weight_decay": -1.0},
         {"eval_every": 0},
+        {"schedule": "sawtooth"},
     ],
 )
 def test_impossible_settings_are_refused(changes):
