@@ -129,7 +129,7 @@ def read_manifest(directory: Path) -> dict | None:
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not {"config", "read", "wrote"} <= manifest.keys():
+        if not isinstance(manifest, dict) or not {"config", "read", "wrote", "counts"} <= manifest.keys():
             raise ValueError
         return manifest
     except (FileNotFoundError, NotADirectoryError):
