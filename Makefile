@@ -5,7 +5,7 @@ VENV ?= .venv
 CONFIG ?= configs/tiny.py
 RUN = $(VENV)/bin/python
 
-.PHONY: install demo pipeline test test-all lint
+.PHONY: install demo pipeline test test-all bench lint
 
 demo: override CONFIG = configs/demo.py
 demo: pipeline
@@ -23,6 +23,9 @@ test: $(VENV)/dev
 
 test-all: $(VENV)/dev
 	$(RUN) -m pytest
+
+bench: $(VENV)/dev
+	$(RUN) -m benchmarks.cpu
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

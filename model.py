@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -184,6 +185,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, weight, scale = ctx.saved_tensors
         rows, d = x.shape
@@ -212,6 +214,7 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
@@ -274,6 +277,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):
         dx, dw = ctx.saved_tensors
         return dx * dloss.to(dx.dtype), (dw * dloss).to(ctx.dtype), None
@@ -465,6 +469,8 @@ class Transformer(nn.Module):
             raise ValueError(f"top_k is {top_k}; expected at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; expected more than 0, at most 1")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         seen = list(ids)[-context:]

@@ -85,6 +85,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}; expected less than 2^63")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0, less than 1")
@@ -218,6 +220,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     model.to(device).train()
     optimizer = make_optimizer(model, config)
+    parameters = sum(p.numel() for p in model.parameters())
     step, best, record = 0, math.inf, None
 
     if (start := find_checkpoint(job, resume)) is not None:
@@ -254,7 +257,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
             if record["val_loss"] < best:
                 best = record["val_loss"]
                 save("best")
-        if step % config.log_every == 0 or "val_loss" in record:
+        if step % config.log_every == 0 or step == 1 or "val_loss" in record:
             metrics.write(record)
 
     if record is not None:
@@ -300,6 +303,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
                 "lr": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm,
                 "tokens": step * targets,
+                "tokens_per_parameter": step * targets / parameters,
                 "epoch": step / task.epoch,
                 "tokens_per_second": rate,
             }
@@ -315,7 +319,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     if step < steps:
         name = signal.Signals(stopping).name
         raise stage.Stopped(128 + stopping, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
-    counts = {"step": step, "parameters": sum(p.numel() for p in model.parameters()), "record": record}
+    counts = {"step": step, "parameters": parameters, "record": record}
     job.finish(counts, files=(directory / "final").glob("*"))
 
 

@@ -27,5 +27,7 @@ class EvalConfig:
         for name in ("continuations", "prompt_tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}; expected 0 to 2^62 - 1")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature is {self.temperature}, top_p {self.top_p}; expected ≥ 0, and 0 < top_p ≤ 1")

@@ -388,6 +388,7 @@ def test_sampling_follows_the_distribution():
         ([1], {"temperature": math.nan}),
         ([1], {"top_p": 0}),
         ([1], {"top_k": 0}),
+        ([1], {"seed": -1}),
     ],
 )
 def test_impossible_requests_are_refused(ids, options):
