@@ -78,8 +78,12 @@ def steps(parent: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint that a run can resume from, newest first."""
     found = []
     for path in parent.glob("*"):
-        if re.fullmatch(r"step_\d+|final", path.name) and (manifest := stage.read_manifest(path)):
-            found.append((manifest["counts"]["step"], path))
+        if re.fullmatch(r"step_\d+|final", path.name):
+            try:
+                if manifest := stage.read_manifest(path):
+                    found.append((manifest["counts"]["step"], path))
+            except UserError as error:
+                log.warning(f"{error}: passing over {path}")
     return sorted(found, reverse=True)
 
 

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import multiprocessing
 import multiprocessing.pool
 import os
@@ -129,12 +128,12 @@ def read_manifest(directory: Path) -> dict | None:
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not {"config", "read", "wrote", "counts"} <= manifest.keys():
-            raise ValueError
-        return manifest
+        if all(isinstance(manifest[key], dict) for key in ("config", "read", "wrote", "counts")):
+            return manifest
+        raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete {directory} and make it again") from None
 
 
@@ -249,15 +248,15 @@ class Stage:
 
 def record_seconds(directory: Path, seconds: float) -> None:
     """Notes in `seconds.json`, beside the directory, how long it took to make: outputs themselves carry no clock."""
-    path = directory.parent / "seconds.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, table | {directory.name: round(seconds, 1)})
+    write_json(directory.parent / "seconds.json", read_seconds(directory.parent) | {directory.name: round(seconds, 1)})
 
 
-def read_seconds(directory: Path) -> float:
-    """How long a directory took to make; NaN if that was not noted."""
-    path = directory.parent / "seconds.json"
-    return json.loads(path.read_text()).get(directory.name, math.nan) if path.exists() else math.nan
+def read_seconds(run: Path) -> dict[str, float]:
+    """How long each directory of a run took to make, as far as that was noted."""
+    try:
+        return dict(json.loads((run / "seconds.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def outputs(directory: Path) -> dict[str, str]:
@@ -393,6 +392,8 @@ REFUSED = {
 
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> typing.NoReturn:
     """Runs a command and exits: 0 done, 2 the user's mistake, 130 or 143 stopped, 1 (with a traceback) a defect."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still shows the rest
     console = _Console()
     log.setLevel(arguments.log_level.upper())
     log.addHandler(console)
@@ -402,6 +403,9 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         main(arguments)
     except UserError as error:
         _fail(f"error: {error}")
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in REFUSED:
             raise

@@ -185,7 +185,7 @@ class Metrics:
             try:
                 if json.loads(line)["step"] < step:
                     kept.append(line + b"\n")
-            except ValueError:
+            except (ValueError, TypeError, KeyError):
                 break  # the line that was being written when the run was killed
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_bytes(b"".join(kept))

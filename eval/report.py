@@ -7,6 +7,7 @@ Nothing is measured here: what the page says, a stage has written.
 
 import argparse
 import json
+import math
 
 import configs
 import stage
@@ -36,7 +37,8 @@ def report(experiment: Experiment) -> str:
         directory = experiment.directory(name)
         if (manifest := stage.read_manifest(directory)) is None:
             raise UserError(f"{directory} is not there or unfinished; make it with: {command} {experiment.path}")
-        manifests[name], seconds[name] = manifest, stage.read_seconds(directory)
+        manifests[name] = manifest
+        seconds[name] = stage.read_seconds(directory.parent).get(directory.name, math.nan)
     counts = {name: manifest["counts"] for name, manifest in manifests.items()}
     results = json.loads((experiment.directory("eval") / "results.json").read_text())["pretrain"]["validation"]
     examples = json.loads((experiment.directory("eval") / "continuations.json").read_text())

@@ -126,6 +126,15 @@ def test_generate_from_a_checkpoint_and_samples(trained: Place):
     assert all(part.startswith("ä ▁") for part in parts)
 
 
+def test_reader_that_goes_away_and_a_terminal_without_unicode(trained: Place):
+    trained.env["PYTHONIOENCODING"] = "ascii"
+    with trained.start("serve.py", trained.config, "generate", "× ", "--max-tokens", "3000") as run:
+        assert run.stdout.read(4) == r"\xd7"
+        run.stdout.close()
+        assert run.wait(60) == 128 + 13
+        assert run.stderr.read() == ""
+
+
 def test_stopped_while_making_data(place: Place):
     """Ctrl-C in the shell reaches the workers too; they must be quiet about it."""
     place.edit(('Files(paths=("text.jsonl",))', "PythonDocs()"), ("import Files", "import PythonDocs"))
