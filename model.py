@@ -417,13 +417,8 @@ class Transformer(nn.Module):
         """Every trained number once, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits, or with `targets` the mean loss.
-
-        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`: the
-        caller shifts, once; nothing is shifted here. cache: keys and values of earlier tokens, extended by these.
-        Returns logits (B, T, V), or a scalar: mean cross-entropy in nats. Raises ValueError past the context.
-        """
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`."""
         past = cache.used if cache is not None else 0
         end = past + tokens.shape[1]
         if end > self.config.context_length:
@@ -434,7 +429,16 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, cache)
         if cache is not None:
             cache.used = end
-        x = self.norm(x)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits, or with `targets` the mean loss.
+
+        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`: the
+        caller shifts, once; nothing is shifted here. cache: keys and values of earlier tokens, extended by these.
+        Returns logits (B, T, V), or a scalar: mean cross-entropy in nats. Raises ValueError past the context.
+        """
+        x = self.hidden(tokens, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())

@@ -13,7 +13,8 @@ from model import Transformer
 from stage import progress
 from tokenizer import Tokenizer
 
-LOGITS = 1 << 25  # at most so many at once: 128 MiB in float32
+WINDOWS = 16  # read at once
+LOGITS = 1 << 22  # at most so many at once: 16 MiB in float32, which the next ones reuse
 
 
 def token_nats(model: Transformer, tokens: np.ndarray, eos: int) -> np.ndarray:
@@ -26,17 +27,19 @@ def token_nats(model: Transformer, tokens: np.ndarray, eos: int) -> np.ndarray:
     T, n = model.config.context_length, len(tokens)
     stream = torch.from_numpy(np.concatenate(([eos], tokens)).astype(np.int64))
     starts = [0, *range(T // 2, n - T, T // 2), n - T] if n > T else [0]  # the last one ends where the stream does
-    rows = max(1, LOGITS // (T * model.config.vocab_size))
-    batches = [starts[i : i + rows] for i in range(0, len(starts), rows)]
+    batches = [starts[i : i + WINDOWS] for i in range(0, len(starts), WINDOWS)]
+    rows = max(1, LOGITS // model.config.vocab_size)
     nats, scored, device = np.empty(n), 0, model.embed.weight.device
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", "validation"):
             windows: Tensor = torch.stack([stream[s : s + T + 1] for s in batch]).to(device)  # (B, T + 1)
-            logits = model(windows[:, :-1])
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none")
-            for start, row in zip(batch, losses.view(len(batch), -1).cpu().double().numpy(), strict=True):
-                nats[scored : start + len(row)] = row[scored - start :]
-                scored = start + len(row)
+            hidden = model.hidden(windows[:, :-1])  # (B, T, D)
+            for start, window, x in zip(batch, windows, hidden, strict=True):
+                new = scored - start  # the first position whose target no earlier window has counted
+                for xs, targets in zip(x[new:].split(rows), window[new + 1 :].split(rows), strict=True):
+                    losses = F.cross_entropy(model.head(xs).float(), targets, reduction="none")
+                    nats[scored : scored + len(targets)] = losses.cpu().double().numpy()
+                    scored += len(targets)
     return nats
 
 

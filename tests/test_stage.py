@@ -88,7 +88,9 @@ def test_damage_is_named(tmp_path):
         stage.finished(tmp_path / "a", "make it")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 1, "read": {}, "wrote": {}, "counts": {}}', "\x00" * 40])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"config": 1, "read": {}, "wrote": {}, "counts": {}}', "\x00" * 40]
+)
 def test_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="damaged"):
