@@ -81,9 +81,9 @@ def steps(parent: Path) -> list[tuple[int, Path]]:
         if re.fullmatch(r"step_\d+|final", path.name):
             try:
                 if manifest := stage.read_manifest(path):
-                    found.append((manifest["counts"]["step"], path))
-            except UserError as error:
-                log.warning(f"{error}: passing over {path}")
+                    found.append((int(manifest["counts"]["step"]), path))
+            except (UserError, LookupError, TypeError, ValueError) as error:
+                log.warning(f"{error!s}: passing over {path}")
     return sorted(found, reverse=True)
 
 
@@ -98,7 +98,8 @@ def newest(parent: Path) -> Iterator[Path]:
 
 def must_match(directory: Path, tokenizer_sha256: str) -> None:
     """UserError if a checkpoint was not trained on the output of this tokenizer."""
-    manifest = stage.read_manifest(directory) or {"read": {}}
+    if (manifest := stage.read_manifest(directory)) is None:
+        raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
     found = next((digest for path, digest in manifest["read"].items() if path.endswith("spm.model")), "none")
     if found != tokenizer_sha256:
         raise UserError(

@@ -56,7 +56,8 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+            allowed = (int, float) if field.type is float else field.type
+            if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
                 expected = getattr(field.type, "__name__", field.type)
                 raise TypeError(f"{field.name} is {value!r} ({type(value).__name__}); expected {expected}")
             if field.name not in ("tie_embeddings", "kernels") and value is not None and not 0 < value < math.inf:
@@ -502,7 +503,7 @@ def sample(
     if temperature == 0:
         return int(logits.argmax())
     order = logits.sort(descending=True, stable=True)
-    p = torch.softmax((order.values - order.values[0]) / temperature, 0)
+    p = torch.softmax((order.values - order.values[0]).double() / temperature, 0)
     if top_k is not None:
         p[top_k:] = 0
     if top_p is not None:

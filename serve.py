@@ -47,7 +47,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     experiment = configs.load(arguments.config)
     directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
-    spm = tokenizer.load(experiment.directory("tokenizer"))
+    spm = experiment.load_tokenizer()
     checkpoint.must_match(directory, spm.sha256)
     model = checkpoint.load_model(directory, str(pick_device()[0]))
     prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt

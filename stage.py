@@ -12,6 +12,7 @@ Also here: what every command shares, from its arguments to its exit status.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -19,16 +20,16 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import multiprocessing.pool
 import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 
@@ -128,7 +129,8 @@ def read_manifest(directory: Path) -> dict | None:
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(manifest[key], dict) for key in ("config", "read", "wrote", "counts")):
+        tables = [manifest[key] for key in ("config", "read", "wrote", "counts")]
+        if all(isinstance(table, dict) for table in [*tables, *manifest["wrote"].values()]):
             return manifest
         raise ValueError
     except (FileNotFoundError, NotADirectoryError):
@@ -146,15 +148,15 @@ def digests(directory: Path, files: Iterable[Path]) -> dict[str, dict]:
     return table
 
 
-def damage(directory: Path, wrote: dict[str, dict]) -> str | None:
-    """What is wrong with a directory's files, by their manifest, or None: sizes first, then SHA-256."""
+def damage(directory: Path, wrote: dict[str, dict], contents: bool = True) -> str | None:
+    """What is wrong with a directory's files, by their manifest, or None: sizes first, then, if asked, SHA-256."""
     for name, expected in wrote.items():
         path = directory / name
         if not path.is_file():
             return f"{path} is missing"
         if (found := path.stat().st_size) != expected["bytes"]:
             return f"{path} has {found:,} bytes; its manifest says {expected['bytes']:,}"
-    for name, expected in wrote.items():
+    for name, expected in wrote.items() if contents else ():
         if (digest := sha256(directory / name)) != expected["sha256"]:
             return f"{directory / name} has SHA-256 {digest[:12]}…; its manifest says {expected['sha256'][:12]}…"
     return None
@@ -196,9 +198,11 @@ class Stage:
 
     def up_to_date(self, force: bool = False) -> bool:
         """Whether the directory is finished, from this config and inputs. UserError if from others and not force."""
-        if force or read_manifest(self.directory) is None:
+        if force or (manifest := read_manifest(self.directory)) is None:
             return False
         self.must_match(self.directory)
+        if wrong := damage(self.directory, manifest["wrote"], contents=False):
+            raise UserError(f"{wrong}; make it anew: {self.remake} --force")
         return True
 
     def must_match(self, directory: Path) -> None:
@@ -254,7 +258,7 @@ def record_seconds(directory: Path, seconds: float) -> None:
 def read_seconds(run: Path) -> dict[str, float]:
     """How long each directory of a run took to make, as far as that was noted."""
     try:
-        return dict(json.loads((run / "seconds.json").read_text()))
+        return dict(json.loads((run / "seconds.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -317,27 +321,39 @@ def progress(items: Iterable, total: int, unit: str, what: str) -> Iterator:
             shown = now
 
 
+STOPPING = {signal.SIGINT, signal.SIGTERM}
+
+
 @contextlib.contextmanager
-def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Iterator[multiprocessing.pool.Pool]:
-    """A pool of processes that ends with this one, however this one ends.
+def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, however this one ends. UserError if one of them is killed.
 
-    Forked, not spawned: a worker needs what is already in memory, and must not run the caller's script again.
+    Forked, not spawned: a worker needs what is already in memory, and must not run the caller's script again. They all
+    start here, with signals held back: a fork that is interrupted by a handler leaves locks that nobody opens.
     """
-    forked = multiprocessing.get_context("fork").Pool(workers, _become_worker, (os.getpid(), initializer, *initargs))
-    with forked:  # terminates it on the way out
-        yield forked
+    fork = multiprocessing.get_context("fork")
+    executor = ProcessPoolExecutor(workers, fork, _become_worker, (initializer, *initargs))
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    executor.submit(int).result()
+    processes = multiprocessing.active_children()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        yield executor
+        executor.shutdown()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, perhaps for want of memory; try fewer --workers") from None
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
 
 
-def _become_worker(parent: int, initializer: Callable[..., None], *initargs) -> None:
+def _become_worker(initializer: Callable, *initargs) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a parent that is killed
     initializer(*initargs)
 
 
@@ -345,10 +361,15 @@ def workers(arguments: argparse.Namespace) -> int:
     return arguments.workers or len(os.sched_getaffinity(0))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        _fail(f"error: {message}; see {self.prog} --help")
+
+
 def parser(description: str, *, makes: bool = False, many: bool = False) -> argparse.ArgumentParser:
     """The arguments that commands share: CONFIG, --log-level; --force if one makes something, --workers if many do."""
     raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    p = _Parser(description=description, formatter_class=raw, allow_abbrev=False)
     p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     if makes:
@@ -359,7 +380,7 @@ def parser(description: str, *, makes: bool = False, many: bool = False) -> argp
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -387,11 +408,16 @@ REFUSED = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EFBIG,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
 }
 
 
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> typing.NoReturn:
     """Runs a command and exits: 0 done, 2 the user's mistake, 130 or 143 stopped, 1 (with a traceback) a defect."""
+    for name in ("stdin", "stdout", "stderr"):  # one that was closed reads as empty, and swallows what is written
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still shows the rest
     console = _Console()
@@ -411,6 +437,8 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
             raise
         _fail(f"error: {error.strerror}: {error.filename or 'while writing'}; mend that and run the same command again")
     except Stopped as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(stop, file=sys.stderr)
         sys.exit(stop.status)
     sys.exit(0)

@@ -234,6 +234,8 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         step, record, best, job.earlier = counts["step"], counts["record"], state["best"], counts["seconds"]
         log.info(f"resumed from step {step} ({start})")
     (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished run is made longer
+    if step > steps:
+        raise UserError(f"{start} is at step {step} already; set steps to at least that, not {steps}")
     metrics = Metrics(directory / "metrics.jsonl", step)
 
     def save(name: str) -> None:
@@ -241,6 +243,8 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         if device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         counts = {"step": step, "seconds": round(job.seconds(), 1), "record": record}
+        if metrics.path.exists():
+            stage.sync(metrics.path)  # a checkpoint never reaches the disk before the log of its steps
         about = {"config": job.config, "read": job.read, "counts": counts}
         checkpoint.save(directory / name, model.state_dict(), state, about)
         numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
@@ -261,6 +265,8 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
             metrics.write(record)
 
     if record is not None:
+        if step == steps:
+            save("final")
         finish_step()
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     shown = tick = time.perf_counter()
@@ -320,7 +326,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         name = signal.Signals(stopping).name
         raise stage.Stopped(128 + stopping, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
     counts = {"step": step, "parameters": parameters, "record": record}
-    job.finish(counts, files=(directory / "final").glob("*"))
+    job.finish(counts, files=[directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")])
 
 
 def line(record: dict, steps: int) -> str:
@@ -371,7 +377,11 @@ def pretraining(experiment, packed: dict) -> Task:
             tokens, targets = (t.to(device) for t in held_out.read(chosen[i : i + rows]))
             total += float(model(tokens, targets)) * len(tokens)
         loss = total / count
-        return {"val_loss": loss, "val_perplexity": math.exp(loss), "val_bits_per_byte": loss * bits}
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "val_bits_per_byte": loss * bits,
+        }
 
     epoch = windows.count / config.batch_size
     return Task(
@@ -387,21 +397,24 @@ def pretraining(experiment, packed: dict) -> Task:
 def main(arguments: argparse.Namespace) -> None:
     import configs
     import data.pack
-    import tokenizer
 
     experiment = configs.load(arguments.config)
     config, directory = experiment.pretrain, experiment.directory("pretrain")
     remake = f"python train.py {experiment.path}"
     packed = data.pack.build(experiment, stage.workers(arguments))
-    spm = tokenizer.load(experiment.directory("tokenizer"))
+    spm = experiment.load_tokenizer()
     splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
     task = pretraining(experiment, splits)
 
     read = stage.outputs(packed) | {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
     job = Stage(directory, {"model": experiment.model, "pretrain": config}, read, remake, free=FREE)
-    if job.up_to_date(arguments.force) and stage.read_manifest(directory)["counts"]["step"] >= task.steps:
-        log.info(f"{directory} is up to date")
-        return
+    if arguments.force and arguments.resume != "auto":
+        raise UserError("--force discards what --resume would go on from; use one of them")
+    if not arguments.force and arguments.resume == "auto" and (manifest := stage.read_manifest(directory)):
+        job.must_match(directory)
+        if manifest["counts"]["step"] >= task.steps and not stage.damage(directory, manifest["wrote"]):
+            log.info(f"{directory} is up to date")
+            return
     with job.making(keep=not arguments.force):
         checkpoint.recover(directory)
         torch.manual_seed(config.seed)

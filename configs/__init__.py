@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import stage
+import tokenizer
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import Files, PythonDocs
 from eval import EvalConfig
 from model import ModelConfig
 from stage import UserError
+from tokenizer import Tokenizer
 from tokenizer.train import TokenizerConfig
 from train import TrainConfig
 
@@ -73,6 +75,10 @@ class Experiment:
         """Where a stage writes."""
         return stage.runs() / self.owner(stage_name).name / DIRECTORIES[stage_name]
 
+    def load_tokenizer(self) -> Tokenizer:
+        """The experiment's tokenizer. UserError, with the command that makes it, if it is missing or damaged."""
+        return tokenizer.load(self.directory("tokenizer"), f"python -m tokenizer.train {self.owner('tokenizer').path}")
+
     def trained(self, stage_name: str) -> Path:
         """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
         final = self.directory(stage_name) / "final"
@@ -92,7 +98,7 @@ def load(path: str | Path) -> Experiment:
         raise UserError(f"no config at {path}; {_meant(path.as_posix(), there)}")
     try:
         found = runpy.run_path(str(path)).get("experiment")
-    except Exception as error:  # a config is the user's own code: whatever it raises is theirs to mend
+    except (Exception, SystemExit) as error:  # a config is the user's own code: whatever it raises is theirs to mend
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
         raise UserError(f"{path}, line {line}: {_explain(error)}") from None

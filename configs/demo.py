@@ -15,7 +15,7 @@ experiment = Experiment(
     tokenizer=TokenizerConfig(vocab_size=4_096, algorithm="bpe"),
     pack=PackConfig(),
     pretrain=TrainConfig(
-        steps=1_950,
+        steps=1_800,
         batch_size=4,
         learning_rate=3e-3,
         schedule="linear",

@@ -153,7 +153,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
             for name in (f"{split}.bin", f"{split}.idx")
         }
         pool = stack.enter_context(stage.pool(workers, _start_worker, spm, val_fraction, dtype))
-        encoded = pool.imap(_encode, chunks)
+        encoded = pool.map(_encode, chunks)
         for pieces in progress(encoded, len(chunks), "MB", "packing"):
             for split, (ids, lengths, size) in pieces.items():
                 total = counts[split]

@@ -14,6 +14,7 @@ import lzma
 import os
 import sysconfig
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,17 @@ class Files:
         """The files meant, sorted within each pattern. UserError for a pattern that matches none, or another format."""
         found = []
         for pattern in self.paths:
-            full = str(raw() / pattern)
-            matches = [Path(full)] if Path(full).is_file() else sorted(map(Path, glob.glob(full, recursive=True)))
-            if not (matches := [path for path in matches if path.is_file()]):
+            names = (
+                [pattern] if (raw() / pattern).is_file() else sorted(glob.glob(pattern, root_dir=raw(), recursive=True))
+            )
+            matches = [raw() / name for name in names if (raw() / name).is_file()]
+            if not matches:
+                full = raw() / pattern
                 raise UserError(f"no file at {full}; correct the path, or say with DATA where relative paths are found")
             found += matches
         for path in found:
+            if not str(path).isprintable() or "\udc80" <= max(str(path)) <= "\udcff":
+                raise UserError(f"{str(path)!a} has characters that cannot be shown; rename the file")
             if _format(path) not in (".txt", ".jsonl"):
                 raise UserError(f"{path} is neither .txt nor .jsonl (plain, .gz, .bz2 or .xz)")
         return list(dict.fromkeys(found))
@@ -70,15 +76,15 @@ class Files:
         for path in progress(files, len(files), "files", "reading"):
             opener = OPEN.get(path.suffix, open)
             try:
-                with opener(path, "rt", encoding="utf-8", newline="") as file:
+                with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
                     if _format(path) == ".txt":
                         yield path.name, file.read()
                     else:
                         yield from self._lines(path, file)
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}); convert it") from None
-            except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-                raise UserError(f"{path} cannot be decompressed: {error}") from None
+            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+                raise UserError(f"{path} cannot be read: {error}") from None
 
     def _lines(self, path: Path, file) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, start=1):
@@ -87,7 +93,7 @@ class Files:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
             if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
                 raise UserError(f"{where}: expected an object whose {self.field!r} is a string; set Files(field=…)")
@@ -123,7 +129,10 @@ class PythonDocs:
         """(module name, path) of every module, tests left out."""
         roots = [(Path(sysconfig.get_path("stdlib")), "")]
         for package in self.packages:
-            spec = importlib.util.find_spec(package)
+            try:
+                spec = importlib.util.find_spec(package)
+            except ModuleNotFoundError:  # what a dotted name is part of
+                spec = None
             if spec is not None and spec.submodule_search_locations:
                 roots.append((Path(spec.submodule_search_locations[0]), package))
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -141,7 +150,7 @@ class PythonDocs:
     def documents(self, workers: int) -> Iterator[tuple[str, str]]:
         modules = self.files()
         with stage.pool(workers) as pool:
-            found = pool.imap(_docstrings, modules, chunksize=16)
+            found = pool.map(_docstrings, modules, chunksize=16)
             for documents in progress(found, len(modules), "modules", "reading documentation"):
                 yield from documents
 

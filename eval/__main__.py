@@ -13,7 +13,6 @@ import checkpoint
 import configs
 import data.pack
 import stage
-import tokenizer
 from eval.continuations import continuations
 from eval.language import validation
 from stage import Stage, log
@@ -23,17 +22,18 @@ from train import pick_device
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
     if arguments.checkpoint:
-        final, directory = Path(arguments.checkpoint), Path(arguments.checkpoint) / "eval"
+        final = Path(arguments.checkpoint)
+        directory = final.parent / f"eval_{final.name}"
     else:
         final, directory = experiment.trained("pretrain"), experiment.directory("eval")
     packed = experiment.directory("pack")
     remake = f"python -m eval {experiment.path}"
-    read = stage.outputs(final) | stage.outputs(packed)
+    read = stage.outputs(final) | stage.outputs(packed) if stage.read_manifest(packed) else {}
     job = Stage(directory, {"eval": experiment.eval}, read, remake)
     if job.up_to_date(arguments.force):
         log.info(f"{directory} is up to date")
         return
-    spm = tokenizer.load(experiment.directory("tokenizer"))
+    spm = experiment.load_tokenizer()
     splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
     checkpoint.must_match(final, spm.sha256)
     model = checkpoint.load_model(final, str(pick_device()[0]))
@@ -54,5 +54,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     p = stage.parser(__doc__, makes=True)
-    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path; results go to DIR/eval")
+    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path; results go to eval_NAME beside it")
     stage.run(main, p.parse_args())

@@ -26,7 +26,8 @@ def token_nats(model: Transformer, tokens: np.ndarray, eos: int) -> np.ndarray:
     """
     T, n = model.config.context_length, len(tokens)
     stream = torch.from_numpy(np.concatenate(([eos], tokens)).astype(np.int64))
-    starts = [0, *range(T // 2, n - T, T // 2), n - T] if n > T else [0]  # the last one ends where the stream does
+    step = max(1, T // 2)
+    starts = [0, *range(step, n - T, step), n - T] if n > T else [0]  # the last one ends where the stream does
     batches = [starts[i : i + WINDOWS] for i in range(0, len(starts), WINDOWS)]
     rows = max(1, LOGITS // model.config.vocab_size)
     nats, scored, device = np.empty(n), 0, model.embed.weight.device
@@ -58,7 +59,7 @@ def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer) -> dict
     xz = 8 * len(lzma.compress(joined, preset=9)) / len(joined)
     return {
         "loss": float(nats.mean()),
-        "perplexity": math.exp(nats.mean()),
+        "perplexity": math.exp(nats.mean()) if nats.mean() < 700 else math.inf,
         "bits_per_byte": float(bits_per_byte),
         "xz_bits_per_byte": xz,
         "stderr": float(np.sqrt(np.square(bits - bits_per_byte * sizes).sum()) / sizes.sum()),

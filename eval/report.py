@@ -12,7 +12,7 @@ import math
 import configs
 import stage
 from configs import Experiment
-from stage import UserError, log
+from stage import log
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -35,13 +35,13 @@ def report(experiment: Experiment) -> str:
     manifests, seconds = {}, {}
     for name, command in commands.items():
         directory = experiment.directory(name)
-        if (manifest := stage.read_manifest(directory)) is None:
-            raise UserError(f"{directory} is not there or unfinished; make it with: {command} {experiment.path}")
-        manifests[name] = manifest
+        manifests[name] = stage.finished(directory, f"{command} {experiment.path}")
         seconds[name] = stage.read_seconds(directory.parent).get(directory.name, math.nan)
     counts = {name: manifest["counts"] for name, manifest in manifests.items()}
-    results = json.loads((experiment.directory("eval") / "results.json").read_text())["pretrain"]["validation"]
-    examples = json.loads((experiment.directory("eval") / "continuations.json").read_text())
+    results = json.loads((experiment.directory("eval") / "results.json").read_text(encoding="utf-8"))["pretrain"][
+        "validation"
+    ]
+    examples = json.loads((experiment.directory("eval") / "continuations.json").read_text(encoding="utf-8"))
     train, val, last = counts["pack"]["train"], counts["pack"]["val"], counts["pretrain"]["record"]
     parameters = counts["pretrain"]["parameters"]
     ratio = results["bits_per_byte"] / results["xz_bits_per_byte"]

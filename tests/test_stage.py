@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -102,6 +103,16 @@ def test_second_writer_is_refused(tmp_path):
         pass
     with stage.locked(tmp_path):
         pass
+
+
+def test_a_worker_that_is_killed_is_an_error_not_a_wait():
+    with pytest.raises(UserError, match="a worker process was killed"), stage.pool(2) as pool:
+        list(pool.map(_die_at_three, range(6)))
+
+
+def _die_at_three(i: int) -> None:
+    if i == 3:
+        os.kill(os.getpid(), 9)
 
 
 def test_types():

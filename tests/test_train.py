@@ -252,6 +252,30 @@ def test_resuming_earlier_than_what_is_there_is_refused(trained: Place):
     assert "no manifest.json" in trained.run("train.py", trained.config, "--resume", "nowhere", status=2).stderr
 
 
+def test_fewer_steps_than_were_trained_are_refused(packed: Place, made: Place):
+    shutil.copytree(made.runs / "mini/pretrain/step_0000015", packed.runs / "mini/pretrain/step_0000015")
+    packed.edit(("steps=24", "steps=10"))
+    assert "is at step 15 already" in packed.run("train.py", packed.config, status=2).stderr
+    packed.edit(("steps=10", "steps=15"))
+    packed.run("train.py", packed.config)
+    ours, theirs = packed.runs / "mini/pretrain/final", made.runs / "mini/pretrain/step_0000015"
+    assert digest(ours / "weights.pt") == digest(theirs / "weights.pt")
+
+
+@pytest.mark.parametrize("fault", ["deleted", "truncated"])
+def test_a_final_checkpoint_that_is_lost_is_made_again(trained: Place, made: Place, fault):
+    final = trained.runs / "mini/pretrain/final"
+    shutil.rmtree(final) if fault == "deleted" else os.truncate(final / "weights.pt", 99)
+    assert "resumed from step 20" in trained.run("train.py", trained.config).stdout
+    assert_same_run(trained, made)
+
+
+def test_force_and_resume_contradict_each_other(trained: Place, made: Place):
+    start = trained.runs / "mini/pretrain/step_0000020"
+    assert "use one of them" in trained.run("train.py", trained.config, "--force", "--resume", start, status=2).stderr
+    assert_same_run(trained, made)
+
+
 def test_force_begins_anew(trained: Place, made: Place):
     assert "resumed" not in trained.run("train.py", trained.config, "--force").stdout
     assert_same_run(trained, made)

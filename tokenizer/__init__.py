@@ -47,8 +47,8 @@ class Tokenizer:
         return self.pieces.decode(list(ids))
 
 
-def load(directory: Path | str) -> Tokenizer:
-    """The tokenizer in a finished directory. UserError if it is missing or not what its manifest says."""
+def load(directory: Path | str, make: str = "python -m tokenizer.train CONFIG") -> Tokenizer:
+    """The tokenizer in a finished directory. UserError, naming `make`, if it is missing or not as its manifest says."""
     directory = Path(directory)
-    manifest = stage.finished(directory, "python -m tokenizer.train CONFIG")
+    manifest = stage.finished(directory, make)
     return Tokenizer((directory / "spm.model").read_bytes(), manifest["wrote"]["spm.model"]["sha256"])

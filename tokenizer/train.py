@@ -45,14 +45,17 @@ class TokenizerConfig:
 
 
 def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterator[str]:
-    """Training documents, all of them or every so many, up to `limit` bytes of `total`; none that are held out."""
-    share, taken = min(1.0, limit / max(1, total)), 0.0
+    """Training documents, evenly from the corpus, up to `limit` of its `total` bytes; none that are held out."""
+    share, passed, taken = min(1.0, limit / max(1, total)), 0, 0
     for text in data.corpus.documents(corpus):
-        if not data.corpus.held_out(text, val_fraction):
-            taken += share
-            if taken >= 1:
-                taken -= 1
-                yield text
+        if data.corpus.held_out(text, val_fraction):
+            continue
+        size = len(text.encode())
+        passed += size
+        if taken + size / 2 <= share * passed:  # nearer to an even share with it than without it
+            text = text.encode()[: limit - taken].decode(errors="ignore")
+            taken += len(text.encode())
+            yield text
 
 
 def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float) -> bytes:
@@ -107,7 +110,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         log.info(f"tokenizer: training {config.vocab_size:,} pieces")
         total = manifest["counts"]["bytes"]
         with stage.pool(1) as pool:  # SentencePiece does not hear Ctrl-C; this process does
-            model = pool.apply(train, (corpus, total, config, val_fraction))
+            model = pool.submit(train, corpus, total, config, val_fraction).result()
         (directory / "spm.model").write_bytes(model)
         tokenizer = Tokenizer(model, stage.sha256(directory / "spm.model"))
         pieces = tokenizer.pieces

@@ -53,9 +53,12 @@ def test_another_field(raw):
         ("a.jsonl", b'["text"]\n', "line 1: expected an object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: 'text' holds half a surrogate pair"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
-        ("a.txt.xz", b"not xz", "cannot be decompressed"),
-        ("a.txt.gz", b"not gz", "cannot be decompressed"),
-        ("a.txt.xz", lzma.compress(b"long enough" * 99)[:-20], "cannot be decompressed"),
+        ("a.txt.xz", b"not xz", "cannot be read"),
+        ("a.txt.gz", b"not gz", "cannot be read"),
+        ("a.txt.xz", lzma.compress(b"long enough" * 99)[:-20], "cannot be read"),
+        ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
+        ("a.txt.bz2", b"BZh9 and no more", "cannot be read"),
+        ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:40] + bytes(300), "cannot be read"),
         ("a.pdf", b"%PDF", "neither .txt nor .jsonl"),
     ],
 )
@@ -64,6 +67,13 @@ def test_bad_files_are_named(raw, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         read(name)
     assert name in str(error.value)
+
+
+def test_odd_files_are_read(raw):
+    (raw / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}')
+    (raw / "b[1].txt").write_text("y")
+    assert read("a.jsonl", "b[1].txt") == [("a.jsonl:1", "x"), ("b[1].txt", "y")]
+    assert list(PythonDocs(packages=("nowhere.at.all",)).files()) == list(PythonDocs(packages=()).files())
 
 
 def test_missing_files_are_named(raw):

@@ -63,7 +63,7 @@ def test_command_writes_what_the_functions_give(trained: Place):
     assert "is up to date" in trained.run("-m", "eval", trained.config).stdout
     elsewhere = trained.runs / "mini/pretrain/best"
     trained.run("-m", "eval", trained.config, "--checkpoint", elsewhere)
-    assert (elsewhere / "eval/results.json").exists()
+    assert (trained.runs / "mini/pretrain/eval_best/results.json").exists()
     page = trained.run("-m", "eval.report", trained.config).stdout
     assert f"{results['bits_per_byte']:.4f}" in page
     assert (trained.runs / "mini/REPORT.md").read_text() in page
