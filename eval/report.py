@@ -69,12 +69,13 @@ def report(experiment: Experiment) -> str:
 
     python serve.py {experiment.path} generate "Return the"
     python train.py configs/tiny.py          # 23 million parameters; Ctrl-C saves, the same command goes on
-    cp {experiment.path} configs/mine.py     # your own: change its name, and its sources to Files(paths=("*.txt",))
+    cp {experiment.path} configs/mine.py       # your own: another name, and sources=(Files(paths=("*.txt",)),)
 """
 
 
 def example(texts: dict[str, str]) -> str:
     """One beginning with its two continuations, as Markdown."""
+    texts = texts | {"continuation": texts["continuation"] or "(nothing: for the model the document ends here)"}
     quoted = {name: "\n".join(f"    {line}" for line in text.split("\n")) for name, text in texts.items()}
     return f"""
 It begins
