@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +140,24 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def accumulate_gradient(
+    model: nn.Module, task: Task, batch: tuple, rows: int, autocast: AbstractContextManager
+) -> Tensor:
+    """Adds the gradient of the mean loss over a batch to the parameters', `rows` rows at a time; returns that loss.
+
+    A micro-batch counts by its targets, so that the sum does not depend on how the batch was cut.
+    """
+    device, targets = next(model.parameters()).device, task.targets(*batch)
+    total = torch.zeros((), device=device)
+    for micro in zip(*(tensor.split(rows) for tensor in batch), strict=True):
+        share = task.targets(*micro) / targets
+        with autocast:
+            loss = task.loss(model, *(tensor.to(device, non_blocking=True) for tensor in micro)) * share
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def pick_device() -> tuple[torch.device, torch.dtype]:
@@ -274,17 +292,11 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     with Signals() as signals, bar:
         stopping = None
         while step < steps and stopping is None:
-            # One optimizer step: the gradient of the mean over the global batch, gathered from micro-batches.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, steps)
             batch = task.batch(step)
-            targets, loss = task.targets(*batch), 0.0
-            for micro in zip(*(t.split(config.micro_batch_size or config.batch_size) for t in batch), strict=True):
-                share = task.targets(*micro) / targets
-                with autocast:
-                    part = task.loss(model, *(t.to(device, non_blocking=True) for t in micro)) * share
-                part.backward()
-                loss += part.detach()
+            targets = task.targets(*batch)
+            loss = accumulate_gradient(model, task, batch, config.micro_batch_size or config.batch_size, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
