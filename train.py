@@ -242,18 +242,13 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     step, best, record = 0, math.inf, None
 
     if (start := find_checkpoint(job, resume)) is not None:
-        model.load_state_dict(checkpoint.read(start, "weights.pt"))
-        state = checkpoint.read(start, "state.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        best = restore(start, model, optimizer)
         counts = stage.read_manifest(start)["counts"]
-        step, record, best, job.earlier = counts["step"], counts["record"], state["best"], counts["seconds"]
+        step, record, job.earlier = counts["step"], counts["record"], counts["seconds"]
+        if step > steps:
+            raise UserError(f"{start} is at step {step} already; set steps to at least that, not {steps}")
         log.info(f"resumed from step {step} ({start})")
     (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished run is made longer
-    if step > steps:
-        raise UserError(f"{start} is at step {step} already; set steps to at least that, not {steps}")
     metrics = Metrics(directory / "metrics.jsonl", step)
 
     def save(name: str) -> None:
@@ -348,6 +343,17 @@ def line(record: dict, steps: int) -> str:
         if name in record:
             text += f", {name.replace('_', ' ')} {record[name]:.4f}"
     return text
+
+
+def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Puts weights, optimizer and random generators back as they were saved; returns the best validation loss so far."""
+    model.load_state_dict(checkpoint.read(start, "weights.pt"))
+    state = checkpoint.read(start, "state.pt")
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["best"]
 
 
 def find_checkpoint(job: Stage, resume: str) -> Path | None:
