@@ -346,7 +346,7 @@ def line(record: dict, steps: int) -> str:
 
 
 def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Puts weights, optimizer and random generators back as they were saved; returns the best validation loss so far."""
+    """Puts weights, optimizer and random generators back as saved; returns the best validation loss so far."""
     model.load_state_dict(checkpoint.read(start, "weights.pt"))
     state = checkpoint.read(start, "state.pt")
     optimizer.load_state_dict(state["optimizer"])
