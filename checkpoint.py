@@ -21,7 +21,7 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
     """Writes a checkpoint directory, atomically, in place of one of the same name.
 
     weights, state: what `torch.load(weights_only=True)` reads: tensors, numbers, strings, and containers of them.
-    about: goes into the manifest: config, tokenizer, counts.
+    about: the rest of the manifest: config, read, counts.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -298,8 +298,8 @@ def logging_to(directory: Path) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield
-    except UserError as error:
-        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, f"error: {error}", (), None))
+    except (UserError, Stopped) as end:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(end), (), None))
         raise
     finally:
         log.removeHandler(handler)

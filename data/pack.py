@@ -133,7 +133,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                 documents = sum(counts[each]["documents"] for each in SPLITS)
                 raise UserError(
                     f"of {documents:,} documents none is left for {split} at val_fraction = {config.val_fraction}; "
-                    "add documents, or change val_fraction"
+                    "add documents (a .txt file is one, a line of .jsonl another), or change val_fraction"
                 )
         job.finish(counts)
         train, val = counts["train"], counts["val"]

@@ -28,7 +28,7 @@ def main(arguments: argparse.Namespace) -> None:
         final, directory = experiment.trained("pretrain"), experiment.directory("eval")
     packed = experiment.directory("pack")
     remake = f"python -m eval {experiment.path}"
-    read = stage.outputs(final) | stage.outputs(packed) if stage.read_manifest(packed) else {}
+    read = (stage.outputs(final) | stage.outputs(packed)) if stage.read_manifest(packed) else {}
     job = Stage(directory, {"eval": experiment.eval}, read, remake)
     if job.up_to_date(arguments.force):
         log.info(f"{directory} is up to date")

@@ -69,7 +69,7 @@ def report(experiment: Experiment) -> str:
 
     python serve.py {experiment.path} generate "Return the"
     python train.py configs/tiny.py          # 23 million parameters; Ctrl-C saves, the same command goes on
-    cp {experiment.path} configs/mine.py       # your own: another name, and sources=(Files(paths=("*.txt",)),)
+    python train.py configs/mine.py          # your own text: README.md shows the ten lines of that config
 """
 
 
