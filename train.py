@@ -265,7 +265,11 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
             shutil.rmtree(path)
 
     def finish_step() -> None:
-        """Evaluates and logs, if this step should. A resumed run begins here: its record came with the checkpoint."""
+        """Evaluates and logs, if this step should.
+
+        A checkpoint is saved before its step is evaluated and logged, and carries the step's record. So a resumed run
+        begins here, and does again what the interrupted one may not have come to.
+        """
         nonlocal best
         if step % config.eval_every == 0 or step == steps:
             with evaluating(model), autocast:
@@ -279,7 +283,7 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
 
     if record is not None:
         if step == steps:
-            save("final")
+            save("final")  # the checkpoint may be a numbered one, where `steps` was lowered to it
         finish_step()
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     shown = tick = time.perf_counter()

@@ -119,7 +119,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         tokenizer.train.build(experiment, workers)
     read = stage.outputs(corpus) | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
     if not stage.read_manifest(corpus) or not stage.read_manifest(spm):
-        read = {}  # packed tokens stand without what they were made from
+        read = {}  # an input has been removed: there is nothing to compare with, and what is packed stands
     make = f"python -m data.pack {experiment.path}"
     job = Stage(directory, config, read, make)
     if job.up_to_date(force):
