@@ -11,6 +11,7 @@ Also here: what every command shares, from its arguments to its exit status.
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -306,19 +307,27 @@ def logging_to(directory: Path) -> Iterator[None]:
         handler.close()
 
 
-def progress(items: Iterable, total: int, unit: str, what: str) -> Iterator:
-    """Yields the items under a bar with rate and time left; off a terminal, logs a plain line every ten seconds."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total, unit=f" {unit}", leave=False)
-        return
-    started = shown = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - shown > 10 and done < total:
-            left = (now - started) / done * (total - done)
-            log.info(f"{what}: {done:,} of {total:,} {unit}, {done / (now - started):.1f} a second, {left:.0f} s left")
-            shown = now
+def progress(items: Iterable, total: int | Callable[[], tuple[float, float]], unit: str, what: str) -> Iterator:
+    """Yields the items under a bar with rate and time left; off a terminal, logs a plain line every ten seconds.
+
+    total: how many items there are, or a function that says how many units are done and, by now, expected.
+    """
+    count = 0
+
+    def now() -> tuple[float, float]:
+        return total() if callable(total) else (count, total)
+
+    with tqdm(desc=what, total=now()[1], unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
+        started = shown = time.monotonic()
+        for count, item in enumerate(items, start=1):
+            yield item
+            done, bar.total = now()
+            bar.update(done - bar.n)
+            clock = time.monotonic()
+            if bar.disable and clock - shown > 10 and 0 < done < bar.total:
+                rate, shown = done / (clock - started), clock
+                left = (bar.total - done) / rate
+                log.info(f"{what}: {done:,.0f} of {bar.total:,.0f} {unit}, {rate:.1f} a second, {left:.0f} s left")
 
 
 STOPPING = {signal.SIGINT, signal.SIGTERM}
@@ -333,9 +342,10 @@ def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Itera
     """
     fork = multiprocessing.get_context("fork")
     executor = ProcessPoolExecutor(workers, fork, _become_worker, (initializer, *initargs))
+    others = multiprocessing.active_children()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     executor.submit(int).result()
-    processes = multiprocessing.active_children()
+    processes = [process for process in multiprocessing.active_children() if process not in others]
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         yield executor
@@ -346,6 +356,18 @@ def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Itera
         executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+
+
+def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """What the function gives for each item, in order, while at most `ahead` items are in the pool: the rest is not
+    read before there is room."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _become_worker(initializer: Callable, *initargs) -> None:

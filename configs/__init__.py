@@ -19,7 +19,10 @@ import stage
 import tokenizer
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
-from data.sources import Files, PythonDocs
+from data.clean import Cleaning
+from data.dedup import Deduplication
+from data.quality import C4, Gopher, Quality
+from data.sources import Files, Hub, PythonDocs
 from eval import EvalConfig
 from model import ModelConfig
 from stage import UserError
@@ -87,7 +90,10 @@ class Experiment:
         return final
 
 
-CONFIGS = Experiment, ModelConfig, CorpusConfig, Files, PythonDocs, TokenizerConfig, PackConfig, TrainConfig, EvalConfig
+CONFIGS = (
+    *(Experiment, ModelConfig, CorpusConfig, Files, Hub, PythonDocs, Cleaning, Quality, C4, Gopher, Deduplication),
+    *(TokenizerConfig, PackConfig, TrainConfig, EvalConfig),
+)
 
 
 def load(path: str | Path) -> Experiment:

@@ -1,74 +1,249 @@
-"""Sources to corpus: clean, exactly deduplicated documents in JSONL shards, and a card that says what they are.
+"""Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a card that says what
+they are and what was left out.
 
     python -m data.corpus configs/tiny.py   ->  runs/tiny/corpus
 
-The same inputs give the same bytes, whatever the number of workers.
+The same inputs give the same bytes, whatever the number of workers, and however often it was interrupted: it goes on
+from the last finished shard.
+
+Workers clean and judge; this process decides on duplicates, one text after another, because what is one depends on what
+was kept before. Long documents are judged by section: a bad chapter is dropped, the book stays.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
+import math
 import re
+import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 import stage
-from data.sources import Files, PythonDocs
-from stage import Stage, UserError, check_types, log
+from data.clean import clean
+from data.decontaminate import Contamination
+from data.dedup import Deduplication, Index, MinHash
+from data.quality import judge, select_lines
+from data.sources import Document, Source
+from data.words import hashes, words
+from stage import Stage, UserError, check_types, log, progress
 
 if TYPE_CHECKING:
     from configs import Experiment
 
 SHARD_BYTES = 64 << 20
+BATCH_CHARS = 1 << 19  # of documents that one worker takes at a time
+BYTES_PER_TOKEN = 4.4  # of English, with 32,768 pieces: what token budgets are counted in before there is a tokenizer
+SECTION_CHARS = 6_000  # a longer document is judged in sections of this to twice this length
+SAMPLES, EXAMPLES = 10, 2  # shown in the card: documents, and rejections of a rule and source
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """What a corpus is made of. Raises TypeError or ValueError, naming the field, for what cannot be."""
 
-    sources: tuple[Files | PythonDocs, ...]
-    """Read in this order; of equal documents the first is kept."""
-    min_chars: int = 64
-    """Shorter documents are dropped."""
+    sources: tuple[Source, ...]
+    """Read in this order; of equal texts the first is kept."""
+    dedup: Deduplication | None = Deduplication()
+    """None drops exact duplicates only: texts that differ in nothing but case, punctuation and white space."""
+    decontaminate: tuple[Source, ...] = ()
+    """Evaluation sets: texts that share a run of `decontaminate_ngram` words with one are dropped."""
+    decontaminate_ngram: int = 13
 
     def __post_init__(self):
         check_types(self)
         if not self.sources:
             raise ValueError("sources is empty; expected at least one")
-        if self.min_chars < 1:
-            raise ValueError(f"min_chars is {self.min_chars}; expected at least 1")
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]")
-TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
-
-
-def clean(text: str) -> str:
-    """The text with \\n line ends, without control characters, trailing blanks, and empty lines at either end."""
-    text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return TRAILING.sub("", text).strip("\n")
-
-
-def fingerprint(text: str) -> bytes:
-    """Equal for documents that differ in case and white space only."""
-    return hashlib.sha256(" ".join(text.lower().split()).encode()).digest()[:16]
+        for field in ("sources", "decontaminate"):
+            names = [source.name for source in getattr(self, field)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{field} are called {', '.join(names)}; give each a name of its own")
+        if self.decontaminate_ngram < 1:
+            raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}; expected at least 1")
 
 
 def held_out(text: str, fraction: float) -> bool:
     """Whether a document is validation data: decided by its own hash alone, so the same whatever stands around it."""
-    return int.from_bytes(fingerprint(text)[:8]) < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < fraction * 2**64
 
 
-def documents(directory: Path) -> Iterator[str]:
-    """The texts of a finished corpus, in order."""
+def records(directory: Path) -> Iterator[dict[str, str]]:
+    """The documents of a finished corpus, in order, each with `text`, `source` and `id`."""
     for shard in sorted(directory.glob("shard_*.jsonl")):
         with open(shard, encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)["text"]
+            yield from map(json.loads, file)
+
+
+# -------------------------------------------------------------------------------------------- what a worker does
+
+PARAGRAPH = re.compile(r"\n{2,}")
+GAPS = (PARAGRAPH, re.compile(r"\n"), re.compile(r"(?<=[.!?]) +"), re.compile(r" +"))
+
+
+def sections(text: str) -> list[str]:
+    """A long text cut at gaps between its paragraphs (lines, sentences, words, if there are none) into sections, which
+    joined give the text again. Where it is cut, the paragraph before says, so that two copies are cut alike though
+    one may have a preface."""
+    if len(text) <= 2 * SECTION_CHARS:
+        return [text]
+    found, start, last = [], 0, 0  # where the section begins, and the last gap that it could end at
+    for gap in _gaps(text):
+        if gap - start > 2 * SECTION_CHARS and last > start:
+            found.append(text[start:last])
+            start = last
+        long_enough = gap - start >= SECTION_CHARS
+        if long_enough and zlib.crc32(text[max(last, gap - 200) : gap].strip().encode()) % 4 == 0:
+            found.append(text[start:gap])
+            start = gap
+        last = gap
+    rest = text[start:]
+    if found and len(rest) < SECTION_CHARS // 2:
+        rest = found.pop() + rest
+    return [*found, rest]
+
+
+def _gaps(text: str) -> Iterator[int]:
+    """The ends of its paragraphs; within one that is too long for a section, of its lines, and so on."""
+
+    def within(start: int, end: int, kinds: tuple[re.Pattern, ...]) -> Iterator[int]:
+        if end - start <= SECTION_CHARS:
+            yield end
+        elif not kinds:
+            yield from range(start + SECTION_CHARS, end, SECTION_CHARS)
+            yield end
+        else:
+            for match in kinds[0].finditer(text, start, end):
+                yield from within(start, match.end(), kinds[1:])
+                start = match.end()
+            if start < end:
+                yield from within(start, end, kinds[1:])
+
+    return within(0, len(text), GAPS)
+
+
+@dataclass(slots=True)
+class Piece:
+    """A document, or a section of one."""
+
+    text: str
+    words: int
+    rule: str | None
+    """The name of the rule that rejects it."""
+    keys: np.ndarray | None = None
+    shingles: np.ndarray | None = None
+
+
+class Preparation:
+    """What is done to each document without a look at the others; the same in every worker."""
+
+    def __init__(self, config: CorpusConfig):
+        self.config = config
+        self.minhash = config.dedup and MinHash(config.dedup)
+        self.contamination = Contamination(config.decontaminate, config.decontaminate_ngram)
+
+    def pieces(self, text: str | None, source: Source) -> list[Piece]:
+        """A document's pieces, each with the rule that rejects it or with what duplicates are recognised by."""
+        if text is None:
+            return [Piece("", 0, "unreadable")]
+        text = clean(text, source.cleaning)
+        if len(text) < source.min_chars or (source.max_chars and len(text) > source.max_chars):
+            rule = "too_short" if len(text) < source.min_chars else "too_long"
+            return [Piece(text, len(text.split()), rule)]
+        return [self._piece(part, source) for part in sections(text)]
+
+    def _piece(self, text: str, source: Source) -> Piece:
+        quality, before = source.quality, text
+        if quality and quality.c4:
+            text = select_lines(text, quality.c4)
+        spelt = words(text)
+        numbers = hashes(spelt)
+        if quality and (rule := judge(text, spelt, numbers, quality)):
+            return Piece(text or before, len(spelt), rule)
+        if found := self.contamination.find(numbers):
+            return Piece(text, len(spelt), f"contaminated: {found}")
+        own = hashlib.sha256(b" ".join(spelt) or text.strip().encode()).digest()[:8]
+        keys, shingles = np.frombuffer(own, np.uint64), np.empty(0, np.uint32)
+        if self.minhash and spelt:
+            shingles = self.minhash.shingles(numbers)
+            keys = np.concatenate([keys, self.minhash.keys(shingles)])
+        elif self.minhash:  # signs only: nothing to compare but the text itself
+            keys = np.repeat(keys, 1 + self.minhash.bands)
+        return Piece(text, len(spelt), None, keys, shingles)
+
+
+def _start_worker(preparation: Preparation) -> None:
+    global _worker
+    _worker = preparation
+
+
+class Prepared(NamedTuple):
+    """A document as a worker gives it back."""
+
+    id: str
+    read: float
+    chars: int
+    pieces: list[Piece]
+
+
+def _prepare(number: int, documents: list[Document]) -> list[Prepared]:
+    source = _worker.config.sources[number]
+    return [Prepared(d.id, d.read, len(d.text or ""), _worker.pieces(d.text, source)) for d in documents]
+
+
+# --------------------------------------------------------------------------------------------- what the stage does
+
+
+class Tally:
+    """What was read, kept and dropped, and examples of it; as JSON, so that an interrupted build goes on counting."""
+
+    def __init__(self, state: dict | None = None):
+        self.sources: dict[str, dict] = state["sources"] if state else {}
+        self.samples: list[list] = state["samples"] if state else []
+        self.examples: dict[str, list] = state["examples"] if state else {}
+
+    def state(self) -> dict:
+        return vars(self)
+
+    def of(self, source: str) -> dict:
+        empty = {"read": 0, "documents": 0, "bytes": 0, "words_read": 0, "words": 0, "dropped": {}, "dropped_words": {}}
+        return self.sources.setdefault(source, empty)
+
+    def dropped(self, source: str, id: str, piece: Piece, rule: str) -> None:
+        for table, amount in (("dropped", 1), ("dropped_words", piece.words)):
+            table = self.of(source)[table]
+            table[rule] = table.get(rule, 0) + amount
+        self._keep(self.examples.setdefault(f"{source}\t{rule}", []), EXAMPLES, id, source, piece.text)
+
+    def kept(self, source: str, id: str, text: str, words: int) -> None:
+        table = self.of(source)
+        table["documents"] += 1
+        table["bytes"] += len(text.encode())
+        table["words"] += words
+        self._keep(self.samples, SAMPLES, id, source, text)
+
+    def _keep(self, list: list, count: int, id: str, source: str, text: str) -> None:
+        """A random sample that does not depend on chance: the texts whose hashes are smallest."""
+        entry = [zlib.crc32(f"{source}\n{id}".encode()), id, source, text[:400]]
+        if len(list) < count or entry < list[-1]:
+            list.append(entry)
+            list.sort()
+            del list[count:]
+
+    def counts(self) -> dict:
+        """For the manifest."""
+        totals = {key: sum(s[key] for s in self.sources.values()) for key in ("read", "documents", "bytes", "words")}
+        dropped = Counter()
+        for table in self.sources.values():
+            dropped.update(table["dropped"])
+        return {**totals, "dropped": dict(sorted(dropped.items())), "sources": self.sources}
 
 
 def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
@@ -77,7 +252,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
     config, directory = experiment.corpus, experiment.directory("corpus")
     finished = stage.read_manifest(directory) is not None and not force
     try:
-        read = {path: digest for source in config.sources for path, digest in source.inputs().items()}
+        read = {p: digest for each in (*config.sources, *config.decontaminate) for p, digest in each.inputs().items()}
     except UserError:
         if not finished:
             raise
@@ -85,66 +260,172 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
     job = Stage(directory, config, read, f"python -m data.corpus {experiment.path}")
     if job.up_to_date(force):
         return directory
-    with job.making():
-        counts = Counter(documents=0, bytes=0, too_short=0, duplicates=0)
-        write_shards(directory, gather(config, workers, counts))
+    state = None if force else _interrupted(directory, job)
+    with job.making(keep=state is not None):
+        tally = gather(config, directory, workers, state or _beginning(job))
+        counts = tally.counts()
         if not counts["documents"]:
-            names = ", ".join(source.name for source in config.sources)
+            dropped = ", ".join(f"{n:,} {rule}" for rule, n in counts["dropped"].items()) or "nothing was dropped"
             raise UserError(
-                f"the corpus is empty: {names} gave {counts['too_short']} documents, all shorter than min_chars = "
-                f"{config.min_chars}; add sources or lower min_chars"
+                f"the corpus is empty: of {counts['read']:,} documents none was kept ({dropped}); add sources, or "
+                "change their min_chars and quality"
             )
-        (directory / "DATA_CARD.md").write_text(card(experiment.name, config, counts), encoding="utf-8")
-        job.finish(dict(counts))
+        for source in config.sources:
+            found, asked = tally.of(source.name)["bytes"] / BYTES_PER_TOKEN, source.max_tokens
+            if asked and found < asked and not source.max_documents:
+                log.warning(f"{source.name} gave about {found:,.0f} of the {asked:,} tokens asked of it: it has no more")
+        (directory / "DATA_CARD.md").write_text(card(experiment.name, config, tally), encoding="utf-8")
+        shutil.rmtree(directory / "partial")
+        job.finish(counts)
         log.info(f"corpus: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB -> {directory}")
     return directory
 
 
-def gather(config: CorpusConfig, workers: int, counts: Counter) -> Iterator[dict[str, str]]:
-    """The records of the corpus; counts what is kept and what is dropped. Holds 16 bytes a document, not the text."""
-    seen: set[bytes] = set()
+def _beginning(job: Stage) -> dict:
+    made = {"config": job.config, "read": job.read}
+    return {"made": made, "source": 0, "read": 0, "tally": None, "index": (0, 0), "shards": {}}
+
+
+def _interrupted(directory: Path, job: Stage) -> dict | None:
+    """Where an interrupted build of the same corpus had got to, or None."""
+    try:
+        state = json.loads((directory / "partial/state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if state["made"] != _beginning(job)["made"] or stage.damage(directory, state["shards"], contents=False):
+        return None
+    return state
+
+
+def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> Tally:
+    """Writes shard_00000.jsonl and so on, each closed once it holds SHARD_BYTES. What `partial/` holds from then on is
+    enough to go on from there; state: as `partial/state.json` has it."""
+    partial = directory / "partial"
+    partial.mkdir(exist_ok=True)
+    shards, tally, index = state["shards"], Tally(state["tally"]), Index(config.dedup, partial, state["index"])
+    for left in directory.glob("shard_*.jsonl"):
+        if left.name not in shards:
+            left.unlink()
+    if shards:
+        log.info(f"corpus: going on after {len(shards)} finished shards")
+    with stage.pool(workers, _start_worker, Preparation(config)) as pool:
+        documents = _kept(pool, config, workers, state, tally, index)
+        more = True
+        while more:
+            with open(directory / f"shard_{len(shards):05d}.jsonl", "wb") as shard:
+                for line in documents:
+                    shard.write(line)
+                    if shard.tell() >= SHARD_BYTES:
+                        break
+                else:
+                    more = False
+            shards |= stage.digests(directory, [Path(shard.name)])
+            state |= {"tally": tally.state(), "index": index.sync()}
+            stage.write_json(partial / "state.json", state)
+    return tally
+
+
+def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
+    """The lines of the shards. state: `source` and `read` say where to begin, and at each line how far it has got."""
+    for number in range(state["source"], len(config.sources)):
+        source = config.sources[number]
+        counts, budget = tally.of(source.name), (source.max_tokens or math.inf) * BYTES_PER_TOKEN
+        for document in _prepared(pool, number, source, workers, state["read"], counts):
+            if counts["bytes"] >= budget:
+                break
+            state["read"] += 1
+            counts["read"] += 1
+            kept = []
+            for piece in document.pieces:
+                counts["words_read"] += piece.words
+                if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
+                    tally.dropped(source.name, document.id, piece, rule)
+                else:
+                    kept.append(piece)
+            if text := "".join(piece.text for piece in kept).strip("\n"):
+                tally.kept(source.name, document.id, text, sum(piece.words for piece in kept))
+                record = {"text": text, "source": source.name, "id": document.id}
+                yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        state |= {"source": number + 1, "read": 0}
+
+
+def _prepared(pool, number: int, source: Source, workers: int, skip: int, counts: dict) -> Iterator[Prepared]:
+    """A source's documents, cleaned and judged, under a progress bar."""
+    chars, share = 0, 0.0
+
+    def batches() -> Iterator[list[Document]]:
+        batch, size = [], 0
+        for document in itertools.islice(source.documents(workers, skip), source.max_documents):
+            batch.append(document)
+            size += len(document.text or "")
+            if size >= BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+        yield batch
+
+    def so_far() -> tuple[float, float]:
+        return round(chars / 1e6, 1), round(chars / 1e6 / max(share, 1e-9), 1)
+
+    prepared = stage.ordered(pool, functools.partial(_prepare, number), batches(), 2 * workers)
+    for document in progress(itertools.chain.from_iterable(prepared), so_far, "MB", source.name):
+        chars += document.chars
+        done = counts["bytes"] / BYTES_PER_TOKEN / source.max_tokens if source.max_tokens else 0.0
+        share = max(document.read, done, counts["read"] / source.max_documents if source.max_documents else 0.0)
+        yield document
+
+
+def card(name: str, config: CorpusConfig, tally: Tally) -> str:
+    """DATA_CARD.md: what is in the corpus, where it came from, what was left out and why."""
+    counts = tally.counts()
+    rows, dropped, examples = [], [], []
     for source in config.sources:
-        for id, text in source.documents(workers):
-            text = clean(text)
-            if len(text) < config.min_chars:
-                counts["too_short"] += 1
-            elif (key := fingerprint(text)) in seen:
-                counts["duplicates"] += 1
-            else:
-                seen.add(key)
-                counts["documents"] += 1
-                counts["bytes"] += len(text.encode())
-                counts[f"from {source.name}"] += 1
-                yield {"text": text, "source": source.name, "id": id}
-
-
-def write_shards(directory: Path, records: Iterator[dict[str, str]]) -> None:
-    """Writes shard_00000.jsonl and so on, each closed once it holds SHARD_BYTES."""
-    for number in itertools.count():
-        with open(directory / f"shard_{number:05d}.jsonl", "wb") as shard:
-            for record in records:
-                shard.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                if shard.tell() >= SHARD_BYTES:
-                    break
-            else:
-                return
-
-
-def card(name: str, config: CorpusConfig, counts: Counter) -> str:
-    """DATA_CARD.md: what is in the corpus and what was left out."""
-    rows = "\n".join(f"| {source.name} | {counts[f'from {source.name}']:,} |" for source in config.sources)
+        table = tally.of(source.name)
+        share = table["words"] / max(1, table["words_read"])
+        rows.append(
+            f"| {source.name} | {source.licence} | {table['read']:,} | {table['documents']:,} | {table['bytes']:,} | "
+            f"{table['words']:,} | {share:.1%} |"
+        )
+        for rule, number in sorted(table["dropped"].items()):
+            dropped.append(f"| {source.name} | {rule} | {number:,} | {table['dropped_words'][rule]:,} |")
+            examples += [
+                f"- {source.name}, {rule}, `{id}`: {_line(text)}"
+                for _, id, _, text in tally.examples[f"{source.name}\t{rule}"]
+            ]
+    samples = [f"- {source}, `{id}`: {_line(text)}" for _, id, source, text in tally.samples]
+    newline = "\n"
     return f"""# Corpus of {name}
 
-{counts["documents"]:,} documents, {counts["bytes"]:,} bytes of UTF-8 text.
+{counts["documents"]:,} documents, {counts["bytes"]:,} bytes of UTF-8 text, {counts["words"]:,} words, by the settings
+and from the inputs that the manifest beside this card has.
 
-| source | documents |
-|---|---|
-{rows}
+## Sources
 
-Dropped: {counts["too_short"]:,} shorter than {config.min_chars} characters, {counts["duplicates"]:,} equal to an
-earlier one but for case and white space. Removed from the rest: control characters, carriage returns, blanks at line
-ends. The manifest beside this card has the settings, the inputs and the versions they came from.
+| source | licence | documents read | kept | bytes kept | words kept | of its words |
+|---|---|---|---|---|---|---|
+{newline.join(rows)}
+
+## Left out
+
+Documents, or sections of those longer than {2 * SECTION_CHARS:,} characters, by the first rule that they failed.
+
+| source | rule | dropped | words |
+|---|---|---|---|
+{newline.join(dropped)}
+
+## Examples of what was left out
+
+{newline.join(examples) or "Nothing was."}
+
+## Ten documents at random
+
+{newline.join(samples)}
 """
+
+
+def _line(text: str) -> str:
+    """The beginning of a text, on one line of Markdown."""
+    text = " ".join(text[:300].split())
+    return f"`{text.replace('`', chr(39))}`" if text else "(empty)"
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -1,26 +1,32 @@
-"""Where text comes from.
+"""Where text comes from: files, a dataset on the Hugging Face Hub, the documentation that Python carries.
 
-A source has a `name`, `inputs()` with what it reads and its digests, and `documents(workers)`, which yields (id, text)
-pairs in an order that depends on nothing but the input.
+A source yields its documents in an order that depends on nothing but the input, and says what it reads with digests.
 """
 
 import ast
 import bz2
 import glob
 import gzip
+import hashlib
+import importlib
 import importlib.util
 import json
 import lzma
 import os
 import sysconfig
+import time
+import types
 import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import stage
-from stage import UserError, check_types, progress, sha256
+from data.clean import Cleaning
+from data.quality import Quality
+from stage import UserError, check_types, log, sha256
 
 
 def raw() -> Path:
@@ -28,22 +34,85 @@ def raw() -> Path:
     return Path(os.environ.get("DATA") or "data/raw")
 
 
-OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+class Document(NamedTuple):
+    """One text of a source."""
+
+    id: str
+    text: str | None
+    """None if the record cannot be read and `unreadable` is "skip"."""
+    read: float = 0.0
+    """Share of the source that has been read with it, as far as that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """The user's own text: `.txt`, a document a file, and `.jsonl`, a document a line; each plain, .gz, .bz2 or .xz."""
+class Source:
+    """What every source can be told. Raises TypeError or ValueError, naming the field, for what cannot be."""
 
-    paths: tuple[str, ...]
-    """Paths or globs; relative ones are found under DATA in the environment, by default `data/raw/`."""
-    field: str = "text"
-    """Which field of a `.jsonl` line is the text."""
-    name: str = "files"
-    """What the corpus calls this source."""
+    name: str = ""
+    """What the corpus calls it; unique among a corpus's sources."""
+    licence: str = "not stated"
+    """For the data card."""
+    max_tokens: int | None = None
+    """Reading stops once about this many tokens are kept, at data.corpus.BYTES_PER_TOKEN."""
+    max_documents: int | None = None
+    """Reading stops after this many documents, kept or not."""
+    min_chars: int = 64
+    """A document that is shorter once clean is dropped."""
+    max_chars: int | None = None
+    """A document that is longer once clean is dropped."""
+    cleaning: Cleaning = Cleaning()
+    quality: Quality | None = None
+    """The rules its texts must pass; None takes them as they are."""
+    unreadable: str = "stop"
+    """At a record that is not what it should be: "stop" with an error, or "skip" it and count it."""
 
     def __post_init__(self):
         check_types(self)
+        for each in ("max_tokens", "max_documents", "min_chars", "max_chars"):
+            if (value := getattr(self, each)) is not None and value < 1:
+                raise ValueError(f"{each} is {value}; expected at least 1")
+        if self.unreadable not in ("stop", "skip"):
+            raise ValueError(f'unreadable is {self.unreadable!r}; expected "stop" or "skip"')
+
+    def inputs(self) -> dict[str, str]:
+        """{what it reads: SHA-256}, for the manifest."""
+        raise NotImplementedError
+
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+        """Its documents, without the first `skip`."""
+        raise NotImplementedError
+
+
+def _extra(module: str, package: str, why: str) -> types.ModuleType:
+    """A package that only this needs. UserError, with the command that installs it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise UserError(f"{why} needs {package}; install it with: pip install {package}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PLAIN = (".txt", ".md", ".raw", ".tokens")  # the last two are WikiText's
+FORMATS = (*PLAIN, ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Source):
+    """The user's own text. `.txt` and `.md`: a document a file; `.jsonl`: a document a line; `.json`: one an element
+    of its list; `.parquet` (with pyarrow): one a row. All but Parquet also as .gz, .bz2 or .xz. Encoded in UTF-8."""
+
+    name: str = "files"
+    paths: tuple[str, ...]
+    """Paths or globs; relative ones are found under DATA in the environment, by default `data/raw/`."""
+    field: str = "text"
+    """Which field of a record is the text; "*" joins every string in the record, however deep."""
+
+    def __post_init__(self):
+        super().__post_init__()
         if not self.paths:
             raise ValueError("paths is empty; expected at least one path or glob")
 
@@ -62,8 +131,8 @@ class Files:
         for path in found:
             if not str(path).isprintable() or "\udc80" <= max(str(path)) <= "\udcff":
                 raise UserError(f"{str(path)!a} has characters that cannot be shown; rename the file")
-            if _format(path) not in (".txt", ".jsonl"):
-                raise UserError(f"{path} is neither .txt nor .jsonl (plain, .gz, .bz2 or .xz)")
+            if _format(path) not in FORMATS:
+                raise UserError(f"{path} is none of {', '.join(FORMATS)} (all but .parquet also as .gz, .bz2 or .xz)")
         return list(dict.fromkeys(found))
 
     def inputs(self) -> dict[str, str]:
@@ -71,45 +140,200 @@ class Files:
         names = {p: p.relative_to(raw()) if p.is_relative_to(raw()) else p for p in self.files()}
         return {str(name): sha256(path) for path, name in names.items()}
 
-    def documents(self, workers: int) -> Iterator[tuple[str, str]]:
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
         files = self.files()
-        for path in progress(files, len(files), "files", "reading"):
-            opener = OPEN.get(path.suffix, open)
-            try:
-                with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-                    if _format(path) == ".txt":
-                        yield path.name, file.read()
-                    else:
-                        yield from self._lines(path, file)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}); convert it") from None
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
+        total, before, number = sum(path.stat().st_size for path in files) or 1, 0, 0
+        for path in files:
+            with open(path, "rb") as file:
+                for id, text in self._read(path, file):
+                    number += 1
+                    if number > skip:
+                        yield Document(id, text, (before + file.tell()) / total)
+                before += path.stat().st_size
 
-    def _lines(self, path: Path, file) -> Iterator[tuple[str, str]]:
+    def _read(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
+        """(id, text) of each document of an open file."""
+        try:
+            if _format(path) == ".parquet":
+                yield from self._rows(path, file)
+                return
+            with OPEN[path.suffix](file) if path.suffix in OPEN else file as plain:
+                if _format(path) == ".jsonl":
+                    yield from self._lines(path, plain)
+                elif _format(path) == ".json":
+                    records = self._parse(plain.read().removeprefix(BOM), str(path))
+                    records = records if isinstance(records, list) else [records]
+                    for number, record in enumerate(records, start=1):
+                        yield f"{path.name}:{number}", self._text(record, f"{path}, element {number}")
+                else:
+                    yield path.name, self._decode(plain.read().removeprefix(BOM), str(path))
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read: {error}; replace the file") from None
+
+    def _lines(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
-            if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
-                raise UserError(f"{where}: expected an object whose {self.field!r} is a string; set Files(field=…)")
-            try:
-                record[self.field].encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{where}: {self.field!r} holds half a surrogate pair; mend the line") from None
-            yield f"{path.name}:{number}", record[self.field]
+            if number == 1:
+                line = line.removeprefix(BOM)
+            if line.strip():
+                where = f"{path}, line {number}"
+                record = self._parse(line, where)
+                yield f"{path.name}:{number}", None if record is None else self._text(record, where)
+
+    def _rows(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
+        parquet = _extra("pyarrow.parquet", "pyarrow", "a .parquet file")
+        arrow = _extra("pyarrow", "pyarrow", "a .parquet file")
+        try:
+            columns = None if self.field == "*" else [self.field]
+            number = 0
+            for batch in parquet.ParquetFile(file).iter_batches(256, columns=columns):
+                for number, record in enumerate(batch.to_pylist(), start=number + 1):
+                    yield f"{path.name}:{number}", self._text(record, f"{path}, row {number}")
+        except (arrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}; replace the file") from None
+
+    def _decode(self, data: bytes, where: str) -> str | None:
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            found = f"byte {data[error.start]:#04x} at {error.start:,}"
+            return self._refuse(f"{where} is not UTF-8 ({found}); convert it, or leave it out if it is not text")
+
+    def _parse(self, line: bytes, where: str):
+        if (text := self._decode(line, where)) is None:
+            return None
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return self._refuse(f"{where}: not JSON ({error}); mend or remove it")
+
+    def _text(self, record, where: str) -> str | None:
+        """The text of a record."""
+        text = "\n".join(_strings(record)) if self.field == "*" else None
+        if isinstance(record, dict) and self.field != "*":
+            text = record.get(self.field)
+        if not isinstance(text, str):
+            return self._refuse(f"{where}: expected an object whose {self.field!r} is a string; set Files(field=…)")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return self._refuse(f"{where}: {self.field!r} holds half a surrogate pair; mend it")
+        return text
+
+    def _refuse(self, message: str) -> None:
+        if self.unreadable == "stop":
+            raise UserError(f'{message}; or set unreadable="skip"')
+
+
+BOM = b"\xef\xbb\xbf"
 
 
 def _format(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in OPEN else path.suffix
 
 
+def _strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
+
+
+# --------------------------------------------------------------------------------------------------------------- Hub
+
+
 @dataclass(frozen=True, kw_only=True)
-class PythonDocs:
+class Hub(Source):
+    """A dataset on the Hugging Face Hub, or a directory laid out like one, streamed by the package `datasets`.
+
+    Reading goes on after a failed read, from the document after the last good one.
+    """
+
+    dataset: str
+    """Such as "allenai/c4"; also its name in the corpus, unless `name` is given."""
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    """Which field of a record is the text; "*" joins every string in the record, however deep."""
+    revision: str | None = None
+    """Commit or tag; None takes the newest, and what that was is in the manifest."""
+    retries: int = 5
+    """How many reads may fail one after another, with 1, 2, 4, … seconds between them."""
+    unreadable: str = "skip"
+
+    def __post_init__(self):
+        if not self.name:
+            object.__setattr__(self, "name", self.dataset)
+        super().__post_init__()
+
+    def _builder(self):
+        datasets = _extra("datasets", "datasets", f"the source {self.name}")
+        datasets.utils.logging.disable_progress_bar()
+        try:
+            builder = datasets.load_dataset_builder(self.dataset, self.subset, revision=self.revision)
+            if self.split not in (builder.config.data_files or {self.split: ()}):
+                raise ValueError(f"its splits are {', '.join(map(str, builder.config.data_files))}")
+            return builder
+        except (FileNotFoundError, ValueError) as error:  # no such dataset, subset, split or revision
+            raise UserError(f"{self._what()}: {error}") from None
+
+    def _what(self) -> str:
+        return f"dataset {self.dataset}, subset {self.subset}, split {self.split}, revision {self.revision}"
+
+    def _retrying(self, read):
+        """What `read()` yields; after a failure it is called again, until `retries` in a row have failed."""
+        failures = 0
+        while True:
+            try:
+                for item in read():
+                    failures = 0
+                    yield item
+                return
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever network, file system and parser raise
+                failures += 1
+                if failures > self.retries:
+                    raise UserError(
+                        f"{self._what()} cannot be read, tried {failures} times ({type(error).__name__}: {error}); the "
+                        "same command goes on from the last finished shard"
+                    ) from None
+                log.warning(f"{self.name}: {type(error).__name__}: {error}; trying again")
+                time.sleep(2 ** (failures - 1))
+
+    def inputs(self) -> dict[str, str]:
+        """The addresses of its files, which hold the commit; for a directory, the files' contents."""
+        builder = next(self._retrying(lambda: iter([self._builder()])))
+        files = [str(file) for file in (builder.config.data_files or {}).get(self.split, ())]
+        local = {file: sha256(Path(file)) for file in files if Path(file).is_file()}
+        digest = hashlib.sha256("\n".join(local.values() or files).encode()).hexdigest()
+        return {f"{self.dataset}/{self.subset or 'default'}/{self.split}": digest}
+
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+        done = skip
+
+        def read() -> Iterator[Document]:
+            nonlocal done
+            for record in self._builder().as_streaming_dataset(split=self.split).skip(done):
+                text = "\n".join(_strings(record)) if self.field == "*" else record.get(self.field)
+                if not isinstance(text, str):
+                    if self.unreadable == "stop":
+                        raise UserError(
+                            f"{self._what()}, record {done + 1}: expected a string {self.field!r} among "
+                            f'{", ".join(record)}; set Hub(field=…), or unreadable="skip"'
+                        )
+                    text = None
+                done += 1
+                yield Document(f"{self.name}:{done}", text)
+
+        yield from self._retrying(read)
+
+
+# ------------------------------------------------------------------------------------------------------- Python's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonDocs(Source):
     """The documentation that every installation carries: the docstrings of the standard library and of the packages
     that come with torch and numpy, and the language topics of `pydoc`. Parsed, never imported.
 
@@ -117,13 +341,11 @@ class PythonDocs:
     package gives other text; the same environment gives the same.
     """
 
+    name: str = "python_docs"
+    licence: str = "those of Python (PSF-2.0) and of the packages"
+    cleaning: Cleaning = Cleaning(html=False, repeated_line_chars=0)  # it is about HTML, and has tables
     packages: tuple[str, ...] = ("torch", "numpy", "sympy", "networkx", "mpmath", "jinja2", "triton", "tqdm")
     """Packages read beside the standard library. Those not installed are left out."""
-    name: str = "python_docs"
-    """What the corpus calls this source."""
-
-    def __post_init__(self):
-        check_types(self)
 
     def files(self) -> list[tuple[str, Path]]:
         """(module name, path) of every module, tests left out."""
@@ -147,12 +369,14 @@ class PythonDocs:
     def inputs(self) -> dict[str, str]:
         return {}  # the environment, whose versions the manifest records
 
-    def documents(self, workers: int) -> Iterator[tuple[str, str]]:
-        modules = self.files()
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+        modules, number = self.files(), 0
         with stage.pool(workers) as pool:
-            found = pool.map(_docstrings, modules, chunksize=16)
-            for documents in progress(found, len(modules), "modules", "reading documentation"):
-                yield from documents
+            for done, found in enumerate(stage.ordered(pool, _docstrings, modules, 16 * workers), start=1):
+                for id, text in found:
+                    number += 1
+                    if number > skip:
+                        yield Document(id, text, done / len(modules))
 
 
 def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:

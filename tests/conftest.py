@@ -30,7 +30,7 @@ from train import TrainConfig
 experiment = Experiment(
     name="mini",
     model=ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=32, n_heads=2),
-    corpus=CorpusConfig(sources=(Files(paths=("text.jsonl",)),), min_chars=20),
+    corpus=CorpusConfig(sources=(Files(paths=("text.jsonl",), min_chars=20),)),
     tokenizer=TokenizerConfig(vocab_size=512, algorithm="bpe"),
     pack=PackConfig(val_fraction=0.1),
     pretrain=TrainConfig(

@@ -47,7 +47,7 @@ class TokenizerConfig:
 def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterator[str]:
     """Training documents, evenly from the corpus, up to `limit` of its `total` bytes; none that are held out."""
     share, passed, taken = min(1.0, limit / max(1, total)), 0, 0
-    for text in data.corpus.documents(corpus):
+    for text in (record["text"] for record in data.corpus.records(corpus)):
         if data.corpus.held_out(text, val_fraction):
             continue
         size = len(text.encode())
