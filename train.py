@@ -382,12 +382,12 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
 # ------------------------------------------------------------------------------------------------------- pretraining
 
 
-def pretraining(experiment, packed: dict) -> Task:
-    """Next-token prediction on packed tokens."""
-    from data.batches import Windows
+def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
+    """Next-token prediction on packed tokens: the experiment's splits, and by name those of experiments beside it."""
+    from data.batches import Windows, mixture
 
     config, length = experiment.pretrain, experiment.model.context_length
-    windows, held_out = Windows(packed["train"], length, config.seed), Windows(packed["val"], length)
+    batches, held_out = mixture(experiment, packed["train"], others or {}), Windows(packed["val"], length)
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
     rows = config.micro_batch_size or config.batch_size
@@ -405,9 +405,9 @@ def pretraining(experiment, packed: dict) -> Task:
             "val_bits_per_byte": loss * bits,
         }
 
-    epoch = windows.count / config.batch_size
+    epoch = sum(windows.count for windows in batches.sets.values()) / config.batch_size
     return Task(
-        batch=lambda step: windows.batch(step, config.batch_size),
+        batch=batches.batch,
         loss=lambda model, tokens, targets: model(tokens, targets),
         targets=lambda tokens, targets: targets.numel(),
         evaluate=evaluate,
@@ -426,10 +426,18 @@ def main(arguments: argparse.Namespace) -> None:
     packed = data.pack.build(experiment, stage.workers(arguments))
     spm = experiment.load_tokenizer()
     splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
-    task = pretraining(experiment, splits)
+    read, others = stage.outputs(packed), {}
+    for other in experiment.beside:
+        where = data.pack.build(other, stage.workers(arguments))
+        others[other.name] = data.pack.load(where, spm.sha256, f"python -m data.pack {other.path}")["train"]
+        read |= stage.outputs(where)
+    task = pretraining(experiment, splits, others)
 
-    read = stage.outputs(packed) | {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
-    job = Stage(directory, {"model": experiment.model, "pretrain": config}, read, remake, free=FREE)
+    read |= {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
+    settings = {"model": experiment.model, "pretrain": config}
+    if experiment.mixture:
+        settings["mixture"] = experiment.mixture
+    job = Stage(directory, settings, read, remake, free=FREE)
     if arguments.force and arguments.resume != "auto":
         raise UserError("--force discards what --resume would go on from; use one of them")
     if not arguments.force and arguments.resume == "auto" and (manifest := stage.read_manifest(directory)):

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import stage
 import tokenizer
+from data.batches import Phase
+from data.clean import Cleaning
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
-from data.clean import Cleaning
 from data.dedup import Deduplication
 from data.quality import C4, Gopher, Quality
 from data.sources import Files, Hub, PythonDocs
@@ -47,6 +48,10 @@ class Experiment:
     eval: EvalConfig = field(default_factory=EvalConfig)
     shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
     """Stages (corpus, tokenizer, pack) whose directory is another experiment's, for sizes that are to be compared."""
+    mixture: tuple[Phase, ...] = ()
+    """What training batches are drawn from, by weight and from which step on; empty: all of the packed tokens."""
+    beside: tuple["Experiment", ...] = field(default=(), repr=False)
+    """Experiments whose packed tokens the mixture may name too; they share the tokenizer."""
     file: Path | None = field(default=None, repr=False)
     """Where `load` found it."""
 
@@ -64,6 +69,16 @@ class Experiment:
                 raise ValueError(f"shared names {stage_name!r}; expected corpus, tokenizer or pack")
             if getattr(self, stage_name) != getattr(other, stage_name):
                 raise ValueError(f"{stage_name} is shared with {other.name}, but differs from its {stage_name}")
+
+        known = [*(source.name for source in self.corpus.sources), *(other.name for other in self.beside)]
+        if len(set(known)) < len(known):
+            raise ValueError(f"sources and experiments beside are called {', '.join(known)}; give each its own name")
+        for phase in self.mixture:
+            if unknown := set(phase.weights) - set(known):
+                raise ValueError(f"mixture names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        starts = [phase.start for phase in self.mixture]
+        if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
+            raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
 
     @property
     def path(self) -> Path:
@@ -92,7 +107,7 @@ class Experiment:
 
 CONFIGS = (
     *(Experiment, ModelConfig, CorpusConfig, Files, Hub, PythonDocs, Cleaning, Quality, C4, Gopher, Deduplication),
-    *(TokenizerConfig, PackConfig, TrainConfig, EvalConfig),
+    *(TokenizerConfig, PackConfig, Phase, TrainConfig, EvalConfig),
 )
 
 

@@ -1,5 +1,9 @@
 """Batches of packed tokens. A batch is a pure function of (seed, step): no loader has a state that could be lost."""
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.pack import Packed
-from stage import UserError
+from stage import UserError, check_types
 
 
 class Windows:
@@ -30,14 +34,114 @@ class Windows:
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
-    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """The step's global batch, steps counted from 0: inputs and targets, (size, length) int64."""
-        drawn = range(step * size, (step + 1) * size)
-        return self.read([int(self._order(i // self.count)[i % self.count]) for i in drawn])
+    def drawn(self, sample: int) -> int:
+        """Which window the sample of that number is, counted from 0 over all epochs."""
+        return int(self._order(sample // self.count)[sample % self.count])
 
-    def read(self, windows: list[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the windows named."""
+    def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the windows named, (windows, length) int64."""
         starts = [w * self.length for w in windows]
         rows = np.stack([self.tokens[s : s + self.length + 1] for s in starts]).astype(np.int64)
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What is drawn from a step on. Raises TypeError or ValueError, naming the field, for what cannot be."""
+
+    start: int
+    """The first step of it, counted from 0; it lasts until the next phase starts."""
+    weights: Mapping[str, float]
+    """Of the sets that batches are drawn from, in any unit: sources of the corpus, and experiments beside it."""
+
+    def __post_init__(self):
+        check_types(self)
+        if self.start < 0:
+            raise ValueError(f"start is {self.start}; expected at least 0")
+        if not self.weights or not all(isinstance(w, (int, float)) and 0 < w < math.inf for w in self.weights.values()):
+            raise ValueError(f"weights are {self.weights}; expected a positive number for each set that is drawn from")
+        if sum(self.units) > 1_000_000:
+            raise ValueError(f"weights are {self.weights}; expected rounder numbers, whose ratio is one of integers")
+
+    @property
+    def units(self) -> list[int]:
+        """The weights as the smallest integers of the same ratio."""
+        exact = [Fraction(str(weight)) for weight in self.weights.values()]
+        scaled = [int(each * math.lcm(*(e.denominator for e in exact))) for each in exact]
+        return [each // math.gcd(*scaled) for each in scaled]
+
+
+class Turns:
+    """An endless sequence of sets in which every beginning has each set within one of its share.
+
+    The quota method of Balinski and Young (1975): of the sets that would not get more than their share, rounded up, the
+    next turn goes to the one that has most weight for each turn it would then have had. After sum(units) turns every
+    set has had exactly its share, and the sequence begins again.
+    """
+
+    def __init__(self, units: Sequence[int]):
+        self.units, self.period = units, sum(units)
+        had = [0] * len(units)
+        self.order = np.empty(self.period, dtype=np.int64)
+        for turn in range(self.period):
+            allowed = [i for i, unit in enumerate(units) if had[i] * self.period < unit * (turn + 1)]
+            chosen = max(allowed, key=lambda i: units[i] / (had[i] + 1))
+            self.order[turn] = chosen
+            had[chosen] += 1
+        self.places = [np.flatnonzero(self.order == i) for i in range(len(units))]
+
+    def whose(self, turn: int) -> int:
+        """The set whose turn it is."""
+        return int(self.order[turn % self.period])
+
+    def before(self, index: int, turn: int) -> int:
+        """How many turns a set has had before one."""
+        rounds, rest = divmod(turn, self.period)
+        return rounds * self.units[index] + int(np.searchsorted(self.places[index], rest))
+
+
+class Mixture:
+    """Batches from several sets of windows by weight, the weights changing at given steps.
+
+    sets: by name. phases: in order, the first from step 0. size: rows of a global batch.
+    """
+
+    def __init__(self, sets: Mapping[str, Windows], phases: Sequence[Phase], size: int):
+        self.sets, self.size = sets, size
+        self.phases = []  # (first sample, names, turns, samples that each set has given before)
+        given = dict.fromkeys(sets, 0)
+        for phase in phases:
+            if self.phases:
+                first, names, turns, _ = self.phases[-1]
+                for i, name in enumerate(names):
+                    given[name] += turns.before(i, phase.start * size - first)
+            self.phases.append((phase.start * size, list(phase.weights), Turns(phase.units), dict(given)))
+
+    def drawn(self, sample: int) -> tuple[str, int]:
+        """The set and the window that a sample is, counted from 0 over all batches."""
+        first, names, turns, given = next(phase for phase in reversed(self.phases) if phase[0] <= sample)
+        index = turns.whose(sample - first)
+        name = names[index]
+        return name, self.sets[name].drawn(given[name] + turns.before(index, sample - first))
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
+        """A rank's part of the step's global batch, steps counted from 0: inputs and targets, (rows, length) int64.
+
+        The parts of all ranks, one after another, are the same global batch for any number of ranks.
+        """
+        rows = range(step * self.size + self.size * rank // ranks, step * self.size + self.size * (rank + 1) // ranks)
+        read = [self.sets[name].read([window]) for name, window in map(self.drawn, rows)]
+        empty = [torch.empty(0, next(iter(self.sets.values())).length, dtype=torch.int64)]  # more ranks than rows
+        return tuple(torch.cat(part) for part in zip(*read, strict=True)) if read else (empty[0], empty[0])
+
+
+def mixture(experiment, packed: Packed, others: Mapping[str, Packed]) -> Mixture:
+    """The training batches of an experiment, from its own packed tokens and those of experiments `beside` it."""
+    length, config = experiment.model.context_length, experiment.pretrain
+    if not experiment.mixture:
+        everything = Windows(packed, length, config.seed)
+        return Mixture({experiment.name: everything}, [Phase(start=0, weights={experiment.name: 1})], config.batch_size)
+    used = dict.fromkeys(name for phase in experiment.mixture for name in phase.weights)
+    sets = {name: Windows(others.get(name) or packed.of(name), length, config.seed) for name in used}
+    return Mixture(sets, experiment.mixture, config.batch_size)

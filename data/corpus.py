@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 64 << 20
 BATCH_CHARS = 1 << 19  # of documents that one worker takes at a time
-BYTES_PER_TOKEN = 4.4  # of English, with 32,768 pieces: what token budgets are counted in before there is a tokenizer
+BYTES_PER_TOKEN = 4.25  # of English prose, with 32,768 pieces: token budgets count before there is a tokenizer
 SECTION_CHARS = 6_000  # a longer document is judged in sections of this to twice this length
 SAMPLES, EXAMPLES = 10, 2  # shown in the card: documents, and rejections of a rule and source
 

@@ -44,16 +44,24 @@ class PackConfig:
 
 
 class Packed:
-    """One split of a packed directory: `tokens`, a memory map of ids, and `starts`, where its documents begin.
+    """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin.
 
-    bytes: of UTF-8 text that the tokens spell. name: for messages.
+    name: for messages. counts: of the manifest: `bytes` of UTF-8 text that the tokens spell, and those of each source.
     """
 
-    def __init__(self, directory: Path, split: str, counts: dict):
-        self.name = str(directory / f"{split}.bin")
-        self.tokens = np.memmap(directory / f"{split}.bin", dtype=counts["dtype"], mode="r")
-        self.starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
-        self.bytes = counts[split]["bytes"]
+    def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict):
+        self.name, self.tokens, self.starts, self.counts = name, tokens, starts, counts
+        self.bytes = counts["bytes"]
+
+    def of(self, source: str) -> "Packed":
+        """The part that one source of the corpus has given: the corpus has one source after another."""
+        if source not in self.counts["sources"]:
+            raise UserError(f"{self.name} has nothing of {source}; there are {', '.join(self.counts['sources'])}")
+        counts = self.counts["sources"][source]
+        start, end = counts["start"], counts["start"] + counts["tokens"]
+        first, last = np.searchsorted(self.starts, (start, end))
+        name = f"{source} in {self.name}"
+        return Packed(name, self.tokens[start:end], self.starts[first:last] - start, counts)
 
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of each document, its end token included."""
@@ -73,7 +81,12 @@ def load(directory: Path, tokenizer_sha256: str, make: str) -> dict[str, Packed]
             f"{directory} was packed with tokenizer {made_with[:12]}…, but the tokenizer here is "
             f"{tokenizer_sha256[:12]}…; pack again with: {make} --force"
         )
-    return {split: Packed(directory, split, manifest["counts"]) for split in SPLITS}
+    splits = {}
+    for split in SPLITS:
+        tokens = np.memmap(directory / f"{split}.bin", dtype=manifest["counts"]["dtype"], mode="r")
+        starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
+        splits[split] = Packed(str(directory / f"{split}.bin"), tokens, starts, manifest["counts"][split])
+    return splits
 
 
 def _chunks(corpus: Path) -> list[tuple[Path, int]]:
@@ -88,23 +101,30 @@ def _start_worker(spm: tokenizer.Tokenizer, val_fraction: float, dtype: str) -> 
 
 
 def _encode(chunk: tuple[Path, int]) -> dict:
-    """{split: (ids, document lengths in tokens, bytes of text)} of one piece of a shard."""
+    """{split: {source: (ids, document lengths in tokens, bytes of text)}} of one piece of a shard."""
     (spm, val_fraction, dtype), (shard, start) = _worker, chunk
-    ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    size = dict.fromkeys(SPLITS, 0)
+    found: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
+    end = np.array([spm.eos])
     with open(shard, "rb") as file:
         if start:
             file.seek(start - 1)
             file.readline()
         while file.tell() < start + CHUNK and (line := file.readline()):
-            text = json.loads(line)["text"]
-            split = "val" if held_out(text, val_fraction) else "train"
-            document = [*spm.encode(text), spm.eos]
-            ids[split] += document
-            lengths[split].append(len(document))
-            size[split] += len(text.encode())
-    return {split: (np.array(ids[split], dtype=dtype), lengths[split], size[split]) for split in SPLITS}
+            record = json.loads(line)
+            text = record["text"]
+            split = found["val" if held_out(text, val_fraction) else "train"]
+            part = split.setdefault(record["source"], [[], [], 0])
+            ids = spm.encode_array(text)
+            part[0] += ids, end
+            part[1].append(len(ids) + 1)
+            part[2] += len(text.encode())
+    for parts in found.values():
+        for part in parts.values():
+            ids = np.concatenate(part[0])
+            if ids.min() < 0 or ids.max() >= spm.vocab_size:
+                raise AssertionError(f"ids {ids.min()} to {ids.max()} of {spm.vocab_size} pieces, in {shard} at {start}")
+            part[0] = ids.astype(dtype)
+    return found
 
 
 def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
@@ -144,7 +164,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
 def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory: Path, workers: int) -> dict:
     """Writes the four files. The pieces are written in order, however many workers encode them."""
     dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
     chunks = _chunks(corpus)
     with contextlib.ExitStack() as stack:
         files = {
@@ -153,16 +173,20 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
             for name in (f"{split}.bin", f"{split}.idx")
         }
         pool = stack.enter_context(stage.pool(workers, _start_worker, spm, val_fraction, dtype))
-        encoded = pool.map(_encode, chunks)
+        encoded = stage.ordered(pool, _encode, chunks, 4 * workers)
         for pieces in progress(encoded, len(chunks), "MB", "packing"):
-            for split, (ids, lengths, size) in pieces.items():
+            for split, source, (ids, lengths, size) in (
+                (split, source, part) for split, parts in pieces.items() for source, part in parts.items()
+            ):
                 total = counts[split]
-                starts = total["tokens"] + np.cumsum([0, *lengths[:-1]]) if lengths else []
+                starts = total["tokens"] + np.cumsum([0, *lengths[:-1]])
                 files[f"{split}.bin"].write(ids.tobytes())
-                files[f"{split}.idx"].write(np.asarray(starts, dtype="<i8").tobytes())
-                total["documents"] += len(lengths)
-                total["tokens"] += len(ids)
-                total["bytes"] += size
+                files[f"{split}.idx"].write(starts.astype("<i8").tobytes())
+                empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
+                for table in (total, total["sources"].setdefault(source, empty)):
+                    table["documents"] += len(lengths)
+                    table["tokens"] += len(ids)
+                    table["bytes"] += size
     return {"dtype": dtype, **counts}
 
 

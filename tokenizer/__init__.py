@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 import stage
@@ -29,12 +30,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end token. UserError for half a surrogate pair, which no file can hold."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start}"
-            ) from None
+        _must_be_text(text)
         if SPACE not in text:
             return self.pieces.encode(text)
         ids: list[int] = []
@@ -42,9 +38,23 @@ class Tokenizer:
             ids += self._space_bytes if part == SPACE else self.pieces.encode(part)
         return ids
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as an integer array, several times as fast to make."""
+        if SPACE in text:
+            return np.array(self.encode(text), dtype=np.int32)
+        _must_be_text(text)
+        return self.pieces.encode(text, return_type="numpy")
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Control pieces, such as the end of a document, have none; broken byte runs give U+FFFD."""
         return self.pieces.decode(list(ids))
+
+
+def _must_be_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start}") from None
 
 
 def load(directory: Path | str, make: str = "python -m tokenizer.train CONFIG") -> Tokenizer:
