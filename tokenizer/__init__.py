@@ -17,7 +17,7 @@ class Tokenizer:
     """A SentencePiece model. `decode(encode(text)) == text` for every text.
 
     sha256: the digest of spm.model, its identity. vocab_size: pieces. eos: the id that ends a document; it also stands
-    before a text that begins one.
+    before a text that begins one. control: the ids of pieces that no text is spelt with, for chat templates.
     """
 
     def __init__(self, model: bytes, sha256: str):
@@ -25,6 +25,9 @@ class Tokenizer:
         self.sha256 = sha256
         self.vocab_size = self.pieces.get_piece_size()
         self.eos = self.pieces.eos_id()
+        special = (0, self.eos)  # 0: unknown
+        ids = [i for i in range(self.vocab_size) if self.pieces.is_control(i) and i not in special]
+        self.control = {self.pieces.id_to_piece(i): i for i in ids}
         # A text may itself hold U+2581, which SentencePiece would give back as a space: it is spelt in bytes.
         self._space_bytes = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 

@@ -7,6 +7,8 @@ Its SHA-256 is its identity: packed tokens and checkpoints carry it, and refuse 
 
 import argparse
 import io
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,15 @@ class TokenizerConfig:
     """How a tokenizer is trained. Raises TypeError or ValueError, naming the field, for what cannot be."""
 
     vocab_size: int = 32_768
-    """Pieces, the 256 byte pieces and the two control pieces among them."""
+    """Pieces, the 256 byte pieces and the control pieces among them."""
     algorithm: str = "unigram"
     """"unigram" (arXiv:1804.10959) or "bpe" (arXiv:1508.07909)."""
     sample_bytes: int = 20_000_000
     """At most this much text is learnt from, taken evenly from the corpus."""
+    normalization: str = "identity"
+    """"identity" gives every text back as it was; "nfkc" first replaces characters by their compatible forms."""
+    control: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", *(f"<|reserved_{i}|>" for i in range(6)))
+    """Pieces that stand for themselves and that no text is ever spelt with, for chat templates."""
 
     def __post_init__(self):
         check_types(self)
@@ -40,14 +46,20 @@ class TokenizerConfig:
             raise ValueError(f"vocab_size is {self.vocab_size}; expected 300 to {1 << 20}")
         if self.algorithm not in ("unigram", "bpe"):
             raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
+        if self.normalization not in ("identity", "nfkc"):
+            raise ValueError(f'normalization is {self.normalization!r}; expected "identity" or "nfkc"')
+        if not all(self.control) or len(set(self.control)) < len(self.control):
+            raise ValueError(f"control is {self.control}; expected pieces that differ and are not empty")
         if self.sample_bytes < 1:
             raise ValueError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
 
 
-def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterator[str]:
-    """Training documents, evenly from the corpus, up to `limit` of its `total` bytes; none that are held out."""
+def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterator[tuple[str, str]]:
+    """(source, text) of training documents, evenly from the corpus, up to `limit` of its `total` bytes; none that are
+    held out."""
     share, passed, taken = min(1.0, limit / max(1, total)), 0, 0
-    for text in (record["text"] for record in data.corpus.records(corpus)):
+    for record in data.corpus.records(corpus):
+        text = record["text"]
         if data.corpus.held_out(text, val_fraction):
             continue
         size = len(text.encode())
@@ -55,15 +67,15 @@ def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterato
         if taken + size / 2 <= share * passed:  # nearer to an even share with it than without it
             text = text.encode()[: limit - taken].decode(errors="ignore")
             taken += len(text.encode())
-            yield text
+            yield record["source"], text
 
 
 def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float) -> bytes:
-    """A SentencePiece model: identity normalisation, byte fallback, white space kept, digits apart.
+    """A SentencePiece model: byte fallback, white space kept, digits apart.
 
     The number of threads is fixed, because the sums that training makes depend on it.
     """
-    texts = sample(corpus, total, config.sample_bytes, val_fraction)
+    texts = (text for _, text in sample(corpus, total, config.sample_bytes, val_fraction))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -71,7 +83,8 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
             model_writer=model,
             vocab_size=config.vocab_size,
             model_type=config.algorithm,
-            normalization_rule_name="identity",
+            normalization_rule_name=config.normalization,
+            control_symbols=list(config.control),
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
@@ -105,6 +118,11 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
     job = Stage(directory, settings, stage.outputs(corpus), f"python -m tokenizer.train {experiment.path}")
     if job.up_to_date(force):
         return directory
+    if made := made_with(directory):
+        raise UserError(
+            f"{directory} is what {', '.join(map(str, made))} was made with; another would not fit. Give the experiment "
+            "another name, or delete what was made with it first"
+        )
     manifest = stage.finished(corpus, f"python -m data.corpus {experiment.path}")
     with job.making():
         log.info(f"tokenizer: training {config.vocab_size:,} pieces")
@@ -116,8 +134,14 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         pieces = tokenizer.pieces
         vocabulary = (f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size))
         (directory / "spm.vocab").write_text("".join(vocabulary), encoding="utf-8", newline="\n")
-        numbers = measure(tokenizer, sample(corpus, total, 2_000_000, 0.0))
-        settings = {"vocab_size": tokenizer.vocab_size, "unk": 0, "eos": tokenizer.eos, "sha256": tokenizer.sha256}
+        numbers = measure(tokenizer, sample(corpus, total, 2_000_000, 0.0), config.normalization == "identity")
+        settings = {
+            "vocab_size": tokenizer.vocab_size,
+            "unk": 0,
+            "eos": tokenizer.eos,
+            "control": tokenizer.control,
+            "sha256": tokenizer.sha256,
+        }
         stage.write_json(directory / "tokenizer_config.json", settings)
         (directory / "TOKENIZER_CARD.md").write_text(card(experiment.name, config, settings, numbers), encoding="utf-8")
         job.finish(numbers)
@@ -125,33 +149,73 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
     return directory
 
 
-def measure(tokenizer: Tokenizer, texts: Iterator[str]) -> dict:
-    """Bytes and characters a token over some documents, and whether each comes back as it was."""
-    tokens = size = characters = documents = 0
-    for text in texts:
+def made_with(directory: Path) -> list[Path]:
+    """Directories of packed tokens and of models that were made with the tokenizer in one."""
+    name = f"{directory.parent.name}/{directory.name}/spm.model"
+    manifests = sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")])
+    return [path.parent for path in manifests if name in (stage.read_manifest(path.parent) or {"read": {}})["read"]]
+
+
+def measure(tokenizer: Tokenizer, texts: Iterator[tuple[str, str]], lossless: bool) -> dict:
+    """What the tokenizer makes of (source, text) pairs: for each source and for all, bytes and characters a token,
+    tokens a word (fertility), the share of unknown tokens, and how many texts come back as they were.
+
+    score: bits of text that one bit of an id holds, 8 · bytes a token / log2(vocab_size). AssertionError if `lossless`
+    and a text does not come back.
+    """
+    sums: dict[str, Counter] = {}
+    for source, text in texts:
         ids = tokenizer.encode(text)
-        if tokenizer.decode(ids) != text:
+        same = tokenizer.decode(ids) == text
+        if lossless and not same:
             raise AssertionError(f"the tokenizer does not give back {text[:80]!r}")
-        tokens, size = tokens + len(ids), size + len(text.encode())
-        characters, documents = characters + len(text), documents + 1
-    return {
-        "documents_checked": documents,
-        "bytes_per_token": round(size / max(1, tokens), 4),
-        "characters_per_token": round(characters / max(1, tokens), 4),
+        counted = Counter(documents=1, tokens=len(ids), bytes=len(text.encode()), characters=len(text))
+        counted.update(words=len(text.split()), unknown=ids.count(0), same=int(same))
+        for name in (source, "all"):
+            sums.setdefault(name, Counter()).update(counted)
+    rates = {
+        name: {
+            "documents": s["documents"],
+            "bytes_per_token": round(s["bytes"] / s["tokens"], 4),
+            "characters_per_token": round(s["characters"] / s["tokens"], 4),
+            "fertility": round(s["tokens"] / max(1, s["words"]), 4),
+            "unknown_rate": s["unknown"] / s["tokens"],
+            "round_trips": s["same"],
+        }
+        for name, s in sums.items()
     }
+    everything = rates.pop("all")
+    score = 8 * everything["bytes_per_token"] / math.log2(tokenizer.vocab_size)
+    return {**everything, "score": round(score, 4), "sources": rates}
 
 
 def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> str:
     """TOKENIZER_CARD.md: what the tokenizer is and how well it compresses its corpus."""
+    columns = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
+    rows = "\n".join(
+        f"| {source} | {' | '.join(f'{rates[column]:g}' for column in columns)} |"
+        for source, rates in {**numbers["sources"], "all": numbers}.items()
+    )
+    text = (
+        "Lossless: text is not normalised, white space is kept"
+        if config.normalization == "identity"
+        else f"Text is normalised ({config.normalization}), and so does not always come back; white space is kept"
+    )
     return f"""# Tokenizer of {name}
 
 SentencePiece {config.algorithm}, {settings["vocab_size"]:,} pieces, SHA-256 `{settings["sha256"]}`.
 
-Lossless: text is not normalised, white space is kept, digits stand apart, and what has no piece is spelt in bytes.
-Piece {settings["eos"]} ends a document. Held-out documents were not learnt from.
+{text}, digits stand apart, and what has no piece is spelt in bytes.
+Piece {settings["eos"]} ends a document. Held-out documents were not learnt from. Control pieces, which no text is spelt
+with: {", ".join(f"`{piece}`" for piece in config.control) or "none"}.
 
-On {numbers["documents_checked"]:,} documents of its corpus, each of which came back as it was:
-{numbers["bytes_per_token"]} bytes and {numbers["characters_per_token"]} characters a token.
+On documents taken evenly from its corpus:
+
+| source | documents | bytes a token | characters a token | tokens a word | unknown | came back as they were |
+|---|---|---|---|---|---|---|
+{rows}
+
+Score: {numbers["score"]} bits of text in a bit of id, 8 · bytes a token / log2(pieces).
 """
 
 
