@@ -302,13 +302,14 @@ def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> 
     enough to go on from there; state: as `partial/state.json` has it."""
     partial = directory / "partial"
     partial.mkdir(exist_ok=True)
-    shards, tally, index = state["shards"], Tally(state["tally"]), Index(config.dedup, partial, state["index"])
+    shards, tally = state["shards"], Tally(state["tally"])
     for left in directory.glob("shard_*.jsonl"):
         if left.name not in shards:
             left.unlink()
     if shards:
         log.info(f"corpus: going on after {len(shards)} finished shards")
-    with stage.pool(workers, _start_worker, Preparation(config)) as pool:
+    preparation = Preparation(config)
+    with Index(config.dedup, partial, state["index"]) as index, stage.pool(workers, _start_worker, preparation) as pool:
         documents = _kept(pool, config, workers, state, tally, index)
         more = True
         while more:

@@ -107,6 +107,13 @@ class Index:
         keys = np.fromfile(directory / "keys.bin", dtype=np.uint64)
         self._merge(keys, np.repeat(np.arange(texts, dtype=np.uint32), self.width))
 
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in self.files:
+            file.close()
+
     def sync(self) -> tuple[int, int]:
         """Puts everything on disk; returns the size to go on from."""
         for file in self.files:

@@ -88,7 +88,7 @@ def _extra(module: str, package: str, why: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise UserError(f"{why} needs {package}; install it with: pip install {package}") from None
 

@@ -8,7 +8,7 @@ import pytest
 import data.pack
 import stage
 import tokenizer
-from data.corpus import documents, held_out
+from data.corpus import held_out, records
 from stage import UserError
 from tests.conftest import Place
 
@@ -20,7 +20,7 @@ def spm(made: Place) -> tokenizer.Tokenizer:
 
 def test_documents_come_back(made: Place, spm):
     splits = data.pack.load(made.runs / "mini/packed", spm.sha256, "")
-    corpus = list(documents(made.runs / "mini/corpus"))
+    corpus = [record["text"] for record in records(made.runs / "mini/corpus")]
     for split, packed in splits.items():
         texts = [text for text in corpus if held_out(text, 0.1) == (split == "val")]
         found = [ids.tolist() for ids in packed.documents()]
@@ -51,6 +51,74 @@ def test_format_on_disk(made: Place):
 def test_another_tokenizer_is_refused(made: Place):
     with pytest.raises(UserError, match=r"was packed with tokenizer .*, but the tokenizer here is 0{12}…; pack again"):
         data.pack.load(made.runs / "mini/packed", "0" * 64, "python -m data.pack x.py")
+
+
+def two_sources(place: Place) -> None:
+    """A second source of 40 kB."""
+    lines = (json.dumps({"text": f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40))}) for i in range(150))
+    (place.raw / "more.jsonl").write_text("\n".join(lines))
+    place.edit(
+        ('min_chars=20),)', 'min_chars=20), Files(name="more", paths=("more.jsonl",)))'),
+        ("    pretrain=", '    mixture=(Phase(start=0, weights={"files": 1, "more": 3}), Phase(start=10, weights={"files": 1})),\n    pretrain='),
+        ("from data.corpus", "from data.batches import Phase\nfrom data.corpus"),
+    )
+
+
+def test_each_source_is_a_part(place: Place):
+    two_sources(place)
+    place.run("-m", "data.pack", place.config)
+    spm = tokenizer.load(place.runs / "mini/tokenizer")
+    packed = data.pack.load(place.runs / "mini/packed", spm.sha256, "")["train"]
+    files, more = packed.of("files"), packed.of("more")
+    assert np.concatenate([files.tokens, more.tokens]).tolist() == packed.tokens.tolist()
+    assert (len(files.starts) + len(more.starts), files.bytes + more.bytes) == (len(packed.starts), packed.bytes)
+    assert all(spm.decode(ids.tolist()).split()[1].startswith("word") for ids in more.documents())
+    with pytest.raises(UserError, match="has nothing of x; there are files, more"):
+        packed.of("x")
+
+
+def test_a_mixture_is_trained_on_and_shown(place: Place):
+    two_sources(place)
+    place.edit(("steps=24", "steps=12"))
+    place.run("train.py", place.config)
+    shown = place.run("-m", "data.inspect", place.config, "--rows", 12, "--step", 9).stdout
+    assert (shown.count(": files, window"), shown.count(": more, window")) == (3, 9)
+    assert place.run("-m", "data.inspect", place.config, "--rows", 12, "--step", 10).stdout.count("files, window") == 12
+    place.edit(("start=10", "start=11"))
+    assert "mixture" in place.run("train.py", place.config, status=2).stderr
+
+
+def test_experiments_beside_each_other(made: Place, place: Place):
+    """Packed tokens of another experiment join the mixture; with another tokenizer they are refused."""
+    other = place.path / "other.py"
+    text = place.config.read_text().replace('name="mini"', 'name="other"')
+    other.write_text(text.replace("experiment = ", "first = "))
+    text = f"""{other.read_text()}
+from dataclasses import replace
+from data.batches import Phase
+experiment = replace(first, name="mini", shared={{"tokenizer": first}}, beside=(first,),
+    mixture=(Phase(start=0, weights={{"files": 1, "other": 1}}),), pretrain=replace(first.pretrain, steps=2))
+"""
+    place.config.write_text(text)
+    place.run("train.py", place.config)
+    read = stage.read_manifest(place.runs / "mini/pretrain")["read"]
+    assert {"mini/packed/train.bin", "other/packed/train.bin"} <= set(read)
+    place.config.write_text(text.replace('shared={"tokenizer": first}, ', "").replace('beside', 'tokenizer=replace(first.tokenizer, sample_bytes=9_000), beside'))
+    assert "tokenizer" in place.run("train.py", place.config, "--force", status=2).stderr
+
+
+def test_inspect_shows_documents_and_batches(made: Place):
+    process = made.run("-m", "data.inspect", made.config, "--split", "val", "--documents", 2, "--step", 5, "--rows", 3)
+    packed = data.pack.load(made.runs / "mini/packed", tokenizer.load(made.runs / "mini/tokenizer").sha256, "")
+    assert f"{len(packed['train'].tokens):,} tokens" in process.stdout
+    assert process.stdout.count("⟨end⟩") >= 2
+    assert process.stdout.count("the last target") == 3
+    assert "found --first 999" in made.run("-m", "data.inspect", made.config, "--first", 999, status=2).stderr
+
+
+def test_inspect_names_what_is_missing(place: Place):
+    error = place.run("-m", "data.inspect", place.config, status=2).stderr
+    assert f"python -m tokenizer.train {place.config}" in error
 
 
 def test_a_split_without_documents_is_named(place: Place):

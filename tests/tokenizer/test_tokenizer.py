@@ -1,6 +1,9 @@
 """The tokenizer gives back every text, and is the same bytes each time it is trained."""
 
 import hashlib
+import json
+import lzma
+import shutil
 
 import pytest
 import sentencepiece
@@ -8,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
+from data.sources import raw
 from stage import UserError
 from tests.conftest import ROOT, Place
-from tokenizer.train import TokenizerConfig, train
+from tokenizer.train import TokenizerConfig, measure, train
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,8 @@ def test_any_text_comes_back(spm):
     @given(st.text(st.characters(codec="utf-8")) | st.text(" \n\t▁a1é<s>/", max_size=30))
     def check(text):
         assert spm.decode(spm.encode(text)) == text
+
+        assert spm.encode_array(text).tolist() == spm.encode(text)
 
     check()
 
@@ -42,10 +48,11 @@ def test_agrees_with_sentencepiece_itself(spm, made: Place, text):
 
 
 def test_control_pieces_cannot_be_spelt(spm):
-    for text in ("</s>", "<unk>", "a</s>b", "<0x41>"):
-        assert not {0, spm.eos} & set(spm.encode(text))
+    assert list(spm.control) == list(TokenizerConfig().control)
+    for text in ("</s>", "<unk>", "a</s>b", "<0x41>", *spm.control, "x<|im_start|>user\nhi<|im_end|>\n"):
+        assert not {0, spm.eos, *spm.control.values()} & set(spm.encode(text))
         assert spm.decode(spm.encode(text)) == text
-    assert spm.decode([spm.eos]) == ""
+    assert spm.decode([spm.eos, *spm.control.values()]) == ""
 
 
 def test_digits_stand_apart(spm):
@@ -53,8 +60,9 @@ def test_digits_stand_apart(spm):
 
 
 def test_lone_surrogates_are_refused(spm):
-    with pytest.raises(UserError, match=r"lone surrogate, '\\ud800', at character 1"):
-        spm.encode("a\ud800")
+    for encode in (spm.encode, spm.encode_array):
+        with pytest.raises(UserError, match=r"lone surrogate, '\\ud800', at character 1"):
+            encode("a\ud800")
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
@@ -79,3 +87,69 @@ def test_a_damaged_tokenizer_is_named(packed: Place):
         tokenizer.load(packed.runs / "mini/tokenizer")
     with pytest.raises(UserError, match=r"make it with: python -m tokenizer\.train"):
         tokenizer.load(packed.path / "nowhere")
+
+
+def test_normalised_by_choice(made: Place):
+    config = TokenizerConfig(vocab_size=400, algorithm="bpe", normalization="nfkc", control=("<|x|>",))
+    model = train(made.runs / "mini/corpus", 1, config, 0.1)
+    nfkc = tokenizer.Tokenizer(model, hashlib.sha256(model).hexdigest())
+    assert nfkc.decode(nfkc.encode("ﬁve  \n½")) == "five  \n1⁄2"
+    assert nfkc.control == {"<|x|>": 2}
+
+
+def test_numbers_by_hand(spm):
+    numbers = measure(spm, iter([("a", "one two"), ("a", "é"), ("b", "x")]), lossless=True)
+    ids = [spm.encode(text) for text in ("one two", "é", "x")]
+    tokens = sum(map(len, ids[:2]))
+    assert numbers["sources"]["a"] == {
+        "documents": 2,
+        "bytes_per_token": round(9 / tokens, 4),
+        "characters_per_token": round(8 / tokens, 4),
+        "fertility": round(tokens / 3, 4),
+        "unknown_rate": 0.0,
+        "round_trips": 2,
+    }
+    assert numbers["documents"] == 3
+    assert numbers["score"] == pytest.approx(8 * (10 / (tokens + len(ids[2]))) / 9, abs=1e-3)  # 512 pieces: 9 bits
+
+
+def test_what_it_was_measured_on_is_in_the_card(made: Place):
+    card = (made.runs / "mini/tokenizer/TOKENIZER_CARD.md").read_text()
+    assert "| files |" in card
+    assert "| all |" in card
+    assert "`<|im_start|>`" in card
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("normalization", "nfd"), ("control", ("a", "a")), ("control", ("",)), ("algorithm", "word")]
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is"):
+        TokenizerConfig(**{field: value})
+
+
+def test_a_tokenizer_in_use_is_not_overwritten(packed: Place):
+    error = packed.run("-m", "tokenizer.train", packed.config, "--force", status=2).stderr
+    assert f"tokenizer is what {packed.runs}/mini/packed was made with" in error
+    before = (packed.runs / "mini/tokenizer/spm.model").read_bytes()
+    shutil.rmtree(packed.runs / "mini/packed")
+    packed.run("-m", "tokenizer.train", packed.config, "--force")
+    assert (packed.runs / "mini/tokenizer/spm.model").read_bytes() == before
+
+
+def test_a_tokenizer_that_models_speak_is_not_overwritten(trained: Place):
+    shutil.rmtree(trained.runs / "mini/packed")
+    error = trained.run("-m", "tokenizer.train", trained.config, "--force", status=2).stderr
+    assert "mini/pretrain" in error
+
+
+@pytest.mark.slow
+def test_real_documents_come_back(spm):
+    """Every document of WikiText-2 and every IMDb review, where DATA has them."""
+    files = [*raw().glob("wikitext-2/*.xz"), *raw().glob("imdb.jsonl.xz")]
+    if not files:
+        pytest.skip("no wikitext-2/ or imdb.jsonl.xz under DATA")
+    for path in files:
+        with lzma.open(path, "rt", encoding="utf-8", newline="") as file:
+            texts = (json.loads(line)["text"] for line in file) if ".jsonl" in path.name else file.read().split("\n \n")
+            assert all(spm.decode(spm.encode(text)) == text for text in texts)

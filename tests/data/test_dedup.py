@@ -1,0 +1,137 @@
+"""Near-duplicates: against exact Jaccard similarities of all pairs."""
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.dedup import Deduplication, Index, MinHash, jaccard
+from data.words import hashes, ngrams, words
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def prepared(text: str, minhash: MinHash) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and shingles of a text, its own fingerprint first, as the corpus makes them."""
+    numbers = hashes(words(text))
+    shingles = minhash.shingles(numbers)
+    own = ngrams(numbers, len(numbers))
+    return np.concatenate([own, minhash.keys(shingles)]), shingles
+
+
+def true_similarity(a: str, b: str) -> float:
+    sets = [{tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in (words(a), words(b))]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def changed(text: list[str], share: float, rng: random.Random) -> list[str]:
+    """A copy with a share of its words replaced, dropped or moved."""
+    text = list(text)
+    for _ in range(int(share * len(text))):
+        i, kind = rng.randrange(len(text)), rng.randrange(3)
+        if kind == 0:
+            text[i] = f"w{rng.randrange(10**9)}"
+        elif kind == 1:
+            del text[i]
+        else:
+            text[i], text[i - 1] = text[i - 1], text[i]
+    return text
+
+
+def test_bands_are_chosen_by_the_threshold():
+    assert (Deduplication().rows, MinHash(Deduplication()).bands) == (8, 16)
+    assert Deduplication(threshold=0.5).rows < Deduplication(threshold=0.7).rows < Deduplication().rows
+    assert Deduplication(threshold=0.01, permutations=2).rows == 1
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=12))
+def test_shingles_are_the_distinct_runs_of_three(spelt):
+    shingles = MinHash(Deduplication()).shingles(hashes(words(" ".join(spelt))))
+    expected = {tuple(spelt[i : i + 3]) for i in range(len(spelt) - 2)} if len(spelt) > 2 else {tuple(spelt)} - {()}
+    assert len(shingles) == len(expected)
+    assert (np.diff(shingles.astype(np.int64)) > 0).all()
+
+
+def test_signatures_estimate_similarity_without_bias():
+    """The share of equal minima has the true similarity as its mean, and the spread of independent permutations."""
+    minhash, rng, errors = MinHash(Deduplication()), np.random.default_rng(1), []
+    for _ in range(400):
+        both, rest = int(rng.integers(50, 350)), rng.integers(0, 1 << 32, 400, dtype=np.uint32)
+        half = both + (400 - both) // 2
+        a, b = rest[:half], np.concatenate([rest[:both], rest[half:]])
+        true = both / 400
+        equal = (minhash.signature(a) == minhash.signature(b)).mean()
+        errors.append((equal - true) / (true * (1 - true) / 128) ** 0.5)
+    assert abs(np.mean(errors)) < 0.2
+    assert 0.85 < np.std(errors) < 1.15
+
+
+def test_against_all_pairs(tmp_path, text, stack):
+    rng = random.Random(0)
+    vocabulary = words(" ".join(text))
+    originals = [[rng.choice(vocabulary).decode() for _ in range(rng.randrange(60, 400))] for _ in range(120)]
+    texts = []
+    for original in originals:
+        texts += [" ".join(original), *(" ".join(changed(original, rng.choice([0, 0.01, 0.05, 0.2]), rng)) for _ in "ab")]
+    minhash, kept, near = MinHash(Deduplication()), [], 0
+    index = stack.enter_context(Index(Deduplication(), tmp_path))
+    for each in texts:
+        similarity = max((true_similarity(each, other) for other in kept), default=0)
+        verdict = index.duplicate(*prepared(each, minhash))
+        if similarity == 1:
+            assert verdict == ("duplicate" if words(each) in map(words, kept) else "near_duplicate")
+        elif similarity < 0.85:
+            assert verdict is None
+        else:
+            near += 1
+            assert verdict == "near_duplicate"
+        if verdict is None:
+            kept.append(each)
+    assert near > 20
+
+
+def test_an_index_goes_on_from_where_it_was(tmp_path, monkeypatch, stack):
+    monkeypatch.setattr(Index, "RECENT", 100)  # so that it merges now and then
+    rng = random.Random(1)
+    texts = [[str(rng.randrange(99)) for _ in range(50)] for _ in range(60)]
+    texts += [changed(t, 0.02, rng) for t in texts]
+    minhash = MinHash(Deduplication())
+    pairs = [prepared(" ".join(t), minhash) for t in texts]
+    verdicts = {}
+    for name, stops in {"whole": (), "broken": (1, 30, 31, 90)}.items():
+        (tmp_path / name).mkdir()
+        index = stack.enter_context(Index(Deduplication(), tmp_path / name))
+        verdicts[name] = []
+        for number, pair in enumerate(pairs):
+            if number in stops:
+                size = index.sync()
+                index.duplicate(*prepared("what was lost in a crash", minhash))
+                index.__exit__()
+                index = stack.enter_context(Index(Deduplication(), tmp_path / name, size))
+            verdicts[name].append(index.duplicate(*pair))
+    assert verdicts["whole"] == verdicts["broken"]
+    assert {"near_duplicate", None} <= set(verdicts["whole"])
+
+
+def test_without_near_duplicates_only_equal_texts_are_found(tmp_path):
+    keys = [np.array([k], dtype=np.uint64) for k in (1, 2, 1)]
+    with Index(None, tmp_path) as index:
+        assert [index.duplicate(k, np.empty(0, np.uint32)) for k in keys] == [None, None, "duplicate"]
+
+
+def test_jaccard_by_hand():
+    assert jaccard(np.array([1, 2, 3]), np.array([2, 3, 4])) == 0.5
+    assert jaccard(np.array([1]), np.array([2])) == 0.0
+
+
+@pytest.mark.parametrize(("field", "value"), [("threshold", 0.0), ("threshold", 1.1), ("ngram", 0), ("permutations", 0)])
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        Deduplication(**{field: value})

@@ -1,0 +1,144 @@
+"""The rules by name: each on a text made to fail it alone, the sums against plain Python."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.quality import C4, PROSE, Gopher, Quality, _duplicate_share, _top_share, judge, select_lines
+from data.words import hashes, ngrams, words
+
+GOOD = """The harbour lay quiet under a low sky, and nobody had yet come down to open the sheds. Two gulls walked along
+the wall as if they were paid to count its stones. When the first lorry arrived, its driver got out, looked at the water
+for a long while, and decided that the crates could wait until somebody had made tea.
+
+There is a kind of morning that belongs to such places. You can hear the ropes, and the bell on the far buoy, and what
+people say to their dogs. Nothing is urgent; even the clock over the customs house has been five minutes late for years,
+and the men who could mend it prefer to have the five minutes."""
+
+
+def rule(text: str, quality: Quality = PROSE) -> str | None:
+    spelt = words(text)
+    return judge(text, spelt, hashes(spelt), quality)
+
+
+def test_good_text_passes():
+    assert rule(GOOD) is None
+    assert rule(select_lines(GOOD.replace("\n", " "), C4()), Quality()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "changed"),
+    [
+        ("gopher_words", "Too short to be judged by the rules that follow, and that is that.", {}),
+        ("gopher_words", GOOD, {"max_words": 100}),
+        ("gopher_word_length", GOOD, {"max_word_length": 3.5}),
+        ("gopher_word_length", " ".join("a b of to it is we at as c".split() * 9), {"max_top_ngrams": (1.0,) * 3}),
+        ("gopher_symbols", GOOD.replace(".", "...").replace(",", "..."), {"max_ellipsis_lines": 1.0}),
+        ("gopher_symbols", GOOD.replace(" the", " #the") + " # # # # #", {}),
+        ("gopher_bullet_lines", "\n".join(f"- {line}" for line in GOOD.split("\n")), {}),
+        ("gopher_ellipsis_lines", "\n".join(f"{line}…" for line in GOOD.split("\n")), {}),
+        ("gopher_alphabetic", GOOD + " 1 2 3 4 5 6 7 8 9" * 5, {}),
+        ("gopher_stop_words", GOOD, {"min_stop_words": 40}),
+        ("gopher_duplicate_lines", "\n".join([*GOOD.split("\n"), *["And so on."] * 5]), {}),
+        ("gopher_duplicate_line_chars", "\n".join([*GOOD.split("\n"), *GOOD.split("\n")[:2]]), {}),
+        ("gopher_duplicate_paragraphs", GOOD + "\n\nSo it is.\n\nSo it is.", {"max_duplicate_paragraphs": 0.2}),
+        ("gopher_duplicate_paragraph_chars", GOOD + "\n\n" + GOOD[:300] + "\n\n" + GOOD[:300], {}),
+        ("gopher_top_2gram", GOOD + " every boat" * 20, {}),
+        ("gopher_duplicate_5grams", GOOD + " " + GOOD[60:260], {}),
+    ],
+)
+def test_gopher(name, text, changed):
+    gopher = replace(Gopher(), **changed)
+    if name not in ("gopher_words", "gopher_word_length"):
+        loose = {"max_duplicate_lines": 1.0, "max_duplicate_line_chars": 1.0, "max_duplicate_paragraph_chars": 1.0}
+        loose |= {"max_duplicate_ngrams": (1.0,) * 6, "max_duplicate_paragraphs": 1.0, "max_top_ngrams": (1.0,) * 3}
+        strict = {
+            "gopher_duplicate_lines": ("max_duplicate_lines",),
+            "gopher_duplicate_line_chars": ("max_duplicate_line_chars",),
+            "gopher_duplicate_paragraphs": ("max_duplicate_paragraphs",),
+            "gopher_duplicate_paragraph_chars": ("max_duplicate_paragraph_chars",),
+            "gopher_top_2gram": ("max_top_ngrams",),
+            "gopher_duplicate_5grams": ("max_duplicate_ngrams",),
+        }.get(name, ())
+        gopher = replace(gopher, **{field: 1.0 if not isinstance(v, tuple) else v for field, v in loose.items() if field not in strict})
+    assert rule(text, Quality(c4=None, gopher=gopher, min_english=None)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c4_sentences", "One sentence that has more than five words in it, and a second. Which it is."),
+        ("c4_banned: lorem ipsum", GOOD + "\nLorem Ipsum dolor sit amet, consectetur adipiscing."),
+        ("c4_banned: {", GOOD + "\nvar harbour = {quiet: yes, with: gulls, and: tea};"),
+    ],
+)
+def test_c4(name, text):
+    assert rule(text, Quality(gopher=None)) == name
+
+
+def test_c4_selects_lines():
+    text = "\n".join(
+        [
+            "A line that ends as a sentence should.[1]",
+            "a heading without an end",
+            "Too short.",
+            "Please enable JavaScript to see this page.",
+            "By going on you agree to our use of cookies.",
+            "",
+            'She said that it was "done and over."',
+            "This one ends in an ellipsis and goes...",
+        ]
+    )
+    kept = "A line that ends as a sentence should.\n\nShe said that it was \"done and over.\""
+    assert select_lines(text, C4()) == kept
+    assert "a heading without an end" in select_lines(text, C4(terminal_punctuation=False))
+    assert select_lines(GOOD, C4(terminal_punctuation=False, min_line_words=1)) == GOOD
+
+
+WORDS = st.lists(st.sampled_from([b"a", b"bb", b"ccc", b"dddd"]), max_size=60)
+
+
+@given(WORDS, st.integers(2, 10))
+def test_shares_of_repeated_runs_are_those_of_plain_python(spelt, n):
+    runs = [tuple(spelt[i : i + n]) for i in range(len(spelt) - n + 1)]
+    counts, total = Counter(runs), sum(map(len, spelt))
+    covered = {i + k for i, run in enumerate(runs) if counts[run] > 1 for k in range(n)}
+    ends = np.cumsum([0, *map(len, spelt)])
+    found = ngrams(hashes(spelt), n)
+    assert len(set(found.tolist())) == len(counts)
+    assert _duplicate_share(found, ends, n) == pytest.approx(sum(len(spelt[i]) for i in covered) / max(1, total))
+    most = max(counts.values(), default=0)
+    tops = {most * sum(map(len, run)) / total for run, count in counts.items() if count == most} if most > 1 else {0.0}
+    assert any(_top_share(found, ends, n) == pytest.approx(top) for top in tops)
+
+
+FOREIGN = """
+Le matin, quand la brume se lève sur le port, les pêcheurs réparent leurs filets en parlant du temps qu'il fera demain.
+Ma grand-mère gardait dans un tiroir toutes les lettres que son frère lui avait envoyées d'Amérique pendant la guerre.
+On ne sait jamais pourquoi une ville nous plaît; c'est peut-être la lumière, ou le bruit des volets qu'on ouvre à midi.
+Le conseil municipal a décidé de fermer la vieille école, mais les habitants ont promis de se battre jusqu'au bout.
+Il a son chapeau sur la table, un livre dans la poche, et la conviction tranquille que personne ne viendra le déranger.
+Als der Zug endlich anhielt, standen die Reisenden schon lange an den Türen, und keiner wollte noch ein Wort sagen.
+In der kleinen Bäckerei am Marktplatz gibt es an jedem Morgen frische Brötchen, und der Besitzer kennt alle beim Namen.
+Meine Schwester hat im Garten einen Apfelbaum gepflanzt, der so langsam wächst, dass wir ihn wohl nie werden ernten können.
+Die Sitzung war kurz, aber man hat in ihr mehr beschlossen als in all den Jahren davor, in denen man nur geredet hatte.
+Was am Ende bleibt, ist die Frage, ob der Mann im Turm wirklich so allein war, wie er es in seinen Briefen behauptet.
+Por la tarde, los niños bajan a la plaza con una pelota vieja y juegan hasta que las madres los llaman desde los balcones.
+El abuelo decía que en aquel pueblo no pasaba nada, y sin embargo contaba una historia distinta cada noche del verano.
+La empresa anunció que no habrá despidos este año, pero los trabajadores no se fían de lo que prometen los directores.
+Cuando se fue la luz, encendimos unas velas y me di cuenta de que hacía meses que no hablábamos sin mirar el teléfono.
+Has de saber, amigo, que no hay camino tan llano que no tenga algún tropiezo, ni plazo tan largo que no se cumpla.
+""".strip().split("\n")
+
+
+def test_other_languages_are_rejected_and_english_is_not():
+    assert [rule(text) for text in FOREIGN] == ["not_english"] * 15
+    for paragraph in GOOD.split("\n\n"):
+        for sentence in paragraph.replace("\n", " ").split(". "):
+            assert rule(sentence, Quality(c4=None, gopher=None)) is None
+    assert rule("港は静かだった。" * 20) == "not_english"
+    assert rule(FOREIGN[0], Quality(c4=None, gopher=None, min_english=None)) is None

@@ -1,0 +1,264 @@
+"""Sources: what is read, in which order, and what is said of what cannot be read."""
+
+import bz2
+import gzip
+import json
+import lzma
+import shutil
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data.sources import Document, Files, Hub, PythonDocs
+from stage import UserError
+from tests.conftest import Place
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    return tmp_path
+
+
+def read(*paths: str, **options) -> list[tuple[str, str]]:
+    return [(d.id, d.text) for d in Files(paths=paths, **options).documents(1)]
+
+
+def test_files_of_every_kind(raw):
+    (raw / "a.txt").write_text("one\ntwo\n")
+    (raw / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "fo\\nur", "n": 1}\n')
+    (raw / "c.jsonl.xz").write_bytes(lzma.compress(b'{"text": "five"}'))
+    (raw / "d.txt.gz").write_bytes(gzip.compress("sechs ä".encode()))
+    (raw / "e.md").write_text("# seven")
+    (raw / "f.json").write_text('[{"text": "eight"}, {"text": "nine"}]')
+    (raw / "g.json.bz2").write_bytes(bz2.compress(b'{"text": "ten"}'))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["eleven", "twelve"], "n": [1, 2]}), raw / "h.parquet")
+    found = read("*.txt", "*.jsonl", "c.jsonl.xz", "d.txt.gz", "a.txt", "e.md", "*.json*", "h.parquet")
+    assert found == [
+        ("a.txt", "one\ntwo\n"),
+        ("b.jsonl:1", "three"),
+        ("b.jsonl:3", "fo\nur"),
+        ("c.jsonl.xz:1", "five"),
+        ("d.txt.gz", "sechs ä"),
+        ("e.md", "# seven"),
+        ("f.json:1", "eight"),
+        ("f.json:2", "nine"),
+        ("g.json.bz2:1", "ten"),
+        ("h.parquet:1", "eleven"),
+        ("h.parquet:2", "twelve"),
+    ]
+
+
+def test_reading_goes_on_anywhere(raw):
+    (raw / "a.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(5)))
+    (raw / "b.txt").write_text("5")
+    source = Files(paths=("a.jsonl", "b.txt"))
+    whole = list(source.documents(1))
+    assert [d.text for d in whole] == list("012345")
+    assert all(list(source.documents(1, skip)) == whole[skip:] for skip in range(8))
+    assert 0 < whole[0].read <= whole[4].read < whole[5].read == 1
+
+
+def test_another_field_and_all_of_them(raw):
+    (raw / "a.jsonl").write_text('{"body": "x", "n": 1, "more": {"b": ["y", {"c": "z"}]}}')
+    assert read("a.jsonl", field="body") == [("a.jsonl:1", "x")]
+    assert read("a.jsonl", field="*") == [("a.jsonl:1", "x\ny\nz")]
+
+
+BAD = [
+    ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "y\n{"text": "z"}\n', "line 2: not JSON"),
+    ("a.jsonl", b'{"body": "x"}\n', "line 1: expected an object whose 'text' is a string"),
+    ("a.jsonl", b'{"text": 3}\n', "line 1: expected an object whose 'text' is a string"),
+    ("a.jsonl", b'["text"]\n', "line 1: expected an object"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: 'text' holds half a surrogate pair"),
+    ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8"),
+    ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
+    ("a.json", b'[{"text": "x"},', "not JSON"),
+    ("a.json", b'[{"body": "x"}]', "element 1: expected an object"),
+    ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 0xe9 at 3\)"),
+    ("a.txt", b"\x89PNG\r\n\x1a\n\x00\x00", "not UTF-8"),
+]
+UNREADABLE = [
+    ("a.txt.xz", b"not xz"),
+    ("a.txt.gz", b"not gz"),
+    ("a.txt.xz", lzma.compress(b"long enough" * 99)[:-20]),
+    ("a.txt.bz2", b"BZh9 and no more"),
+    ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:40] + bytes(300)),
+    ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40]),
+    ("a.parquet", b"PAR1 and no more"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_records_are_named_or_skipped(raw, name, content, message):
+    (raw / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read(name)
+    assert name in str(error.value)
+    assert 'unreadable="skip"' in str(error.value)
+    skipped = read(name, unreadable="skip")
+    assert None in [text for _, text in skipped]
+    assert [text for _, text in skipped if text is not None] == [
+        kept for kept in "xz" if name == "a.jsonl" and f'{{"text": "{kept}"}}'.encode() in content
+    ]
+
+
+@pytest.mark.parametrize(("name", "content"), UNREADABLE)
+def test_files_that_break_off_are_named_whatever_the_policy(raw, name, content):
+    (raw / name).write_bytes(content)
+    for policy in ("stop", "skip"):
+        with pytest.raises(UserError, match=f"{name} cannot be read: .*; replace the file"):
+            read(name, unreadable=policy)
+
+
+def test_other_formats_are_refused(raw):
+    (raw / "a.pdf").write_bytes(b"%PDF")
+    with pytest.raises(UserError, match=r"a.pdf is none of .txt, .md, .*.parquet"):
+        read("a.pdf")
+
+
+def test_odd_files_are_read(raw):
+    (raw / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}')
+    (raw / "b[1].txt").write_bytes(b"\xef\xbb\xbfy\x00")
+    (raw / "c.txt").write_bytes(b"")
+    (raw / "d.jsonl").write_bytes(b"")
+    assert read("a.jsonl", "b[1].txt", "c.txt", "d.jsonl") == [("a.jsonl:1", "x"), ("b[1].txt", "y\x00"), ("c.txt", "")]
+    assert list(PythonDocs(packages=("nowhere.at.all",)).files()) == list(PythonDocs(packages=()).files())
+
+
+def test_missing_files_are_named(raw):
+    with pytest.raises(UserError, match=r"no file at .*nowhere\*.txt; correct the path"):
+        read("nowhere*.txt")
+
+
+def test_a_field_that_parquet_has_not_is_named(raw):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), raw / "a.parquet")
+    with pytest.raises(UserError, match="row 1: expected an object whose 'text' is a string"):
+        read("a.parquet")
+
+
+def test_a_missing_package_is_named(raw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (raw / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a .parquet file needs pyarrow; install it with: pip install pyarrow"):
+        read("a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paths": ()}, "paths is empty"),
+        ({"paths": ("a",), "max_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ({"paths": ("a",), "unreadable": "perhaps"}, "unreadable is 'perhaps'"),
+    ],
+)
+def test_impossible_sources_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Files(**options)
+
+
+def test_python_docs_are_the_same_for_any_number_of_workers():
+    source = PythonDocs(packages=("jinja2", "tqdm", "not_installed"))
+    one, three = list(source.documents(1)), list(source.documents(3, 17))
+    assert one[17:] == three
+    docs = {d.id: d.text for d in one}
+    assert docs["json.dumps"].startswith("Serialize ``obj`` to a JSON formatted ``str``.")
+    assert docs["jinja2.environment.Environment.from_string"].startswith("Load a template from a source string")
+    assert "assert" in docs["pydoc_data.topics.assert"]
+    assert not any(".test." in name for name in docs)
+    assert len(docs) > 8_000
+
+
+# The Hub's own package streams a directory laid out like a dataset, by the code that streams from the network.
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    (tmp_path / "set").mkdir()
+    for shard in range(3):
+        rows = [f"document {shard * 100 + i}" for i in range(100)]
+        table = pyarrow.table({"text": rows, "n": list(range(100))})
+        pyarrow.parquet.write_table(table, tmp_path / f"set/train-{shard}.parquet", row_group_size=10)
+    return tmp_path / "set"
+
+
+def test_a_dataset_is_streamed_in_order_from_anywhere(dataset):
+    source = Hub(dataset=str(dataset), name="set")
+    whole = [Document(f"set:{i + 1}", f"document {i}") for i in range(300)]
+    assert list(source.documents(1)) == whole
+    assert list(source.documents(1, 150)) == whole[150:]
+    assert list(source.inputs()) == [f"{dataset}/default/train"]
+
+
+def test_its_inputs_change_with_its_files(dataset):
+    source = Hub(dataset=str(dataset))
+    before = source.inputs()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), dataset / "train-1.parquet")
+    assert source.inputs() != before
+
+
+def test_a_failed_read_is_tried_again_where_it_failed(dataset, tmp_path, monkeypatch, caplog):
+    whole = tmp_path / "whole.parquet"
+    shutil.move(dataset / "train-1.parquet", whole)
+    (dataset / "train-1.parquet").write_bytes(whole.read_bytes()[:-100])  # the second file breaks off
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            shutil.copy(whole, dataset / "train-1.parquet")  # and then it is whole
+
+    monkeypatch.setattr("data.sources.time.sleep", sleep)
+    source = Hub(dataset=str(dataset), name="set")
+    assert [d.text for d in source.documents(1)] == [f"document {i}" for i in range(300)]
+    assert waited == [1, 2]
+    assert "trying again" in caplog.text
+
+
+def test_reads_that_go_on_failing_are_named(dataset, monkeypatch):
+    (dataset / "train-1.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr("data.sources.time.sleep", lambda seconds: None)
+    read = Hub(dataset=str(dataset), retries=2).documents(1)
+    with pytest.raises(UserError, match="cannot be read, tried 3 times"):
+        list(read)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"subset": "en"}, "subset en.*not found"), ({"split": "test"}, "split test.*its splits are train")],
+)
+def test_what_a_dataset_has_not_is_named(dataset, options, message):
+    with pytest.raises(UserError, match=message):
+        Hub(dataset=str(dataset), **options).inputs()
+
+
+def test_records_without_the_field_are_skipped_or_named(dataset):
+    assert [d.text for d in Hub(dataset=str(dataset), field="body").documents(1)] == [None] * 300
+    with pytest.raises(UserError, match="record 1: expected a string 'body' among text, n; set Hub"):
+        list(Hub(dataset=str(dataset), field="body", unreadable="stop").documents(1))
+
+
+def test_a_corpus_from_the_hub_and_from_parquet_is_the_same(place: Place, dataset):
+    texts = [json.loads(line)["text"] for line in (place.raw / "text.jsonl").read_text().splitlines()]
+    shutil.rmtree(dataset)
+    dataset.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), dataset / "train.parquet")
+    place.run("-m", "data.corpus", place.config)
+    plain = (place.runs / "mini/corpus/shard_00000.jsonl").read_text()
+    place.edit(
+        ('Files(paths=("text.jsonl",), min_chars=20)', f'Hub(dataset="{dataset}", name="files", min_chars=20)'),
+        ("import Files", "import Hub"),
+    )
+    place.run("-m", "data.corpus", place.config, "--force")
+    assert (place.runs / "mini/corpus/shard_00000.jsonl").read_text() == plain.replace("text.jsonl:", "files:")
+    assert place.run("-m", "data.corpus", place.config).stdout.endswith("is up to date\n")
+
+
+def test_without_a_network_a_dataset_is_named(place: Place):
+    place.env["HF_HUB_OFFLINE"] = "1"
+    hub = 'Hub(dataset="nobody/nothing", retries=0)'
+    place.edit(('Files(paths=("text.jsonl",), min_chars=20)', hub), ("import Files", "import Hub"))
+    assert "dataset nobody/nothing" in place.run("-m", "data.corpus", place.config, status=2).stderr
