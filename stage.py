@@ -319,7 +319,7 @@ def progress(items: Iterable, total: int | Callable[[], tuple[float, float]], un
 
     with tqdm(desc=what, total=now()[1], unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
         started = shown = time.monotonic()
-        for count, item in enumerate(items, start=1):
+        for count, item in enumerate(items, start=1):  # noqa: B007 - now() reads it
             yield item
             done, bar.total = now()
             bar.update(done - bar.n)

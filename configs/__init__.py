@@ -20,8 +20,8 @@ import tokenizer
 from data.batches import Phase
 from data.clean import Cleaning
 from data.corpus import CorpusConfig
-from data.pack import PackConfig
 from data.dedup import Deduplication
+from data.pack import PackConfig
 from data.quality import C4, Gopher, Quality
 from data.sources import Files, Hub, PythonDocs
 from eval import EvalConfig

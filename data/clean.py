@@ -30,9 +30,7 @@ class Cleaning:
 
 
 # UTF-8 that was once read as Windows-1252: "Ã©" for "é", "â€™" for "’".
-MOJIBAKE = re.compile(
-    "(?:Ã|Â|â[€\x80-\x84\u201a\u0192\u201e])[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"  # noqa: RUF001
-)
+MOJIBAKE = re.compile("(?:Ã|Â|â[€\x80-\x84\u201a\u0192\u201e])[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]")
 BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 # Control characters; what has no width or only turns the writing direction; private use; no characters at all. The
@@ -65,7 +63,7 @@ AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escape
 URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]}'’]", re.IGNORECASE)
 
 
-def clean(text: str, config: Cleaning = Cleaning()) -> str:  # noqa: B008
+def clean(text: str, config: Cleaning = Cleaning()) -> str:
     """The text with \\n line ends, without what `config` and this module's name take out."""
     if not text.isascii():
         text = MOJIBAKE.sub(_reread, text)

@@ -273,7 +273,9 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         for source in config.sources:
             found, asked = tally.of(source.name)["bytes"] / BYTES_PER_TOKEN, source.max_tokens
             if asked and found < asked and not source.max_documents:
-                log.warning(f"{source.name} gave about {found:,.0f} of the {asked:,} tokens asked of it: it has no more")
+                log.warning(
+                    f"{source.name} gave about {found:,.0f} of the {asked:,} tokens asked of it: it has no more"
+                )
         (directory / "DATA_CARD.md").write_text(card(experiment.name, config, tally), encoding="utf-8")
         shutil.rmtree(directory / "partial")
         job.finish(counts)

@@ -98,7 +98,8 @@ class Index:
         """size: (texts, shingles) of an earlier index in the directory to go on from; later ones are forgotten."""
         self.config, self.width = config, 1 + (MinHash(config).bands if config else 0)
         texts, shingles = size
-        self.files = [open(directory / name, "a+b") for name in ("keys.bin", "ends.bin", "shingles.bin")]
+        names = ("keys.bin", "ends.bin", "shingles.bin")
+        self.files = [open(directory / name, "a+b") for name in names]  # noqa: SIM115 - closed by __exit__
         for file, length in zip(self.files, (texts * self.width * 8, texts * 8, shingles * 4), strict=True):
             file.truncate(length)
         self.ends = array.array("q", os.pread(self.files[1].fileno(), texts * 8, 0))
@@ -122,7 +123,7 @@ class Index:
         return len(self.ends), self.ends[-1] if self.ends else 0
 
     def duplicate(self, keys: np.ndarray, shingles: np.ndarray) -> str | None:
-        """"duplicate" or "near_duplicate" of an earlier text; otherwise None, and the text is kept in mind.
+        """ "duplicate" or "near_duplicate" of an earlier text; otherwise None, and the text is kept in mind.
 
         keys: (1 + bands,) uint64, the first the text's own fingerprint. shingles: (s,) uint32, sorted.
         """

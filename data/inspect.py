@@ -1,7 +1,7 @@
 """Packed tokens as text: documents with their boundaries, and any batch as training sees it.
 
-    python -m data.inspect configs/tiny.py                    # sizes, the first documents, the first batch
-    python -m data.inspect configs/tiny.py --step 1000        # the batch of that step
+python -m data.inspect configs/tiny.py                    # sizes, the first documents, the first batch
+python -m data.inspect configs/tiny.py --step 1000        # the batch of that step
 """
 
 import argparse
@@ -33,10 +33,12 @@ def main(arguments: argparse.Namespace) -> None:
         return text if len(text) <= arguments.chars else f"{text[: arguments.chars]}… ({len(text):,} characters)"
 
     splits = load(experiment)
-    for name, packed in splits.items():
+    for packed in splits.values():
         print(f"{packed.name}: {len(packed.tokens):,} tokens, {len(packed.starts):,} documents, {packed.bytes:,} bytes")
         for source, counts in packed.counts["sources"].items():
-            print(f"  {source}: {counts['tokens']:,} tokens, {counts['documents']:,} documents from {counts['start']:,}")
+            print(
+                f"  {source}: {counts['tokens']:,} tokens, {counts['documents']:,} documents from {counts['start']:,}"
+            )
 
     packed = splits[arguments.split]
     ends = [*packed.starts[1:], len(packed.tokens)]
@@ -52,7 +54,8 @@ def main(arguments: argparse.Namespace) -> None:
     for row in range(min(arguments.rows, batches.size)):
         name, window = batches.drawn(arguments.step * batches.size + row)
         inputs, targets = (t[0].numpy() for t in batches.sets[name].read([window]))
-        print(f"row {row}: {name}, window {window:,}, {1 + (inputs == spm.eos).sum()} documents or parts\n  {show(inputs)}")
+        print(f"row {row}: {name}, window {window:,}, {1 + (inputs == spm.eos).sum()} documents or parts")
+        print(f"  {show(inputs)}")
         print(f"  the last target: {show(targets[-1:])!r}")
 
 

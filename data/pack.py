@@ -122,7 +122,9 @@ def _encode(chunk: tuple[Path, int]) -> dict:
         for part in parts.values():
             ids = np.concatenate(part[0])
             if ids.min() < 0 or ids.max() >= spm.vocab_size:
-                raise AssertionError(f"ids {ids.min()} to {ids.max()} of {spm.vocab_size} pieces, in {shard} at {start}")
+                raise AssertionError(
+                    f"ids {ids.min()} to {ids.max()} of {spm.vocab_size} pieces, in {shard} at {start}"
+                )
             part[0] = ids.astype(dtype)
     return found
 

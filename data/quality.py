@@ -99,7 +99,7 @@ ENGLISH = frozenset(
     day did get come made may part i you are""".split()
 )  # no: "a", "an", "in", "on", "me", "no", "do", "so", "as", "will", "son", "one"
 
-BULLETS = ("•", "‣", "◦", "●", "▪", "-", "*", "–", "—")  # noqa: RUF001
+BULLETS = ("•", "‣", "◦", "●", "▪", "-", "*", "–", "—")
 ELLIPSES = ("...", "…")
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)")
@@ -124,9 +124,8 @@ def select_lines(text: str, c4: C4) -> str:
 
 def judge(text: str, words: list[bytes], hashes: np.ndarray, quality: Quality) -> str | None:
     """The name of the first rule that a text fails, or None. words, hashes: the text's, of `data.words`."""
-    if quality.min_english is not None:
-        if sum(map(ENGLISH.__contains__, words)) < quality.min_english * len(words):
-            return "not_english"
+    if sum(map(ENGLISH.__contains__, words)) < (quality.min_english or 0) * len(words):
+        return "not_english"
     for rules, failures in ((quality.c4, _c4), (quality.gopher, _gopher)):
         if rules and (rule := next(failures(text, words, hashes, rules), None)):
             return rule
@@ -173,12 +172,12 @@ def _gopher(text: str, words: list[bytes], hashes: np.ndarray, gopher: Gopher) -
     for n, limit in enumerate(gopher.max_top_ngrams, start=2):
         if _top_share(ngrams(hashes, n), ends, n) > limit:
             yield f"gopher_top_{n}gram"
-    limits = gopher.max_duplicate_ngrams
+    limits = gopher.max_duplicate_ngrams  # of ever longer runs, which cover ever less
     for n, limit in enumerate(limits, start=5):
         share = _duplicate_share(ngrams(hashes, n), ends, n)
         if share > limit:
             yield f"gopher_duplicate_{n}grams"
-        if share <= min(limits):  # longer runs cover no more than these
+        if share <= min(limits):
             return
 
 

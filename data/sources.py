@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import lzma
 import os
@@ -184,10 +185,10 @@ class Files(Source):
         arrow = _extra("pyarrow", "pyarrow", "a .parquet file")
         try:
             columns = None if self.field == "*" else [self.field]
-            number = 0
-            for batch in parquet.ParquetFile(file).iter_batches(256, columns=columns):
-                for number, record in enumerate(batch.to_pylist(), start=number + 1):
-                    yield f"{path.name}:{number}", self._text(record, f"{path}, row {number}")
+            batches = parquet.ParquetFile(file).iter_batches(256, columns=columns)
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, record in enumerate(records, start=1):
+                yield f"{path.name}:{number}", self._text(record, f"{path}, row {number}")
         except (arrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}; replace the file") from None
 
@@ -291,7 +292,7 @@ class Hub(Source):
                 return
             except UserError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever network, file system and parser raise
+            except Exception as error:
                 failures += 1
                 if failures > self.retries:
                     raise UserError(

@@ -67,7 +67,7 @@ def test_training_makes_what_is_missing_and_the_stages_agree(made: Place, place:
         ("n_heads=2", "n_heads=0", "n_heads is 0; expected a positive number"),
         ("text.jsonl", "nowhere.jsonl", "no file at"),
         ("min_chars=20", "min_chars=10_000", "the corpus is empty"),
-        ("min_chars=20", "min_chars=20, max_chars=3", "CorpusConfig has no field 'max_chars'"),
+        ("min_chars=20),)", "min_chars=20),), max_chars=3", "CorpusConfig has no field 'max_chars'"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(place: Place, before, after, message):
@@ -137,7 +137,7 @@ def test_reader_that_goes_away_and_a_terminal_without_unicode(trained: Place):
 
 def test_stopped_while_making_data(place: Place):
     """Ctrl-C in the shell reaches the workers too; they must be quiet about it."""
-    place.edit(('Files(paths=("text.jsonl",))', "PythonDocs()"), ("import Files", "import PythonDocs"))
+    place.edit(('Files(paths=("text.jsonl",), min_chars=20)', "PythonDocs()"), ("import Files", "import PythonDocs"))
     run = subprocess.Popen(
         [sys.executable, "-m", "data.corpus", str(place.config)],
         cwd=ROOT, env=place.env, stderr=subprocess.PIPE, text=True, start_new_session=True,

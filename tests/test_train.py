@@ -92,7 +92,7 @@ class Numbers:
 def counting(config: TrainConfig, length: int = 16) -> tuple[Transformer, train.Task]:
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=61, context_length=length, n_layers=1, d_model=32, n_heads=2)
-    experiment = type("Experiment", (), {"model": shape, "pretrain": config})
+    experiment = type("Experiment", (), {"name": "x", "mixture": (), "model": shape, "pretrain": config})
     return Transformer(shape), train.pretraining(experiment, {"train": Numbers, "val": Numbers})
 
 
@@ -165,7 +165,7 @@ def test_run_logs_what_it_should(made: Place):
 def kill_points() -> list:
     """(module, function, which call). A step takes three forward passes, one a micro-batch; the evaluations after steps
     8, 16 and 24 take two each."""
-    forward, edge = ("model", "Transformer.forward"), ("data.batches", "Windows.batch")
+    forward, edge = ("model", "Transformer.forward"), ("data.batches", "Mixture.batch")
     return [
         pytest.param(*forward, 2, id="first step, second micro-batch"),
         pytest.param(*forward, 3 * 11 + 2 + 2, id="step 12, in the middle of accumulation"),

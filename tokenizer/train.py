@@ -120,8 +120,8 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         return directory
     if made := made_with(directory):
         raise UserError(
-            f"{directory} is what {', '.join(map(str, made))} was made with; another would not fit. Give the experiment "
-            "another name, or delete what was made with it first"
+            f"{directory} is what {', '.join(map(str, made))} was made with; another would not fit. Give "
+            "the experiment another name, or delete what was made with it first"
         )
     manifest = stage.finished(corpus, f"python -m data.corpus {experiment.path}")
     with job.making():

@@ -17,7 +17,6 @@ import data.corpus
 from data.corpus import SECTION_CHARS, CorpusConfig, Tally, gather, held_out, records, sections
 from data.quality import C4, Gopher, Quality
 from data.sources import Files
-from stage import UserError
 from tests.conftest import ROOT, Place
 from tests.data.test_quality import FOREIGN, GOOD
 
@@ -55,7 +54,10 @@ def varied(count: int, seed: int = 0) -> list[str]:
 
 def test_what_is_dropped_is_counted(raw, tmp_path):
     a = varied(4)
-    write(raw / "a.jsonl", [a[0], "short", a[1].upper(), f"{a[0]} indeed", a[1], "!!! ??? ...", "... ??? !!!", "!!! ??? ..."])
+    write(
+        raw / "a.jsonl",
+        [a[0], "short", a[1].upper(), f"{a[0]} indeed", a[1], "!!! ??? ...", "... ??? !!!", "!!! ??? ..."],
+    )
     long = " ".join(a)
     write(raw / "b.jsonl", [a[2], a[0].replace(" ", "\n"), long])
     config = CorpusConfig(sources=(source("a"), source("b", max_chars=len(long) - 1)))
@@ -263,7 +265,16 @@ def test_documents_are_held_out_by_their_own_hash():
 
 def test_odd_documents_go_through_every_rule(raw, tmp_path):
     """A long line, control characters, no words at all: whatever it is, it is kept or counted."""
-    odd = ["x" * 5_000_000, "word " * 100_000, "\x00" * 50, "?" * 20_000, "<b>" * 9_000, "港" * 9_000, "a\n" * 20_000, ""]
+    odd = [
+        "x" * 5_000_000,
+        "word " * 100_000,
+        "\x00" * 50,
+        "?" * 20_000,
+        "<b>" * 9_000,
+        "港" * 9_000,
+        "a\n" * 20_000,
+        "",
+    ]
     write(raw / "a.jsonl", odd)
     for name, quality in {"none": None, "all": Quality()}.items():
         tally, found = make(CorpusConfig(sources=(source("a", quality=quality),)), tmp_path / name)

@@ -79,7 +79,10 @@ def test_against_all_pairs(tmp_path, text, stack):
     originals = [[rng.choice(vocabulary).decode() for _ in range(rng.randrange(60, 400))] for _ in range(120)]
     texts = []
     for original in originals:
-        texts += [" ".join(original), *(" ".join(changed(original, rng.choice([0, 0.01, 0.05, 0.2]), rng)) for _ in "ab")]
+        texts += [
+            " ".join(original),
+            *(" ".join(changed(original, rng.choice([0, 0.01, 0.05, 0.2]), rng)) for _ in "ab"),
+        ]
     minhash, kept, near = MinHash(Deduplication()), [], 0
     index = stack.enter_context(Index(Deduplication(), tmp_path))
     for each in texts:
@@ -131,7 +134,9 @@ def test_jaccard_by_hand():
     assert jaccard(np.array([1]), np.array([2])) == 0.0
 
 
-@pytest.mark.parametrize(("field", "value"), [("threshold", 0.0), ("threshold", 1.1), ("ngram", 0), ("permutations", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("threshold", 0.0), ("threshold", 1.1), ("ngram", 0), ("permutations", 0)]
+)
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         Deduplication(**{field: value})

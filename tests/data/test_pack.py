@@ -55,11 +55,20 @@ def test_another_tokenizer_is_refused(made: Place):
 
 def two_sources(place: Place) -> None:
     """A second source of 40 kB."""
-    lines = (json.dumps({"text": f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40))}) for i in range(150))
+    lines = (
+        json.dumps({"text": f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40))}) for i in range(150)
+    )
     (place.raw / "more.jsonl").write_text("\n".join(lines))
     place.edit(
-        ('min_chars=20),)', 'min_chars=20), Files(name="more", paths=("more.jsonl",)))'),
-        ("    pretrain=", '    mixture=(Phase(start=0, weights={"files": 1, "more": 3}), Phase(start=10, weights={"files": 1})),\n    pretrain='),
+        ("min_chars=20),)", 'min_chars=20), Files(name="more", paths=("more.jsonl",)))'),
+        (
+            "    pretrain=",
+            """    mixture=(
+                Phase(start=0, weights={"files": 1, "more": 3}),
+                Phase(start=10, weights={"files": 1}),
+            ),
+            pretrain=""",
+        ),
         ("from data.corpus", "from data.batches import Phase\nfrom data.corpus"),
     )
 
@@ -103,7 +112,11 @@ experiment = replace(first, name="mini", shared={{"tokenizer": first}}, beside=(
     place.run("train.py", place.config)
     read = stage.read_manifest(place.runs / "mini/pretrain")["read"]
     assert {"mini/packed/train.bin", "other/packed/train.bin"} <= set(read)
-    place.config.write_text(text.replace('shared={"tokenizer": first}, ', "").replace('beside', 'tokenizer=replace(first.tokenizer, sample_bytes=9_000), beside'))
+    place.config.write_text(
+        text.replace('shared={"tokenizer": first}, ', "").replace(
+            "beside", "tokenizer=replace(first.tokenizer, sample_bytes=9_000), beside"
+        )
+    )
     assert "tokenizer" in place.run("train.py", place.config, "--force", status=2).stderr
 
 

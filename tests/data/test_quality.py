@@ -30,42 +30,54 @@ def test_good_text_passes():
     assert rule(select_lines(GOOD.replace("\n", " "), C4()), Quality()) is None
 
 
+OFF = Gopher(
+    min_words=0,
+    max_words=10**9,
+    min_word_length=0,
+    max_word_length=10**9,
+    max_symbols=1,
+    max_bullet_lines=1,
+    max_ellipsis_lines=1,
+    min_alphabetic=0,
+    min_stop_words=0,
+    max_duplicate_lines=1,
+    max_duplicate_line_chars=1,
+    max_duplicate_paragraphs=1,
+    max_duplicate_paragraph_chars=1,
+    max_top_ngrams=(),
+    max_duplicate_ngrams=(),
+)
+NUMBERS = " 1 2 3 4 5 6 7 8 9" * 5
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "changed"),
+    ("name", "field", "text"),
     [
-        ("gopher_words", "Too short to be judged by the rules that follow, and that is that.", {}),
-        ("gopher_words", GOOD, {"max_words": 100}),
-        ("gopher_word_length", GOOD, {"max_word_length": 3.5}),
-        ("gopher_word_length", " ".join("a b of to it is we at as c".split() * 9), {"max_top_ngrams": (1.0,) * 3}),
-        ("gopher_symbols", GOOD.replace(".", "...").replace(",", "..."), {"max_ellipsis_lines": 1.0}),
-        ("gopher_symbols", GOOD.replace(" the", " #the") + " # # # # #", {}),
-        ("gopher_bullet_lines", "\n".join(f"- {line}" for line in GOOD.split("\n")), {}),
-        ("gopher_ellipsis_lines", "\n".join(f"{line}…" for line in GOOD.split("\n")), {}),
-        ("gopher_alphabetic", GOOD + " 1 2 3 4 5 6 7 8 9" * 5, {}),
-        ("gopher_stop_words", GOOD, {"min_stop_words": 40}),
-        ("gopher_duplicate_lines", "\n".join([*GOOD.split("\n"), *["And so on."] * 5]), {}),
-        ("gopher_duplicate_line_chars", "\n".join([*GOOD.split("\n"), *GOOD.split("\n")[:2]]), {}),
-        ("gopher_duplicate_paragraphs", GOOD + "\n\nSo it is.\n\nSo it is.", {"max_duplicate_paragraphs": 0.2}),
-        ("gopher_duplicate_paragraph_chars", GOOD + "\n\n" + GOOD[:300] + "\n\n" + GOOD[:300], {}),
-        ("gopher_top_2gram", GOOD + " every boat" * 20, {}),
-        ("gopher_duplicate_5grams", GOOD + " " + GOOD[60:260], {}),
+        ("gopher_words", "min_words", "Too short to be judged by the rules that follow, and that is that."),
+        ("gopher_words", "max_words", "word " * 100_001),
+        ("gopher_word_length", "max_word_length", "incomprehensibilities notwithstanding " * 30),
+        ("gopher_word_length", "min_word_length", "to be or is it as we go " * 9),
+        ("gopher_symbols", "max_symbols", GOOD.replace(".", "...").replace(",", "...").replace(" a ", "... ")),
+        ("gopher_symbols", "max_symbols", GOOD.replace(" the", " #the") + " # # # # #"),
+        ("gopher_bullet_lines", "max_bullet_lines", "\n".join(f"- {line}" for line in GOOD.split("\n") if line)),
+        ("gopher_ellipsis_lines", "max_ellipsis_lines", "\n".join(f"{line}…" for line in GOOD.split("\n"))),
+        ("gopher_alphabetic", "min_alphabetic", GOOD + NUMBERS),
+        ("gopher_stop_words", "min_stop_words", "Tea, biscuits; no ropes. " * 20),
+        ("gopher_duplicate_lines", "max_duplicate_lines", "\n".join([*GOOD.split("\n"), *["And so on."] * 5])),
+        ("gopher_duplicate_line_chars", "max_duplicate_line_chars", "\n".join([GOOD, *GOOD.split("\n")[:2]])),
+        ("gopher_duplicate_paragraphs", "max_duplicate_paragraphs", GOOD + "\n\nSo it is." * 3),
+        ("gopher_duplicate_paragraph_chars", "max_duplicate_paragraph_chars", f"{GOOD}\n\n{GOOD}"),
+        ("gopher_top_2gram", "max_top_ngrams", GOOD + " every boat" * 20),
+        ("gopher_top_3gram", "max_top_ngrams", GOOD + "".join(f" every boat goes {i}" for i in range(11, 22))),
+        ("gopher_duplicate_5grams", "max_duplicate_ngrams", f"{GOOD} {GOOD[60:260]}"),
     ],
 )
-def test_gopher(name, text, changed):
-    gopher = replace(Gopher(), **changed)
-    if name not in ("gopher_words", "gopher_word_length"):
-        loose = {"max_duplicate_lines": 1.0, "max_duplicate_line_chars": 1.0, "max_duplicate_paragraph_chars": 1.0}
-        loose |= {"max_duplicate_ngrams": (1.0,) * 6, "max_duplicate_paragraphs": 1.0, "max_top_ngrams": (1.0,) * 3}
-        strict = {
-            "gopher_duplicate_lines": ("max_duplicate_lines",),
-            "gopher_duplicate_line_chars": ("max_duplicate_line_chars",),
-            "gopher_duplicate_paragraphs": ("max_duplicate_paragraphs",),
-            "gopher_duplicate_paragraph_chars": ("max_duplicate_paragraph_chars",),
-            "gopher_top_2gram": ("max_top_ngrams",),
-            "gopher_duplicate_5grams": ("max_duplicate_ngrams",),
-        }.get(name, ())
-        gopher = replace(gopher, **{field: 1.0 if not isinstance(v, tuple) else v for field, v in loose.items() if field not in strict})
+def test_gopher(name, field, text):
+    """Each text fails one rule: the one whose field is on, at its published value, which good text passes."""
+    gopher = replace(OFF, **{field: getattr(Gopher(), field)})
     assert rule(text, Quality(c4=None, gopher=gopher, min_english=None)) == name
+    assert rule(text, Quality(c4=None, gopher=OFF, min_english=None)) is None
+    assert rule(GOOD, Quality(c4=None, gopher=gopher, min_english=None)) is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +105,7 @@ def test_c4_selects_lines():
             "This one ends in an ellipsis and goes...",
         ]
     )
-    kept = "A line that ends as a sentence should.\n\nShe said that it was \"done and over.\""
+    kept = 'A line that ends as a sentence should.\n\nShe said that it was "done and over."'
     assert select_lines(text, C4()) == kept
     assert "a heading without an end" in select_lines(text, C4(terminal_punctuation=False))
     assert select_lines(GOOD, C4(terminal_punctuation=False, min_line_words=1)) == GOOD
@@ -124,10 +136,10 @@ Le conseil municipal a décidé de fermer la vieille école, mais les habitants 
 Il a son chapeau sur la table, un livre dans la poche, et la conviction tranquille que personne ne viendra le déranger.
 Als der Zug endlich anhielt, standen die Reisenden schon lange an den Türen, und keiner wollte noch ein Wort sagen.
 In der kleinen Bäckerei am Marktplatz gibt es an jedem Morgen frische Brötchen, und der Besitzer kennt alle beim Namen.
-Meine Schwester hat im Garten einen Apfelbaum gepflanzt, der so langsam wächst, dass wir ihn wohl nie werden ernten können.
+Meine Schwester hat im Garten einen Apfelbaum gepflanzt, der so langsam wächst, dass wir nie werden ernten können.
 Die Sitzung war kurz, aber man hat in ihr mehr beschlossen als in all den Jahren davor, in denen man nur geredet hatte.
 Was am Ende bleibt, ist die Frage, ob der Mann im Turm wirklich so allein war, wie er es in seinen Briefen behauptet.
-Por la tarde, los niños bajan a la plaza con una pelota vieja y juegan hasta que las madres los llaman desde los balcones.
+Por la tarde, los niños bajan a la plaza con una pelota vieja y juegan hasta que las madres los llaman a cenar.
 El abuelo decía que en aquel pueblo no pasaba nada, y sin embargo contaba una historia distinta cada noche del verano.
 La empresa anunció que no habrá despidos este año, pero los trabajadores no se fían de lo que prometen los directores.
 Cuando se fue la luz, encendimos unas velas y me di cuenta de que hacía meses que no hablábamos sin mirar el teléfono.
