@@ -17,6 +17,7 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import logging
@@ -376,6 +377,7 @@ def _become_worker(initializer: Callable, *initargs) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a parent that is killed
+    gc.freeze()  # what was there before the fork is not looked at again, and so not copied
     initializer(*initargs)
 
 

@@ -33,7 +33,7 @@ from data.decontaminate import Contamination
 from data.dedup import Deduplication, Index, MinHash
 from data.quality import judge, select_lines
 from data.sources import Document, Source
-from data.words import hashes, words
+from data.words import fingerprint, hashes, words
 from stage import Stage, UserError, check_types, log, progress
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ class CorpusConfig:
             raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}; expected at least 1")
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is validation data: decided by its own hash alone, so the same whatever stands around it."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < fraction * 2**64
+def held_out(text: bytes, fraction: float) -> bool:
+    """Whether a document, in UTF-8, is validation data: decided by the hash of its own first 4,096 bytes alone, so the
+    same in every corpus."""
+    return int.from_bytes(hashlib.sha256(text[:4096]).digest()[:8]) < fraction * 2**64
 
 
 def records(directory: Path) -> Iterator[dict[str, str]]:
@@ -169,8 +170,7 @@ class Preparation:
             return Piece(text or before, len(spelt), rule)
         if found := self.contamination.find(numbers):
             return Piece(text, len(spelt), f"contaminated: {found}")
-        own = hashlib.sha256(b" ".join(spelt) or text.strip().encode()).digest()[:8]
-        keys, shingles = np.frombuffer(own, np.uint64), np.empty(0, np.uint32)
+        keys, shingles = fingerprint(spelt or [text.strip().encode()]), np.empty(0, np.uint32)
         if self.minhash and spelt:
             shingles = self.minhash.shingles(numbers)
             keys = np.concatenate([keys, self.minhash.keys(shingles)])

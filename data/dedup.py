@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.words import mix, ngrams
+from data.words import GOLDEN, mix, ngrams
 from stage import check_types, sync
 
 
@@ -58,25 +58,32 @@ class MinHash:
         rng = np.random.default_rng(0)
         a, b = rng.integers(0, 1 << 32, (2, self.bands * self.rows, 1), dtype=np.uint32)
         self.a, self.b = a | np.uint32(1), b
+        self.buffer = np.empty(len(a) * self.BLOCK, dtype=np.uint32)
+        powers = [pow(int(GOLDEN), i, 1 << 64) for i in range(1, self.rows + 1)]
+        self.powers, self.numbers = np.array(powers, dtype=np.uint64), np.arange(self.bands, dtype=np.uint64)
 
     def shingles(self, hashes: np.ndarray) -> np.ndarray:
         """(s,) uint32, sorted: the distinct shingles of a text; one that is shorter than a shingle is one itself."""
         runs = ngrams(hashes, min(self.config.ngram, max(1, len(hashes))))
-        return np.unique((runs >> np.uint64(32)).astype(np.uint32))
+        found = (runs >> np.uint64(32)).astype(np.uint32)
+        found.sort()
+        return found[np.append(True, found[1:] != found[:-1])] if len(found) else found
 
     def signature(self, shingles: np.ndarray) -> np.ndarray:
         """(bands * rows,) uint32: the minimum of the shingles under each permutation."""
         minima = np.full(len(self.a), 0xFFFFFFFF, dtype=np.uint32)
         for start in range(0, len(shingles), self.BLOCK):
-            permuted = self.a * shingles[start : start + self.BLOCK]
+            block = shingles[start : start + self.BLOCK]
+            permuted = self.buffer[: len(self.a) * len(block)].reshape(len(self.a), len(block))
+            np.multiply(self.a, block, out=permuted)
             permuted += self.b
             np.minimum(minima, permuted.min(axis=1), out=minima)
         return minima
 
     def keys(self, shingles: np.ndarray) -> np.ndarray:
         """(bands,) uint64: one number a band, equal where the whole band is."""
-        bands = self.signature(shingles).reshape(self.bands, self.rows).astype(np.uint64)
-        return mix(ngrams(bands.ravel(), self.rows)[:: self.rows] + np.arange(self.bands, dtype=np.uint64))
+        bands = self.signature(shingles).reshape(self.bands, self.rows)
+        return mix((bands * self.powers).sum(axis=1) + self.numbers)
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

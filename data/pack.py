@@ -104,28 +104,25 @@ def _encode(chunk: tuple[Path, int]) -> dict:
     """{split: {source: (ids, document lengths in tokens, bytes of text)}} of one piece of a shard."""
     (spm, val_fraction, dtype), (shard, start) = _worker, chunk
     found: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
-    end = np.array([spm.eos])
+    end = np.array([spm.eos], dtype=dtype)
     with open(shard, "rb") as file:
         if start:
             file.seek(start - 1)
             file.readline()
         while file.tell() < start + CHUNK and (line := file.readline()):
             record = json.loads(line)
-            text = record["text"]
+            text = record["text"].encode()
             split = found["val" if held_out(text, val_fraction) else "train"]
             part = split.setdefault(record["source"], [[], [], 0])
             ids = spm.encode_array(text)
-            part[0] += ids, end
+            part[0] += ids.astype(dtype), end
             part[1].append(len(ids) + 1)
-            part[2] += len(text.encode())
+            part[2] += len(text)
     for parts in found.values():
         for part in parts.values():
-            ids = np.concatenate(part[0])
-            if ids.min() < 0 or ids.max() >= spm.vocab_size:
-                raise AssertionError(
-                    f"ids {ids.min()} to {ids.max()} of {spm.vocab_size} pieces, in {shard} at {start}"
-                )
-            part[0] = ids.astype(dtype)
+            part[0] = np.concatenate(part[0])
+            if part[0].max() >= spm.vocab_size:
+                raise AssertionError(f"id {part[0].max()} of {spm.vocab_size} pieces, in {shard} from byte {start:,}")
     return found
 
 

@@ -1,18 +1,28 @@
 """A text as words, and runs of words as numbers: what quality, deduplication and decontamination compare."""
 
+import hashlib
 import re
 import zlib
 
 import numpy as np
 
-OTHER = re.compile(r"\W+")
+OTHER = re.compile(r"[^\w\x00-\x7f]+")  # beyond ASCII, what is no letter or digit
+SPACED = bytes(c if c >= 0x80 or chr(c).isalnum() or c == ord("_") else ord(" ") for c in range(256))
 # Odd 64-bit constants with no pattern in their bits: the golden ratio's, and a mixing step's (splitmix64).
 GOLDEN, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 
 def words(text: str) -> list[bytes]:
     """Runs of letters, digits and _, in lower case, as UTF-8."""
-    return OTHER.sub(" ", text.lower()).encode().split()
+    text = text.lower()
+    if not text.isascii():
+        text = OTHER.sub(" ", text)
+    return text.encode().translate(SPACED).split()
+
+
+def fingerprint(words: list[bytes]) -> np.ndarray:
+    """(1,) uint64: equal for equal words."""
+    return np.frombuffer(hashlib.sha256(b" ".join(words)).digest()[:8], np.uint64)
 
 
 def hashes(words: list[bytes]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The tokenizer as everything else uses it: `tokenizer.load(DIR)`, lossless in both directions."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,9 @@ import sentencepiece
 import stage
 from stage import UserError
 
-SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
+SPACE = "\u2581".encode()  # how SentencePiece spells a space inside its pieces
+PART = 1 << 13  # bytes encoded at a time, about
+CUT = re.compile(rb"[^ ](?= )")
 
 
 class Tokenizer:
@@ -29,35 +31,49 @@ class Tokenizer:
         ids = [i for i in range(self.vocab_size) if self.pieces.is_control(i) and i not in special]
         self.control = {self.pieces.id_to_piece(i): i for i in ids}
         # A text may itself hold U+2581, which SentencePiece would give back as a space: it is spelt in bytes.
-        self._space_bytes = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        spelt = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE]
+        self._space_bytes = np.array(spelt, dtype=np.int32)
+        # Where no piece has a space behind another character, a text can be cut before any space that follows one.
+        pieces = map(self.pieces.id_to_piece, range(self.vocab_size))
+        self._cuts = not any(SPACE.decode() in piece.lstrip(SPACE.decode()) for piece in pieces)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end token. UserError for half a surrogate pair, which no file can hold."""
-        _must_be_text(text)
-        if SPACE not in text:
-            return self.pieces.encode(text)
-        ids: list[int] = []
-        for part in re.split(f"({SPACE})", text):
-            ids += self._space_bytes if part == SPACE else self.pieces.encode(part)
-        return ids
+        try:
+            return self.encode_array(text.encode()).tolist()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start}"
+            ) from None
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an integer array, several times as fast to make."""
-        if SPACE in text:
-            return np.array(self.encode(text), dtype=np.int32)
-        _must_be_text(text)
-        return self.pieces.encode(text, return_type="numpy")
+    def encode_array(self, text: bytes) -> np.ndarray:
+        """The ids of a text in UTF-8, int32, made without a Python number for each."""
+        parts = re.split(b"(%s)" % SPACE, text) if SPACE in text else [text]
+        ids = []
+        for part in parts:
+            if part == SPACE:
+                ids.append(self._space_bytes)
+            else:
+                ids += (self.pieces.encode(cut, return_type="numpy") for cut in self._cut(part))
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def _cut(self, text: bytes) -> Iterator[bytes]:
+        """A long text in parts, which give the ids of the whole. SentencePiece's memory grows with what it encodes at
+        once, and its float32 sums along the text lose the digits that tell near-equal spellings apart."""
+        start = 0
+        while len(text) - start > PART:
+            end = start + 64 * PART  # of a text without spaces; elsewhere a cut costs a token at most
+            if self._cuts and (found := CUT.search(text, start + PART - 1, end)):
+                end = found.end()
+            while end < len(text) and text[end] & 0xC0 == 0x80:  # within a character
+                end -= 1
+            yield text[start:end]
+            start = end
+        yield text[start:]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Control pieces, such as the end of a document, have none; broken byte runs give U+FFFD."""
         return self.pieces.decode(list(ids))
-
-
-def _must_be_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start}") from None
 
 
 def load(directory: Path | str, make: str = "python -m tokenizer.train CONFIG") -> Tokenizer:

@@ -59,13 +59,12 @@ def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterato
     held out."""
     share, passed, taken = min(1.0, limit / max(1, total)), 0, 0
     for record in data.corpus.records(corpus):
-        text = record["text"]
+        text = record["text"].encode()
         if data.corpus.held_out(text, val_fraction):
             continue
-        size = len(text.encode())
-        passed += size
-        if taken + size / 2 <= share * passed:  # nearer to an even share with it than without it
-            text = text.encode()[: limit - taken].decode(errors="ignore")
+        passed += len(text)
+        if taken + len(text) / 2 <= share * passed:  # nearer to an even share with it than without it
+            text = text[: limit - taken].decode(errors="ignore")
             taken += len(text.encode())
             yield record["source"], text
 

@@ -257,7 +257,7 @@ def test_names_must_differ():
 
 
 def test_documents_are_held_out_by_their_own_hash():
-    texts = [f"document number {i}" for i in range(4000)]
+    texts = [b"document number %d" % i for i in range(4000)]
     share = sum(held_out(text, 0.05) for text in texts) / len(texts)
     assert share == pytest.approx(0.05, abs=0.015)
     assert all(held_out(text, 0.1) for text in texts if held_out(text, 0.05))

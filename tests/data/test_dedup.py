@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dedup import Deduplication, Index, MinHash, jaccard
-from data.words import hashes, ngrams, words
+from data.words import fingerprint, hashes, words
 
 
 @pytest.fixture
@@ -20,10 +20,8 @@ def stack():
 
 def prepared(text: str, minhash: MinHash) -> tuple[np.ndarray, np.ndarray]:
     """Keys and shingles of a text, its own fingerprint first, as the corpus makes them."""
-    numbers = hashes(words(text))
-    shingles = minhash.shingles(numbers)
-    own = ngrams(numbers, len(numbers))
-    return np.concatenate([own, minhash.keys(shingles)]), shingles
+    shingles = minhash.shingles(hashes(words(text)))
+    return np.concatenate([fingerprint(words(text)), minhash.keys(shingles)]), shingles
 
 
 def true_similarity(a: str, b: str) -> float:

@@ -22,7 +22,7 @@ def test_documents_come_back(made: Place, spm):
     splits = data.pack.load(made.runs / "mini/packed", spm.sha256, "")
     corpus = [record["text"] for record in records(made.runs / "mini/corpus")]
     for split, packed in splits.items():
-        texts = [text for text in corpus if held_out(text, 0.1) == (split == "val")]
+        texts = [text for text in corpus if held_out(text.encode(), 0.1) == (split == "val")]
         found = [ids.tolist() for ids in packed.documents()]
         assert [spm.decode(ids) for ids in found] == texts
         assert all(ids[-1] == spm.eos and spm.eos not in ids[:-1] for ids in found)

@@ -28,9 +28,36 @@ def test_any_text_comes_back(spm):
     def check(text):
         assert spm.decode(spm.encode(text)) == text
 
-        assert spm.encode_array(text).tolist() == spm.encode(text)
+        assert spm.encode_array(text.encode()).tolist() == spm.encode(text)
 
     check()
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+def test_a_long_text_is_cut_where_no_piece_is(made: Place, text, algorithm, monkeypatch):
+    model = train(made.runs / "mini/corpus", 1, TokenizerConfig(vocab_size=500, algorithm=algorithm), 0.1)
+    spm = tokenizer.Tokenizer(model, "")
+    for part in ["  a  b\n\n   c \t d▁ e▁▁f ", *text]:
+        whole = spm.encode(part)
+        for size in (5, 8, 20, 50):
+            monkeypatch.setattr(tokenizer, "PART", size)
+            cut = spm.encode(part)
+            assert spm.decode(cut) == part
+            if algorithm == "bpe":
+                assert cut == whole
+            assert likelihood(spm, cut) == pytest.approx(likelihood(spm, whole))
+        monkeypatch.undo()
+
+
+def likelihood(spm: tokenizer.Tokenizer, ids: list[int]) -> float:
+    """What a unigram model makes as large as it can; of equally likely spellings it takes any."""
+    return sum(map(spm.pieces.get_score, ids))
+
+
+@pytest.mark.parametrize("long", ["é" * 5_000, "▁" * 999, " " * 5_000, "a" * 4_999 + "👩", "é é" * 2_000])
+def test_long_texts_without_a_place_to_cut_come_back(spm, long, monkeypatch):
+    monkeypatch.setattr(tokenizer, "PART", 7)
+    assert spm.decode(spm.encode(long)) == long
 
 
 def test_source_files_come_back(spm):
@@ -60,9 +87,8 @@ def test_digits_stand_apart(spm):
 
 
 def test_lone_surrogates_are_refused(spm):
-    for encode in (spm.encode, spm.encode_array):
-        with pytest.raises(UserError, match=r"lone surrogate, '\\ud800', at character 1"):
-            encode("a\ud800")
+    with pytest.raises(UserError, match=r"lone surrogate, '\\ud800', at character 1"):
+        spm.encode("a\ud800")
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
