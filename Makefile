@@ -26,6 +26,7 @@ test-all: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(RUN) -m benchmarks.cpu
+	test -z "$$DATA" || $(RUN) -m benchmarks.data
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

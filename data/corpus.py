@@ -277,8 +277,8 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                     f"{source.name} gave about {found:,.0f} of the {asked:,} tokens asked of it: it has no more"
                 )
         (directory / "DATA_CARD.md").write_text(card(experiment.name, config, tally), encoding="utf-8")
-        shutil.rmtree(directory / "partial")
         job.finish(counts)
+        shutil.rmtree(directory / "partial")
         log.info(f"corpus: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB -> {directory}")
     return directory
 
@@ -313,15 +313,12 @@ def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> 
     preparation = Preparation(config)
     with Index(config.dedup, partial, state["index"]) as index, stage.pool(workers, _start_worker, preparation) as pool:
         documents = _kept(pool, config, workers, state, tally, index)
-        more = True
-        while more:
+        for first in documents:
             with open(directory / f"shard_{len(shards):05d}.jsonl", "wb") as shard:
-                for line in documents:
+                for line in itertools.chain([first], documents):
                     shard.write(line)
                     if shard.tell() >= SHARD_BYTES:
                         break
-                else:
-                    more = False
             shards |= stage.digests(directory, [Path(shard.name)])
             state |= {"tally": tally.state(), "index": index.sync()}
             stage.write_json(partial / "state.json", state)

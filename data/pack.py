@@ -179,7 +179,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
             ):
                 total = counts[split]
                 starts = total["tokens"] + np.cumsum([0, *lengths[:-1]])
-                files[f"{split}.bin"].write(ids.tobytes())
+                files[f"{split}.bin"].write(ids)
                 files[f"{split}.idx"].write(starts.astype("<i8").tobytes())
                 empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
                 for table in (total, total["sources"].setdefault(source, empty)):

@@ -24,6 +24,57 @@ def test_the_five_sizes_are_there():
     assert {"demo", "micro", "tiny", "small", "base"} <= set(SHIPPED)
 
 
+def test_web_recipes_are_as_large_as_they_say(monkeypatch):
+    monkeypatch.setenv("RUNS", "elsewhere")
+    for name, millions in {"micro_web": 200, "tiny_web": 600, "small_web": 1_800, "tokenizer_web": 100}.items():
+        experiment = configs.load(f"configs/{name}.py")
+        assert sum(source.max_tokens for source in experiment.corpus.sources) == millions * 1_000_000
+        assert {source.dataset for source in experiment.corpus.sources} == {
+            "allenai/c4",
+            "sedthh/gutenberg_english",
+            "HuggingFaceFW/fineweb-edu",
+            "wikimedia/wikipedia",
+        }
+        assert experiment.directory("tokenizer") == Path("elsewhere/tokenizer_web/tokenizer")
+
+
+def test_base_web_has_two_phases_of_one_and_a_half_billion():
+    experiment = configs.load("configs/base_web.py")
+    first, second = experiment.mixture
+    batch = experiment.pretrain.batch_size * experiment.model.context_length
+    assert first.start == 0
+    assert second.start * batch == pytest.approx(1.5e9, rel=1e-3)
+    assert (experiment.pretrain.steps - second.start) * batch == pytest.approx(1.5e9, rel=1e-3)
+    assert set(second.weights) - set(first.weights) == {"c4"}
+    for source in experiment.corpus.sources:  # enough of each for one pass
+        share = sum(1.5e9 / len(phase.weights) for phase in experiment.mixture if source.name in phase.weights)
+        assert source.max_tokens * 0.95 >= share
+
+
+def test_prose_sizes_share_their_data(monkeypatch):
+    monkeypatch.setenv("RUNS", "elsewhere")
+    experiment = configs.load("configs/prose_micro.py")
+    for stage_name in ("corpus", "tokenizer", "pack"):
+        assert experiment.owner(stage_name).name == "prose_tiny"
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("(Phase(start=0, weights={'x': 1}),)", "mixture names x; there are files"),
+        ("(Phase(start=5, weights={'files': 1}),)", "mixture has phases from steps [5]; expected 0 first"),
+        ("(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
+    ],
+)
+def test_mistaken_mixtures_are_explained(tmp_path, mixture, message):
+    path = tmp_path / "wrong.py"
+    text = MINI.replace("experiment = Experiment(", f"experiment = Experiment(mixture={mixture},")
+    path.write_text("from data.batches import Phase\n" + text)
+    with pytest.raises(UserError) as error:
+        configs.load(path)
+    assert message in str(error.value)
+
+
 def test_sizes_share_one_tokenizer(monkeypatch):
     monkeypatch.setenv("RUNS", "elsewhere")
     for name in ("micro", "small", "base"):
