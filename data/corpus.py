@@ -31,7 +31,7 @@ import stage
 from data.clean import clean
 from data.decontaminate import Contamination
 from data.dedup import Deduplication, Index, MinHash
-from data.quality import judge, select_lines
+from data.quality import Quality, judge, select_lines
 from data.sources import Document, Source
 from data.words import fingerprint, hashes, words
 from stage import Stage, UserError, check_types, log, progress
@@ -157,17 +157,22 @@ class Preparation:
         text = clean(text, source.cleaning)
         if len(text) < source.min_chars or (source.max_chars and len(text) > source.max_chars):
             rule = "too_short" if len(text) < source.min_chars else "too_long"
-            return [Piece(text, len(text.split()), rule)]
-        return [self._piece(part, source) for part in sections(text)]
+            return [Piece(text, len(words(text)), rule)]
+        found = []
+        for part in sections(text):
+            if source.quality and source.quality.c4:
+                part, dropped = select_lines(part, source.quality.c4)
+                if dropped:
+                    found.append(Piece(dropped, len(words(dropped)), "c4_lines"))
+            if part.strip():
+                found.append(self._piece(part, source.quality))
+        return found
 
-    def _piece(self, text: str, source: Source) -> Piece:
-        quality, before = source.quality, text
-        if quality and quality.c4:
-            text = select_lines(text, quality.c4)
+    def _piece(self, text: str, quality: Quality | None) -> Piece:
         spelt = words(text)
         numbers = hashes(spelt)
         if quality and (rule := judge(text, spelt, numbers, quality)):
-            return Piece(text or before, len(spelt), rule)
+            return Piece(text, len(spelt), rule)
         if found := self.contamination.find(numbers):
             return Piece(text, len(spelt), f"contaminated: {found}")
         keys, shingles = fingerprint(spelt or [text.strip().encode()]), np.empty(0, np.uint32)
@@ -355,7 +360,8 @@ def _prepared(pool, number: int, source: Source, workers: int, skip: int, counts
 
     def batches() -> Iterator[list[Document]]:
         batch, size = [], 0
-        for document in itertools.islice(source.documents(workers, skip), source.max_documents):
+        rest = source.max_documents and source.max_documents - skip
+        for document in itertools.islice(source.documents(workers, skip), rest):
             batch.append(document)
             size += len(document.text or "")
             if size >= BATCH_CHARS:
@@ -406,7 +412,8 @@ and from the inputs that the manifest beside this card has.
 
 ## Left out
 
-Documents, or sections of those longer than {2 * SECTION_CHARS:,} characters, by the first rule that they failed.
+Documents, or sections of those longer than {2 * SECTION_CHARS:,} characters, by the first rule that they failed;
+c4_lines are lines of what was kept or not.
 
 | source | rule | dropped | words |
 |---|---|---|---|

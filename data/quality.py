@@ -107,19 +107,21 @@ TERMINAL = (".", "!", "?", '"', "”")
 LETTER = re.compile(r"[^\W\d_]\S*")  # from the first letter of a word to its end: once a word
 
 
-def select_lines(text: str, c4: C4) -> str:
-    """The lines of a text that C4 keeps; empty ones stay, they part paragraphs."""
-    kept = [
-        line
-        for line in CITATION.sub("", text).split("\n")
-        if not line.strip()
-        or (
+def select_lines(text: str, c4: C4) -> tuple[str, str]:
+    """The lines of a text that C4 keeps, and those that it drops; empty ones stay, they part paragraphs."""
+
+    def good(line: str) -> bool:
+        return not line.strip() or (
             (not c4.terminal_punctuation or (line.endswith(TERMINAL) and not line.endswith(ELLIPSES)))
             and len(line.split()) >= c4.min_line_words
             and not any(phrase in line.lower() for phrase in c4.boilerplate)
         )
-    ]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)) if len(kept) < text.count("\n") + 1 else text
+
+    lines = CITATION.sub("", text).split("\n")
+    dropped = [line for line in lines if not good(line)]
+    if not dropped:
+        return "\n".join(lines), ""
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(filter(good, lines))), "\n".join(dropped)
 
 
 def judge(text: str, words: list[bytes], hashes: np.ndarray, quality: Quality) -> str | None:

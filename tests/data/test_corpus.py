@@ -88,7 +88,7 @@ def test_each_source_has_its_own_rules(raw, tmp_path):
     strict = Quality(c4=C4(min_line_words=1), gopher=Gopher())
     tally, found = make(CorpusConfig(sources=(source("b"), source("a", quality=strict))), tmp_path / "corpus")
     assert len(found) == 16
-    assert tally.sources["a"]["dropped"] == {"not_english": 15, "c4_sentences": 1}
+    assert tally.sources["a"]["dropped"] == {"not_english": 15, "c4_sentences": 1, "c4_lines": 1}
 
 
 def test_evaluation_sets_are_kept_out(raw, tmp_path):
@@ -154,6 +154,17 @@ def test_limits(raw, tmp_path):
     assert tally.sources["a"]["read"] == len(found)
     _, found = make(CorpusConfig(sources=(source("a", max_documents=7),)), tmp_path / "documents")
     assert len(found) == 7
+
+
+def test_limits_hold_over_an_interruption(raw, tmp_path, small):
+    write(raw / "a.jsonl", varied(90))
+    config = CorpusConfig(sources=(source("a", max_documents=50),))
+    _, whole = make(config, tmp_path / "whole")
+    state = json.loads((tmp_path / "whole/partial/state.json").read_text())
+    assert 0 < state["read"] < 50 or state["source"] == 1
+    gather(config, tmp_path / "whole", 1, state)
+    assert list(records(tmp_path / "whole")) == whole
+    assert len(whole) == 50
 
 
 def test_a_budget_larger_than_the_source_is_said(place: Place):

@@ -27,7 +27,7 @@ def rule(text: str, quality: Quality = PROSE) -> str | None:
 
 def test_good_text_passes():
     assert rule(GOOD) is None
-    assert rule(select_lines(GOOD.replace("\n", " "), C4()), Quality()) is None
+    assert rule(select_lines(GOOD.replace("\n", " "), C4())[0], Quality()) is None
 
 
 OFF = Gopher(
@@ -106,9 +106,10 @@ def test_c4_selects_lines():
         ]
     )
     kept = 'A line that ends as a sentence should.\n\nShe said that it was "done and over."'
-    assert select_lines(text, C4()) == kept
-    assert "a heading without an end" in select_lines(text, C4(terminal_punctuation=False))
-    assert select_lines(GOOD, C4(terminal_punctuation=False, min_line_words=1)) == GOOD
+    assert select_lines(text, C4())[0] == kept
+    assert select_lines(text, C4())[1].count("\n") == 4
+    assert "a heading without an end" in select_lines(text, C4(terminal_punctuation=False))[0]
+    assert select_lines(GOOD, C4(terminal_punctuation=False, min_line_words=1)) == (GOOD, "")
 
 
 WORDS = st.lists(st.sampled_from([b"a", b"bb", b"ccc", b"dddd"]), max_size=60)
