@@ -311,24 +311,27 @@ def logging_to(directory: Path) -> Iterator[None]:
 def progress(items: Iterable, total: int | Callable[[], tuple[float, float]], unit: str, what: str) -> Iterator:
     """Yields the items under a bar with rate and time left; off a terminal, logs a plain line every ten seconds.
 
-    total: how many items there are, or a function that says how many units are done and, by now, expected.
+    total: how many items there are, or a function that says how many units are done and, as far as is known by now (or
+    0), how many there will be.
     """
     count = 0
 
     def now() -> tuple[float, float]:
         return total() if callable(total) else (count, total)
 
-    with tqdm(desc=what, total=now()[1], unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(desc=what, total=now()[1] or None, unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
         started = shown = time.monotonic()
         for count, item in enumerate(items, start=1):  # noqa: B007 - now() reads it
             yield item
-            done, bar.total = now()
+            done, expected = now()
+            bar.total = expected or None
             bar.update(done - bar.n)
             clock = time.monotonic()
-            if bar.disable and clock - shown > 10 and 0 < done < bar.total:
+            if bar.disable and clock - shown > 10 and done > 0 and not 0 < expected <= done:
                 rate, shown = done / (clock - started), clock
-                left = (bar.total - done) / rate
-                log.info(f"{what}: {done:,.0f} of {bar.total:,.0f} {unit}, {rate:.1f} a second, {left:.0f} s left")
+                left = f", {(expected - done) / rate:.0f} s left" if expected else ""
+                of = f" of {expected:,.0f}" if expected else ""
+                log.info(f"{what}: {done:,.0f}{of} {unit}, {rate:.1f} a second{left}")
 
 
 STOPPING = {signal.SIGINT, signal.SIGTERM}

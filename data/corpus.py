@@ -370,7 +370,7 @@ def _prepared(pool, number: int, source: Source, workers: int, skip: int, counts
         yield batch
 
     def so_far() -> tuple[float, float]:
-        return round(chars / 1e6, 1), round(chars / 1e6 / max(share, 1e-9), 1)
+        return round(chars / 1e6, 1), round(chars / 1e6 / share, 1) if share else 0
 
     prepared = stage.ordered(pool, functools.partial(_prepare, number), batches(), 2 * workers)
     for document in progress(itertools.chain.from_iterable(prepared), so_far, "MB", source.name):

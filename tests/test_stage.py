@@ -160,3 +160,7 @@ def test_progress_off_a_terminal(monkeypatch, caplog):
     done = iter([(0.0, 0.0), *((5.0 * i, 100.0) for i in range(99))])
     list(stage.progress("abcd", lambda: next(done), "MB", "reading"))
     assert caplog.messages == ["reading: 10 of 100 MB, 0.8 a second, 108 s left"]
+    caplog.clear()
+    done = iter([(0.0, 0.0), *((5.0 * i, 0.0) for i in range(99))])
+    list(stage.progress("abcd", lambda: next(done), "MB", "reading"))
+    assert caplog.messages == ["reading: 10 MB, 0.8 a second"]
