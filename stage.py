@@ -224,13 +224,17 @@ class Stage:
         """Holds the directory and logs to its log.txt while the block runs. Empties it first, unless `keep`."""
         with locked(self.directory):
             if not keep:
-                (self.directory / "manifest.json").unlink(missing_ok=True)  # from here on it is unfinished
-                for path in self.directory.iterdir():
-                    if path.name not in (".lock", "log.txt"):
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self.clear()
             with logging_to(self.directory):
                 self.started = time.perf_counter()
                 yield
+
+    def clear(self) -> None:
+        """Empties the directory, but for its lock and its log."""
+        (self.directory / "manifest.json").unlink(missing_ok=True)  # from here on it is unfinished
+        for path in self.directory.iterdir():
+            if path.name not in (".lock", "log.txt"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finish(self, counts: dict, files: Iterable[Path] | None = None) -> None:
         """Writes the manifest: the stage is finished. files: what it wrote; None takes the directory's own files."""

@@ -39,7 +39,7 @@ INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff"
     "\ufdd0-\ufdef\ufeff\ufff9-\uffff\U000f0000-\U0010ffff]"
 )
-TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # looks at each run of blanks once
 EMPTY_LINES = re.compile(r"\n{4,}")
 
 BLOCK_TAG = re.compile(
@@ -60,6 +60,7 @@ HIDDEN = (
     (re.compile(r"<style\b", re.IGNORECASE), re.compile(r"</style\s*>", re.IGNORECASE)),
 )
 AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escaped more than once
+NO_CHARACTER = re.compile(r"&#\d{9,};?")  # a number that Python may refuse to read
 URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]}'’]", re.IGNORECASE)
 
 
@@ -73,7 +74,7 @@ def clean(text: str, config: Cleaning = Cleaning()) -> str:
             text = _without(text, opening, closing)
         text = INLINE_TAG.sub("", BLOCK_TAG.sub("\n", text))
     if config.html and "&" in text:
-        text = BREAKS.sub("\n", html.unescape(AMPERSANDS.sub("&", text)))
+        text = BREAKS.sub("\n", html.unescape(NO_CHARACTER.sub("", AMPERSANDS.sub("&", text))))
     text = INVISIBLE.sub("", text)
     if not text.isascii():
         text = BLANKS.sub(" ", text)

@@ -159,21 +159,22 @@ class Preparation:
             rule = "too_short" if len(text) < source.min_chars else "too_long"
             return [Piece(text, len(words(text)), rule)]
         found = []
-        for part in sections(text):
-            if source.quality and source.quality.c4:
-                part, dropped = select_lines(part, source.quality.c4)
-                if dropped:
-                    found.append(Piece(dropped, len(words(dropped)), "c4_lines"))
-            if part.strip():
-                found.append(self._piece(part, source.quality))
+        if source.quality and source.quality.c4:
+            text, dropped = select_lines(text, source.quality.c4)
+            if dropped:
+                found.append(Piece(dropped, len(words(dropped)), "c4_lines"))
+        parts = [(part, words(part)) for part in sections(text) if part.strip()]
+        after = self.config.decontaminate_ngram - 1
+        for i, (part, spelt) in enumerate(parts):
+            following = parts[i + 1][1][:after] if i + 1 < len(parts) else []  # no run hides across a cut
+            found.append(self._piece(part, spelt, following, source.quality))
         return found
 
-    def _piece(self, text: str, quality: Quality | None) -> Piece:
-        spelt = words(text)
+    def _piece(self, text: str, spelt: list[bytes], following: list[bytes], quality: Quality | None) -> Piece:
         numbers = hashes(spelt)
         if quality and (rule := judge(text, spelt, numbers, quality)):
             return Piece(text, len(spelt), rule)
-        if found := self.contamination.find(numbers):
+        if found := self.contamination.find(hashes(spelt + following)):
             return Piece(text, len(spelt), f"contaminated: {found}")
         keys, shingles = fingerprint(spelt or [text.strip().encode()]), np.empty(0, np.uint32)
         if self.minhash and spelt:
@@ -265,8 +266,11 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
     job = Stage(directory, config, read, f"python -m data.corpus {experiment.path}")
     if job.up_to_date(force):
         return directory
-    state = None if force else _interrupted(directory, job)
-    with job.making(keep=state is not None):
+    with job.making(keep=True):
+        if job.up_to_date(force):  # another process was faster
+            return directory
+        if (state := None if force else _interrupted(directory, job, config)) is None:
+            job.clear()
         tally = gather(config, directory, workers, state or _beginning(job))
         counts = tally.counts()
         if not counts["documents"]:
@@ -293,15 +297,17 @@ def _beginning(job: Stage) -> dict:
     return {"made": made, "source": 0, "read": 0, "tally": None, "index": (0, 0), "shards": {}}
 
 
-def _interrupted(directory: Path, job: Stage) -> dict | None:
+def _interrupted(directory: Path, job: Stage, config: CorpusConfig) -> dict | None:
     """Where an interrupted build of the same corpus had got to, or None."""
+    partial = directory / "partial"
     try:
-        state = json.loads((directory / "partial/state.json").read_text(encoding="utf-8"))
+        state = json.loads((partial / "state.json").read_text(encoding="utf-8"))
+        sizes = Index.sizes(config.dedup, state["index"])
+        whole = all((partial / name).stat().st_size >= size for name, size in sizes.items())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    if state["made"] != _beginning(job)["made"] or stage.damage(directory, state["shards"], contents=False):
-        return None
-    return state
+    whole = whole and not stage.damage(directory, state["shards"], contents=False)
+    return state if whole and state["made"] == _beginning(job)["made"] else None
 
 
 def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> Tally:
@@ -356,25 +362,27 @@ def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, i
 
 def _prepared(pool, number: int, source: Source, workers: int, skip: int, counts: dict) -> Iterator[Prepared]:
     """A source's documents, cleaned and judged, under a progress bar."""
-    chars, share = 0, 0.0
+    chars, share, first = 0, 0.0, math.inf
 
     def batches() -> Iterator[list[Document]]:
         batch, size = [], 0
         rest = source.max_documents and source.max_documents - skip
         for document in itertools.islice(source.documents(workers, skip), rest):
             batch.append(document)
-            size += len(document.text or "")
+            size += len(document.text or "") + 100  # what a document takes without a text
             if size >= BATCH_CHARS:
                 yield batch
                 batch, size = [], 0
         yield batch
 
     def so_far() -> tuple[float, float]:
-        return round(chars / 1e6, 1), round(chars / 1e6 / share, 1) if share else 0
+        seen = (share - first) / (1 - first) if share > first else 0  # of what was left to read
+        return round(chars / 1e6, 1), round(chars / 1e6 / seen, 1) if seen else 0
 
     prepared = stage.ordered(pool, functools.partial(_prepare, number), batches(), 2 * workers)
     for document in progress(itertools.chain.from_iterable(prepared), so_far, "MB", source.name):
         chars += document.chars
+        first = min(first, document.read)
         done = counts["bytes"] / BYTES_PER_TOKEN / source.max_tokens if source.max_tokens else 0.0
         share = max(document.read, done, counts["read"] / source.max_documents if source.max_documents else 0.0)
         yield document

@@ -1,9 +1,11 @@
 """Evaluation sets kept out of training text: what shares a run of words with one is recognised."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from data.clean import clean
 from data.sources import Source
 from data.words import hashes, ngrams, words
 
@@ -16,10 +18,12 @@ class Contamination:
         runs = [np.empty(0, dtype=np.uint64)]
         owners = [np.empty(0, dtype=np.uint8)]
         for number, source in enumerate(sources):
-            for document in source.documents(1):
-                found = ngrams(hashes(words(document.text or "")), n)
-                runs.append(found)
-                owners.append(np.full(len(found), number, dtype=np.uint8))
+            for document in itertools.islice(source.documents(1), source.max_documents):
+                text = document.text or ""
+                for version in {text, clean(text, source.cleaning)}:  # as it is, and as training text would be
+                    found = ngrams(hashes(words(version)), n)
+                    runs.append(found)
+                    owners.append(np.full(len(found), number, dtype=np.uint8))
         self.runs, first = np.unique(np.concatenate(runs), return_index=True)
         self.owners = np.concatenate(owners)[first]
 

@@ -103,11 +103,11 @@ class Index:
 
     def __init__(self, config: Deduplication | None, directory: Path, size: tuple[int, int] = (0, 0)):
         """size: (texts, shingles) of an earlier index in the directory to go on from; later ones are forgotten."""
-        self.config, self.width = config, 1 + (MinHash(config).bands if config else 0)
-        texts, shingles = size
-        names = ("keys.bin", "ends.bin", "shingles.bin")
-        self.files = [open(directory / name, "a+b") for name in names]  # noqa: SIM115 - closed by __exit__
-        for file, length in zip(self.files, (texts * self.width * 8, texts * 8, shingles * 4), strict=True):
+        self.config, self.width = config, self._width(config)
+        texts, _ = size
+        sizes = self.sizes(config, size)
+        self.files = [open(directory / name, "a+b") for name in sizes]  # noqa: SIM115 - closed by __exit__
+        for file, length in zip(self.files, sizes.values(), strict=True):
             file.truncate(length)
         self.ends = array.array("q", os.pread(self.files[1].fileno(), texts * 8, 0))
         self.recent: dict[int, int] = {}
@@ -121,6 +121,16 @@ class Index:
     def __exit__(self, *exception) -> None:
         for file in self.files:
             file.close()
+
+    @staticmethod
+    def _width(config: Deduplication | None) -> int:
+        return 1 + (config.permutations // config.rows if config else 0)
+
+    @classmethod
+    def sizes(cls, config: Deduplication | None, size: tuple[int, int]) -> dict[str, int]:
+        """Its files, and the bytes that an index of a size has in them."""
+        texts, shingles = size
+        return {"keys.bin": texts * cls._width(config) * 8, "ends.bin": texts * 8, "shingles.bin": shingles * 4}
 
     def sync(self) -> tuple[int, int]:
         """Puts everything on disk; returns the size to go on from."""

@@ -114,7 +114,7 @@ def select_lines(text: str, c4: C4) -> tuple[str, str]:
         return not line.strip() or (
             (not c4.terminal_punctuation or (line.endswith(TERMINAL) and not line.endswith(ELLIPSES)))
             and len(line.split()) >= c4.min_line_words
-            and not any(phrase in line.lower() for phrase in c4.boilerplate)
+            and not any(phrase.lower() in line.lower() for phrase in c4.boilerplate)
         )
 
     lines = CITATION.sub("", text).split("\n")
@@ -137,7 +137,7 @@ def judge(text: str, words: list[bytes], hashes: np.ndarray, quality: Quality) -
 def _c4(text: str, words: list[bytes], hashes: np.ndarray, c4: C4) -> Iterator[str]:
     lower = text.lower()
     for phrase in c4.banned:
-        if phrase in lower:
+        if phrase.lower() in lower:
             yield f"c4_banned: {phrase}"
     if len(SENTENCE_END.findall(text)) < c4.min_sentences:
         yield "c4_sentences"

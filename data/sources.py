@@ -10,8 +10,10 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import sysconfig
@@ -96,7 +98,44 @@ def _extra(module: str, package: str, why: str) -> types.ModuleType:
 
 # ------------------------------------------------------------------------------------------------------------- files
 
-OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+class Streams(io.RawIOBase):
+    """What one or more .xz or .bz2 streams hold. `lzma.open` and `bz2.open` end quietly where a later one is broken."""
+
+    SIZE = 1 << 16
+
+    def __init__(self, file, decompressor):
+        self.file, self.decompressor, self.stream, self.rest = file, decompressor, decompressor(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = b""
+        while not data:
+            if self.stream.eof:
+                self.rest = (self.rest or self.file.read(self.SIZE)).lstrip(b"\0")  # streams may be padded
+                if self.rest:
+                    self.stream = self.decompressor()
+                elif not self.file.peek(1):
+                    return 0
+            else:
+                if self.stream.needs_input and not self.rest:
+                    self.rest = self.file.read(self.SIZE)
+                    if not self.rest:
+                        raise EOFError("it breaks off")
+                data = self.stream.decompress(self.rest, len(buffer))
+                self.rest = self.stream.unused_data
+        buffer[: len(data)] = data
+        return len(data)
+
+
+OPEN = {
+    ".gz": gzip.open,
+    ".bz2": lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
+    ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
+}
+REFUSED = object()  # in the place of a record that cannot be parsed
 PLAIN = (".txt", ".md", ".raw", ".tokens")  # the last two are WikiText's
 FORMATS = (*PLAIN, ".jsonl", ".json", ".parquet")
 
@@ -134,7 +173,10 @@ class Files(Source):
                 raise UserError(f"{str(path)!a} has characters that cannot be shown; rename the file")
             if _format(path) not in FORMATS:
                 raise UserError(f"{path} is none of {', '.join(FORMATS)} (all but .parquet also as .gz, .bz2 or .xz)")
-        return list(dict.fromkeys(found))
+        once: dict[Path, Path] = {}  # a file that several links or patterns lead to is read once
+        for path in found:
+            once.setdefault(path.resolve(), path)
+        return list(once.values())
 
     def inputs(self) -> dict[str, str]:
         # By the path under DATA: the same files in another place are the same input.
@@ -177,8 +219,7 @@ class Files(Source):
                 line = line.removeprefix(BOM)
             if line.strip():
                 where = f"{path}, line {number}"
-                record = self._parse(line, where)
-                yield f"{path.name}:{number}", None if record is None else self._text(record, where)
+                yield f"{path.name}:{number}", self._text(self._parse(line, where), where)
 
     def _rows(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
         parquet = _extra("pyarrow.parquet", "pyarrow", "a .parquet file")
@@ -189,7 +230,7 @@ class Files(Source):
             records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, record in enumerate(records, start=1):
                 yield f"{path.name}:{number}", self._text(record, f"{path}, row {number}")
-        except (arrow.ArrowInvalid, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}; replace the file") from None
 
     def _decode(self, data: bytes, where: str) -> str | None:
@@ -201,14 +242,17 @@ class Files(Source):
 
     def _parse(self, line: bytes, where: str):
         if (text := self._decode(line, where)) is None:
-            return None
+            return REFUSED
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            return self._refuse(f"{where}: not JSON ({error}); mend or remove it")
+            self._refuse(f"{where}: not JSON ({error}); mend or remove it")
+            return REFUSED
 
     def _text(self, record, where: str) -> str | None:
         """The text of a record."""
+        if record is REFUSED:
+            return None
         text = "\n".join(_strings(record)) if self.field == "*" else None
         if isinstance(record, dict) and self.field != "*":
             text = record.get(self.field)
@@ -270,6 +314,7 @@ class Hub(Source):
     def _builder(self):
         datasets = _extra("datasets", "datasets", f"the source {self.name}")
         datasets.utils.logging.disable_progress_bar()
+        datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it says of a failed read, we say
         try:
             builder = datasets.load_dataset_builder(self.dataset, self.subset, revision=self.revision)
             if self.split not in (builder.config.data_files or {self.split: ()}):

@@ -24,6 +24,8 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from configs import Experiment
 
+LONGEST = 1 << 20  # characters that SentencePiece is given at once; it drops what is longer than 16 MB
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -48,8 +50,11 @@ class TokenizerConfig:
             raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
         if self.normalization not in ("identity", "nfkc"):
             raise ValueError(f'normalization is {self.normalization!r}; expected "identity" or "nfkc"')
-        if not all(self.control) or len(set(self.control)) < len(self.control):
-            raise ValueError(f"control is {self.control}; expected pieces that differ and are not empty")
+        taken = {"", "<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))}
+        if taken & set(self.control) or len(set(self.control)) < len(self.control):
+            raise ValueError(
+                f"control is {self.control}; expected pieces that differ, none empty, <unk>, </s> or a byte"
+            )
         if self.sample_bytes < 1:
             raise ValueError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
 
@@ -74,7 +79,8 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
 
     The number of threads is fixed, because the sums that training makes depend on it.
     """
-    texts = (text for _, text in sample(corpus, total, config.sample_bytes, val_fraction))
+    sampled = sample(corpus, total, config.sample_bytes, val_fraction)
+    texts = (text[i : i + LONGEST] for _, text in sampled for i in range(0, len(text), LONGEST))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -36,6 +36,7 @@ def test_broken_unicode(broken, whole):
     [
         ("<p>One <b>bold</b><br/>two</p><p>three &amp; four</p>", "One bold\ntwo\n\nthree & four"),
         ('<a href="x">link</a> &lt;b&gt; &#8212; &amp;quot;q&amp;quot;', 'link <b> — "q"'),
+        ("&#" + "1" * 5_000 + ";x", "x"),
         ("a<!-- not\nthis -->b<SCRIPT>var x = '<p>';</script >c<style>p {}</style>d", "abcd"),
         ("if a < b and c > d: List<int>, x <- 3, <unk>", "if a < b and c > d: List<int>, x <- 3, <unk>"),
         ("a --> b, never <!-- closed", "a --> b, never <!-- closed"),
@@ -81,8 +82,11 @@ def test_plain_text_stays_as_it_was(text):
     assert clean(text, PLAIN) == text
 
 
-@pytest.mark.parametrize("bad", ["<!-- ", "<script>", "-->", "&amp;", "<b ", "http://", "\n" * 5, "Ã", "x" * 50 + "\n"])
+RUNS = ["<!-- ", "<script>", "-->", "&amp;", "<b ", "http://", "\n" * 5, "Ã", "x" * 50 + "\n", " ", "\t", "\xa0"]
+
+
+@pytest.mark.parametrize("bad", RUNS)
 def test_no_pattern_takes_quadratic_time(bad):
     """It would take hours here."""
-    text = bad * (4_000_000 // len(bad))
+    text = "a" + bad * (4_000_000 // len(bad)) + "b"
     assert len(clean(text, Cleaning(urls="replace"))) <= len(text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -109,6 +110,63 @@ def test_evaluation_sets_are_kept_out(raw, tmp_path):
     tally, found = make(CorpusConfig(sources=(source("a"),), decontaminate=sets), tmp_path / "corpus")
     assert [r["id"] for r in found] == ["a.jsonl:2", "a.jsonl:4"]
     assert tally.sources["a"]["dropped"] == {"contaminated: test": 1, "contaminated: other": 1}
+
+
+def test_evaluation_text_is_found_as_it_is_and_as_it_becomes(raw, tmp_path):
+    marked = "<p>It couldn&#39;t be <b>clearer</b> that one two three four five six seven eight nine &amp; so on</p>"
+    write(raw / "test.jsonl", [marked, " ".join(varied(1, 7))])
+    write(raw / "a.jsonl", [marked, *varied(1, 7)])
+    sets = (Files(name="test", paths=("test.jsonl",), max_documents=1),)
+    _, found = make(CorpusConfig(sources=(source("a"),), decontaminate=sets), tmp_path / "corpus")
+    assert [r["id"] for r in found] == ["a.jsonl:2"]
+
+
+def test_evaluation_text_does_not_hide_across_a_cut(raw, tmp_path):
+    book = " ".join(varied(400))
+    first, second = sections(book)[:2]
+    write(raw / "a.jsonl", [book])
+    write(raw / "test.jsonl", [" ".join([*first.split()[-7:], *second.split()[:7]])])
+    sets = (Files(name="test", paths=("test.jsonl",)),)
+    tally, found = make(CorpusConfig(sources=(source("a"),), decontaminate=sets), tmp_path / "corpus")
+    assert tally.sources["a"]["dropped"] == {"contaminated: test": 1}
+    assert found[0]["text"] == book.removeprefix(first)
+
+
+def test_a_long_line_is_selected_whole(raw, tmp_path):
+    """Sections are cut after C4 has seen the lines, not before."""
+    line = " ".join(f"Sentence number {i} has some words in it." for i in range(900))
+    write(raw / "a.jsonl", [line])
+    c4 = Quality(gopher=None, min_english=None)
+    _, found = make(CorpusConfig(sources=(source("a", quality=c4),), dedup=None), tmp_path / "corpus")
+    assert [r["text"] for r in found] == [line]
+
+
+def test_empty_records_fill_a_batch_too(raw, monkeypatch, tmp_path):
+    monkeypatch.setattr(data.corpus, "BATCH_CHARS", 1_000)
+    sizes = []
+    monkeypatch.setattr(
+        data.corpus.stage, "ordered", lambda pool, function, items, ahead: sizes.extend(map(len, items)) or []
+    )
+    write(raw / "a.jsonl", [""] * 95)
+    make(CorpusConfig(sources=(source("a"),)), tmp_path / "corpus")
+    assert sum(sizes) == 95
+    assert max(sizes) == 10
+
+
+def test_a_damaged_rest_is_not_gone_on_from(place: Place, small):
+    config = place.config
+    place.run("-m", "data.corpus", config)
+    whole = (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes()
+    kill = "import os, stage, data.corpus\ndata.corpus.SHARD_BYTES = 3_000\nwrite = stage.write_json\n"
+    kill += "stage.write_json = lambda *a: (write(*a), os._exit(9))\n"
+    kill += "stage.run(data.corpus.main, stage.parser('', makes=True, many=True).parse_args())"
+    for name in ("keys.bin", "shingles.bin"):
+        place.run("-c", kill, config, "--force", status=9)
+        os.truncate(place.runs / "mini/corpus/partial" / name, 8)
+        assert "going on" not in place.run("-m", "data.corpus", config).stdout
+        assert (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes() == whole
+    place.run("-c", kill, config, "--force", status=9)
+    assert "going on after 1 finished shards" in place.run("-m", "data.corpus", config).stdout
 
 
 BOOK = st.lists(st.text("ab .\n", min_size=0, max_size=3000), max_size=30).map("\n\n".join)

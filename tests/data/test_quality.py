@@ -92,6 +92,14 @@ def test_c4(name, text):
     assert rule(text, Quality(gopher=None)) == name
 
 
+def test_c4_phrases_are_found_whatever_the_case():
+    text = "\n".join(f"{part}." for part in ("Please do enable javascript here", "And some more words of text"))
+    assert select_lines(text, C4(boilerplate=("JavaScript",)))[0] == "And some more words of text."
+    assert rule("LOREM ipsum. Dolor. Sit.", Quality(c4=C4(banned=("Lorem Ipsum",)), min_english=None)) == (
+        "c4_banned: Lorem Ipsum"
+    )
+
+
 def test_c4_selects_lines():
     text = "\n".join(
         [

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
 import sys
 
@@ -73,6 +74,7 @@ BAD = [
     ("a.jsonl", b'{"body": "x"}\n', "line 1: expected an object whose 'text' is a string"),
     ("a.jsonl", b'{"text": 3}\n', "line 1: expected an object whose 'text' is a string"),
     ("a.jsonl", b'["text"]\n', "line 1: expected an object"),
+    ("a.jsonl", b'{"text": "x"}\nnull\n{"text": "z"}\n', "line 2: expected an object"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: 'text' holds half a surrogate pair"),
     ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8"),
     ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
@@ -89,6 +91,9 @@ UNREADABLE = [
     ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:40] + bytes(300)),
     ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40]),
     ("a.parquet", b"PAR1 and no more"),
+    ("a.txt.xz", lzma.compress(b"one") + lzma.compress(b"two")[:9] + b"broken"),
+    ("a.txt.bz2", bz2.compress(b"one") + b"BZhbroken"),
+    ("a.txt.xz", b""),
 ]
 
 
@@ -112,6 +117,23 @@ def test_files_that_break_off_are_named_whatever_the_policy(raw, name, content):
     for policy in ("stop", "skip"):
         with pytest.raises(UserError, match=f"{name} cannot be read: .*; replace the file"):
             read(name, unreadable=policy)
+
+
+def test_streams_one_after_another(raw):
+    """As `cat a.xz b.xz > c.xz` makes them, and padded as xz allows."""
+    text = [os.urandom(99).hex() * 2_000 for _ in range(3)]
+    for name, compress, pad in (("a.txt.xz", lzma.compress, b"\0" * 8), ("a.txt.bz2", bz2.compress, b"")):
+        (raw / name).write_bytes(pad.join(compress(part.encode()) for part in text) + pad)
+        assert read(name) == [(name, "".join(text))]
+    assert read("a.txt.xz", "a.txt.xz") == read("a.txt.xz")
+
+
+def test_parquet_that_is_not_utf8_is_named(raw):
+    offsets, letters = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    column = pyarrow.StringArray.from_buffers(1, offsets, letters)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), raw / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet cannot be read: .*; replace the file"):
+        read("a.parquet")
 
 
 def test_other_formats_are_refused(raw):
