@@ -154,15 +154,14 @@ class Preparation:
         """A document's pieces, each with the rule that rejects it or with what duplicates are recognised by."""
         if text is None:
             return [Piece("", 0, "unreadable")]
-        text = clean(text, source.cleaning)
-        if len(text) < source.min_chars or (source.max_chars and len(text) > source.max_chars):
-            rule = "too_short" if len(text) < source.min_chars else "too_long"
-            return [Piece(text, len(words(text)), rule)]
-        found = []
+        text, found = clean(text, source.cleaning), []
         if source.quality and source.quality.c4:
             text, dropped = select_lines(text, source.quality.c4)
             if dropped:
                 found.append(Piece(dropped, len(words(dropped)), "c4_lines"))
+        if len(text) < source.min_chars or (source.max_chars and len(text) > source.max_chars):
+            rule = "too_short" if len(text) < source.min_chars else "too_long"
+            return [*found, Piece(text, len(words(text)), rule)]
         parts = [(part, words(part)) for part in sections(text) if part.strip()]
         after = self.config.decontaminate_ngram - 1
         for i, (part, spelt) in enumerate(parts):
@@ -235,13 +234,13 @@ class Tally:
         table["words"] += words
         self._keep(self.samples, SAMPLES, id, source, text)
 
-    def _keep(self, list: list, count: int, id: str, source: str, text: str) -> None:
-        """A random sample that does not depend on chance: the texts whose hashes are smallest."""
+    def _keep(self, sample: list, size: int, id: str, source: str, text: str) -> None:
+        """Keeps the texts whose hashes are smallest: a random sample, the same in every run."""
         entry = [zlib.crc32(f"{source}\n{id}".encode()), id, source, text[:400]]
-        if len(list) < count or entry < list[-1]:
-            list.append(entry)
-            list.sort()
-            del list[count:]
+        if len(sample) < size or entry < sample[-1]:
+            sample.append(entry)
+            sample.sort()
+            del sample[size:]
 
     def counts(self) -> dict:
         """For the manifest."""
@@ -304,7 +303,7 @@ def _interrupted(directory: Path, job: Stage, config: CorpusConfig) -> dict | No
         state = json.loads((partial / "state.json").read_text(encoding="utf-8"))
         sizes = Index.sizes(config.dedup, state["index"])
         whole = all((partial / name).stat().st_size >= size for name, size in sizes.items())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
     whole = whole and not stage.damage(directory, state["shards"], contents=False)
     return state if whole and state["made"] == _beginning(job)["made"] else None
