@@ -26,6 +26,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -92,7 +93,8 @@ def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterato
         for i, (a, b) in enumerate(zip(was, now, strict=True)):
             yield from differences(a, b, f"{path}[{i}]", free)
     elif was != now:
-        yield f"{path} was {json.dumps(was)}, is now {json.dumps(now)}"
+        before, after = (textwrap.shorten(json.dumps(value, ensure_ascii=False), 80) for value in (was, now))
+        yield f"{path} was {before}, is now {after}"
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -470,11 +472,17 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     except Stopped as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print(stop, file=sys.stderr)
-        sys.exit(stop.status)
+        _leave(stop.status, str(stop))
     sys.exit(0)
 
 
 def _fail(message: str) -> typing.NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    _leave(2, " ".join(message.split()))
+
+
+def _leave(status: int, message: str) -> typing.NoReturn:
+    """Ends the process at once: the threads of a pool that was killed would have something to say about it."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    os._exit(status)

@@ -32,7 +32,7 @@ from data.clean import clean
 from data.decontaminate import Contamination
 from data.dedup import Deduplication, Index, MinHash
 from data.quality import Quality, judge, select_lines
-from data.sources import Document, Source
+from data.sources import Document, Source, Unreadable
 from data.words import fingerprint, hashes, words
 from stage import Stage, UserError, check_types, log, progress
 
@@ -150,10 +150,10 @@ class Preparation:
         self.minhash = config.dedup and MinHash(config.dedup)
         self.contamination = Contamination(config.decontaminate, config.decontaminate_ngram)
 
-    def pieces(self, text: str | None, source: Source) -> list[Piece]:
+    def pieces(self, text: str, source: Source) -> list[Piece]:
         """A document's pieces, each with the rule that rejects it or with what duplicates are recognised by."""
-        if text is None:
-            return [Piece("", 0, "unreadable")]
+        if isinstance(text, Unreadable):
+            return [Piece(text, 0, "unreadable")]
         text, found = clean(text, source.cleaning), []
         if source.quality and source.quality.c4:
             text, dropped = select_lines(text, source.quality.c4)
@@ -200,7 +200,7 @@ class Prepared(NamedTuple):
 
 def _prepare(number: int, documents: list[Document]) -> list[Prepared]:
     source = _worker.config.sources[number]
-    return [Prepared(d.id, d.read, len(d.text or ""), _worker.pieces(d.text, source)) for d in documents]
+    return [Prepared(d.id, d.read, len(d.text), _worker.pieces(d.text, source)) for d in documents]
 
 
 # --------------------------------------------------------------------------------------------- what the stage does
@@ -279,7 +279,16 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                 "change their min_chars and quality"
             )
         for source in config.sources:
-            found, asked = tally.of(source.name)["bytes"] / BYTES_PER_TOKEN, source.max_tokens
+            table = tally.of(source.name)
+            share = table["words"] / max(1, table["words_read"])
+            log.info(
+                f"{source.name}: {table['documents']:,} of {table['read']:,} documents, {share:.1%} of their words kept"
+            )
+            if unreadable := table["dropped"].get("unreadable"):
+                log.warning(
+                    f"{source.name}: {unreadable:,} of {table['read']:,} records could not be read; see the card"
+                )
+            found, asked = table["bytes"] / BYTES_PER_TOKEN, source.max_tokens
             if asked and found < asked and not source.max_documents:
                 log.warning(
                     f"{source.name} gave about {found:,.0f} of the {asked:,} tokens asked of it: it has no more"
@@ -368,7 +377,7 @@ def _prepared(pool, number: int, source: Source, workers: int, skip: int, counts
         rest = source.max_documents and source.max_documents - skip
         for document in itertools.islice(source.documents(workers, skip), rest):
             batch.append(document)
-            size += len(document.text or "") + 100  # what a document takes without a text
+            size += len(document.text) + 100  # what a document takes without a text
             if size >= BATCH_CHARS:
                 yield batch
                 batch, size = [], 0
@@ -413,14 +422,15 @@ and from the inputs that the manifest beside this card has.
 
 ## Sources
 
-| source | licence | documents read | kept | bytes kept | words kept | of its words |
+| source | licence | documents read | kept | bytes kept | words kept | share of the words read |
 |---|---|---|---|---|---|---|
 {newline.join(rows)}
 
 ## Left out
 
-Documents, or sections of those longer than {2 * SECTION_CHARS:,} characters, by the first rule that they failed;
-c4_lines are lines of what was kept or not.
+By the first rule that each failed: documents, and sections of those longer than {2 * SECTION_CHARS:,} characters, of
+which the other sections were kept; `c4_lines` counts documents that lost lines. {_dedup(config.dedup)}
+{_evaluation(config)}
 
 | source | rule | dropped | words |
 |---|---|---|---|
@@ -434,6 +444,17 @@ c4_lines are lines of what was kept or not.
 
 {newline.join(samples)}
 """
+
+
+def _dedup(dedup: Deduplication | None) -> str:
+    if dedup is None:
+        return "Duplicates have the same words."
+    return f"Near-duplicates share {dedup.threshold:.0%} of their runs of {dedup.ngram} words with a text kept before."
+
+
+def _evaluation(config: CorpusConfig) -> str:
+    sets = ", ".join(source.name for source in config.decontaminate) or "no evaluation set: none is named"
+    return f"Contaminated is what shares {config.decontaminate_ngram} words in a row with {sets}."
 
 
 def _line(text: str) -> str:

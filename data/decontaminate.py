@@ -19,8 +19,8 @@ class Contamination:
         owners = [np.empty(0, dtype=np.uint8)]
         for number, source in enumerate(sources):
             for document in itertools.islice(source.documents(1), source.max_documents):
-                text = document.text or ""
-                for version in {text, clean(text, source.cleaning)}:  # as it is, and as training text would be
+                # As it is, and as it would be if it were training text.
+                for version in {document.text, clean(document.text, source.cleaning)}:
                     found = ngrams(hashes(words(version)), n)
                     runs.append(found)
                     owners.append(np.full(len(found), number, dtype=np.uint8))

@@ -155,6 +155,8 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                     "add documents (a .txt file is one, a line of .jsonl another), or change val_fraction"
                 )
         job.finish(counts)
+        if missing := ", ".join(counts["train"]["sources"].keys() - counts["val"]["sources"].keys()):
+            log.warning(f"no document of {missing} is held out: validation says nothing of it")
         train, val = counts["train"], counts["val"]
         log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {directory}")
     return directory

@@ -37,12 +37,15 @@ def raw() -> Path:
     return Path(os.environ.get("DATA") or "data/raw")
 
 
+class Unreadable(str):
+    """Why a record has no text, in the place of the text, where `unreadable` is "skip"."""
+
+
 class Document(NamedTuple):
     """One text of a source."""
 
     id: str
-    text: str | None
-    """None if the record cannot be read and `unreadable` is "skip"."""
+    text: str | Unreadable
     read: float = 0.0
     """Share of the source that has been read with it, as far as that is known."""
 
@@ -135,7 +138,6 @@ OPEN = {
     ".bz2": lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
     ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
 }
-REFUSED = object()  # in the place of a record that cannot be parsed
 PLAIN = (".txt", ".md", ".raw", ".tokens")  # the last two are WikiText's
 FORMATS = (*PLAIN, ".jsonl", ".json", ".parquet")
 
@@ -194,7 +196,7 @@ class Files(Source):
                         yield Document(id, text, (before + file.tell()) / total)
                 before += path.stat().st_size
 
-    def _read(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
+    def _read(self, path: Path, file) -> Iterator[tuple[str, str]]:
         """(id, text) of each document of an open file."""
         try:
             if _format(path) == ".parquet":
@@ -213,7 +215,7 @@ class Files(Source):
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{path} cannot be read: {error}; replace the file") from None
 
-    def _lines(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
+    def _lines(self, path: Path, file) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(BOM)
@@ -221,7 +223,7 @@ class Files(Source):
                 where = f"{path}, line {number}"
                 yield f"{path.name}:{number}", self._text(self._parse(line, where), where)
 
-    def _rows(self, path: Path, file) -> Iterator[tuple[str, str | None]]:
+    def _rows(self, path: Path, file) -> Iterator[tuple[str, str]]:
         parquet = _extra("pyarrow.parquet", "pyarrow", "a .parquet file")
         arrow = _extra("pyarrow", "pyarrow", "a .parquet file")
         try:
@@ -233,7 +235,7 @@ class Files(Source):
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}; replace the file") from None
 
-    def _decode(self, data: bytes, where: str) -> str | None:
+    def _decode(self, data: bytes, where: str) -> str:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
@@ -241,18 +243,17 @@ class Files(Source):
             return self._refuse(f"{where} is not UTF-8 ({found}); convert it, or leave it out if it is not text")
 
     def _parse(self, line: bytes, where: str):
-        if (text := self._decode(line, where)) is None:
-            return REFUSED
+        if isinstance(text := self._decode(line, where), Unreadable):
+            return text
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            self._refuse(f"{where}: not JSON ({error}); mend or remove it")
-            return REFUSED
+            return self._refuse(f"{where}: not JSON ({error}); mend or remove it")
 
-    def _text(self, record, where: str) -> str | None:
+    def _text(self, record, where: str) -> str:
         """The text of a record."""
-        if record is REFUSED:
-            return None
+        if isinstance(record, Unreadable):
+            return record
         text = "\n".join(_strings(record)) if self.field == "*" else None
         if isinstance(record, dict) and self.field != "*":
             text = record.get(self.field)
@@ -264,9 +265,10 @@ class Files(Source):
             return self._refuse(f"{where}: {self.field!r} holds half a surrogate pair; mend it")
         return text
 
-    def _refuse(self, message: str) -> None:
+    def _refuse(self, message: str) -> Unreadable:
         if self.unreadable == "stop":
             raise UserError(f'{message}; or set unreadable="skip"')
+        return Unreadable(message)
 
 
 BOM = b"\xef\xbb\xbf"
@@ -363,12 +365,10 @@ class Hub(Source):
             for record in self._builder().as_streaming_dataset(split=self.split).skip(done):
                 text = "\n".join(_strings(record)) if self.field == "*" else record.get(self.field)
                 if not isinstance(text, str):
+                    why = f"record {done + 1}: expected a string {self.field!r} among {', '.join(record)}"
                     if self.unreadable == "stop":
-                        raise UserError(
-                            f"{self._what()}, record {done + 1}: expected a string {self.field!r} among "
-                            f'{", ".join(record)}; set Hub(field=…), or unreadable="skip"'
-                        )
-                    text = None
+                        raise UserError(f'{self._what()}, {why}; set Hub(field=…), or unreadable="skip"')
+                    text = Unreadable(why)
                 done += 1
                 yield Document(f"{self.name}:{done}", text)
 

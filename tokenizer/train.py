@@ -214,13 +214,13 @@ SentencePiece {config.algorithm}, {settings["vocab_size"]:,} pieces, SHA-256 `{s
 Piece {settings["eos"]} ends a document. Held-out documents were not learnt from. Control pieces, which no text is spelt
 with: {", ".join(f"`{piece}`" for piece in config.control) or "none"}.
 
-On documents taken evenly from its corpus:
+On documents taken evenly from its corpus, most of them learnt from:
 
 | source | documents | bytes a token | characters a token | tokens a word | unknown | came back as they were |
 |---|---|---|---|---|---|---|
 {rows}
 
-Score: {numbers["score"]} bits of text in a bit of id, 8 · bytes a token / log2(pieces).
+Score: {numbers["score"]} bits of text in a bit of id, 8 · bytes a token / log2(pieces). More is better.
 """
 
 

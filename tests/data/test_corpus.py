@@ -321,6 +321,17 @@ def test_the_card_says_what_was_left_out(raw, tmp_path):
     assert all(any(f"`{r['id']}`" in sample for r in found) for sample in samples)
 
 
+def test_what_could_not_be_read_is_said(place: Place):
+    lines = (place.raw / "text.jsonl").read_text().splitlines()
+    (place.raw / "text.jsonl").write_text("\n".join([*lines[:20], "{", '{"body": 3}', *lines[20:]]))
+    place.edit(("min_chars=20", 'min_chars=20, unreadable="skip"'))
+    process = place.run("-m", "data.corpus", place.config)
+    assert f"files: 2 of {len(lines) + 2} records could not be read; see the card" in process.stderr
+    card = (place.runs / "mini/corpus/DATA_CARD.md").read_text()
+    assert "line 21: not JSON" in card
+    assert "line 22: expected an object whose 'text' is a string" in card
+
+
 def test_names_must_differ():
     with pytest.raises(ValueError, match="sources are called a, a; give each a name of its own"):
         CorpusConfig(sources=(source("a"), source("a")))

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.sources import Document, Files, Hub, PythonDocs
+from data.sources import Document, Files, Hub, PythonDocs, Unreadable
 from stage import UserError
 from tests.conftest import Place
 
@@ -105,8 +106,9 @@ def test_bad_records_are_named_or_skipped(raw, name, content, message):
     assert name in str(error.value)
     assert 'unreadable="skip"' in str(error.value)
     skipped = read(name, unreadable="skip")
-    assert None in [text for _, text in skipped]
-    assert [text for _, text in skipped if text is not None] == [
+    reasons = [text for _, text in skipped if isinstance(text, Unreadable)]
+    assert re.search(message, " ".join(reasons))
+    assert [text for _, text in skipped if not isinstance(text, Unreadable)] == [
         kept for kept in "xz" if name == "a.jsonl" and f'{{"text": "{kept}"}}'.encode() in content
     ]
 
@@ -258,7 +260,9 @@ def test_what_a_dataset_has_not_is_named(dataset, options, message):
 
 
 def test_records_without_the_field_are_skipped_or_named(dataset):
-    assert [d.text for d in Hub(dataset=str(dataset), field="body").documents(1)] == [None] * 300
+    skipped = [d.text for d in Hub(dataset=str(dataset), field="body").documents(1)]
+    assert all(isinstance(text, Unreadable) for text in skipped)
+    assert skipped[7] == "record 8: expected a string 'body' among text, n"
     with pytest.raises(UserError, match="record 1: expected a string 'body' among text, n; set Hub"):
         list(Hub(dataset=str(dataset), field="body", unreadable="stop").documents(1))
 
