@@ -173,7 +173,7 @@ class Preparation:
         numbers = hashes(spelt)
         if quality and (rule := judge(text, spelt, numbers, quality)):
             return Piece(text, len(spelt), rule)
-        if found := self.contamination.find(hashes(spelt + following)):
+        if found := self.contamination.find(np.concatenate([numbers, hashes(following)])):
             return Piece(text, len(spelt), f"contaminated: {found}")
         keys, shingles = fingerprint(spelt or [text.strip().encode()]), np.empty(0, np.uint32)
         if self.minhash and spelt:
