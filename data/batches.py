@@ -131,9 +131,11 @@ class Mixture:
         The parts of all ranks, one after another, are the same global batch for any number of ranks.
         """
         rows = range(step * self.size + self.size * rank // ranks, step * self.size + self.size * (rank + 1) // ranks)
+        if not rows:  # more ranks than rows
+            empty = torch.empty(0, next(iter(self.sets.values())).length, dtype=torch.int64)
+            return empty, empty
         read = [self.sets[name].read([window]) for name, window in map(self.drawn, rows)]
-        empty = [torch.empty(0, next(iter(self.sets.values())).length, dtype=torch.int64)]  # more ranks than rows
-        return tuple(torch.cat(part) for part in zip(*read, strict=True)) if read else (empty[0], empty[0])
+        return tuple(torch.cat(part) for part in zip(*read, strict=True))
 
 
 def mixture(experiment, packed: Packed, others: Mapping[str, Packed]) -> Mixture:

@@ -140,7 +140,7 @@ class Index:
         return len(self.ends), self.ends[-1] if self.ends else 0
 
     def duplicate(self, keys: np.ndarray, shingles: np.ndarray) -> str | None:
-        """ "duplicate" or "near_duplicate" of an earlier text; otherwise None, and the text is kept in mind.
+        """Whether a text is a "duplicate" or "near_duplicate" of an earlier one; if not, None, and it is kept in mind.
 
         keys: (1 + bands,) uint64, the first the text's own fingerprint. shingles: (s,) uint32, sorted.
         """

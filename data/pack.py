@@ -155,7 +155,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                     "add documents (a .txt file is one, a line of .jsonl another), or change val_fraction"
                 )
         job.finish(counts)
-        if missing := ", ".join(counts["train"]["sources"].keys() - counts["val"]["sources"].keys()):
+        if missing := ", ".join(s for s in counts["train"]["sources"] if s not in counts["val"]["sources"]):
             log.warning(f"no document of {missing} is held out: validation says nothing of it")
         train, val = counts["train"], counts["val"]
         log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {directory}")
@@ -176,18 +176,17 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
         pool = stack.enter_context(stage.pool(workers, _start_worker, spm, val_fraction, dtype))
         encoded = stage.ordered(pool, _encode, chunks, 4 * workers)
         for pieces in progress(encoded, len(chunks), "MB", "packing"):
-            for split, source, (ids, lengths, size) in (
-                (split, source, part) for split, parts in pieces.items() for source, part in parts.items()
-            ):
+            for split, parts in pieces.items():
                 total = counts[split]
-                starts = total["tokens"] + np.cumsum([0, *lengths[:-1]])
-                files[f"{split}.bin"].write(ids)
-                files[f"{split}.idx"].write(starts.astype("<i8").tobytes())
-                empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
-                for table in (total, total["sources"].setdefault(source, empty)):
-                    table["documents"] += len(lengths)
-                    table["tokens"] += len(ids)
-                    table["bytes"] += size
+                for source, (ids, lengths, size) in parts.items():
+                    starts = total["tokens"] + np.cumsum([0, *lengths[:-1]])
+                    files[f"{split}.bin"].write(ids)
+                    files[f"{split}.idx"].write(starts.astype("<i8").tobytes())
+                    empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
+                    for table in (total, total["sources"].setdefault(source, empty)):
+                        table["documents"] += len(lengths)
+                        table["tokens"] += len(ids)
+                        table["bytes"] += size
     return {"dtype": dtype, **counts}
 
 
