@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -80,18 +79,19 @@ class ModelConfig:
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 #
-# Each kernel has a plain-PyTorch twin that says what it computes. The kernels read and write what they are given, in
-# float32, float16 or bfloat16, and compute in float32. Offsets are int64: a tensor may hold more than 2³¹ elements.
+# Each kernel has a plain-PyTorch twin that says what it computes. The kernels read and write float32, float16 or
+# bfloat16 and compute in float32. Offsets are int64: a tensor may reach over more than 2³¹ elements. They are custom
+# operators, which torch.compile takes as they are; the twins it fuses with what stands around them.
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 at least (arXiv:1910.07467).
 
-    x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in x's dtype.
+    x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(x.dtype)
+    return (wide * scale * weight).to(dtype or x.dtype)
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
@@ -99,29 +99,62 @@ def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """−log softmax(logits)[target] of each row, (N,) in float32 at least; 0 where the target is `ignore_index`.
+
+    logits: (N, V), overwritten by the gradient that the sum of these losses has with respect to them, softmax − onehot.
+    targets: (N,) int64.
+    """
+    live = targets != ignore_index
+    at = targets.where(live, 0)[:, None]
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, hit = p.amax(1, keepdim=True), p.gather(1, at)
+    torch.softmax(p, 1, out=p)
+    # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: nothing underflows.
+    loss = (top - p.amax(1, keepdim=True).log() - hit)[:, 0]
+    logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
+    if logits.is_cuda or not live.all():  # asked on a CPU only: a GPU would have to be waited for
+        logits.mul_(live[:, None])
+        loss = loss.where(live, 0.0)
+    return loss
+
+
 if triton is not None:
 
     @triton.jit
-    def _rms_norm_forward(x, weight, y, scale, rows, x_stride, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-        """R rows a program, C ≥ D columns (a power of two). Keeps each row's 1/rms in `scale` for the backward pass."""
+    def _rms_norm_forward(
+        x, delta, weight, total, y, scale, rows, x_stride, delta_stride, eps,
+        ADD: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ):  # fmt: skip
+        """R rows a program, C ≥ D columns (a power of two). Keeps each row's 1/rms in `scale` for the backward pass.
+
+        With ADD it is the sum of x and delta that is kept in `total` and normalised.
+        """
         row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
         col = tl.arange(0, C)
         live = (row < rows)[:, None] & (col < D)[None, :]
+        here = row[:, None] * D + col[None, :]
         wide = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+        if ADD:
+            wide += tl.load(delta + row[:, None] * delta_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+            kept = wide.to(total.dtype.element_ty)
+            tl.store(total + here, kept, mask=live)
+            wide = kept.to(tl.float32)
         s = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / D + eps)
         w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
-        out = wide * s[:, None] * w[None, :]
-        tl.store(y + row[:, None] * D + col[None, :], out.to(y.dtype.element_ty), mask=live)
+        tl.store(y + here, (wide * s[:, None] * w[None, :]).to(y.dtype.element_ty), mask=live)
         tl.store(scale + row, s, mask=row < rows)
 
     @triton.jit
     def _rms_norm_backward(
-        x, weight, scale, dy, dx, dw, rows, x_stride, dy_stride, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-    ):
+        x, weight, scale, dy, dtotal, dx, ddelta, dw, rows, x_stride, dy_stride, dtotal_stride,
+        ADD: tl.constexpr, NARROW: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ):  # fmt: skip
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂.
 
-        A fixed number of programs strides over the rows; each sums its share of dw in float32 into its own row of
-        `dw`, and the caller adds those rows up, so the result does not depend on the order programs run in.
+        With ADD, `dtotal` comes to dx along the residual stream; with NARROW dx is stored a second time, in the dtype
+        of what was added. A fixed number of programs strides over the rows; each sums its share of dw in float32 into
+        its own row of `dw`, and the caller adds those up, so that the result does not depend on who runs first.
         """
         program = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, C)
@@ -130,32 +163,69 @@ if triton is not None:
         for first in range(program * R, rows, tl.num_programs(0) * R):
             row = first + tl.arange(0, R)
             live = (row < rows)[:, None] & (col < D)[None, :]
+            here = row[:, None] * D + col[None, :]
             s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
             x_hat = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32) * s
             g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
             wg = g * w[None, :]
             d = s * (wg - x_hat * (tl.sum(wg * x_hat, 1) / D)[:, None])
-            tl.store(dx + row[:, None] * D + col[None, :], d.to(dx.dtype.element_ty), mask=live)
+            if ADD:
+                d += tl.load(dtotal + row[:, None] * dtotal_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=live)
+            if NARROW:
+                tl.store(ddelta + here, d.to(ddelta.dtype.element_ty), mask=live)
             dw_sum += tl.sum(g * x_hat, 0)
         tl.store(dw + program * D + col, dw_sum, mask=col < D)
 
     @triton.jit
-    def _swiglu_forward(gate, up, y, n, C: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-        g = tl.load(gate + i, mask=i < n, other=0.0).to(tl.float32)
-        u = tl.load(up + i, mask=i < n, other=0.0).to(tl.float32)
-        tl.store(y + i, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=i < n)
+    def _swiglu_forward(gate, up, y, rows, gate_stride, up_stride, D, R: tl.constexpr, C: tl.constexpr):
+        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        live = (row < rows) & (col < D)
+        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(y + row * D + col, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=live)
 
     @triton.jit
-    def _swiglu_backward(gate, up, dy, dgate, dup, n, C: tl.constexpr):
+    def _swiglu_backward(
+        gate, up, dy, dgate, dup, rows, gate_stride, up_stride, dy_stride, D, R: tl.constexpr, C: tl.constexpr
+    ):
         """With σ = sigmoid(gate):  dup = dy · gate · σ,  dgate = dy · up · σ · (1 + gate · (1 − σ))."""
-        i = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-        g = tl.load(gate + i, mask=i < n, other=0.0).to(tl.float32)
-        u = tl.load(up + i, mask=i < n, other=0.0).to(tl.float32)
-        d = tl.load(dy + i, mask=i < n, other=0.0).to(tl.float32)
+        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        live = (row < rows) & (col < D)
+        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
+        d = tl.load(dy + row * dy_stride + col, mask=live, other=0.0).to(tl.float32)
         sigma = 1.0 / (1.0 + tl.exp(-g))
-        tl.store(dgate + i, (d * u * sigma * (1.0 + g * (1.0 - sigma))).to(dgate.dtype.element_ty), mask=i < n)
-        tl.store(dup + i, (d * g * sigma).to(dup.dtype.element_ty), mask=i < n)
+        dg = d * u * sigma * (1.0 + g * (1.0 - sigma))
+        tl.store(dgate + row * D + col, dg.to(dgate.dtype.element_ty), mask=live)
+        tl.store(dup + row * D + col, (d * g * sigma).to(dup.dtype.element_ty), mask=live)
+
+    @triton.jit
+    def _cross_entropy(logits, targets, loss, V, ignore_index, C: tl.constexpr):
+        """A row a program, in two passes: the running maximum and sum of exponentials, then the gradient in place.
+        A target outside 0 … V − 1 gives NaN."""
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        logits += row * V
+        top, total, hit = -float("inf"), 0.0, 0.0
+        for first in range(0, V, C):
+            col = first + tl.arange(0, C)
+            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(top, tl.max(wide, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(wide - higher), 0)
+            hit += tl.sum(tl.where(col == target, wide, 0.0), 0)
+            top = higher
+        log_sum = top + tl.log(total)
+        live = target != ignore_index
+        hit = tl.where((target >= 0) & (target < V), hit, float("nan"))
+        tl.store(loss + row, tl.where(live, log_sum - hit, 0.0))
+        for first in range(0, V, C):
+            col = first + tl.arange(0, C)
+            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            d = tl.where(live, tl.exp(wide - log_sum) - tl.where(col == target, 1.0, 0.0), 0.0)
+            tl.store(logits + col, d.to(logits.dtype.element_ty), mask=col < V)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -164,141 +234,252 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _tile(d: int) -> tuple[int, int]:
-    """Rows and columns of one program's tile: about 4,096 elements, both powers of two."""
+def _tile(d: int) -> dict[str, int]:
+    """One program's tile: R rows of C ≥ d columns, powers of two, about 4,096 elements; and its warps."""
     columns = triton.next_power_of_2(d)
-    return max(1, 4096 // columns), columns
+    rows = max(1, 4096 // columns)
+    return {"R": rows, "C": columns, "num_warps": min(16, max(4, rows * columns // 1024))}
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = _rows(x)
-        rows, d = flat.shape
-        y = torch.empty_like(flat, memory_format=torch.contiguous_format)
-        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        r, c = _tile(d)
-        if rows:
-            _rms_norm_forward[(triton.cdiv(rows, r),)](
-                flat, weight.contiguous(), y, scale, rows, flat.stride(0), eps, D=d, R=r, C=c
-            )
-        ctx.save_for_backward(flat, weight, scale)
-        return y.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, weight, scale = ctx.saved_tensors
-        rows, d = x.shape
-        flat = _rows(dy)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        r, c = _tile(d)
-        programs = min(256, triton.cdiv(rows, r))
-        dw = torch.zeros(programs, d, dtype=torch.float32, device=x.device)
-        if rows:
-            _rms_norm_backward[(programs,)](
-                x, weight.contiguous(), scale, flat, dx, dw, rows, x.stride(0), flat.stride(0), D=d, R=r, C=c
-            )
-        return dx.view(dy.shape), dw.sum(0).to(weight.dtype), None
+@torch.library.custom_op("lumi::rms_norm", mutates_args=())
+def _rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta (empty where nothing is added), its normalised copy in `dtype`, and 1/rms of each row."""
+    total, y, scale = _rms_norm_outputs(x, delta, weight, eps, dtype)
+    if x.numel():
+        flat, added, tile = _rows(x), None if delta is None else _rows(delta), _tile(x.shape[-1])
+        strides = flat.stride(0), 0 if delta is None else added.stride(0)
+        _rms_norm_forward[(triton.cdiv(len(flat), tile["R"]),)](
+            *(flat, added, weight.contiguous(), total, y, scale, len(flat), *strides, eps),
+            **(tile | {"ADD": delta is not None, "D": x.shape[-1]}),
+        )
+    return total, y, scale
 
 
-class _SwiGLU(torch.autograd.Function):
-    BLOCK = 1024
+@_rms_norm.register_fake
+def _rms_norm_outputs(x, delta, weight, eps, dtype):
+    total = x.new_empty(0 if delta is None else x.shape)
+    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        if n := gate.numel():
-            _swiglu_forward[(triton.cdiv(n, _SwiGLU.BLOCK),)](gate, up, y, n, C=_SwiGLU.BLOCK)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        if n := gate.numel():
-            _swiglu_backward[(triton.cdiv(n, _SwiGLU.BLOCK),)](
-                gate, up, dy.contiguous(), dgate, dup, n, C=_SwiGLU.BLOCK
-            )
-        return dgate, dup
+@torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
+def _rms_norm_grad(
+    x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dtotal: Tensor | None, narrow: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of what was added to it if that is of another dtype, `narrow`, and of the weight."""
+    dx, ddelta, dw = _rms_norm_grads(x, weight, scale, dy, dtotal, narrow)
+    if not x.numel():
+        return dx, ddelta, dw.zero_()
+    flat, up, along, tile = _rows(x), _rows(dy), None if dtotal is None else _rows(dtotal), _tile(x.shape[-1])
+    strides = flat.stride(0), up.stride(0), 0 if dtotal is None else along.stride(0)
+    programs = min(512, triton.cdiv(len(flat), tile["R"]))
+    parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
+    _rms_norm_backward[(programs,)](
+        *(flat, weight.contiguous(), scale, up, along, dx, ddelta, parts, len(flat), *strides),
+        **(tile | {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}),
+    )
+    return dx, ddelta, dw.copy_(parts.sum(0))
+
+
+@_rms_norm_grad.register_fake
+def _rms_norm_grads(x, weight, scale, dy, dtotal, narrow):
+    ddelta = x.new_empty(x.shape if narrow else 0, dtype=narrow or x.dtype)
+    return x.new_empty(x.shape), ddelta, weight.new_empty(weight.shape)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, delta, weight, _, _ = inputs
+    total, _, scale = output
+    ctx.save_for_backward(x if delta is None else total, weight, scale)
+    ctx.added = None if delta is None else delta.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _rms_norm_autograd(ctx, dtotal, dy, _):
+    x, weight, scale = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    narrow = None if ctx.added == x.dtype else ctx.added
+    dx, ddelta, dw = torch.ops.lumi.rms_norm_backward(x, weight, scale, dy, dtotal, narrow)
+    return dx, None if ctx.added is None else ddelta if narrow else dx, dw, None, None
+
+
+_rms_norm.register_autograd(_rms_norm_autograd, setup_context=_rms_norm_setup)
+
+
+def _swiglu_launch(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Runs a kernel over the inputs' rows, in tiles of about 1,024 elements."""
+    if inputs[0].numel():
+        flat = [_rows(x) for x in inputs]
+        rows, d = flat[0].shape
+        c = min(1024, triton.next_power_of_2(d))
+        r = 1024 // c
+        kernel[(triton.cdiv(rows, r), triton.cdiv(d, c))](
+            *flat, *outputs, rows, *(x.stride(0) for x in flat), d, R=r, C=c
+        )
+
+
+@torch.library.custom_op("lumi::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = gate.new_empty(gate.shape)
+    _swiglu_launch(_swiglu_forward, [gate, up], [y])
+    return y
+
+
+@torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
+def _swiglu_grad(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    _swiglu_launch(_swiglu_backward, [gate, up, dy], [dgate, dup])
+    return dgate, dup
+
+
+_swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+_swiglu_grad.register_fake(lambda gate, up, dy: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
+_swiglu.register_autograd(
+    lambda ctx, dy: torch.ops.lumi.swiglu_backward(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def _use_triton(kernels: str, x: Tensor) -> bool:
-    return kernels == "triton" or (kernels == "auto" and x.is_cuda and triton is not None)
+    """ "auto" leaves to torch.compile what it can fuse with the operations around it."""
+    return kernels == "triton" or (
+        kernels == "auto" and x.is_cuda and triton is not None and not torch.compiler.is_compiling()
+    )
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes x in here: autocast's dtype, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
-    """`rms_norm_torch`, or the Triton kernel for the same."""
-    return _RMSNorm.apply(x, weight, eps) if _use_triton(kernels, x) else rms_norm_torch(x, weight, eps)
+    """`rms_norm_torch`, or the Triton kernel for the same, in the dtype that the next linear layer computes in."""
+    if _use_triton(kernels, x):
+        return _rms_norm(x, None, weight, eps, _matmul_dtype(x))[1]
+    return rms_norm_torch(x, weight, eps, _matmul_dtype(x))
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+    """x + delta in x's dtype, and `rms_norm` of it: read once. delta: of x's shape and any floating dtype."""
+    if _use_triton(kernels, x):
+        return _rms_norm(x, delta, weight, eps, _matmul_dtype(x))[:2]
+    total = (x + delta).to(x.dtype)
+    return total, rms_norm_torch(total, weight, eps, _matmul_dtype(x))
 
 
 def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
     """`swiglu_torch`, or the Triton kernel for the same."""
-    return _SwiGLU.apply(gate, up) if _use_triton(kernels, gate) else swiglu_torch(gate, up)
+    return _swiglu(gate, up) if _use_triton(kernels, gate) else swiglu_torch(gate, up)
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ_t −log softmax(x_t · Wᵀ)[target_t] without ever holding all N × V logits.
+@torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    learn_x: bool,
+    learn_weight: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_t −log softmax(x_t · Wᵀ)[target_t], and its gradients, without ever holding all N × V logits.
 
-    A chunk of rows at a time: logits, loss, and at once the gradient (softmax − onehot) that these logits have, carried
-    on to x and W. The buffers are reused: at 32,768 pieces, fresh memory costs more in page faults than in arithmetic.
+    A chunk of rows at a time: logits, loss, at once the gradient that these logits have, carried on to x and W. One
+    buffer serves all chunks: at 32,768 pieces, fresh memory costs a CPU more in page faults than in arithmetic.
     """
+    wide = torch.promote_types(dtype, torch.float32)
+    n, w, keep = len(x), weight.to(dtype), None
+    if targets.device.type == "cpu":  # a GPU would have to be waited for, to know how many are left
+        live = targets != ignore_index
+        if not live.all():
+            keep = live.nonzero()[:, 0]
+            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
+            x = x[keep]
+        targets = targets.to(x.device, non_blocking=True)
+    chunk = 512 if x.device.type == "cpu" else 4096
+    buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
+    loss, dx, dw = _linear_cross_entropy_outputs(
+        x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels
+    )
+    loss.zero_()
+    if len(x) == 0:
+        dw.zero_()
+    for first in range(0, len(x), chunk):
+        rows = slice(first, min(first + chunk, len(x)))
+        xc, logits = x[rows].to(dtype), buffer[: rows.stop - first]
+        torch.mm(xc, w.T, out=logits)
+        if _use_triton(kernels, x):
+            losses = logits.new_empty(len(logits), dtype=torch.float32)
+            c = min(4096, triton.next_power_of_2(len(w)))
+            _cross_entropy[(len(logits),)](logits, targets[rows], losses, len(w), ignore_index, C=c, num_warps=8)
+        else:
+            losses = cross_entropy_torch(logits, targets[rows], ignore_index)
+        loss += losses.sum()
+        if learn_x:
+            dx[rows] = logits @ w
+        if learn_weight:
+            if x.is_cuda and dtype != wide:
+                product = torch.mm(logits.T, xc, out_dtype=wide)
+                dw = dw.add_(product) if first else product
+            else:
+                dw.addmm_(logits.T.to(wide), xc.to(wide), beta=float(first > 0))
+    if learn_x and keep is not None:
+        dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx)
+    return loss, dx, dw
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, chunk = weight.to(dtype), 256 if device == "cpu" else 4096
-        wide = torch.promote_types(dtype, torch.float32)
-        logits = torch.empty(chunk, len(w), dtype=dtype, device=x.device)
-        log_p = torch.empty(chunk, len(w), dtype=wide, device=x.device)
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        learn = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if learn else None
-        dw = torch.zeros_like(weight, dtype=wide) if learn else None
-        for first in range(0, len(x), chunk):
-            rows = slice(first, min(first + chunk, len(x)))
-            xc, tc = x[rows].to(dtype), targets[rows, None]
-            lc, pc = logits[: len(xc)], log_p[: len(xc)]
-            torch.mm(xc, w.T, out=lc)
-            torch.log_softmax(lc, 1, dtype=wide, out=pc)
-            loss -= pc.gather(1, tc).sum()
-            if learn:
-                g = pc.exp_().scatter_add_(1, tc, pc.new_full(tc.shape, -1.0)).to(dtype)
-                dx[rows] = g @ w
-                dw += g.T @ xc
-        ctx.save_for_backward(dx, dw)
-        ctx.dtype = weight.dtype
-        return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss: Tensor):
-        dx, dw = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), (dw * dloss).to(ctx.dtype), None
+@_linear_cross_entropy.register_fake
+def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels):
+    wide = torch.promote_types(dtype, torch.float32)
+    dx = x.new_empty(x.shape if learn_x else 0)
+    return x.new_empty((), dtype=wide), dx, weight.new_empty(weight.shape if learn_weight else 0, dtype=wide)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of `F.linear(x, weight)` against `targets`.
+def _linear_cross_entropy_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.learn, ctx.dtype = inputs[5:7], inputs[1].dtype
+    ctx.set_materialize_grads(False)
 
-    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V). Returns a scalar, float32 or wider.
+
+def _linear_cross_entropy_autograd(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 8
+    dx, dw = ctx.saved_tensors
+    dx = (dx.to(dw.dtype) * dloss).to(dx.dtype) if ctx.learn[0] else None
+    return dx, (dw * dloss).to(ctx.dtype) if ctx.learn[1] else None, *[None] * 6
+
+
+_linear_cross_entropy.register_autograd(_linear_cross_entropy_autograd, setup_context=_linear_cross_entropy_setup)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, kernels: str = "auto"
+) -> Tensor:
+    """Mean cross-entropy, in nats, of `F.linear(x, weight)` against those `targets` that are not `ignore_index`.
+
+    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Ignored rows are dropped before the
+    projection if `targets` is on the CPU, wherever x is; targets on a GPU are masked, because to count them there
+    would be to wait for it. Returns a scalar, float32 or wider: 0 if nothing is left.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets) / len(x)
+    learn = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    total = _linear_cross_entropy(x, weight, targets, ignore_index, _matmul_dtype(x), *learn, kernels)[0]
+    return total / (targets != ignore_index).sum().clamp_min(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in memory set aside once for `length` tokens.
+    """Keys and values of the tokens seen so far, in memory set aside once: `length` tokens for each of B texts.
 
-    k, v: (n_layers, B, K, length, E). `used` counts the tokens held.
+    k, v: (n_layers, B, K, length, E). used: (B,) int64 on the CPU, the tokens held of each text. `cache[a:b]` is a view
+    of texts a to b − 1.
     """
 
     def __init__(self, model: "Transformer", batch_size: int, length: int):
@@ -306,14 +487,35 @@ class KVCache:
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
         self.k = torch.empty(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)
         self.v = torch.empty_like(self.k)
-        self.used = 0
+        self.used = torch.zeros(batch_size, dtype=torch.int64)
+
+    def __getitem__(self, texts: slice) -> "KVCache":
+        view = object.__new__(KVCache)
+        view.k, view.v, view.used = self.k[:, texts], self.v[:, texts], self.used[texts]
+        return view
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[3]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v: (B, K, T, E) after the tokens held; returns all of the layer's, (B, K, used + T, E)."""
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used : end] = k
-        self.v[layer, :, :, self.used : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Writes k, v: (B, K, T, E) after the tokens held; returns the layer's, (B, K, max(used) + T, E)."""
+        used, T = self.used.tolist(), k.shape[2]
+        if min(used) == max(used):
+            self.k[layer, :, :, used[0] : used[0] + T] = k
+            self.v[layer, :, :, used[0] : used[0] + T] = v
+        else:
+            for text, past in enumerate(used):
+                self.k[layer, text, :, past : past + T] = k[text]
+                self.v[layer, text, :, past : past + T] = v[text]
+        return self.k[layer, :, :, : max(used) + T], self.v[layer, :, :, : max(used) + T]
+
+    def copy(self, source: int, target: int) -> None:
+        """Puts what is held of one text in the place of another."""
+        used = int(self.used[source])
+        self.k[:, target, :, :used] = self.k[:, source, :, :used]
+        self.v[:, target, :, :used] = self.v[:, source, :, :used]
+        self.used[target] = used
 
 
 class RMSNorm(nn.Module):
@@ -322,18 +524,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.d_model))
         self.eps, self.kernels = config.rms_norm_eps, config.kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.kernels)
+    def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream with what a layer adds to it, and its normalised copy, which the next layer reads."""
+        if delta is None:
+            return x, rms_norm(x, self.weight, self.eps, self.kernels)
+        return add_rms_norm(x, delta, self.weight, self.eps, self.kernels)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: turns the pairs (x_i, x_{i + E/2}) by an angle that grows with the position.
 
-    x: (B, T, H, E); cos, sin: (T, 1, E/2). Returns x's shape and dtype. After it, q · k depends on the positions only
-    through their difference (arXiv:2104.09864). The halves are paired as in the Hugging Face layout.
+    x: (B, T, H, E); cos, sin: (T, 1, E) or (B, T, 1, E), the sines of the first half negated. Returns x's shape and
+    dtype. After it, q · k depends on the positions only through their difference (arXiv:2104.09864). The halves are
+    paired as in the Hugging Face layout.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -349,20 +554,19 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, E)
         k = rotate(self.k(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, E)
         v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if self.n_kv_heads < self.n_heads:
-            k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
-        # A query sees the keys up to its own position: the last T of S keys are the queries' own.
-        S = k.shape[2]
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)  # (B, H, T, E)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
+        shared = self.n_kv_heads < self.n_heads
+        causal = mask is None and k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # from (B, H, T, E)
 
 
 class SwiGLU(nn.Module):
@@ -381,14 +585,19 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the feed-forward network. What a layer adds to the residual stream travels beside it until the
+    next norm, which does the addition: so the stream is read and written once a layer."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(config), Attention(config, layer)
         self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, delta: Tensor | None, *context) -> tuple[Tensor, Tensor]:
+        """x: the stream, (B, T, D); delta: what the block before adds to it. Returns both for the block behind."""
+        x, y = self.attn_norm(x, delta)
+        x, y = self.mlp_norm(x, self.attn(y, *context))
+        return x, self.mlp(y)
 
 
 class Transformer(nn.Module):
@@ -407,8 +616,8 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
         angle = torch.outer(torch.arange(config.context_length, dtype=torch.float64), frequency)[:, None]  # (T, 1, E/2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1).float(), persistent=False)  # (T, 1, E)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1).float(), persistent=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -420,93 +629,167 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`."""
-        past = cache.used if cache is not None else 0
-        end = past + tokens.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(f"{end} tokens; context_length is {self.config.context_length}")
-        cos, sin = self.cos[past:end], self.sin[past:end]
-        x = self.embed(tokens)  # (B, T, D)
+        T, used = tokens.shape[1], [0] if cache is None else cache.used.tolist()
+        if max(used) + T > (longest := self.config.context_length if cache is None else cache.length):
+            raise ValueError(f"{max(used) + T} tokens; context_length is {longest}")
+        cos, sin, mask = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T], None
+        if min(used) < max(used) or (T > 1 and used[0] > 0):
+            at = (cache.used[:, None] + torch.arange(T)).to(tokens.device)  # (B, T)
+            cos, sin = self.cos[at], self.sin[at]  # (B, T, 1, E)
+            # A query sees the keys up to its own position.
+            mask = torch.arange(max(used) + T, device=tokens.device) <= at[:, None, :, None]  # (B, 1, T, S)
+        x, delta = self.embed(tokens), None  # (B, T, D)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            x, delta = block(x, delta, cos, sin, cache, mask)
         if cache is not None:
-            cache.used = end
-        return self.norm(x)
+            cache.used += T
+        return self.norm(x, delta)[1]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits, or with `targets` the mean loss.
 
-        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`: the
-        caller shifts, once; nothing is shifted here. cache: keys and values of earlier tokens, extended by these.
-        Returns logits (B, T, V), or a scalar: mean cross-entropy in nats. Raises ValueError past the context.
+        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`, or
+        −100 to ignore the position: the caller shifts, once; nothing is shifted here. cache: keys and values of earlier
+        tokens, extended by these. Returns logits (B, T, V), or a scalar: mean cross-entropy in nats, without the logits
+        ever being there at once. Raises ValueError past the context.
         """
         x = self.hidden(tokens, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
-        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), kernels=self.config.kernels)
 
     # ----------------------------------------------------------------------------------------------------- generation
 
     @torch.inference_mode()
     def stream(
         self,
-        ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         stop: Collection[int] = (),
-    ) -> Iterator[int]:
-        """Yields up to `max_new_tokens` ids that continue `ids`, each as soon as it is drawn.
+        **options,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Continues several texts together. Yields for each step the (text, id) drawn in it, until all have ended.
 
-        temperature: 0 takes the likeliest token, 1 samples the model's own distribution. top_k, top_p: sample only
-        among the k likeliest tokens, or the fewest whose probabilities reach p (arXiv:1904.09751). seed: of the draws;
-        None draws afresh. stop: ids that end the text, not yielded themselves. The model sees the last tokens that fit
-        its context: when it is full, the later half of it is read again. Raises ValueError for impossible arguments.
+        seed: of the draws, one for every text or one for each; None draws afresh. stop: ids that end a text, not
+        yielded themselves. options: those of `Sampling`. A text gets what it would get alone. The model sees the last
+        tokens that fit its context: when it is full, the later half of it is read again. Raises ValueError for
+        impossible arguments.
         """
-        context = self.config.context_length
-        if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
-            raise ValueError(f"expected at least one id, each in 0..{self.config.vocab_size - 1}; got {list(ids)[:8]}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; expected at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; expected more than 0, at most 1")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        seen = list(ids)[-context:]
-        cache, fresh = KVCache(self, 1, context), seen
-        for _ in range(max_new_tokens):
-            if cache.used + len(fresh) > context:
-                cache.used, fresh = 0, seen[-max(1, context // 2) :]
-            logits = self(torch.tensor([fresh], device=self.embed.weight.device), cache=cache)[0, -1]
-            token = sample(logits.float().cpu(), temperature, top_k, top_p, generator)
-            if token in stop:
+        sampling, context = Sampling(**options), self.config.context_length
+        for ids in prompts:
+            if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
+                raise ValueError(f"expected at least one id, each in 0..{self.config.vocab_size - 1}; got {ids[:8]}")
+        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts) or not all(s is None or 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1, one for all or one for each of {len(prompts)}")
+        draws = [torch.Generator() for _ in prompts]
+        for generator, s in zip(draws, seeds, strict=True):
+            generator.seed() if s is None else generator.manual_seed(s)
+
+        seen = [list(ids) for ids in prompts]
+        longest = max(map(len, seen), default=0)
+        cache = KVCache(self, len(seen), min(context, longest + max_new_tokens))
+        device, texts = self.embed.weight.device, list(range(len(seen)))  # the text in each row of the cache
+        for step in range(max_new_tokens):
+            for row, text in enumerate(texts):  # all but the last token of a text that is new, or has filled the cache
+                if step == 0 or cache.used[row] == cache.length:
+                    cache.used[row] = 0
+                    if before := seen[text][-(context if step == 0 else max(1, context // 2)) : -1]:
+                        self.hidden(torch.tensor([before], device=device), cache[row : row + 1])
+            last = torch.tensor([[seen[text][-1]] for text in texts], device=device)
+            logits = self(last, cache=cache[: len(texts)])[:, 0].float().cpu()  # (B, V)
+            if sampling == Sampling(temperature=0):
+                drawn = list(zip(texts, logits.argmax(1).tolist(), strict=True))
+            else:
+                drawn = [(text, sampling.draw(logits[row], seen[text], draws[text])) for row, text in enumerate(texts)]
+            for text, token in drawn:
+                seen[text].append(token)
+            yield [(text, token) for text, token in drawn if token not in stop]
+            for row in reversed(range(len(texts))):  # the last text takes the place of one that has ended
+                if drawn[row][1] in stop:
+                    if row < len(texts) - 1:
+                        cache.copy(len(texts) - 1, row)
+                        texts[row] = texts[-1]
+                    texts.pop()
+            if not texts:
                 return
-            yield token
-            seen.append(token)
-            fresh = [token]
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int, **options) -> list[int]:
-        """The new ids of `stream`, as a list."""
-        return list(self.stream(ids, max_new_tokens, **options))
+    def generate(self, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
+        """The new ids of `stream`: a list for one prompt, a list of lists for a list of prompts."""
+        one = not ids or isinstance(ids[0], int)
+        found = [[] for _ in ([ids] if one else ids)]
+        for step in self.stream([ids] if one else ids, max_new_tokens, **options):
+            for text, token in step:
+                found[text].append(token)
+        return found[0] if one else found
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> int:
-    """One id drawn from logits: (V,) float32. Temperature first, then top_k, then top_p on what is left."""
-    if temperature == 0:
-        return int(logits.argmax())
-    order = logits.sort(descending=True, stable=True)
-    p = torch.softmax((order.values - order.values[0]).double() / temperature, 0)
-    if top_k is not None:
-        p[top_k:] = 0
-    if top_p is not None:
-        p = p / p.sum()
-        p[p.cumsum(0) - p >= top_p] = 0  # the token that reaches top_p is the last one kept
-    return int(order.indices[torch.multinomial(p, 1, generator=generator)])
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. Raises ValueError, naming the field, for what cannot be.
+
+    In this order: the penalties change the logits, temperature divides them, then top_k, top_p and min_p each leave
+    fewer candidates.
+    """
+
+    temperature: float = 1.0
+    """0 takes the likeliest token, 1 samples the model's own distribution."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the fewest tokens whose probabilities reach p (arXiv:1904.09751)."""
+    min_p: float | None = None
+    """Sample among tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens already in the text, and multiplies negative ones (arXiv:1909.05858)."""
+    no_repeat_ngram: int | None = None
+    """No run of so many tokens is written a second time."""
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
+        for name in ("top_k", "no_repeat_ngram"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected more than 0, at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; expected 0 to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0")
+
+    def draw(self, logits: Tensor, seen: Sequence[int], generator: torch.Generator) -> int:
+        """One id, from logits: (V,) float32 on the CPU, for a text whose ids so far are `seen`."""
+        logits = self.penalised(logits, seen)
+        if self.temperature == 0:
+            return int(logits.argmax())
+        p = torch.softmax((logits - logits.max()).double() / self.temperature, 0)
+        order = None
+        if self.top_k is not None or self.top_p is not None:
+            p, order = p.topk(min(self.top_k, len(p))) if self.top_k is not None else p.sort(descending=True)
+        if self.top_p is not None:
+            p = p / p.sum()
+            p = p.where(p.cumsum(0) - p < self.top_p, 0.0)  # the token that reaches top_p is the last one kept
+        if self.min_p is not None:
+            p = p.where(p >= self.min_p * p.max(), 0.0)
+        reached = p.cumsum(0)
+        drawn = torch.rand((), dtype=torch.float64, generator=generator) * reached[-1]
+        i = int(torch.searchsorted(reached, drawn, right=True))
+        return i if order is None else int(order[i])
+
+    def penalised(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
+        """The logits, (V,), with what the text so far counts against them."""
+        if self.repetition_penalty != 1:
+            ids = torch.tensor(sorted(set(seen)))
+            found = logits[ids]
+            penalty = self.repetition_penalty
+            logits = logits.index_put((ids,), torch.where(found > 0, found / penalty, found * penalty))
+        if self.no_repeat_ngram is not None:
+            n = self.no_repeat_ngram
+            start = tuple(seen[len(seen) - n + 1 :]) if n > 1 else ()
+            ends = {seen[i + n - 1] for i in range(len(seen) - n + 1) if tuple(seen[i : i + n - 1]) == start}
+            if 0 < len(ends) < len(logits):
+                logits = logits.index_fill(0, torch.tensor(sorted(ends)), -math.inf)
+        return logits

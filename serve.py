@@ -54,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> None:
     ids = [spm.eos, *spm.encode(prompt)]
     for i in range(arguments.samples):
         new = model.stream(
-            ids,
+            [ids],
             arguments.max_tokens,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
@@ -64,7 +64,7 @@ def generate(arguments: argparse.Namespace) -> None:
         )
         print(prompt, end="", flush=True)
         try:
-            for text in text_stream(spm, new):
+            for text in text_stream(spm, (token for step in new for _, token in step)):
                 print(text, end="", flush=True)
         except ValueError as error:
             raise UserError(str(error)) from None

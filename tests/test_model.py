@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import configs
 import model as lumi
-from model import ModelConfig, Transformer
+from model import ModelConfig, Sampling, Transformer
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -351,7 +351,7 @@ def test_seeds_decide_the_draws():
     model = build(scale=3.0)
     a, b, c = (model.generate([1, 2], 20, seed=s) for s in (7, 7, 8))
     assert a == b != c
-    assert model.generate([1, 2], 20, seed=7) == list(model.stream([1, 2], 20, seed=7))
+    assert [[(0, token)] for token in a] == list(model.stream([[1, 2]], 20, seed=7))
 
 
 def test_stop_ends_the_text():
@@ -365,17 +365,19 @@ def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     generator = torch.Generator().manual_seed(0)
 
-    def frequencies(*options):
-        draws = [lumi.sample(logits, *options, generator) for _ in range(4000)]
+    def frequencies(**options):
+        sampling = Sampling(**options)
+        draws = [sampling.draw(logits, [0], generator) for _ in range(4000)]
         return [draws.count(i) / 4000 for i in range(4)]
 
-    assert frequencies(1.0, None, None) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert frequencies(0.5, None, None) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)  # p² normalised
-    assert frequencies(1.0, 2, None) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert frequencies(1.0, None, 0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert frequencies(1.0, None, 0.81) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
-    assert frequencies(1.0, None, 0.01) == [1, 0, 0, 0]
-    assert frequencies(1e-3, None, None) == [1, 0, 0, 0]
+    assert frequencies() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    assert frequencies(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)  # p² normalised
+    assert frequencies(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert frequencies(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert frequencies(top_p=0.81) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
+    assert frequencies(top_p=0.01) == [1, 0, 0, 0]
+    assert frequencies(min_p=0.4) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert frequencies(temperature=1e-3) == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
