@@ -30,6 +30,8 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+UNIGRAM, BPE = 1, 2  # in a SentencePiece model, trainer_spec.model_type
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # and the type of a piece
 
 
 def theirs(name: str) -> str:
@@ -108,13 +110,13 @@ def to_hf(arguments: argparse.Namespace) -> None:
     out, files = Path(arguments.out), safetensors()
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
-    model = checkpoint.load_model(directory)
-    weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]
     chat = {"<|im_start|>", "<|im_end|>"} <= spm.control.keys()
     ends = {"bos_token_id": spm.bos, "eos_token_id": [spm.eos, spm.control["<|im_end|>"]] if chat else spm.eos}
     with writing(out, arguments.force, directory) as temporary:
+        model = checkpoint.load_model(directory)
+        weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
+        if model.config.tie_embeddings:
+            del weights["lm_head.weight"]
         files.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
         stage.write_json(temporary / "config.json", llama_config(model.config, spm))
         stage.write_json(temporary / "generation_config.json", ends)
@@ -190,26 +192,27 @@ def fast_tokenizer(spm: Tokenizer) -> dict:
     UserError, naming what, for a model that this cannot reproduce exactly.
     """
     model = dict(protobuf(spm.model))  # the last of each field: of the pieces none is needed
-    algorithm = dict(protobuf(model[2])).get(3, 1)
+    algorithm = dict(protobuf(model[2])).get(3, UNIGRAM)
     normalizer = {3: 1, 4: 1, 5: 1} | dict(protobuf(model.get(3, b"")))
     pieces, ids = spm.pieces, range(spm.vocab_size)
-    kinds = {3: "control", 2: "unknown", 6: "byte"}
-    kind = [dict(protobuf(piece)).get(3, 1) for number, piece in protobuf(spm.model) if number == 1]
+    kind = [dict(protobuf(piece)).get(3, NORMAL) for number, piece in protobuf(spm.model) if number == 1]
+    normal = [pieces.id_to_piece(i) for i in ids if kind[i] == NORMAL]
     wrong = {
-        "an algorithm that is neither unigram nor BPE": algorithm not in (1, 2),
+        "an algorithm that is neither unigram nor BPE": algorithm not in (UNIGRAM, BPE),
         "text normalisation": bool(normalizer.get(2)),
         "white space that is not kept": normalizer[4] or not normalizer[5] or dict(protobuf(model[2])).get(24),
-        "no byte pieces": kind.count(6) != 256,
-        "user-defined or unused pieces": not set(kind) <= {1, *kinds},
+        "no byte pieces": kind.count(BYTE) != 256,
+        "pieces with characters that are none": algorithm == BPE and not set("".join(normal)) <= set(normal),
+        "user-defined or unused pieces": not set(kind) <= {NORMAL, UNKNOWN, CONTROL, BYTE},
     }
     if any(wrong.values()):
         raise UserError(
             f"the tokenizer has {', '.join(what for what, found in wrong.items() if found)}, which tokenizer.json "
             "cannot reproduce exactly; only tokenizers without can be converted"
         )
-    spelt = [pieces.id_to_piece(i).replace("▁", " ") if kind[i] == 1 else pieces.id_to_piece(i) for i in ids]
+    spelt = [pieces.id_to_piece(i).replace("▁", " ") if kind[i] == NORMAL else pieces.id_to_piece(i) for i in ids]
     cuts = None
-    if algorithm == 1:
+    if algorithm == UNIGRAM:
         body = {"type": "Unigram", "unk_id": pieces.unk_id(), "byte_fallback": True}
         body["vocab"] = [[piece, pieces.get_score(i)] for i, piece in enumerate(spelt)]
         cuts = {
@@ -221,7 +224,7 @@ def fast_tokenizer(spm: Tokenizer) -> dict:
     else:
         body = {"type": "BPE", "unk_token": spelt[pieces.unk_id()], "fuse_unk": True, "byte_fallback": True}
         body["vocab"] = {piece: i for i, piece in enumerate(spelt)}
-        body["merges"] = merges({piece: pieces.get_score(i) for i, piece in enumerate(spelt) if kind[i] == 1})
+        body["merges"] = merges({piece: pieces.get_score(i) for i, piece in enumerate(spelt) if kind[i] == NORMAL})
     prefix = bool(normalizer[3])  # a space before every text
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -229,7 +232,7 @@ def fast_tokenizer(spm: Tokenizer) -> dict:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": spelt[i]} | plain for i in ids if kind[i] == 3],
+        "added_tokens": [{"id": i, "content": spelt[i]} | plain for i in ids if kind[i] == CONTROL],
         "normalizer": {"type": "Prepend", "prepend": " "} if prefix else None,
         "pre_tokenizer": cuts,
         "post_processor": None,
@@ -254,9 +257,11 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 def never_whole(spelt: list[str], kind: list[int]) -> str:
     """A regular expression that matches, in every text that spells a byte or control piece, a place within it that no
     other piece crosses: cut there, the text cannot be read as that piece, and nothing else changes."""
-    pairs = {piece[i : i + 2] for piece, k in zip(spelt, kind, strict=True) if k == 1 for i in range(len(piece) - 1)}
+    pairs = {
+        piece[i : i + 2] for piece, k in zip(spelt, kind, strict=True) if k == NORMAL for i in range(len(piece) - 1)
+    }
     places: dict[str, list[str]] = {}
-    for piece in (piece for piece, k in zip(spelt, kind, strict=True) if k != 1):
+    for piece in (piece for piece, k in zip(spelt, kind, strict=True) if k != NORMAL):
         free = [i for i in range(1, len(piece)) if piece[i - 1 : i + 1] not in pairs]
         if not free:
             raise UserError(f"the tokenizer has pieces across every place in {piece}; tokenizer.json cannot tell them")
@@ -273,10 +278,10 @@ def from_hf(arguments: argparse.Namespace) -> None:
     config = read_config(source)
     spm_file = source / "tokenizer.model"
     spm = read_tokenizer(spm_file, config) if spm_file.is_file() else None
-    weights = fitted(read_tensors(source), config)
     # The name goes into paths and manifests, where an experiment's would stand.
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"
     with writing(out, arguments.force, source) as temporary:
+        weights = fitted(read_tensors(source), config)
         if spm:
             write_tokenizer(temporary / "tokenizer", spm, name)
             (temporary / "config.py").write_text(config_file(name, config), encoding="utf-8")

@@ -92,15 +92,14 @@ class Tokenizer:
         yield text[start:]
 
     def decode(self, ids: Sequence[int], begins: bool = True) -> str:
-        """The text of ids. Control pieces, such as the end of a document, have none; broken byte runs give U+FFFD.
+        """The text of ids. Control pieces, such as the end of a document, have none, nor have rows that an embedding
+        has past the pieces; broken byte runs give U+FFFD.
 
         begins: whether they begin a text, or go on with one: where the model puts a space before every text, it is
         dropped from a beginning.
         """
-        if self._whole:
-            return self.pieces.decode(list(ids))
-        text = self.pieces.decode(list(ids))
-        return text.removeprefix(" ") if self._prefix and begins else text
+        text = self.pieces.decode([i for i in ids if i < self.vocab_size])
+        return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 
 
 def load(directory: Path | str, make: str = "python -m tokenizer.train CONFIG") -> Tokenizer:
