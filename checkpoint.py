@@ -36,6 +36,11 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.__context__  # torch covers what the disk said with an error of its own
         raise reason if isinstance(reason, OSError) else error from None
+    put(temporary, directory)
+
+
+def put(temporary: Path, directory: Path) -> None:
+    """Renames a finished directory to its name, in place of one that is there."""
     if directory.exists():  # two renames, with the old one whole beside until the new one stands: see `recover`
         old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)

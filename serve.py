@@ -18,7 +18,7 @@ from train import pick_device
 
 
 def text_stream(spm: tokenizer.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, in pieces that together are `spm.decode` of all of them.
+    """The text of ids that go on with another text, as they come, in pieces that together are their `spm.decode`.
 
     A character may be spelt by several byte tokens: it is held back until it is whole.
     """
@@ -26,11 +26,11 @@ def text_stream(spm: tokenizer.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     sent = ""
     for token in ids:
         seen.append(token)
-        text = spm.decode(seen)
+        text = spm.decode(seen, begins=False)
         if not text.endswith("\ufffd"):
             yield text[len(sent) :]
             sent = text
-    yield spm.decode(seen)[len(sent) :]
+    yield spm.decode(seen, begins=False)[len(sent) :]
 
 
 def read_input() -> str:
@@ -47,11 +47,11 @@ def generate(arguments: argparse.Namespace) -> None:
 
     experiment = configs.load(arguments.config)
     directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
-    spm = experiment.load_tokenizer()
+    spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
     model = checkpoint.load_model(directory, str(pick_device()[0]))
     prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt
-    ids = [spm.eos, *spm.encode(prompt)]
+    ids = [spm.bos, *spm.encode(prompt)]
     for i in range(arguments.samples):
         new = model.stream(
             [ids],

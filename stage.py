@@ -399,11 +399,15 @@ class _Parser(argparse.ArgumentParser):
         _fail(f"error: {message}; see {self.prog} --help")
 
 
-def parser(description: str, *, makes: bool = False, many: bool = False) -> argparse.ArgumentParser:
-    """The arguments that commands share: CONFIG, --log-level; --force if one makes something, --workers if many do."""
+def parser(
+    description: str, *, config: bool = True, makes: bool = False, many: bool = False
+) -> argparse.ArgumentParser:
+    """The arguments that commands share: CONFIG if there is one, --log-level; --force if one makes something, --workers
+    if many do."""
     raw = argparse.RawDescriptionHelpFormatter
     p = _Parser(description=description, formatter_class=raw, allow_abbrev=False)
-    p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
+    if config:
+        p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     if makes:
         p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it anew")

@@ -52,6 +52,9 @@ class Experiment:
     """What training batches are drawn from, by weight and from which step on; empty: all of the packed tokens."""
     beside: tuple["Experiment", ...] = field(default=(), repr=False)
     """Experiments whose packed tokens the mixture may name too; they share the tokenizer."""
+    imported: Path | None = field(default=None, repr=False)
+    """The directory of a converted model (`convert.py from-hf`): its pretrained weights and, in `tokenizer/`, its
+    tokenizer, instead of ones made here. Its embedding may have more rows than the tokenizer has pieces."""
     file: Path | None = field(default=None, repr=False)
     """Where `load` found it."""
 
@@ -59,7 +62,7 @@ class Experiment:
         stage.check_types(self)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"name is {self.name!r}; expected letters, digits, _, - and .: it names a directory")
-        if self.model.vocab_size != self.tokenizer.vocab_size:
+        if self.imported is None and self.model.vocab_size != self.tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size} and tokenizer.vocab_size {self.tokenizer.vocab_size}; "
                 "they must be equal"
@@ -91,14 +94,24 @@ class Experiment:
 
     def directory(self, stage_name: str) -> Path:
         """Where a stage writes."""
-        return stage.runs() / self.owner(stage_name).name / DIRECTORIES[stage_name]
+        owner = self.owner(stage_name)
+        if owner.imported and stage_name == "tokenizer":
+            return owner.imported / "tokenizer"
+        return stage.runs() / owner.name / DIRECTORIES[stage_name]
 
-    def load_tokenizer(self) -> Tokenizer:
-        """The experiment's tokenizer. UserError, with the command that makes it, if it is missing or damaged."""
-        return tokenizer.load(self.directory("tokenizer"), f"python -m tokenizer.train {self.owner('tokenizer').path}")
+    def load_tokenizer(self, checkpoint: Path | None = None) -> Tokenizer:
+        """The experiment's tokenizer, or the one that a checkpoint brings with it, as a converted model does.
+        UserError, with the command that makes it, if it is missing or damaged."""
+        if checkpoint and stage.read_manifest(checkpoint / "tokenizer"):
+            return tokenizer.load(checkpoint / "tokenizer", f"python convert.py from-hf DIR {checkpoint}")
+        owner = self.owner("tokenizer")
+        make = f"convert.py from-hf DIR {owner.imported}" if owner.imported else f"-m tokenizer.train {owner.path}"
+        return tokenizer.load(self.directory("tokenizer"), f"python {make}")
 
     def trained(self, stage_name: str) -> Path:
         """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
+        if self.imported and stage_name == "pretrain":
+            return self.imported
         final = self.directory(stage_name) / "final"
         if stage.read_manifest(final) is None:
             raise UserError(f"{self.name} is not trained: no {final}; train it with: python train.py {self.path}")

@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace) -> None:
     if job.up_to_date(arguments.force):
         log.info(f"{directory} is up to date")
         return
-    spm = experiment.load_tokenizer()
+    spm = experiment.load_tokenizer(final)
     splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
     checkpoint.must_match(final, spm.sha256)
     model = checkpoint.load_model(final, str(pick_device()[0]))

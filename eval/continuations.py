@@ -19,7 +19,7 @@ def continuations(model: Transformer, packed: Packed, tokenizer: Tokenizer, conf
         ids = documents[i * len(documents) // wanted]
         prompt, truth = ids[: config.prompt_tokens], ids[config.prompt_tokens : length]
         new = model.generate(
-            [tokenizer.eos, *prompt],  # the end token before it: a document begins here
+            [tokenizer.bos, *prompt],  # a document begins here
             config.new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
@@ -27,5 +27,5 @@ def continuations(model: Transformer, packed: Packed, tokenizer: Tokenizer, conf
             stop=(tokenizer.eos,),
         )
         texts = {"prompt": prompt, "continuation": new, "truth": truth}
-        examples.append({name: tokenizer.decode(ids) for name, ids in texts.items()})
+        examples.append({name: tokenizer.decode(ids, begins=name == "prompt") for name, ids in texts.items()})
     return examples

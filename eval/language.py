@@ -17,15 +17,16 @@ WINDOWS = 16  # read at once
 LOGITS = 1 << 22  # at most so many at once: 16 MiB in float32, which the next ones reuse
 
 
-def token_nats(model: Transformer, tokens: np.ndarray, eos: int) -> np.ndarray:
+def token_nats(model: Transformer, tokens: np.ndarray, bos: int) -> np.ndarray:
     """−log p of every token, in nats: (N,) float64.
 
-    The tokens are one stream, opened by the end token as if a document had just closed. Windows of context_length
+    The tokens are one stream, opened by `bos`: the end token, as if a document had just closed, or the model's own
+    beginning. Windows of context_length
     overlap by half, and each but the first counts only its later half: no token past the first window is predicted
     from less than half a context.
     """
     T, n = model.config.context_length, len(tokens)
-    stream = torch.from_numpy(np.concatenate(([eos], tokens)).astype(np.int64))
+    stream = torch.from_numpy(np.concatenate(([bos], tokens)).astype(np.int64))
     step = max(1, T // 2)
     starts = [0, *range(step, n - T, step), n - T] if n > T else [0]  # the last one ends where the stream does
     batches = [starts[i : i + WINDOWS] for i in range(0, len(starts), WINDOWS)]
@@ -50,7 +51,7 @@ def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer) -> dict
     bits_per_byte: total −log₂ likelihood over the UTF-8 bytes of the documents; its standard error, over documents, is
     `stderr`. xz_bits_per_byte, the baseline: the documents joined by newlines, compressed by xz -9.
     """
-    nats = token_nats(model, packed.tokens, tokenizer.eos)
+    nats = token_nats(model, packed.tokens, tokenizer.bos)
     texts = [tokenizer.decode(ids.tolist()).encode() for ids in packed.documents()]
     sizes = np.array([len(text) for text in texts])
     bits = np.add.reduceat(nats, packed.starts) / math.log(2)

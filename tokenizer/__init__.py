@@ -13,21 +13,37 @@ from stage import UserError
 SPACE = "\u2581".encode()  # how SentencePiece spells a space inside its pieces
 PART = 1 << 13  # bytes encoded at a time, about
 CUT = re.compile(rb"[^ ](?= )")
+NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: its normalizer_spec (field 3) with add_dummy_prefix (3) false
 
 
 class Tokenizer:
-    """A SentencePiece model. `decode(encode(text)) == text` for every text.
+    """A SentencePiece model. `decode(encode(text)) == text` for every text, if the model is one of ours or LLaMA's.
 
-    sha256: the digest of spm.model, its identity. vocab_size: pieces. eos: the id that ends a document; it also stands
-    before a text that begins one. control: the ids of pieces that no text is spelt with, for chat templates.
+    model: the bytes of spm.model. sha256: their digest, its identity. vocab_size: pieces. eos: the id that ends a
+    document. bos: the id before a text that begins one; a model without has eos there. control: the ids of pieces that
+    no text is spelt with, for chat templates. UserError for what is no SentencePiece model, or one without eos.
     """
 
     def __init__(self, model: bytes, sha256: str):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.sha256 = sha256
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError("the tokenizer is damaged: its bytes are not a SentencePiece model") from None
+        # A model may put a space before every text, as LLaMA's does. That must come once, not before every part.
+        self._prefix = self.pieces.normalize("x") == "▁x"
+        # One that changes white space itself has to see the text whole.
+        self._whole = self.pieces.normalize("x  x").removeprefix("▁") != "x▁▁x" or not self.pieces.is_byte(
+            self.pieces.piece_to_id("<0xE2>")
+        )
+        if self._prefix and not self._whole:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
+        self.model, self.sha256 = model, sha256
         self.vocab_size = self.pieces.get_piece_size()
         self.eos = self.pieces.eos_id()
-        special = (0, self.eos)  # 0: unknown
+        if self.eos < 0:
+            raise UserError("the SentencePiece model has no end-of-text piece; expected one, usually </s>")
+        self.bos = self.pieces.bos_id() if self.pieces.bos_id() >= 0 else self.eos
+        special = (self.pieces.unk_id(), self.bos, self.eos)
         ids = [i for i in range(self.vocab_size) if self.pieces.is_control(i) and i not in special]
         self.control = {self.pieces.id_to_piece(i): i for i in ids}
         # A text may itself hold U+2581, which SentencePiece would give back as a space: it is spelt in bytes.
@@ -48,6 +64,10 @@ class Tokenizer:
 
     def encode_array(self, text: bytes) -> np.ndarray:
         """The ids of a text in UTF-8, int32, made without a Python number for each."""
+        if self._whole:
+            return self.pieces.encode(text, return_type="numpy")
+        if self._prefix and text:
+            text = b" " + text
         parts = re.split(b"(%s)" % SPACE, text) if SPACE in text else [text]
         ids = []
         for part in parts:
@@ -71,9 +91,15 @@ class Tokenizer:
             start = end
         yield text[start:]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Control pieces, such as the end of a document, have none; broken byte runs give U+FFFD."""
-        return self.pieces.decode(list(ids))
+    def decode(self, ids: Sequence[int], begins: bool = True) -> str:
+        """The text of ids. Control pieces, such as the end of a document, have none, nor have rows that an embedding
+        has past the pieces; broken byte runs give U+FFFD.
+
+        begins: whether they begin a text, or go on with one: where the model puts a space before every text, it is
+        dropped from a beginning.
+        """
+        text = self.pieces.decode([i for i in ids if i < self.vocab_size])
+        return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 
 
 def load(directory: Path | str, make: str = "python -m tokenizer.train CONFIG") -> Tokenizer:

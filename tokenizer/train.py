@@ -115,6 +115,9 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
 def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
     """Makes the experiment's tokenizer, and the corpus it needs, unless they are there. Returns its directory."""
     experiment = experiment.owner("tokenizer")
+    if experiment.imported:  # it came with the model
+        experiment.load_tokenizer()
+        return experiment.directory("tokenizer")
     config, directory = experiment.tokenizer, experiment.directory("tokenizer")
     corpus, val_fraction = experiment.directory("corpus"), experiment.pack.val_fraction
     if force or stage.read_manifest(directory) is None or stage.read_manifest(corpus):
@@ -134,24 +137,31 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         total = manifest["counts"]["bytes"]
         with stage.pool(1) as pool:  # SentencePiece does not hear Ctrl-C; this process does
             model = pool.submit(train, corpus, total, config, val_fraction).result()
-        (directory / "spm.model").write_bytes(model)
-        tokenizer = Tokenizer(model, stage.sha256(directory / "spm.model"))
-        pieces = tokenizer.pieces
-        vocabulary = (f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size))
-        (directory / "spm.vocab").write_text("".join(vocabulary), encoding="utf-8", newline="\n")
+        tokenizer, settings = write(directory, model)
         numbers = measure(tokenizer, sample(corpus, total, 2_000_000, 0.0), config.normalization == "identity")
-        settings = {
-            "vocab_size": tokenizer.vocab_size,
-            "unk": 0,
-            "eos": tokenizer.eos,
-            "control": tokenizer.control,
-            "sha256": tokenizer.sha256,
-        }
-        stage.write_json(directory / "tokenizer_config.json", settings)
         (directory / "TOKENIZER_CARD.md").write_text(card(experiment.name, config, settings, numbers), encoding="utf-8")
         job.finish(numbers)
         log.info(f"tokenizer: {numbers['bytes_per_token']:.2f} bytes a token -> {directory}")
     return directory
+
+
+def write(directory: Path, model: bytes) -> tuple[Tokenizer, dict]:
+    """Writes a SentencePiece model, its vocabulary to read, and its settings. Returns tokenizer and settings."""
+    (directory / "spm.model").write_bytes(model)
+    tokenizer = Tokenizer(model, stage.sha256(directory / "spm.model"))
+    pieces = tokenizer.pieces
+    vocabulary = (f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size))
+    (directory / "spm.vocab").write_text("".join(vocabulary), encoding="utf-8", newline="\n")
+    settings = {
+        "vocab_size": tokenizer.vocab_size,
+        "unk": pieces.unk_id(),
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        "control": tokenizer.control,
+        "sha256": tokenizer.sha256,
+    }
+    stage.write_json(directory / "tokenizer_config.json", settings)
+    return tokenizer, settings
 
 
 def made_with(directory: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def test_each_token_is_predicted_once_from_at_least_half_a_context(n):
         model.embed.weight.mul_(50)
         model.head.weight.mul_(50)
     tokens = np.random.default_rng(0).integers(31, size=n)
-    found = token_nats(model, tokens, eos=1)
+    found = token_nats(model, tokens, bos=1)
     stream, T = [1, *tokens.tolist()], 8
     assert found.shape == (n,)
     for i in range(n):
