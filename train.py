@@ -8,6 +8,7 @@ that is killed at any moment and started again ends with the same bytes as one n
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -63,6 +64,8 @@ class TrainConfig:
     """The gradient's norm is clipped to this."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
+    compile: bool = True
+    """* Compile the model's blocks with torch.compile: it takes some ten seconds, and pays off in runs of minutes."""
     log_every: int = 10
     """* Steps from one line of metrics.jsonl to the next."""
     eval_every: int = 250
@@ -100,7 +103,8 @@ class TrainConfig:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}; expected a divisor of {self.batch_size}")
 
 
-FREE = {"steps", "epochs", "micro_batch_size", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"}
+FREE = {"steps", "epochs", "micro_batch_size", "compile"}
+FREE |= {"log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"}
 
 
 @dataclass
@@ -173,6 +177,33 @@ def pick_device() -> tuple[torch.device, torch.dtype]:
     return torch.device("cuda"), torch.bfloat16 if native else torch.float32
 
 
+def compile_blocks(model: Transformer) -> None:
+    """Has torch.compile fuse what stands between a block's matrix products; a warning where it cannot.
+
+    One block is compiled, and its code serves all of them: whole, a model takes as many times longer as it has blocks.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=next(model.parameters()).device))
+    except Exception as error:  # no C++ compiler, no Python headers, …: its messages come in many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning(f"training goes on uncompiled, and slower; set compile=False, or mend this: {reason}")
+        return
+    for block in model.blocks:
+        block.compile()
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep the memory that a step frees for the next one.
+
+    By default it returns large blocks to the system, and getting them anew costs a step of tiny on a CPU 37,000 page
+    faults, a twelfth of its time.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc has it
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 class Signals:
     """Remembers Ctrl-C and SIGTERM until the step is finished and saved; a second one exits at once."""
 
@@ -217,9 +248,9 @@ class Metrics:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients."""
+    """Eval mode, no gradients; not compiled, which would be done anew for every shape."""
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
     model.train()
 
@@ -237,6 +268,9 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
     device, dtype = pick_device()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     model.to(device).train()
+    keep_freed_memory()
+    if config.compile:
+        compile_blocks(model)
     optimizer = make_optimizer(model, config)
     parameters = sum(p.numel() for p in model.parameters())
     step, best, record = 0, math.inf, None

@@ -16,6 +16,7 @@ experiment = Experiment(
     pack=PackConfig(),
     pretrain=TrainConfig(
         steps=1_800,
+        compile=False,  # two minutes are too short a run for it to pay off
         batch_size=4,
         learning_rate=3e-3,
         schedule="linear",
