@@ -161,7 +161,7 @@ if triton is not None:
         w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
         dw_sum = tl.zeros((C,), tl.float32)
         for first in range(program * R, rows, tl.num_programs(0) * R):
-            row = first + tl.arange(0, R)
+            row = (first + tl.arange(0, R)).to(tl.int64)
             live = (row < rows)[:, None] & (col < D)[None, :]
             here = row[:, None] * D + col[None, :]
             s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
@@ -299,6 +299,7 @@ def _rms_norm_setup(ctx, inputs, output):
 def _rms_norm_autograd(ctx, dtotal, dy, _):
     x, weight, scale = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
+    dtotal = dtotal if ctx.added else None
     narrow = None if ctx.added == x.dtype else ctx.added
     dx, ddelta, dw = torch.ops.lumi.rms_norm_backward(x, weight, scale, dy, dtotal, narrow)
     return dx, None if ctx.added is None else ddelta if narrow else dx, dw, None, None
@@ -377,6 +378,18 @@ def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- loss
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
+    """`cross_entropy_torch`, or the Triton kernel for the same. logits: contiguous."""
+    if not _use_triton(kernels, logits):
+        return cross_entropy_torch(logits, targets, ignore_index)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    columns = min(4096, triton.next_power_of_2(logits.shape[1]))
+    _cross_entropy[(len(logits),)](
+        logits, targets, losses, logits.shape[1], ignore_index, C=columns, num_warps=max(1, min(8, columns // 128))
+    )
+    return losses
+
+
 @torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     x: Tensor,
@@ -414,13 +427,7 @@ def _linear_cross_entropy(
         rows = slice(first, min(first + chunk, len(x)))
         xc, logits = x[rows].to(dtype), buffer[: rows.stop - first]
         torch.mm(xc, w.T, out=logits)
-        if _use_triton(kernels, x):
-            losses = logits.new_empty(len(logits), dtype=torch.float32)
-            c = min(4096, triton.next_power_of_2(len(w)))
-            _cross_entropy[(len(logits),)](logits, targets[rows], losses, len(w), ignore_index, C=c, num_warps=8)
-        else:
-            losses = cross_entropy_torch(logits, targets[rows], ignore_index)
-        loss += losses.sum()
+        loss += cross_entropy(logits, targets[rows], ignore_index, kernels).sum()
         if learn_x:
             dx[rows] = logits @ w
         if learn_weight:
