@@ -492,8 +492,9 @@ class KVCache:
     def __init__(self, model: "Transformer", batch_size: int, length: int):
         c = model.config
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
-        self.k = torch.empty(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)
-        self.v = torch.empty_like(self.k)
+        # Zeros: where one text is shorter than another, what lies behind it is weighted with 0, which has to give 0.
+        self.k = torch.zeros(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)
+        self.v = torch.zeros_like(self.k)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
 
     def __getitem__(self, texts: slice) -> "KVCache":
@@ -707,8 +708,11 @@ class Transformer(nn.Module):
                         self.hidden(torch.tensor([before], device=device), cache[row : row + 1])
             last = torch.tensor([[seen[text][-1]] for text in texts], device=device)
             logits = self(last, cache=cache[: len(texts)])[:, 0].float().cpu()  # (B, V)
+            highest, likeliest = logits.max(1)
+            if not highest.isfinite().all():
+                raise ValueError("the logits are not finite; the weights are damaged, or their training diverged")
             if sampling == Sampling(temperature=0):
-                drawn = list(zip(texts, logits.argmax(1).tolist(), strict=True))
+                drawn = list(zip(texts, likeliest.tolist(), strict=True))
             else:
                 drawn = [(text, sampling.draw(logits[row], seen[text], draws[text])) for row, text in enumerate(texts)]
             for text, token in drawn:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configs
+import convert
 import model as lumi
 from model import ModelConfig, Sampling, Transformer
 
@@ -390,41 +391,39 @@ def to_transformers(model: Transformer):
             rms_norm_eps=c.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
             tie_word_embeddings=c.tie_embeddings,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     )
-    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    parts = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    parts |= {f"attn.{p}": f"self_attn.{p}_proj" for p in "qkvo"}
-    parts |= {f"mlp.{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")}
-    weights = {}
-    for name, weight in model.state_dict().items():
-        stem = name.removesuffix(".weight")
-        if stem.startswith("blocks."):
-            _, layer, part = stem.split(".", 2)
-            weights[f"model.layers.{layer}.{parts[part]}.weight"] = weight
-        else:
-            weights[f"{names[stem]}.weight"] = weight
+    weights = {convert.theirs(name): weight for name, weight in model.state_dict().items()}
     other.load_state_dict(weights)
     return other.eval()
 
 
+GROUPED = dataclasses.replace(SMALL, tie_embeddings=True, rope_theta=5e5, rms_norm_eps=1e-6, context_length=256)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the other library
-@pytest.mark.parametrize(
-    "changes", [{}, {"n_kv_heads": None, "d_ff": None}, {"tie_embeddings": True, "rope_theta": 5e5}]
-)
-def test_agrees_with_transformers(changes):
-    model = build(dataclasses.replace(SMALL, **changes), scale=3.0)
-    tokens = torch.randint(SMALL.vocab_size, (3, SMALL.context_length))
+@pytest.mark.parametrize("name", ["micro", "tiny", "grouped, tied", "grouped", "wide"])
+def test_agrees_with_transformers(name):
+    """Logits within 1e-5 and every gradient within 1e-4, relative to their norms."""
+    others = {
+        "grouped, tied": GROUPED,
+        "grouped": SMALL,
+        "wide": dataclasses.replace(SMALL, n_kv_heads=None, d_ff=None),
+    }
+    config = others[name] if name in others else configs.load(f"configs/{name}.py").model
+    model = build(config, scale=3.0)
+    tokens = torch.randint(config.vocab_size, (2, min(config.context_length, 200)))
     other = to_transformers(model)
     with torch.no_grad():
-        ours, theirs = model(tokens), other(tokens).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert relative(model(tokens), other(tokens).logits.double()) < 1e-5
     loss, their_loss = model(tokens[:, :-1], tokens[:, 1:]), other(tokens, labels=tokens).loss
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     loss.backward(), their_loss.backward()
-    first, their_first = model.blocks[0].attn.k, other.model.layers[0].self_attn.k_proj
-    assert relative(first.weight.grad, their_first.weight.grad.double()) < 1e-4
-    assert relative(model.embed.weight.grad, other.model.embed_tokens.weight.grad.double()) < 1e-4
+    theirs = dict(other.named_parameters())
+    for ours, parameter in model.named_parameters():
+        assert relative(parameter.grad, theirs[convert.theirs(ours)].grad.double()) < 1e-4
 
 
 def test_no_position_sees_a_later_one():
@@ -470,6 +469,89 @@ def test_cached_logits_equal_uncached(cuts, seed):
                 torch.testing.assert_close(part, whole[:, start:end], rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    temperature=st.sampled_from([0, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_batch_gives_each_prompt_what_it_gets_alone(lengths, temperature, seed):
+    """Prompts of different lengths, past the context too, some of which stop before others."""
+    model, generator = build(seed=seed, scale=3.0).double(), torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    options = {"temperature": temperature, "stop": range(0, SMALL.vocab_size, 9)}
+    seeds = [seed + i for i in range(len(prompts))]
+    together = model.generate(prompts, 30, seed=seeds, **options)
+    assert together == [model.generate(p, 30, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
+
+
+def test_one_seed_for_a_batch_is_that_seed_for_each():
+    model = build(scale=3.0)
+    a, b, c = model.generate([[1, 2], [1, 2], [3]], 12, seed=5)
+    assert a == b == model.generate([1, 2], 12, seed=5)
+    assert c == model.generate([3], 12, seed=5)
+
+
+def test_a_stream_yields_each_step_as_it_is_made():
+    model = build()
+    stream = model.stream([[1], [2, 3]], 9, temperature=0)
+    steps = [next(stream) for _ in range(4)]
+    whole = model.generate([[1], [2, 3]], 9, temperature=0)
+    assert steps == [[(0, a), (1, b)] for a, b in zip(*whole, strict=True)][:4]
+
+
+def test_texts_of_a_batch_may_continue_each_at_its_own_place():
+    """One cached step for texts of different lengths gives the logits of each without a cache."""
+    model, texts = build(), [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]]
+    cache = lumi.KVCache(model, 3, SMALL.context_length)
+    with torch.no_grad():
+        for i, ids in enumerate(texts):
+            model(torch.tensor([ids[:-1]]), cache=cache[i : i + 1])
+        step = model(torch.tensor([[ids[-1]] for ids in texts]), cache=cache)[:, 0]
+        for logits, ids in zip(step, texts, strict=True):
+            torch.testing.assert_close(logits, model(torch.tensor([ids]))[0, -1], rtol=1e-4, atol=1e-4)
+    assert cache.used.tolist() == [len(ids) for ids in texts]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other library
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
+        ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+        ({"repetition_penalty": 1.2, "no_repeat_ngram": 3}, {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}),
+    ],
+)
+def test_greedy_generation_equals_that_of_transformers(options, theirs):
+    model = build(GROUPED, scale=3.0)
+    prompt = [5, 6, 7, 5, 6]
+    settings = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    found = to_transformers(model).generate(torch.tensor([prompt]), **settings, **theirs)[0].tolist()
+    assert model.generate(prompt, 60, temperature=0, **options) == found[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}]
+)
+def test_sampling_keeps_the_candidates_that_transformers_keeps(options):
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    theirs = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(30, generator=generator)
+    scores = TemperatureLogitsWarper(0.8)(None, logits[None])
+    for name, value in options.items():
+        scores = theirs[name](value)(None, scores)
+    expected = torch.softmax(scores[0], 0)
+    sampling = Sampling(temperature=0.8, **options)
+    draws = torch.tensor([sampling.draw(logits, [0], generator) for _ in range(3000)])
+    found = torch.bincount(draws, minlength=30) / 3000
+    assert set(draws.tolist()) <= set(expected.nonzero().flatten().tolist())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.035)
+
+
 def test_greedy_generation_takes_the_likeliest_token_each_time():
     model, ids = build(), [5, 6, 7]
     found = model.generate(ids, 15, temperature=0)
@@ -488,6 +570,15 @@ def test_generation_goes_on_past_the_context():
     with torch.no_grad():
         assert found[0] == int(model(torch.tensor([seen[:-1]]))[0, -1].argmax())
         assert found[1] == int(model(torch.tensor([seen[-12:]]))[0, -1].argmax())
+
+
+def test_a_broken_model_says_so():
+    model = build()
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            model.generate([1], 3, temperature=temperature)
 
 
 def test_seeds_decide_the_draws():
@@ -533,6 +624,10 @@ def test_sampling_follows_the_distribution():
         ([1], {"temperature": math.nan}),
         ([1], {"top_p": 0}),
         ([1], {"top_k": 0}),
+        ([1], {"min_p": 1.5}),
+        ([1], {"repetition_penalty": 0.0}),
+        ([1], {"no_repeat_ngram": 0}),
+        ([1], {"seed": [1, 2]}),
         ([1], {"seed": -1}),
     ],
 )
