@@ -7,9 +7,11 @@ rotary positions, and a SwiGLU feed-forward network. There are no biases and no 
 In shapes: B batch, T tokens, D d_model, H heads, K key-value heads, E head dimension, F d_ff, V vocabulary.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -689,7 +691,7 @@ class Transformer(nn.Module):
         for ids in prompts:
             if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
                 raise ValueError(f"expected at least one id, each in 0..{self.config.vocab_size - 1}; got {ids[:8]}")
-        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
+        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
         if len(seeds) != len(prompts) or not all(s is None or 0 <= s < 2**63 for s in seeds):
             raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1, one for all or one for each of {len(prompts)}")
         draws = [torch.Generator() for _ in prompts]
@@ -699,13 +701,26 @@ class Transformer(nn.Module):
         seen = [list(ids) for ids in prompts]
         longest = max(map(len, seen), default=0)
         cache = KVCache(self, len(seen), min(context, longest + max_new_tokens))
-        device, texts = self.embed.weight.device, list(range(len(seen)))  # the text in each row of the cache
-        for step in range(max_new_tokens):
-            for row, text in enumerate(texts):  # all but the last token of a text that is new, or has filled the cache
-                if step == 0 or cache.used[row] == cache.length:
-                    cache.used[row] = 0
-                    if before := seen[text][-(context if step == 0 else max(1, context // 2)) : -1]:
-                        self.hidden(torch.tensor([before], device=device), cache[row : row + 1])
+        device = self.embed.weight.device
+        texts = sorted(range(len(seen)), key=lambda text: len(seen[text]))  # the text in each row of the cache
+
+        def read(rows: slice, reach: int) -> None:
+            """Fills rows of the cache with the last `reach` tokens of their texts, as many in each, but the very last
+            one, which the next step reads."""
+            cache.used[rows] = 0
+            before = torch.tensor([seen[text][-reach:-1] for text in texts[rows]], device=device)
+            if before.numel():
+                self.hidden(before, cache[rows])
+
+        for _, group in itertools.groupby(range(len(texts)), key=lambda row: min(context, len(seen[texts[row]]))):
+            rows = list(group)
+            read(slice(rows[0], rows[-1] + 1), context)
+        for _ in range(max_new_tokens):
+            if not texts:
+                return
+            for row in range(len(texts)):
+                if cache.used[row] == cache.length:
+                    read(slice(row, row + 1), max(1, context // 2))
             last = torch.tensor([[seen[text][-1]] for text in texts], device=device)
             logits = self(last, cache=cache[: len(texts)])[:, 0].float().cpu()  # (B, V)
             highest, likeliest = logits.max(1)
@@ -724,12 +739,10 @@ class Transformer(nn.Module):
                         cache.copy(len(texts) - 1, row)
                         texts[row] = texts[-1]
                     texts.pop()
-            if not texts:
-                return
 
     def generate(self, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
         """The new ids of `stream`: a list for one prompt, a list of lists for a list of prompts."""
-        one = not ids or isinstance(ids[0], int)
+        one = not ids or isinstance(ids[0], Integral)
         found = [[] for _ in ([ids] if one else ids)]
         for step in self.stream([ids] if one else ids, max_new_tokens, **options):
             for text, token in step:

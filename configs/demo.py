@@ -12,7 +12,7 @@ experiment = Experiment(
     name="demo",
     model=ModelConfig(vocab_size=4_096, context_length=256, n_layers=4, d_model=128, n_heads=2),
     corpus=CorpusConfig(sources=(PythonDocs(),)),
-    tokenizer=TokenizerConfig(vocab_size=4_096, algorithm="bpe"),
+    tokenizer=TokenizerConfig(vocab_size=4_096),
     pack=PackConfig(),
     pretrain=TrainConfig(
         steps=1_800,

@@ -33,8 +33,9 @@ class TokenizerConfig:
 
     vocab_size: int = 32_768
     """Pieces, the 256 byte pieces and the control pieces among them."""
-    algorithm: str = "unigram"
-    """"unigram" (arXiv:1804.10959) or "bpe" (arXiv:1508.07909)."""
+    algorithm: str = "bpe"
+    """"bpe" (arXiv:1508.07909), LLaMA's own, whose ids transformers reproduces exactly; or "unigram"
+    (arXiv:1804.10959), which encodes three times as fast."""
     sample_bytes: int = 20_000_000
     """At most this much text is learnt from, taken evenly from the corpus."""
     normalization: str = "identity"
