@@ -236,6 +236,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Runs a Triton kernel on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):  # of a CPU's tensor: no change
+        kernel[grid](*arguments, **options)
+
+
 def _tile(d: int) -> dict[str, int]:
     """One program's tile: R rows of C ≥ d columns, powers of two, about 4,096 elements; and its warps."""
     columns = triton.next_power_of_2(d)
@@ -252,7 +258,8 @@ def _rms_norm(
     if x.numel():
         flat, added, tile = _rows(x), None if delta is None else _rows(delta), _tile(x.shape[-1])
         strides = flat.stride(0), 0 if delta is None else added.stride(0)
-        _rms_norm_forward[(triton.cdiv(len(flat), tile["R"]),)](
+        _launch(
+            *(_rms_norm_forward, (triton.cdiv(len(flat), tile["R"]),)),
             *(flat, added, weight.contiguous(), total, y, scale, len(flat), *strides, eps),
             **(tile | {"ADD": delta is not None, "D": x.shape[-1]}),
         )
@@ -277,7 +284,8 @@ def _rms_norm_grad(
     strides = flat.stride(0), up.stride(0), 0 if dtotal is None else along.stride(0)
     programs = min(512, triton.cdiv(len(flat), tile["R"]))
     parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
-    _rms_norm_backward[(programs,)](
+    _launch(
+        *(_rms_norm_backward, (programs,)),
         *(flat, weight.contiguous(), scale, up, along, dx, ddelta, parts, len(flat), *strides),
         **(tile | {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}),
     )
@@ -317,9 +325,8 @@ def _swiglu_launch(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         rows, d = flat[0].shape
         c = min(1024, triton.next_power_of_2(d))
         r = 1024 // c
-        kernel[(triton.cdiv(rows, r), triton.cdiv(d, c))](
-            *flat, *outputs, rows, *(x.stride(0) for x in flat), d, R=r, C=c
-        )
+        grid = triton.cdiv(rows, r), triton.cdiv(d, c)
+        _launch(kernel, grid, *flat, *outputs, rows, *(x.stride(0) for x in flat), d, R=r, C=c)
 
 
 @torch.library.custom_op("lumi::swiglu", mutates_args=())
@@ -386,8 +393,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: s
         return cross_entropy_torch(logits, targets, ignore_index)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     columns = min(4096, triton.next_power_of_2(logits.shape[1]))
-    _cross_entropy[(len(logits),)](
-        logits, targets, losses, logits.shape[1], ignore_index, C=columns, num_warps=max(1, min(8, columns // 128))
+    tile = {"C": columns, "num_warps": max(1, min(8, columns // 128))}
+    _launch(
+        *(_cross_entropy, (len(logits),)),
+        *(logits, targets.contiguous(), losses, logits.shape[1], ignore_index),
+        **tile,
     )
     return losses
 

@@ -94,7 +94,7 @@ def as_strided(x: torch.Tensor, how: str) -> torch.Tensor:
 
 LAYOUTS = ["contiguous", "columns", "transposed", "every other row"]
 SHAPES = [(1, 1), (3, 7), (5, 64), (2, 3, 97), (33, 128), (4, 257), (3, 1021), (2, 8191), (3, 8192), (300, 5)]
-SHAPES += [(300, 2049), (1031, 4)]
+SHAPES += [(20, 2049), (1031, 4)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Beside twice the twin's own error. In half precision the interpreter truncates where a GPU rounds.
 SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -304,7 +304,8 @@ def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_cross_entropy_masks_what_it_is_told_to_ignore(kernels):
     """As on a GPU, where ignored rows are not dropped."""
-    logits, targets = torch.randn(5, 37, device=device), torch.tensor([3, -1, 0, -1, 36], device=device)
+    logits = torch.randn(5, 37, device=device)
+    targets = torch.tensor([[3, 1], [-1, 2], [0, 3], [-1, 4], [36, 5]], device=device)[:, 0]  # not contiguous
     exact = logits.double().requires_grad_()
     each = F.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
     each.sum().backward()
