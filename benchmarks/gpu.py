@@ -10,15 +10,13 @@ Without a GPU, everything runs once on tiny shapes, to show that it runs.
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
+# ruff: noqa: E402
 import configs
 import model as lumi
 import stage
@@ -69,15 +68,15 @@ class Results:
         try:
             value = function(*arguments)
         except Exception as error:  # of any kind, from a compiler or a driver: the rest is still worth having
+            torch.cuda.empty_cache()  # which may have run out
             self.found["failed"][f"{section}/{name}"] = f"{type(error).__name__}: {error}"[:2_000]
-            value = None
-        clean()
+            value = {"failed": type(error).__name__}
         if value is not None:
             self.found.setdefault(section, {})[name] = value
+            if GPU:
+                cells = [f"{k} {v:,}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in value.items()]
+                print(f"{section + '/' + name:<44} {'  '.join(cells)}", flush=True)
         self.write()
-        if GPU:
-            cells = [f"{k} {v:,}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in (value or {}).items()]
-            print(f"{section + '/' + name:<44} {'  '.join(cells) or 'failed'}", flush=True)
         return value
 
     def write(self) -> None:
@@ -178,7 +177,7 @@ def copy_peak() -> dict:
 
 
 def near(found: Tensor, exact: Tensor, tolerance: float) -> None:
-    error = float((found.double() - exact).norm() / exact.norm())
+    error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
     assert error <= tolerance, f"relative error {error:.2g}; expected at most {tolerance:.2g}"
 
 
@@ -222,7 +221,7 @@ def check_loss(targets_on: torch.device) -> dict:
     exact = F.cross_entropy(wide @ (weight.T / 16), targets.to(DEVICE))
     exact.backward()
     for a, b in ((loss, exact), (x.grad, wide.grad), (w.grad, weight.grad)):
-        near(a.detach(), b.detach(), 2e-2)
+        near(a, b, 2e-2)
     return {"passed": True}
 
 
@@ -239,7 +238,7 @@ def check_compiled(config: ModelConfig) -> dict:
     model.zero_grad()
     exact = model(tokens, tokens)
     exact.backward()
-    near(loss.detach(), exact.detach().double(), 1e-2)
+    near(loss, exact.double(), 1e-2)
     near(found, model.embed.weight.grad.double(), 5e-2)
     return {"passed": True}
 
@@ -294,8 +293,9 @@ def time_kernel(make: Callable, d: int, backward: bool, bandwidth: float | None)
         moved = nbytes(*saved, *backward_operator())
         functions = {"triton": backward_operator}
         for name, f in twins.items():
-            outputs = f(*(x.requires_grad_() for x in inputs))
-            functions[name] = lambda y=outputs: torch.autograd.grad(y, inputs, grads, retain_graph=True)
+            given = [x.detach().requires_grad_() for x in inputs]
+            outputs = f(*given)
+            functions[name] = lambda y=outputs, x=given: torch.autograd.grad(y, x, grads, retain_graph=True)
     times = interleaved(warm(functions), 20, flush=True)
     return {"rows": rows, "bytes": moved} | summary(times, moved, bandwidth)
 
@@ -359,7 +359,7 @@ def kernels(results: Results) -> None:
         ("swiglu", swiglu_operators, (512, 1024, 3072, 4096)),
     ]
     for name, make, widths in cases:
-        for d in ((widths[-2:] if results.quick else widths) if GPU else (24,)):
+        for d in (widths[-2:-1] if results.quick else widths) if GPU else (24,):
             for way in ("forward", "backward"):
                 arguments = (make, d, way == "backward", bandwidth)
                 results.measure("kernels", f"{name}_{way}_{d}", time_kernel, *arguments)
@@ -389,9 +389,9 @@ def shape(name: str) -> ModelConfig:
 def to_transformers(model: Transformer) -> nn.Module:
     from tests import test_model  # imported here: what it needs, training does not
 
-    with warnings.catch_warnings():
+    with DEVICE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return test_model.to_transformers(model).to(DEVICE)
+        return test_model.to_transformers(model)
 
 
 class Trainer:
@@ -431,7 +431,8 @@ class Trainer:
     def make(self) -> Callable[[], None]:
         torch.manual_seed(0)
         config = replace(shape(self.name), kernels="torch" if self.kernels == "transformers" else self.kernels)
-        model, self.T = Transformer(config).to(DEVICE), config.context_length
+        with DEVICE:
+            model, self.T = Transformer(config), config.context_length
         for module in model.modules():
             if isinstance(module, {"rms_norm": RMSNorm, "swiglu": SwiGLU}.get(self.without, ())):
                 module.kernels = "torch"
@@ -440,9 +441,12 @@ class Trainer:
             model = to_transformers(model).train()
         optimizer = train.make_optimizer(model, configs.load(f"configs/{self.name}.py").pretrain)
         parameters = list(model.parameters())
-        if self.mode == "blocks":
+        if self.mode == "blocks" and GPU:
             train.compile_blocks(model)
-        if self.mode == "whole":
+        elif self.mode == "blocks":
+            for block in model.blocks:
+                block.compile(backend=BACKEND)
+        elif self.mode == "whole":
             model = torch.compile(model, fullgraph=not theirs, dynamic=False, backend=BACKEND)
         tokens = torch.randint(config.vocab_size, (self.rows, self.T + 1), device=DEVICE)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -496,7 +500,8 @@ def training(name: str, results: Results) -> None:
             trainers[label] = Trainer(name, *specification[1:])
             return {"rows": trainers[label].rows}
 
-        if results.measure(f"train_{name}", label, first, needs=needs) and label in trainers:
+        results.measure(f"train_{name}", label, first, needs=needs)
+        if label in trainers:
             rates({label: trainers[label]}, results)
 
     modes = [(mode, kernels) for mode in ("eager", "blocks") for kernels in ("torch", "triton")]
@@ -556,17 +561,11 @@ def generation(batch: int, results: Results) -> dict:
     return rate | {"ratio": ratio(times["theirs"], times["ours"])}
 
 
-@contextmanager
-def settings() -> Iterator[None]:
-    """What train.py runs with; and every shape compiled for itself, however many there are."""
-    train.pick_device()
-    torch._dynamo.config.recompile_limit = 64
+def run(results: Results) -> None:
+    train.pick_device()  # sets the precision that it trains with
+    torch._dynamo.config.recompile_limit = 64  # every trainer has the blocks compiled for itself
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._functorch.config.donated_buffer = False  # a backward pass is timed many times over
-    yield
-
-
-def run(results: Results) -> None:
     results.measure("peaks", "matmul", matmul_peak)
     results.measure("peaks", "copy", copy_peak)
     for dtype in (torch.float32, HALF):
@@ -578,7 +577,7 @@ def run(results: Results) -> None:
     for batch in (1, 8) if results.quick or not GPU else (1, 8, 64):
         results.measure("ratios", f"generate_{batch}_vs_transformers", generation, batch, results, needs=10)
     for name in (("tiny", "small") if results.quick else ("tiny", "small", "base", "micro")) if GPU else ("tiny",):
-        training(name, results)
+        results.measure("training", name, training, name, results, needs=20)
         clean()
 
 
@@ -596,8 +595,7 @@ def main() -> int:
             "counted": COUNTED,
             "aims": AIMS,
         }
-    with settings():
-        run(results)
+    run(results)
     if not GPU:
         print("no GPU: everything ran once on tiny shapes; nothing was measured, nothing written")
     for name, error in results.found["failed"].items():
