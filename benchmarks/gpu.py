@@ -574,6 +574,7 @@ def run(results: Results) -> None:
         results.measure("checks", f"loss_with_targets_on_{where.type}", check_loss, where)
     results.measure("checks", "whole_model_compiled", check_compiled, replace(shape("tiny"), n_layers=2), needs=20)
     kernels(results)
+    clean()
     for batch in (1, 8) if results.quick or not GPU else (1, 8, 64):
         results.measure("ratios", f"generate_{batch}_vs_transformers", generation, batch, results, needs=10)
     for name in (("tiny", "small") if results.quick else ("tiny", "small", "base", "micro")) if GPU else ("tiny",):
