@@ -205,12 +205,12 @@ if triton is not None:
         tl.store(dup + row * D + col, (d * g * sigma).to(dup.dtype.element_ty), mask=live)
 
     @triton.jit
-    def _cross_entropy(logits, targets, loss, V, ignore_index, C: tl.constexpr):
+    def _cross_entropy(logits, targets, loss, stride, V, ignore_index, C: tl.constexpr):
         """A row a program, in two passes: the running maximum and sum of exponentials, then the gradient in place.
         A target outside 0 … V − 1 gives NaN."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
-        logits += row * V
+        logits += row * stride
         top, total, hit = -float("inf"), 0.0, 0.0
         for first in range(0, V, C):
             col = first + tl.arange(0, C)
@@ -258,11 +258,9 @@ def _rms_norm(
     if x.numel():
         flat, added, tile = _rows(x), None if delta is None else _rows(delta), _tile(x.shape[-1])
         strides = flat.stride(0), 0 if delta is None else added.stride(0)
-        _launch(
-            *(_rms_norm_forward, (triton.cdiv(len(flat), tile["R"]),)),
-            *(flat, added, weight.contiguous(), total, y, scale, len(flat), *strides, eps),
-            **(tile | {"ADD": delta is not None, "D": x.shape[-1]}),
-        )
+        tensors = flat, added, weight.contiguous(), total, y, scale
+        tile |= {"ADD": delta is not None, "D": x.shape[-1]}
+        _launch(_rms_norm_forward, (triton.cdiv(len(flat), tile["R"]),), *tensors, len(flat), *strides, eps, **tile)
     return total, y, scale
 
 
@@ -284,11 +282,9 @@ def _rms_norm_grad(
     strides = flat.stride(0), up.stride(0), 0 if dtotal is None else along.stride(0)
     programs = min(512, triton.cdiv(len(flat), tile["R"]))
     parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
-    _launch(
-        *(_rms_norm_backward, (programs,)),
-        *(flat, weight.contiguous(), scale, up, along, dx, ddelta, parts, len(flat), *strides),
-        **(tile | {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}),
-    )
+    tensors = flat, weight.contiguous(), scale, up, along, dx, ddelta, parts
+    tile |= {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}
+    _launch(_rms_norm_backward, (programs,), *tensors, len(flat), *strides, **tile)
     return dx, ddelta, dw.copy_(parts.sum(0))
 
 
@@ -388,17 +384,14 @@ def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """`cross_entropy_torch`, or the Triton kernel for the same. logits: contiguous."""
+    """`cross_entropy_torch`, or the Triton kernel for the same. logits: with contiguous rows."""
     if not _use_triton(kernels, logits):
         return cross_entropy_torch(logits, targets, ignore_index)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     columns = min(4096, triton.next_power_of_2(logits.shape[1]))
-    tile = {"C": columns, "num_warps": max(1, min(8, columns // 128))}
-    _launch(
-        *(_cross_entropy, (len(logits),)),
-        *(logits, targets.contiguous(), losses, logits.shape[1], ignore_index),
-        **tile,
-    )
+    sizes = logits.stride(0), logits.shape[1], ignore_index
+    warps = max(1, min(8, columns // 128))
+    _launch(_cross_entropy, (len(logits),), logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
     return losses
 
 

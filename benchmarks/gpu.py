@@ -10,7 +10,6 @@ Without a GPU, everything runs once on tiny shapes, to show that it runs.
 
 import argparse
 import gc
-import os
 import statistics
 import subprocess
 import sys
@@ -24,20 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+# First: without a GPU it has Triton interpreted.
+from benchmarks import gpu_kernels
+from benchmarks.gpu_kernels import BACKEND, DEVICE, GPU, HALF, interleaved, ratio
 
-# ruff: noqa: E402
+# isort: split
 import configs
-import model as lumi
 import stage
 import train
 from model import ModelConfig, RMSNorm, SwiGLU, Transformer
 
 RESULT = Path(__file__).parent / "results/gpu.json"
-DEVICE, HALF = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
-BACKEND = "inductor" if GPU else "aot_eager"
 DATASHEET = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # TFLOP/s in bfloat16, dense
 AIMS = {
     "of_copy_bandwidth": {"rms_norm_forward": 0.85, "swiglu_forward": 0.85, "rms_norm_backward": 0.7},
@@ -97,275 +93,6 @@ def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-def mark() -> "torch.cuda.Event | float":
-    if not GPU:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def interleaved(functions: dict[str, Callable], rounds: int, repeat: int = 1, flush: bool = False) -> dict[str, list]:
-    """Seconds of one call of each function, in each round. The functions are warm.
-
-    Flushing writes 512 MiB, ten times an H100's L2. It also takes longer than a launch, which so is not measured.
-    """
-    scratch = torch.empty(2**29 if GPU else 8, dtype=torch.uint8, device=DEVICE) if flush else None
-    marks = {name: [] for name in functions}
-    for _ in range(rounds if GPU else 1):
-        for name, function in functions.items():
-            if flush:
-                scratch.zero_()
-            start = mark()
-            for _ in range(repeat):
-                function()
-            marks[name].append((start, mark()))
-    if GPU:
-        torch.cuda.synchronize()
-        return {name: [a.elapsed_time(b) / 1e3 / repeat for a, b in pairs] for name, pairs in marks.items()}
-    return {name: [(b - a) / repeat for a, b in pairs] for name, pairs in marks.items()}
-
-
-def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median over the rounds."""
-    return round(statistics.median(a / b for a, b in zip(numerator, denominator, strict=True)), 3)
-
-
-def warm(functions: dict[str, Callable]) -> dict[str, Callable]:
-    for function in functions.values():
-        for _ in range(3 if GPU else 1):
-            function()
-    return functions
-
-
-def peak_mib(function: Callable) -> int:
-    """MiB that a call needs beside what is there."""
-    if not GPU:
-        function()
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) >> 20
-
-
-def normal(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=dtype)
-
-
-def matmul_peak() -> dict:
-    n = 8192 if GPU else 64
-    a, b = normal(n, n), normal(n, n)
-    times = interleaved(warm({"matmul": lambda: a @ b}), 10, repeat=10)["matmul"]
-    return {"tflops": round(2 * n**3 / statistics.median(times) / 1e12, 1)}
-
-
-def copy_peak() -> dict:
-    source = torch.zeros(2**31 if GPU else 64, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    times = interleaved(warm({"copy": lambda: target.copy_(source)}), 20)["copy"]
-    return {"gb_per_second": round(2 * source.numel() / statistics.median(times) / 1e9)}
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def near(found: Tensor, exact: Tensor, tolerance: float) -> None:
-    error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
-    assert error <= tolerance, f"relative error {error:.2g}; expected at most {tolerance:.2g}"
-
-
-def check_kernels(dtype: torch.dtype) -> dict:
-    """Forward and backward against the twins in float64."""
-    rows, d, tolerance = (4_099, 768, 4e-3 if dtype == HALF else 1e-5) if GPU else (5, 24, 8e-3)
-    x, delta, w, dy = normal(rows, d, dtype=dtype), normal(rows, d), torch.rand(d, device=DEVICE), normal(rows, d)
-    for kernel, twin, inputs in (
-        (lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton"), lambda x, w: lumi.rms_norm_torch(x, w, 1e-5), [x, w]),
-        (
-            lambda x, delta, w: sum(lumi.add_rms_norm(x, delta, w, 1e-5, "triton")),
-            lambda x, delta, w: x + delta + lumi.rms_norm_torch(x + delta, w, 1e-5),
-            [x, delta, w],
-        ),
-        (lambda a, b: lumi.swiglu(a, b, "triton"), lumi.swiglu_torch, [x, dy.to(dtype)]),
-    ):
-        given, exact = [i.clone().requires_grad_() for i in inputs], [i.double().requires_grad_() for i in inputs]
-        found, expected = kernel(*given), twin(*exact)
-        near(found, expected, tolerance)
-        found.backward(dy.to(found.dtype)), expected.backward(dy.double())
-        for a, b in zip(given, exact, strict=True):
-            near(a.grad, b.grad, max(tolerance, 4e-3 if a.dtype == HALF else 0))
-    return {"passed": True}
-
-
-def check_loss(targets_on: torch.device) -> dict:
-    """Against float64 with a fifth of the targets ignored; on a GPU without once waiting for it."""
-    n, d, v = (9_001, 256, 32_768) if GPU else (5, 8, 33)
-    x, w = normal(n, d).requires_grad_(), normal(v, d, dtype=torch.float32).requires_grad_()
-    targets = torch.randint(v, (n,)).where(torch.rand(n) > 0.2, -100).to(targets_on)
-    try:
-        if GPU:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        loss = lumi.linear_cross_entropy(x, w / 16, targets, kernels="triton")
-        loss.backward()
-    finally:
-        if GPU:
-            torch.cuda.set_sync_debug_mode("default")
-    wide, weight = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    exact = F.cross_entropy(wide @ (weight.T / 16), targets.to(DEVICE))
-    exact.backward()
-    for a, b in ((loss, exact), (x.grad, wide.grad), (w.grad, weight.grad)):
-        near(a, b, 2e-2)
-    return {"passed": True}
-
-
-def check_compiled(config: ModelConfig) -> dict:
-    """The whole model in one graph, with kernels and autocast, against float32."""
-    torch.manual_seed(0)
-    model = Transformer(replace(config, kernels="triton")).to(DEVICE)
-    tokens = torch.randint(config.vocab_size, (2, config.context_length), device=DEVICE)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=BACKEND)
-    with torch.autocast(DEVICE.type, HALF):
-        loss = compiled(tokens, tokens)
-    loss.backward()
-    found = model.embed.weight.grad.clone()
-    model.zero_grad()
-    exact = model(tokens, tokens)
-    exact.backward()
-    near(loss, exact.double(), 1e-2)
-    near(found, model.embed.weight.grad.double(), 5e-2)
-    return {"passed": True}
-
-
-# ------------------------------------------------------------------------------------------------------------ kernels
-
-
-def nbytes(*tensors: Tensor | None) -> int:
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
-def norm_operators(rows: int, d: int, stream: torch.dtype, add: bool) -> tuple:
-    """Inputs, gradients given, the operator, what its backward operator reads, that operator, the twin."""
-    w, dy = torch.rand(d, device=DEVICE) + 0.5, normal(rows, d)
-    x, delta = normal(rows, d, dtype=stream), normal(rows, d) if add else None
-    dtotal = normal(rows, d, dtype=stream) if add else None
-    total, _, scale = torch.ops.lumi.rms_norm(x, delta, w, 1e-5, HALF)
-    saved = [total if add else x, w, scale, dy, dtotal]
-
-    def twin(x: Tensor, w: Tensor, *delta: Tensor) -> tuple[Tensor, ...]:
-        if not add:
-            return (lumi.rms_norm_torch(x, w, 1e-5, HALF),)
-        total = x + delta[0]
-        return total, lumi.rms_norm_torch(total, w, 1e-5, HALF)
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.ops.lumi.rms_norm_backward(*saved, HALF if add and stream != HALF else None)
-
-    inputs, grads = ([x, w, delta], [dtotal, dy]) if add else ([x, w], [dy])
-    return inputs, grads, lambda: torch.ops.lumi.rms_norm(x, delta, w, 1e-5, HALF), saved, backward, twin
-
-
-def swiglu_operators(rows: int, d: int) -> tuple:
-    """As norm_operators."""
-    gate, up, dy = normal(rows, d), normal(rows, d), normal(rows, d)
-    forward, backward = torch.ops.lumi.swiglu, torch.ops.lumi.swiglu_backward
-    saved = [gate, up, dy]
-    twin = lambda a, b: (lumi.swiglu_torch(a, b),)  # noqa: E731
-    return [gate, up], [dy], lambda: (forward(gate, up),), saved, lambda: backward(*saved), twin
-
-
-def time_kernel(make: Callable, d: int, backward: bool, bandwidth: float | None) -> dict:
-    """A kernel beside its twins, eager and compiled, on 256 MiB or more an operand. bandwidth: of a copy, GB/s."""
-    torch._dynamo.reset()
-    rows = max(2**16, 2**27 // d) if GPU else 5
-    inputs, grads, operator, saved, backward_operator, twin = make(rows, d)
-    twins = {"eager": twin, "compiled": torch.compile(twin, dynamic=False, backend=BACKEND)}
-    if not backward:
-        moved = nbytes(*inputs, *operator())
-        functions = {"triton": operator} | {name: lambda f=f: f(*inputs) for name, f in twins.items()}
-    else:
-        moved = nbytes(*saved, *backward_operator())
-        functions = {"triton": backward_operator}
-        for name, f in twins.items():
-            given = [x.detach().requires_grad_() for x in inputs]
-            outputs = f(*given)
-            functions[name] = lambda y=outputs, x=given: torch.autograd.grad(y, x, grads, retain_graph=True)
-    times = interleaved(warm(functions), 20, flush=True)
-    return {"rows": rows, "bytes": moved} | summary(times, moved, bandwidth)
-
-
-def summary(times: dict[str, list], moved: int, bandwidth: float | None) -> dict:
-    seconds = statistics.median(times["triton"])
-    found = {"microseconds": round(1e6 * seconds, 1), "gb_per_second": round(moved / seconds / 1e9)}
-    if bandwidth:
-        found["of_copy_bandwidth"] = round(moved / seconds / 1e9 / bandwidth, 3)
-    return found | {f"vs_{name}": ratio(times[name], times["triton"]) for name in times if name != "triton"}
-
-
-def time_cross_entropy(bandwidth: float | None) -> dict:
-    """Loss and gradient of logits: the kernel that overwrites them, beside F.cross_entropy of their float32 copy."""
-    torch._dynamo.reset()
-    n, v = (8_192, 32_768) if GPU else (3, 50)
-    logits, targets, losses = normal(n, v), torch.randint(v, (n,), device=DEVICE), torch.empty(n, device=DEVICE)
-    columns = min(4096, lumi.triton.next_power_of_2(v))  # as in linear_cross_entropy
-    kernel = lambda: lumi._cross_entropy[(n,)](logits, targets, losses, v, -100, C=columns, num_warps=8)  # noqa: E731
-    plain = lambda x: F.cross_entropy(x.float(), targets, reduction="sum")  # noqa: E731
-    compiled, given = torch.compile(plain, dynamic=False, backend=BACKEND), logits.clone().requires_grad_()
-    functions = {"triton": kernel}
-    for name, f in {"eager": plain, "compiled": compiled}.items():
-        functions[name] = lambda f=f: torch.autograd.grad(f(given), given)
-    times = interleaved(warm(functions), 10, flush=True)
-    moved = 2 * logits.nbytes + losses.nbytes + targets.nbytes
-    memory = {f"{name}_mib": peak_mib(function) for name, function in functions.items()}
-    return {"rows": n, "bytes": moved} | summary(times, moved, bandwidth) | memory
-
-
-def time_loss(d: int) -> dict:
-    """Projection and loss, forward and backward under autocast: chunked, beside all logits at once."""
-    torch._dynamo.reset()
-    n, v = (16_384, 32_768) if GPU else (5, 50)
-    x, w = normal(n, d).requires_grad_(), (0.02 * normal(v, d, dtype=torch.float32)).requires_grad_()
-    targets = torch.randint(v, (n,), device=DEVICE)
-    plain = lambda: F.cross_entropy(F.linear(x, w), targets)  # noqa: E731
-    losses = {"triton": lambda: lumi.linear_cross_entropy(x, w, targets, kernels="triton"), "eager": plain}
-    losses["compiled"] = torch.compile(plain, dynamic=False, backend=BACKEND)
-
-    def step(loss: Callable) -> None:
-        with torch.autocast(DEVICE.type, HALF):
-            value = loss()
-        torch.autograd.grad(value, (x, w))
-
-    functions = warm({name: lambda f=f: step(f) for name, f in losses.items()})
-    times, memory = interleaved(functions, 10), {f"{name}_mib": peak_mib(f) for name, f in functions.items()}
-    found = {"milliseconds": round(1e3 * statistics.median(times["triton"]), 3)}
-    return found | {f"vs_{name}": ratio(times[name], times["triton"]) for name in ("eager", "compiled")} | memory
-
-
-def kernels(results: Results) -> None:
-    bandwidth = results.found.get("peaks", {}).get("copy", {}).get("gb_per_second")
-    plain = lambda rows, d: norm_operators(rows, d, HALF, add=False)  # noqa: E731
-    mixed = lambda rows, d: norm_operators(rows, d, torch.float32, add=True)  # noqa: E731
-    half = lambda rows, d: norm_operators(rows, d, HALF, add=True)  # noqa: E731
-    cases = [
-        ("rms_norm", plain, (128, 256, 512, 768, 4096)),
-        ("add_rms_norm_float32", mixed, (256, 768, 4096)),
-        ("add_rms_norm_bfloat16", half, (768, 4096)),
-        ("swiglu", swiglu_operators, (512, 1024, 3072, 4096)),
-    ]
-    for name, make, widths in cases:
-        for d in (widths[-2:-1] if results.quick else widths) if GPU else (24,):
-            for way in ("forward", "backward"):
-                arguments = (make, d, way == "backward", bandwidth)
-                results.measure("kernels", f"{name}_{way}_{d}", time_kernel, *arguments)
-    results.measure("kernels", "cross_entropy_32768", time_cross_entropy, bandwidth)
-    for d in (256, 768) if GPU else (24,):
-        results.measure("kernels", f"linear_cross_entropy_{d}", time_loss, d)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -566,14 +293,16 @@ def run(results: Results) -> None:
     torch._dynamo.config.recompile_limit = 64  # every trainer has the blocks compiled for itself
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._functorch.config.donated_buffer = False  # a backward pass is timed many times over
-    results.measure("peaks", "matmul", matmul_peak)
-    results.measure("peaks", "copy", copy_peak)
+    results.measure("peaks", "matmul", gpu_kernels.matmul_peak)
+    results.measure("peaks", "copy", gpu_kernels.copy_peak)
     for dtype in (torch.float32, HALF):
-        results.measure("checks", f"kernels_{str(dtype).removeprefix('torch.')}", check_kernels, dtype)
+        results.measure("checks", f"kernels_{str(dtype).removeprefix('torch.')}", gpu_kernels.check_kernels, dtype)
     for where in dict.fromkeys((DEVICE, torch.device("cpu"))):
-        results.measure("checks", f"loss_with_targets_on_{where.type}", check_loss, where)
-    results.measure("checks", "whole_model_compiled", check_compiled, replace(shape("tiny"), n_layers=2), needs=20)
-    kernels(results)
+        results.measure("checks", f"loss_with_targets_on_{where.type}", gpu_kernels.check_loss, where)
+    results.measure(
+        "checks", "whole_model_compiled", gpu_kernels.check_compiled, replace(shape("tiny"), n_layers=2), needs=20
+    )
+    gpu_kernels.kernels(results)
     clean()
     for batch in (1, 8) if results.quick or not GPU else (1, 8, 64):
         results.measure("ratios", f"generate_{batch}_vs_transformers", generation, batch, results, needs=10)

@@ -205,6 +205,15 @@ def test_kernels_reach_past_2_to_the_31_elements():
     assert all(torch.equal(a, b) for a, b in zip(far, close, strict=True))
 
 
+def test_cross_entropy_reaches_past_2_to_the_31_elements():
+    torch.manual_seed(0)
+    logits, targets = far_apart(3, 64), torch.tensor([5, 0, 63], device=device)
+    near = logits.clone()
+    losses = lumi.cross_entropy(logits, targets, -100, "triton")
+    assert torch.equal(losses, lumi.cross_entropy(near, targets, -100, "triton"))
+    assert torch.equal(logits, near)
+
+
 def test_kernels_take_no_rows():
     x = torch.empty(0, 8, device=device, requires_grad=True)
     weight = torch.ones(8, device=device, requires_grad=True)
