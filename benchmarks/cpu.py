@@ -8,12 +8,11 @@ and medians of the rounds' ratios. Both train as they do by default: ours as tra
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,59 +62,84 @@ def training_step(model: torch.nn.Module, loss: Callable, optimizer: torch.optim
     return step
 
 
-def trainers(name: str, rows: int, length: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(whose, an optimizer step on `rows` rows of `length` tokens), each model made when it is asked for."""
+def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]:
+    """An optimizer step on `rows` rows of `length` tokens: "ours", "theirs", or theirs "keeping" freed memory as ours
+    does."""
     from tests.test_model import to_transformers
 
     torch.manual_seed(0)
     experiment = configs.load(f"configs/{name}.py")
-    ours = Transformer(experiment.model)
+    model = Transformer(experiment.model)
     tokens = torch.randint(experiment.model.vocab_size, (rows, length + 1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    train.keep_freed_memory()
-    if experiment.pretrain.compile:
-        train.compile_blocks(ours)
-    yield "ours", training_step(ours, lambda: ours(x, y), train.make_optimizer(ours, experiment.pretrain))
-    theirs = to_transformers(Transformer(experiment.model)).train()
-    loss = lambda: F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
-    yield "theirs", training_step(theirs, loss, torch.optim.AdamW(theirs.parameters()))
+    if whose != "theirs":
+        train.keep_freed_memory()
+    if whose == "ours":
+        if experiment.pretrain.compile:
+            train.compile_blocks(model)
+        return training_step(model, lambda: model(x, y), train.make_optimizer(model, experiment.pretrain))
+    model = to_transformers(model).train()
+    loss = lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
+    return training_step(model, loss, torch.optim.AdamW(model.parameters()))
 
 
-def peak_memory(whose: str, name: str, rows: int, length: int) -> None:
-    """Prints this process's peak memory in MiB, after three steps."""
-    step = next(step for who, step in trainers(name, rows, length) if who == whose)
-    for _ in range(3):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+def worker(*arguments) -> None:
+    """A process that trains: does what the lines of its standard input say, and prints the seconds; then its peak MiB."""
+    functions = {"step": trainer(*arguments)}
+    for line in sys.stdin:
+        if (name := line.strip()) == "probe" and name not in functions:
+            functions[name] = probe()
+            functions[name]()
+        started = time.perf_counter()
+        functions[name]()
+        print(time.perf_counter() - started, flush=True)
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) // 1024)
 
 
 def train_vs_transformers(name: str, rows: int, length: int, rounds: int) -> dict[str, float]:
     """Tokens/s of both, the share of the probed matrix rate that ours turns into the model's arithmetic, and memory.
 
-    The model's arithmetic, a token: 6 for each weight of a matrix but the embedding, and 12 · n_layers · d_model · T
-    for attention (arXiv:2204.02311, appendix B), of which causal attention needs half.
+    Each trains in a process of its own, as it does by default, a step in turn; the matrix rate is probed in ours. The
+    model's arithmetic, a token: 6 for each weight of a matrix but the embedding, and 12 · n_layers · d_model · T for
+    attention (arXiv:2204.02311, appendix B), of which causal attention needs half.
     """
-    found = interleaved(rounds, {"probe": probe(), **dict(trainers(name, rows, length))})
+    workers, seconds = {}, {"probe": []}
+    for whose in ("ours", "theirs", "keeping"):
+        code = f"from benchmarks.cpu import worker; worker({whose!r}, {name!r}, {rows}, {length})"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        workers[whose] = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+        seconds[whose] = []
+
+    def ask(whose: str, what: str) -> float:
+        workers[whose].stdin.write(what + "\n")
+        workers[whose].stdin.flush()
+        taken = float(workers[whose].stdout.readline())
+        time.sleep(0.05)  # until its threads have gone to sleep
+        return taken
+
+    for whose in workers:
+        ask(whose, "step"), ask(whose, "step")
+    for _ in range(rounds):
+        seconds["probe"].append(ask("ours", "probe"))
+        for whose in workers:
+            seconds[whose].append(ask(whose, "step"))
+    peak = {whose: int(process.communicate()[0]) for whose, process in workers.items()}
+
     c = configs.load(f"configs/{name}.py").model
     with torch.device("meta"):
         weights = Transformer(c).num_parameters() - c.vocab_size * c.d_model - (2 * c.n_layers + 1) * c.d_model
-    flops = {"": 12 * c.n_layers * c.d_model * length, "_causal": 6 * c.n_layers * c.d_model * length}
-    bare = [2 * PROBE**3 / seconds for seconds in found["probe"]]
-    shares = {
-        f"of_matrix_rate{which}": ratio([rows * length * (6 * weights + f) / s for s in found["ours"]], bare)
-        for which, f in flops.items()
-    }
-    peak = {}
-    for whose in ("ours", "theirs"):
-        code = f"from benchmarks.cpu import peak_memory; peak_memory({whose!r}, {name!r}, {rows}, {length})"
-        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        peak[whose] = int(printed.split()[-1])
+    attention = 12 * c.n_layers * c.d_model * length
+    rate = {whose: round(rows * length / statistics.median(times)) for whose, times in seconds.items()}
+    arithmetic = {"": 6 * weights + attention, "_causal": 6 * weights + attention // 2}
+    work = [2 * PROBE**3 * s / p / (rows * length) for s, p in zip(seconds["ours"], seconds["probe"], strict=True)]
     return {
-        "tokens_per_second": round(rows * length / statistics.median(found["ours"])),
-        "other_tokens_per_second": round(rows * length / statistics.median(found["theirs"])),
-        "ratio": ratio(found["theirs"], found["ours"]),
-        "probe_gflops": round(statistics.median(bare) / 1e9),
-        **shares,
+        "tokens_per_second": rate["ours"],
+        "other_tokens_per_second": rate["theirs"],
+        "ratio": ratio(seconds["theirs"], seconds["ours"]),
+        "ratio_if_theirs_keeps_freed_memory_too": ratio(seconds["keeping"], seconds["ours"]),
+        "probe_gflops": round(2 * PROBE**3 / statistics.median(seconds["probe"]) / 1e9),
+        **{f"of_matrix_rate{which}": ratio([n] * rounds, work) for which, n in arithmetic.items()},
         "peak_mib": peak["ours"],
         "other_peak_mib": peak["theirs"],
         "memory_ratio": round(peak["ours"] / peak["theirs"], 3),
