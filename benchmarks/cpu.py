@@ -45,7 +45,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def probe() -> Callable[[], object]:
-    a, b, out = torch.randn(PROBE, PROBE), torch.randn(PROBE, PROBE), torch.empty(PROBE, PROBE)
+    a, b, out = (torch.zeros(PROBE, PROBE) for _ in range(3))
     return lambda: torch.mm(a, b, out=out)
 
 
@@ -65,8 +65,6 @@ def training_step(model: torch.nn.Module, loss: Callable, optimizer: torch.optim
 def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]:
     """An optimizer step on `rows` rows of `length` tokens: "ours", "theirs", or theirs "keeping" freed memory as ours
     does."""
-    from tests.test_model import to_transformers
-
     torch.manual_seed(0)
     experiment = configs.load(f"configs/{name}.py")
     model = Transformer(experiment.model)
@@ -78,23 +76,25 @@ def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]
         if experiment.pretrain.compile:
             train.compile_blocks(model)
         return training_step(model, lambda: model(x, y), train.make_optimizer(model, experiment.pretrain))
+    from tests.test_model import to_transformers
+
     model = to_transformers(model).train()
     loss = lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
     return training_step(model, loss, torch.optim.AdamW(model.parameters()))
 
 
 def worker(*arguments) -> None:
-    """A process that trains: does what the lines of its standard input say, and prints the seconds; then its peak MiB."""
-    functions = {"step": trainer(*arguments)}
+    """A process that trains: it does what the lines of its standard input say and prints the seconds it took, or for
+    "peak" the most memory it had until then, in MiB."""
+    step, matrix = trainer(*arguments), probe()
     for line in sys.stdin:
-        if (name := line.strip()) == "probe" and name not in functions:
-            functions[name] = probe()
-            functions[name]()
-        started = time.perf_counter()
-        functions[name]()
-        print(time.perf_counter() - started, flush=True)
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) // 1024)
+        if line == "peak\n":
+            print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024, flush=True)
+            matrix()  # whose memory has not been touched before
+        else:
+            started = time.perf_counter()
+            step() if line == "step\n" else matrix()
+            print(time.perf_counter() - started, flush=True)
 
 
 def train_vs_transformers(name: str, rows: int, length: int, rounds: int) -> dict[str, float]:
@@ -115,16 +115,19 @@ def train_vs_transformers(name: str, rows: int, length: int, rounds: int) -> dic
         workers[whose].stdin.write(what + "\n")
         workers[whose].stdin.flush()
         taken = float(workers[whose].stdout.readline())
-        time.sleep(0.05)  # until its threads have gone to sleep
+        time.sleep(0.05)  # until its threads sleep
         return taken
 
+    peak = {}
     for whose in workers:
-        ask(whose, "step"), ask(whose, "step")
+        ask(whose, "step"), ask(whose, "step"), ask(whose, "step")
+        peak[whose] = round(ask(whose, "peak"))
     for _ in range(rounds):
         seconds["probe"].append(ask("ours", "probe"))
         for whose in workers:
             seconds[whose].append(ask(whose, "step"))
-    peak = {whose: int(process.communicate()[0]) for whose, process in workers.items()}
+    for process in workers.values():
+        process.communicate()
 
     c = configs.load(f"configs/{name}.py").model
     with torch.device("meta"):
