@@ -45,7 +45,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def probe() -> Callable[[], object]:
-    a, b, out = (torch.zeros(PROBE, PROBE) for _ in range(3))
+    a, b, out = torch.randn(PROBE, PROBE), torch.randn(PROBE, PROBE), torch.empty(PROBE, PROBE)
     return lambda: torch.mm(a, b, out=out)
 
 
@@ -86,11 +86,12 @@ def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]
 def worker(*arguments) -> None:
     """A process that trains: it does what the lines of its standard input say and prints the seconds it took, or for
     "peak" the most memory it had until then, in MiB."""
-    step, matrix = trainer(*arguments), probe()
+    step, matrix = trainer(*arguments), None
     for line in sys.stdin:
         if line == "peak\n":
             print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024, flush=True)
-            matrix()  # whose memory has not been touched before
+            matrix = probe()  # only now, lest it count
+            matrix()
         else:
             started = time.perf_counter()
             step() if line == "step\n" else matrix()
