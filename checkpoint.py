@@ -118,7 +118,7 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     directory = Path(directory)
     weights = read(directory, "weights.pt")
     shape = dict(stage.read_manifest(directory)["config"]["model"])
-    shape.pop("type")
+    del shape["type"], shape["kernels"]  # the kernels are those of this machine
     model = Transformer(ModelConfig(**shape))
     try:
         model.load_state_dict(weights)

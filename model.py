@@ -9,6 +9,7 @@ In shapes: B batch, T tokens, D d_model, H heads, K key-value heads, E head dime
 
 import itertools
 import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -52,7 +53,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Use the embedding matrix as the output projection too."""
     kernels: str = "auto"
-    """RMSNorm and SwiGLU by "triton" or "torch"; "auto" is Triton on a GPU, PyTorch elsewhere."""
+    """Norms, SwiGLU and cross-entropy by "triton" or "torch"; "auto" is Triton on a GPU, where torch.compile does not
+    fuse PyTorch's operations instead, and PyTorch elsewhere."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -72,6 +74,9 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}")
         if self.kernels not in ("auto", "triton", "torch"):
             raise ValueError(f'kernels is {self.kernels!r}; expected "auto", "triton" or "torch"')
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if self.kernels == "triton" and (triton is None or not (interpreted or torch.cuda.is_available())):
+            raise ValueError('kernels is "triton", which needs the package triton and a GPU; expected "auto" here')
 
     @property
     def head_dim(self) -> int:
@@ -348,10 +353,10 @@ _swiglu.register_autograd(
 
 
 def _use_triton(kernels: str, x: Tensor) -> bool:
-    """ "auto" leaves to torch.compile what it can fuse with the operations around it."""
-    return kernels == "triton" or (
-        kernels == "auto" and x.is_cuda and triton is not None and not torch.compiler.is_compiling()
-    )
+    """ "auto" leaves to torch.compile what it can fuse with the operations around it, and float64 to PyTorch."""
+    if kernels != "auto":
+        return kernels == "triton"
+    return x.is_cuda and x.dtype != torch.float64 and triton is not None and not torch.compiler.is_compiling()
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

@@ -72,6 +72,13 @@ def test_impossible_shapes_are_refused(changes):
         dataclasses.replace(SMALL, **changes)
 
 
+@pytest.mark.skipif(device == "cuda", reason="there is a GPU")
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="needs the package triton and a GPU"):
+        dataclasses.replace(SMALL, kernels="triton")
+
+
 def test_wrong_types_are_refused():
     for changes in ({"n_layers": "2"}, {"n_layers": True}, {"d_ff": 4.0}, {"tie_embeddings": 1}):
         with pytest.raises(TypeError, match=next(iter(changes))):

@@ -225,6 +225,32 @@ def test_signals_save_and_say_how_to_go_on(packed: Place, made: Place, signum, s
     assert packed.metrics()[-1]["step"] == step + 3
 
 
+def test_without_a_compiler_training_goes_on_uncompiled(packed: Place, made: Place, tmp_path: Path):
+    packed.edit(("compile=False", "compile=True"))
+    packed.env |= {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
+    assert "training goes on uncompiled" in packed.run("train.py", packed.config).stderr
+    assert_same_run(packed, made)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.TempPathFactory):
+    """Stopped at a checkpoint, killed and gone on with; and near to what it is uncompiled."""
+    packed.edit(("compile=False", "compile=True"))
+    disturbed = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("disturbed"), dirs_exist_ok=True))
+    packed.run("train.py", packed.config)
+    disturbed.edit(("steps=24", "steps=5"))
+    disturbed.run("train.py", disturbed.config)
+    disturbed.edit(("steps=5", "steps=24"))
+    code = KILL.format(module="checkpoint", function="save", at=3)
+    killed = disturbed.start("-c", code, disturbed.config)
+    killed.communicate(timeout=240)
+    assert killed.returncode == -signal.SIGKILL
+    disturbed.run("train.py", disturbed.config)
+    for file in ("weights.pt", "state.pt"):
+        ours, theirs = (place.runs / "mini/pretrain/final" / file for place in (disturbed, packed))
+        assert digest(ours) == digest(theirs)
+
+
 def test_the_same_command_again_finds_it_done(trained: Place, made: Place):
     assert "is up to date" in trained.run("train.py", trained.config).stdout
     assert_same_run(trained, made)
