@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,6 +30,8 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
 UNIGRAM, BPE = 1, 2  # in a SentencePiece model, trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # and the type of a piece
 
@@ -60,19 +62,26 @@ def writing(out: Path, force: bool, source: Path) -> Iterator[Path]:
 
     UserError if `out` holds anything and not `force`, or something that no conversion wrote, or the source itself.
     """
-    out, source = out.resolve(), source.resolve()
+    try:
+        out, source = out.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{out} cannot be written: {error}") from None
     if out == source or out in source.parents:
         raise UserError(f"{out} is what is converted, or holds it; name another directory to write")
     if out.is_file():
         raise UserError(f"{out} is a file; name a directory to write")
+    old = out.with_name(f".{out.name}.old")  # left by a process killed while it put a model in place of another
+    if old.exists():
+        shutil.rmtree(old) if out.exists() else old.rename(out)
     if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
         if not force:
             raise UserError(
                 f"{out} is not empty: it holds {', '.join(there[:3])}; name another, or replace it: --force"
             )
-        if not {"config.json", "config.py", "manifest.json"} & set(there):
+        ours = {"weights.pt", "model.safetensors"} & set(there)
+        if strange := sorted(set(there) - WRITTEN) if ours else there:
             raise UserError(
-                f"{out} holds {', '.join(there[:3])}, which is no model; delete it yourself, or name another"
+                f"{out} holds {', '.join(strange[:3])}, which no conversion wrote; move it away, or name another"
             )
     temporary = out.with_name(f".{out.name}.partial")
     with stage.locked(temporary):
@@ -87,6 +96,17 @@ def writing(out: Path, force: bool, source: Path) -> Iterator[Path]:
             checkpoint.put(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def saving(save, weights: dict[str, Tensor], path: Path, *arguments) -> None:
+    """Writes a file as others may read it. UserError where that fails: both libraries hide what the disk said."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save(weights, path, *arguments)
+    except Exception as error:
+        raise UserError(f"{path.name} cannot be written: {error.__context__ or error}") from None
+    path.chmod(mode)  # safetensors keeps what it writes to its owner
 
 
 def safetensors():
@@ -117,7 +137,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
         weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
         if model.config.tie_embeddings:
             del weights["lm_head.weight"]
-        files.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+        saving(files.save_file, weights, temporary / "model.safetensors", {"format": "pt"})
         stage.write_json(temporary / "config.json", llama_config(model.config, spm))
         stage.write_json(temporary / "generation_config.json", ends)
         stage.write_json(temporary / "tokenizer.json", fast_tokenizer(spm))
@@ -277,7 +297,7 @@ def from_hf(arguments: argparse.Namespace) -> None:
     source, out = Path(arguments.source), Path(arguments.out)
     config = read_config(source)
     spm_file = source / "tokenizer.model"
-    spm = read_tokenizer(spm_file, config) if spm_file.is_file() else None
+    spm = read_tokenizer(spm_file, config) if os.path.lexists(spm_file) else None
     # The name goes into paths and manifests, where an experiment's would stand.
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"
     with writing(out, arguments.force, source) as temporary:
@@ -285,7 +305,7 @@ def from_hf(arguments: argparse.Namespace) -> None:
         if spm:
             write_tokenizer(temporary / "tokenizer", spm, name)
             (temporary / "config.py").write_text(config_file(name, config), encoding="utf-8")
-        torch.save(weights, temporary / "weights.pt")
+        saving(torch.save, weights, temporary / "weights.pt")
         manifest = {
             "config": {"model": stage.describe(config)},
             "read": {f"{name}/tokenizer/spm.model": spm.sha256} if spm else {},
@@ -329,8 +349,9 @@ def read_config(source: Path) -> ModelConfig:
         kind = int if whole else (int, float)
         if value is None:
             problems.append(f"{name} is missing")
-        elif not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
-            problems.append(f"{name} is {value!r}, expected a positive {'whole ' if whole else ''}number")
+        elif not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**31:
+            found = f"{value!r:.40}"
+            problems.append(f"{name} is {found}, expected a {'whole ' if whole else ''}number above 0, below 2^31")
         else:
             return value
         return None
@@ -414,7 +435,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a file made to harm can break the reader anywhere
         what = f"{type(error).__name__} {error}".splitlines()[0]
         raise UserError(f"{path} is damaged, or holds something other than tensors ({what}); get it again") from None
-    if not isinstance(found, dict) or not all(map(_is_plain, found.values())):
+    if not isinstance(found, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in found.items()):
         raise UserError(f"{path} holds something other than tensors by name; expected a model's state_dict")
     return found
 
@@ -427,6 +448,8 @@ def _is_plain(value) -> bool:
 
 def fitted(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The weights in float32 by our names. UserError, naming all of what is missing, unexpected or of another shape."""
+    if config.n_layers > len(tensors):
+        raise UserError(f"config.json has {config.n_layers:,} layers, but the files only {len(tensors)} tensors")
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in Transformer(config).state_dict().items()}
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -447,6 +470,8 @@ def fitted(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
         else:
             # A copy: what is a view into something larger would be saved with all of it.
             weights[name] = found.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            if not weights[name].isfinite().all():
+                problems.append(f"{theirs(name)} has numbers that are not finite in float32")
     problems += [f"{name} is unexpected" for name in tensors]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -460,7 +485,7 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a tokenizer.model. UserError if it is damaged, or does not fit the embedding."""
     try:
         spm = Tokenizer(path.read_bytes(), stage.sha256(path))
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     if spm.vocab_size > config.vocab_size:
         raise UserError(f"{path} has {spm.vocab_size:,} pieces, but the embedding only {config.vocab_size:,} rows")

@@ -84,411 +84,6 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
 
-# ----------------------------------------------------------------------------------------------------------- kernels
-#
-# Each kernel has a plain-PyTorch twin that says what it computes. The kernels read and write float32, float16 or
-# bfloat16 and compute in float32. Offsets are int64: a tensor may reach over more than 2³¹ elements. They are custom
-# operators, which torch.compile takes as they are; the twins it fuses with what stands around them.
-
-
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 at least (arXiv:1910.07467).
-
-    x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(dtype or x.dtype)
-
-
-def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise (arXiv:2002.05202). gate, up: (..., F) of one dtype; returns the same."""
-    return F.silu(gate) * up
-
-
-def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """−log softmax(logits)[target] of each row, (N,) in float32 at least; 0 where the target is `ignore_index`.
-
-    logits: (N, V), overwritten by the gradient that the sum of these losses has with respect to them, softmax − onehot.
-    targets: (N,) int64.
-    """
-    live = targets != ignore_index
-    at = targets.where(live, 0)[:, None]
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top, hit = p.amax(1, keepdim=True), p.gather(1, at)
-    torch.softmax(p, 1, out=p)
-    # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: nothing underflows.
-    loss = (top - p.amax(1, keepdim=True).log() - hit)[:, 0]
-    logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
-    if logits.is_cuda or not live.all():  # asked on a CPU only: a GPU would have to be waited for
-        logits.mul_(live[:, None])
-        loss = loss.where(live, 0.0)
-    return loss
-
-
-if triton is not None:
-
-    @triton.jit
-    def _rms_norm_forward(
-        x, delta, weight, total, y, scale, rows, x_stride, delta_stride, eps,
-        ADD: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    ):  # fmt: skip
-        """R rows a program, C ≥ D columns (a power of two). Keeps each row's 1/rms in `scale` for the backward pass.
-
-        With ADD it is the sum of x and delta that is kept in `total` and normalised.
-        """
-        row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-        col = tl.arange(0, C)
-        live = (row < rows)[:, None] & (col < D)[None, :]
-        here = row[:, None] * D + col[None, :]
-        wide = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-        if ADD:
-            wide += tl.load(delta + row[:, None] * delta_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-            kept = wide.to(total.dtype.element_ty)
-            tl.store(total + here, kept, mask=live)
-            wide = kept.to(tl.float32)
-        s = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / D + eps)
-        w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
-        tl.store(y + here, (wide * s[:, None] * w[None, :]).to(y.dtype.element_ty), mask=live)
-        tl.store(scale + row, s, mask=row < rows)
-
-    @triton.jit
-    def _rms_norm_backward(
-        x, weight, scale, dy, dtotal, dx, ddelta, dw, rows, x_stride, dy_stride, dtotal_stride,
-        ADD: tl.constexpr, NARROW: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    ):  # fmt: skip
-        """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂.
-
-        With ADD, `dtotal` comes to dx along the residual stream; with NARROW dx is stored a second time, in the dtype
-        of what was added. A fixed number of programs strides over the rows; each sums its share of dw in float32 into
-        its own row of `dw`, and the caller adds those up, so that the result does not depend on who runs first.
-        """
-        program = tl.program_id(0).to(tl.int64)
-        col = tl.arange(0, C)
-        w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
-        dw_sum = tl.zeros((C,), tl.float32)
-        for first in range(program * R, rows, tl.num_programs(0) * R):
-            row = (first + tl.arange(0, R)).to(tl.int64)
-            live = (row < rows)[:, None] & (col < D)[None, :]
-            here = row[:, None] * D + col[None, :]
-            s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
-            x_hat = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32) * s
-            g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-            wg = g * w[None, :]
-            d = s * (wg - x_hat * (tl.sum(wg * x_hat, 1) / D)[:, None])
-            if ADD:
-                d += tl.load(dtotal + row[:, None] * dtotal_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=live)
-            if NARROW:
-                tl.store(ddelta + here, d.to(ddelta.dtype.element_ty), mask=live)
-            dw_sum += tl.sum(g * x_hat, 0)
-        tl.store(dw + program * D + col, dw_sum, mask=col < D)
-
-    @triton.jit
-    def _swiglu_forward(gate, up, y, rows, gate_stride, up_stride, D, R: tl.constexpr, C: tl.constexpr):
-        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
-        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
-        live = (row < rows) & (col < D)
-        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
-        tl.store(y + row * D + col, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=live)
-
-    @triton.jit
-    def _swiglu_backward(
-        gate, up, dy, dgate, dup, rows, gate_stride, up_stride, dy_stride, D, R: tl.constexpr, C: tl.constexpr
-    ):
-        """With σ = sigmoid(gate):  dup = dy · gate · σ,  dgate = dy · up · σ · (1 + gate · (1 − σ))."""
-        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
-        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
-        live = (row < rows) & (col < D)
-        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
-        d = tl.load(dy + row * dy_stride + col, mask=live, other=0.0).to(tl.float32)
-        sigma = 1.0 / (1.0 + tl.exp(-g))
-        dg = d * u * sigma * (1.0 + g * (1.0 - sigma))
-        tl.store(dgate + row * D + col, dg.to(dgate.dtype.element_ty), mask=live)
-        tl.store(dup + row * D + col, (d * g * sigma).to(dup.dtype.element_ty), mask=live)
-
-    @triton.jit
-    def _cross_entropy(logits, targets, loss, stride, V, ignore_index, C: tl.constexpr):
-        """A row a program, in two passes: the running maximum and sum of exponentials, then the gradient in place.
-        A target outside 0 … V − 1 gives NaN."""
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        logits += row * stride
-        top, total, hit = -float("inf"), 0.0, 0.0
-        for first in range(0, V, C):
-            col = first + tl.arange(0, C)
-            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(top, tl.max(wide, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(wide - higher), 0)
-            hit += tl.sum(tl.where(col == target, wide, 0.0), 0)
-            top = higher
-        log_sum = top + tl.log(total)
-        live = target != ignore_index
-        hit = tl.where((target >= 0) & (target < V), hit, float("nan"))
-        tl.store(loss + row, tl.where(live, log_sum - hit, 0.0))
-        for first in range(0, V, C):
-            col = first + tl.arange(0, C)
-            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
-            d = tl.where(live, tl.exp(wide - log_sum) - tl.where(col == target, 1.0, 0.0), 0.0)
-            tl.store(logits + col, d.to(logits.dtype.element_ty), mask=col < V)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as (rows, D) whose last axis is contiguous: a view where there is one, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Runs a Triton kernel on the device of its first argument."""
-    with torch.cuda.device_of(arguments[0]):  # of a CPU's tensor: no change
-        kernel[grid](*arguments, **options)
-
-
-def _tile(d: int) -> dict[str, int]:
-    """One program's tile: R rows of C ≥ d columns, powers of two, about 4,096 elements; and its warps."""
-    columns = triton.next_power_of_2(d)
-    rows = max(1, 4096 // columns)
-    return {"R": rows, "C": columns, "num_warps": min(16, max(4, rows * columns // 1024))}
-
-
-@torch.library.custom_op("lumi::rms_norm", mutates_args=())
-def _rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x + delta (empty where nothing is added), its normalised copy in `dtype`, and 1/rms of each row."""
-    total, y, scale = _rms_norm_outputs(x, delta, weight, eps, dtype)
-    if x.numel():
-        flat, added, tile = _rows(x), None if delta is None else _rows(delta), _tile(x.shape[-1])
-        strides = flat.stride(0), 0 if delta is None else added.stride(0)
-        tensors = flat, added, weight.contiguous(), total, y, scale
-        tile |= {"ADD": delta is not None, "D": x.shape[-1]}
-        _launch(_rms_norm_forward, (triton.cdiv(len(flat), tile["R"]),), *tensors, len(flat), *strides, eps, **tile)
-    return total, y, scale
-
-
-@_rms_norm.register_fake
-def _rms_norm_outputs(x, delta, weight, eps, dtype):
-    total = x.new_empty(0 if delta is None else x.shape)
-    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
-def _rms_norm_grad(
-    x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dtotal: Tensor | None, narrow: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of what was added to it if that is of another dtype, `narrow`, and of the weight."""
-    dx, ddelta, dw = _rms_norm_grads(x, weight, scale, dy, dtotal, narrow)
-    if not x.numel():
-        return dx, ddelta, dw.zero_()
-    flat, up, along, tile = _rows(x), _rows(dy), None if dtotal is None else _rows(dtotal), _tile(x.shape[-1])
-    strides = flat.stride(0), up.stride(0), 0 if dtotal is None else along.stride(0)
-    programs = min(512, triton.cdiv(len(flat), tile["R"]))
-    parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
-    tensors = flat, weight.contiguous(), scale, up, along, dx, ddelta, parts
-    tile |= {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}
-    _launch(_rms_norm_backward, (programs,), *tensors, len(flat), *strides, **tile)
-    return dx, ddelta, dw.copy_(parts.sum(0))
-
-
-@_rms_norm_grad.register_fake
-def _rms_norm_grads(x, weight, scale, dy, dtotal, narrow):
-    ddelta = x.new_empty(x.shape if narrow else 0, dtype=narrow or x.dtype)
-    return x.new_empty(x.shape), ddelta, weight.new_empty(weight.shape)
-
-
-def _rms_norm_setup(ctx, inputs, output):
-    x, delta, weight, _, _ = inputs
-    total, _, scale = output
-    ctx.save_for_backward(x if delta is None else total, weight, scale)
-    ctx.added = None if delta is None else delta.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _rms_norm_autograd(ctx, dtotal, dy, _):
-    x, weight, scale = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    dtotal = dtotal if ctx.added else None
-    narrow = None if ctx.added == x.dtype else ctx.added
-    dx, ddelta, dw = torch.ops.lumi.rms_norm_backward(x, weight, scale, dy, dtotal, narrow)
-    return dx, None if ctx.added is None else ddelta if narrow else dx, dw, None, None
-
-
-_rms_norm.register_autograd(_rms_norm_autograd, setup_context=_rms_norm_setup)
-
-
-def _swiglu_launch(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Runs a kernel over the inputs' rows, in tiles of about 1,024 elements."""
-    if inputs[0].numel():
-        flat = [_rows(x) for x in inputs]
-        rows, d = flat[0].shape
-        c = min(1024, triton.next_power_of_2(d))
-        r = 1024 // c
-        grid = triton.cdiv(rows, r), triton.cdiv(d, c)
-        _launch(kernel, grid, *flat, *outputs, rows, *(x.stride(0) for x in flat), d, R=r, C=c)
-
-
-@torch.library.custom_op("lumi::swiglu", mutates_args=())
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = gate.new_empty(gate.shape)
-    _swiglu_launch(_swiglu_forward, [gate, up], [y])
-    return y
-
-
-@torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
-def _swiglu_grad(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    _swiglu_launch(_swiglu_backward, [gate, up, dy], [dgate, dup])
-    return dgate, dup
-
-
-_swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
-_swiglu_grad.register_fake(lambda gate, up, dy: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
-_swiglu.register_autograd(
-    lambda ctx, dy: torch.ops.lumi.swiglu_backward(*ctx.saved_tensors, dy),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-def _use_triton(kernels: str, x: Tensor) -> bool:
-    """ "auto" leaves to torch.compile what it can fuse with the operations around it, and float64 to PyTorch."""
-    if kernels != "auto":
-        return kernels == "triton"
-    return x.is_cuda and x.dtype != torch.float64 and triton is not None and not torch.compiler.is_compiling()
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes x in here: autocast's dtype, or its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
-    """`rms_norm_torch`, or the Triton kernel for the same, in the dtype that the next linear layer computes in."""
-    if _use_triton(kernels, x):
-        return _rms_norm(x, None, weight, eps, _matmul_dtype(x))[1]
-    return rms_norm_torch(x, weight, eps, _matmul_dtype(x))
-
-
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> tuple[Tensor, Tensor]:
-    """x + delta in x's dtype, and `rms_norm` of it: read once. delta: of x's shape and any floating dtype."""
-    if _use_triton(kernels, x):
-        return _rms_norm(x, delta, weight, eps, _matmul_dtype(x))[:2]
-    total = (x + delta).to(x.dtype)
-    return total, rms_norm_torch(total, weight, eps, _matmul_dtype(x))
-
-
-def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
-    """`swiglu_torch`, or the Triton kernel for the same."""
-    return _swiglu(gate, up) if _use_triton(kernels, gate) else swiglu_torch(gate, up)
-
-
-# -------------------------------------------------------------------------------------------------------------- loss
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """`cross_entropy_torch`, or the Triton kernel for the same. logits: with contiguous rows."""
-    if not _use_triton(kernels, logits):
-        return cross_entropy_torch(logits, targets, ignore_index)
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    columns = min(4096, triton.next_power_of_2(logits.shape[1]))
-    sizes = logits.stride(0), logits.shape[1], ignore_index
-    warps = max(1, min(8, columns // 128))
-    _launch(_cross_entropy, (len(logits),), logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
-    return losses
-
-
-@torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    learn_x: bool,
-    learn_weight: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_t −log softmax(x_t · Wᵀ)[target_t], and its gradients, without ever holding all N × V logits.
-
-    A chunk of rows at a time: logits, loss, at once the gradient that these logits have, carried on to x and W. One
-    buffer serves all chunks: at 32,768 pieces, fresh memory costs a CPU more in page faults than in arithmetic.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    n, w, keep = len(x), weight.to(dtype), None
-    if targets.device.type == "cpu":  # a GPU would have to be waited for, to know how many are left
-        live = targets != ignore_index
-        if not live.all():
-            keep = live.nonzero()[:, 0]
-            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
-            x = x[keep]
-        targets = targets.to(x.device, non_blocking=True)
-    chunk = 512 if x.device.type == "cpu" else 4096
-    buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
-    loss, dx, dw = _linear_cross_entropy_outputs(
-        x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels
-    )
-    loss.zero_()
-    if len(x) == 0:
-        dw.zero_()
-    for first in range(0, len(x), chunk):
-        rows = slice(first, min(first + chunk, len(x)))
-        xc, logits = x[rows].to(dtype), buffer[: rows.stop - first]
-        torch.mm(xc, w.T, out=logits)
-        loss += cross_entropy(logits, targets[rows], ignore_index, kernels).sum()
-        if learn_x:
-            dx[rows] = logits @ w
-        if learn_weight:
-            if x.is_cuda and dtype != wide:
-                product = torch.mm(logits.T, xc, out_dtype=wide)
-                dw = dw.add_(product) if first else product
-            else:
-                dw.addmm_(logits.T.to(wide), xc.to(wide), beta=float(first > 0))
-    if learn_x and keep is not None:
-        dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx)
-    return loss, dx, dw
-
-
-@_linear_cross_entropy.register_fake
-def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels):
-    wide = torch.promote_types(dtype, torch.float32)
-    dx = x.new_empty(x.shape if learn_x else 0)
-    return x.new_empty((), dtype=wide), dx, weight.new_empty(weight.shape if learn_weight else 0, dtype=wide)
-
-
-def _linear_cross_entropy_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.learn, ctx.dtype = inputs[5:7], inputs[1].dtype
-    ctx.set_materialize_grads(False)
-
-
-def _linear_cross_entropy_autograd(ctx, dloss, *_):
-    if dloss is None:
-        return (None,) * 8
-    dx, dw = ctx.saved_tensors
-    dx = (dx.to(dw.dtype) * dloss).to(dx.dtype) if ctx.learn[0] else None
-    return dx, (dw * dloss).to(ctx.dtype) if ctx.learn[1] else None, *[None] * 6
-
-
-_linear_cross_entropy.register_autograd(_linear_cross_entropy_autograd, setup_context=_linear_cross_entropy_setup)
-
-
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, kernels: str = "auto"
-) -> Tensor:
-    """Mean cross-entropy, in nats, of `F.linear(x, weight)` against those `targets` that are not `ignore_index`.
-
-    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Ignored rows are dropped before the
-    projection if `targets` is on the CPU, wherever x is; targets on a GPU are masked, because to count them there
-    would be to wait for it. Returns a scalar, float32 or wider: 0 if nothing is left.
-    """
-    learn = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
-    total = _linear_cross_entropy(x, weight, targets, ignore_index, _matmul_dtype(x), *learn, kernels)[0]
-    return total / (targets != ignore_index).sum().clamp_min(1)
-
-
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
@@ -611,10 +206,18 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config), Attention(config, layer)
         self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
 
-    def forward(self, x: Tensor, delta: Tensor | None, *context) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x: the stream, (B, T, D); delta: what the block before adds to it. Returns both for the block behind."""
         x, y = self.attn_norm(x, delta)
-        x, y = self.mlp_norm(x, self.attn(y, *context))
+        x, y = self.mlp_norm(x, self.attn(y, cos, sin, cache, mask))
         return x, self.mlp(y)
 
 
@@ -647,9 +250,12 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`."""
-        T, used = tokens.shape[1], [0] if cache is None else cache.used.tolist()
-        if max(used) + T > (longest := self.config.context_length if cache is None else cache.length):
-            raise ValueError(f"{max(used) + T} tokens; context_length is {longest}")
+        T = tokens.shape[1]
+        used = [0] if cache is None else cache.used.tolist()
+        room = self.config.context_length if cache is None else cache.length
+        if max(used) + T > room:
+            raise ValueError(f"{max(used) + T} tokens; context_length is {room}")
+        # Where every text holds as many tokens, their positions are the same, and one new token may see all of them.
         cos, sin, mask = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T], None
         if min(used) < max(used) or (T > 1 and used[0] > 0):
             at = (cache.used[:, None] + torch.arange(T)).to(tokens.device)  # (B, T)
@@ -700,21 +306,24 @@ class Transformer(nn.Module):
             if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
                 raise ValueError(f"expected at least one id, each in 0..{self.config.vocab_size - 1}; got {ids[:8]}")
         seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
         if len(seeds) != len(prompts) or not all(s is None or 0 <= s < 2**63 for s in seeds):
             raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1, one for all or one for each of {len(prompts)}")
         draws = [torch.Generator() for _ in prompts]
         for generator, s in zip(draws, seeds, strict=True):
-            generator.seed() if s is None else generator.manual_seed(s)
+            generator.seed() if s is None else generator.manual_seed(int(s))
 
-        seen = [list(ids) for ids in prompts]
+        seen = [list(map(int, ids)) for ids in prompts]
         longest = max(map(len, seen), default=0)
         cache = KVCache(self, len(seen), min(context, longest + max_new_tokens))
         device = self.embed.weight.device
-        texts = sorted(range(len(seen)), key=lambda text: len(seen[text]))  # the text in each row of the cache
+        # The text in each row of the cache; by length, so that neighbours of one length are read together.
+        texts = sorted(range(len(seen)), key=lambda text: len(seen[text]))
 
         def read(rows: slice, reach: int) -> None:
-            """Fills rows of the cache with the last `reach` tokens of their texts, as many in each, but the very last
-            one, which the next step reads."""
+            """Fills rows of the cache, whose texts are equally long, with their last `reach` tokens, except the very
+            last one: the next step reads it."""
             cache.used[rows] = 0
             before = torch.tensor([seen[text][-reach:-1] for text in texts[rows]], device=device)
             if before.numel():
@@ -797,7 +406,10 @@ class Sampling:
         logits = self.penalised(logits, seen)
         if self.temperature == 0:
             return int(logits.argmax())
-        p = torch.softmax((logits - logits.max()).double() / self.temperature, 0)
+        highest = logits.max()
+        if not highest.isfinite():
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; with it the logits are not finite")
+        p = torch.softmax((logits - highest).double() / self.temperature, 0)
         order = None
         if self.top_k is not None or self.top_p is not None:
             p, order = p.topk(min(self.top_k, len(p))) if self.top_k is not None else p.sort(descending=True)
@@ -825,3 +437,434 @@ class Sampling:
             if 0 < len(ends) < len(logits):
                 logits = logits.index_fill(0, torch.tensor(sorted(ends)), -math.inf)
         return logits
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
+    """`cross_entropy_torch`, or the Triton kernel for the same. logits: with contiguous rows."""
+    if not _use_triton(kernels, logits):
+        return cross_entropy_torch(logits, targets, ignore_index)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    columns = min(4096, triton.next_power_of_2(logits.shape[1]))
+    sizes = logits.stride(0), logits.shape[1], ignore_index
+    warps = max(1, min(8, columns // 128))
+    _launch(
+        _cross_entropy_kernel, (len(logits),), logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps
+    )
+    return losses
+
+
+@torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    learn_x: bool,
+    learn_weight: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_t −log softmax(x_t · Wᵀ)[target_t], and its gradients, without ever holding all N × V logits.
+
+    A chunk of rows at a time: logits, loss, at once the gradient that these logits have, carried on to x and W. One
+    buffer serves all chunks: at 32,768 pieces, fresh memory costs a CPU more in page faults than in arithmetic.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    n, w, keep = len(x), weight.to(dtype), None
+    if targets.device.type == "cpu":  # a GPU would have to be waited for, to know how many are left
+        live = targets != ignore_index
+        if not live.all():
+            keep = live.nonzero()[:, 0]
+            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
+            x = x[keep]
+        targets = targets.to(x.device, non_blocking=True)
+    chunk = 512 if x.device.type == "cpu" else 4096
+    buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
+    loss, dx, dw = _linear_cross_entropy_fake(x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels)
+    loss.zero_()
+    if len(x) == 0:
+        dw.zero_()
+    for first in range(0, len(x), chunk):
+        rows = slice(first, min(first + chunk, len(x)))
+        xc, logits = x[rows].to(dtype), buffer[: rows.stop - first]
+        torch.mm(xc, w.T, out=logits)
+        loss += cross_entropy(logits, targets[rows], ignore_index, kernels).sum()
+        if learn_x:
+            dx[rows] = logits @ w
+        if learn_weight:
+            if x.is_cuda and dtype != wide:
+                product = torch.mm(logits.T, xc, out_dtype=wide)
+                dw = dw.add_(product) if first else product
+            else:
+                dw.addmm_(logits.T.to(wide), xc.to(wide), beta=float(first > 0))
+    if learn_x and keep is not None:
+        dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx)
+    return loss, dx, dw
+
+
+@_linear_cross_entropy.register_fake
+def _linear_cross_entropy_fake(x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels):
+    wide = torch.promote_types(dtype, torch.float32)
+    dx = x.new_empty(x.shape if learn_x else 0)
+    return x.new_empty((), dtype=wide), dx, weight.new_empty(weight.shape if learn_weight else 0, dtype=wide)
+
+
+def _linear_cross_entropy_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.learn, ctx.dtype = inputs[5:7], inputs[1].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _linear_cross_entropy_gradients(ctx, dloss, *_):
+    if torch.is_grad_enabled():  # create_graph: dx and dw would pass for constants
+        raise RuntimeError("linear_cross_entropy can be differentiated once only")
+    if dloss is None:
+        return (None,) * 8
+    dx, dw = ctx.saved_tensors
+    dx = (dx.to(dw.dtype) * dloss).to(dx.dtype) if ctx.learn[0] else None
+    return dx, (dw * dloss).to(ctx.dtype) if ctx.learn[1] else None, *[None] * 6
+
+
+_linear_cross_entropy.register_autograd(_linear_cross_entropy_gradients, setup_context=_linear_cross_entropy_setup)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, kernels: str = "auto"
+) -> Tensor:
+    """Mean cross-entropy, in nats, of `F.linear(x, weight)` against those `targets` that are not `ignore_index`.
+
+    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Ignored rows are dropped before the
+    projection if `targets` is on the CPU, wherever x is; targets on a GPU are masked, because to count them there
+    would be to wait for it. Returns a scalar, float32 or wider: 0 if nothing is left. It can be differentiated once, in
+    reverse mode. Raises ValueError for targets of another length or type.
+    """
+    if x.dim() != 2 or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}; expected (N, D) and (N,) int64"
+        )
+    learn = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    total = _linear_cross_entropy(x, weight, targets, ignore_index, _matmul_dtype(x), *learn, kernels)[0]
+    return total / (targets != ignore_index).sum().clamp_min(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+#
+# Each kernel has a plain-PyTorch twin that says what it computes. The kernels read and write float32, float16 or
+# bfloat16 and compute in float32. Offsets are int64: a tensor may reach over more than 2³¹ elements. They are custom
+# operators, which torch.compile takes as they are; the twins it fuses with what stands around them.
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 at least (arXiv:1910.07467).
+
+    x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight).to(dtype or x.dtype)
+
+
+def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, elementwise (arXiv:2002.05202). gate, up: (..., F) of one dtype; returns the same."""
+    return F.silu(gate) * up
+
+
+def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """−log softmax(logits)[target] of each row, (N,) in float32 at least; 0 where the target is `ignore_index`.
+
+    logits: (N, V), overwritten by the gradient that the sum of these losses has with respect to them, softmax − onehot.
+    targets: (N,) int64.
+    """
+    live = targets != ignore_index
+    at = targets.where(live, 0)[:, None]
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, hit = p.amax(1, keepdim=True), p.gather(1, at)
+    torch.softmax(p, 1, out=p)
+    # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: nothing underflows.
+    loss = (top - p.amax(1, keepdim=True).log() - hit)[:, 0]
+    logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
+    if logits.is_cuda or not live.all():  # asked on a CPU only: a GPU would have to be waited for
+        logits.mul_(live[:, None])
+        loss = loss.where(live, 0.0)
+    return loss
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rms_norm_forward_kernel(
+        x, delta, weight, total, y, scale, rows, x_stride, delta_stride, eps,
+        ADD: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ):  # fmt: skip
+        """R rows a program, C ≥ D columns (a power of two). Keeps each row's 1/rms in `scale` for the backward pass.
+
+        With ADD it is the sum of x and delta that is kept in `total` and normalised.
+        """
+        row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+        col = tl.arange(0, C)
+        live = (row < rows)[:, None] & (col < D)[None, :]
+        here = row[:, None] * D + col[None, :]
+        wide = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+        if ADD:
+            wide += tl.load(delta + row[:, None] * delta_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+            kept = wide.to(total.dtype.element_ty)
+            tl.store(total + here, kept, mask=live)
+            wide = kept.to(tl.float32)
+        s = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / D + eps)
+        w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
+        tl.store(y + here, (wide * s[:, None] * w[None, :]).to(y.dtype.element_ty), mask=live)
+        tl.store(scale + row, s, mask=row < rows)
+
+    @triton.jit
+    def _rms_norm_backward_kernel(
+        x, weight, scale, dy, dtotal, dx, ddelta, dw, rows, x_stride, dy_stride, dtotal_stride,
+        ADD: tl.constexpr, NARROW: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ):  # fmt: skip
+        """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂.
+
+        With ADD, `dtotal` comes to dx along the residual stream; with NARROW dx is stored a second time, in the dtype
+        of what was added. A fixed number of programs strides over the rows; each sums its share of dw in float32 into
+        its own row of `dw`, and the caller adds those up, so that the result does not depend on who runs first.
+        """
+        program = tl.program_id(0).to(tl.int64)
+        col = tl.arange(0, C)
+        w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
+        dw_sum = tl.zeros((C,), tl.float32)
+        for first in range(program * R, rows, tl.num_programs(0) * R):
+            row = (first + tl.arange(0, R)).to(tl.int64)
+            live = (row < rows)[:, None] & (col < D)[None, :]
+            here = row[:, None] * D + col[None, :]
+            s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+            x_hat = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32) * s
+            g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+            wg = g * w[None, :]
+            d = s * (wg - x_hat * (tl.sum(wg * x_hat, 1) / D)[:, None])
+            if ADD:
+                d += tl.load(dtotal + row[:, None] * dtotal_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
+            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=live)
+            if NARROW:
+                tl.store(ddelta + here, d.to(ddelta.dtype.element_ty), mask=live)
+            dw_sum += tl.sum(g * x_hat, 0)
+        tl.store(dw + program * D + col, dw_sum, mask=col < D)
+
+    @triton.jit
+    def _swiglu_forward_kernel(gate, up, y, rows, gate_stride, up_stride, D, R: tl.constexpr, C: tl.constexpr):
+        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        live = (row < rows) & (col < D)
+        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(y + row * D + col, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=live)
+
+    @triton.jit
+    def _swiglu_backward_kernel(
+        gate, up, dy, dgate, dup, rows, gate_stride, up_stride, dy_stride, D, R: tl.constexpr, C: tl.constexpr
+    ):
+        """With σ = sigmoid(gate):  dup = dy · gate · σ,  dgate = dy · up · σ · (1 + gate · (1 − σ))."""
+        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        live = (row < rows) & (col < D)
+        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
+        d = tl.load(dy + row * dy_stride + col, mask=live, other=0.0).to(tl.float32)
+        sigma = 1.0 / (1.0 + tl.exp(-g))
+        dg = d * u * sigma * (1.0 + g * (1.0 - sigma))
+        tl.store(dgate + row * D + col, dg.to(dgate.dtype.element_ty), mask=live)
+        tl.store(dup + row * D + col, (d * g * sigma).to(dup.dtype.element_ty), mask=live)
+
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, loss, stride, V, ignore_index, C: tl.constexpr):
+        """A row a program, in two passes: the running maximum and sum of exponentials, then the gradient in place.
+        A target outside 0 … V − 1 gives NaN."""
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        logits += row * stride
+        top, total, hit = -float("inf"), 0.0, 0.0
+        for first in range(0, V, C):
+            col = first + tl.arange(0, C)
+            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(top, tl.max(wide, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(wide - higher), 0)
+            hit += tl.sum(tl.where(col == target, wide, 0.0), 0)
+            top = higher
+        log_sum = top + tl.log(total)
+        live = target != ignore_index
+        hit = tl.where((target >= 0) & (target < V), hit, float("nan"))
+        tl.store(loss + row, tl.where(live, log_sum - hit, 0.0))
+        for first in range(0, V, C):
+            col = first + tl.arange(0, C)
+            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            d = tl.where(live, tl.exp(wide - log_sum) - tl.where(col == target, 1.0, 0.0), 0.0)
+            tl.store(logits + col, d.to(logits.dtype.element_ty), mask=col < V)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (rows, D) whose last axis is contiguous: a view where there is one, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Runs a Triton kernel on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):  # of a CPU's tensor: no change
+        kernel[grid](*arguments, **options)
+
+
+def _tile(d: int) -> dict[str, int]:
+    """One program's tile: R rows of C ≥ d columns, powers of two, about 4,096 elements; and its warps."""
+    columns = triton.next_power_of_2(d)
+    rows = max(1, 4096 // columns)
+    return {"R": rows, "C": columns, "num_warps": min(16, max(4, rows * columns // 1024))}
+
+
+@torch.library.custom_op("lumi::rms_norm", mutates_args=())
+def _rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum x + delta, its normalised copy in `dtype`, and 1/rms of each row.
+
+    Without a delta x itself is normalised, and the sum left empty: an operator must not return its input.
+    """
+    total, y, scale = _rms_norm_fake(x, delta, weight, eps, dtype)
+    if x.numel():
+        flat, added, tile = _rows(x), None if delta is None else _rows(delta), _tile(x.shape[-1])
+        strides = flat.stride(0), 0 if delta is None else added.stride(0)
+        tensors = flat, added, weight.contiguous(), total, y, scale
+        tile |= {"ADD": delta is not None, "D": x.shape[-1]}
+        _launch(
+            _rms_norm_forward_kernel, (triton.cdiv(len(flat), tile["R"]),), *tensors, len(flat), *strides, eps, **tile
+        )
+    return total, y, scale
+
+
+@_rms_norm.register_fake
+def _rms_norm_fake(x, delta, weight, eps, dtype):
+    if weight.shape != x.shape[-1:] or (delta is not None and delta.shape != x.shape):
+        added = "" if delta is None else f", delta {tuple(delta.shape)}"
+        raise ValueError(f"x is {tuple(x.shape)}{added}, weight {tuple(weight.shape)}; they do not fit")
+    total = x.new_empty(0 if delta is None else x.shape)
+    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dtotal: Tensor | None, narrow: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of what was added to it if that is of another dtype, `narrow`, and of the weight."""
+    dx, ddelta, dw = _rms_norm_backward_fake(x, weight, scale, dy, dtotal, narrow)
+    if not x.numel():
+        return dx, ddelta, dw.zero_()
+    flat, dy, tile = _rows(x), _rows(dy), _tile(x.shape[-1])
+    dtotal = None if dtotal is None else _rows(dtotal)
+    strides = flat.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0)
+    programs = min(512, triton.cdiv(len(flat), tile["R"]))
+    parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
+    tensors = flat, weight.contiguous(), scale, dy, dtotal, dx, ddelta, parts
+    tile |= {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}
+    _launch(_rms_norm_backward_kernel, (programs,), *tensors, len(flat), *strides, **tile)
+    return dx, ddelta, dw.copy_(parts.sum(0))
+
+
+@_rms_norm_backward.register_fake
+def _rms_norm_backward_fake(x, weight, scale, dy, dtotal, narrow):
+    ddelta = x.new_empty(x.shape if narrow else 0, dtype=narrow or x.dtype)
+    return x.new_empty(x.shape), ddelta, weight.new_empty(weight.shape)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, delta, weight, _, _ = inputs
+    total, _, scale = output
+    ctx.save_for_backward(x if delta is None else total, weight, scale)
+    ctx.added = None if delta is None else delta.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _rms_norm_gradients(ctx, dtotal, dy, _):
+    x, weight, scale = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dtotal = dtotal if ctx.added else None
+    narrow = None if ctx.added == x.dtype else ctx.added
+    dx, ddelta, dw = torch.ops.lumi.rms_norm_backward(x, weight, scale, dy, dtotal, narrow)
+    if ctx.added is None:
+        ddelta = None
+    elif narrow is None:
+        ddelta = dx
+    return dx, ddelta, dw, None, None
+
+
+_rms_norm.register_autograd(_rms_norm_gradients, setup_context=_rms_norm_setup)
+
+
+def _swiglu_launch(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Runs a kernel over the inputs' rows, in tiles of about 1,024 elements."""
+    if inputs[0].numel():
+        flat = [_rows(x) for x in inputs]
+        rows, d = flat[0].shape
+        c = min(1024, triton.next_power_of_2(d))
+        r = 1024 // c
+        grid = triton.cdiv(rows, r), triton.cdiv(d, c)
+        _launch(kernel, grid, *flat, *outputs, rows, *(x.stride(0) for x in flat), d, R=r, C=c)
+
+
+@torch.library.custom_op("lumi::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = _swiglu_fake(gate, up)
+    _swiglu_launch(_swiglu_forward_kernel, [gate, up], [y])
+    return y
+
+
+@torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
+def _swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    _swiglu_launch(_swiglu_backward_kernel, [gate, up, dy], [dgate, dup])
+    return dgate, dup
+
+
+@_swiglu.register_fake
+def _swiglu_fake(gate, up):
+    if gate.shape != up.shape:
+        raise ValueError(f"gate is {tuple(gate.shape)} and up {tuple(up.shape)}; expected one shape")
+    return gate.new_empty(gate.shape)
+
+
+_swiglu_backward.register_fake(lambda gate, up, dy: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
+_swiglu.register_autograd(
+    lambda ctx, dy: torch.ops.lumi.swiglu_backward(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def _use_triton(kernels: str, x: Tensor) -> bool:
+    """ "auto" leaves to torch.compile what it can fuse with the operations around it, and float64 to PyTorch."""
+    if kernels != "auto":
+        return kernels == "triton"
+    return x.is_cuda and x.dtype != torch.float64 and triton is not None and not torch.compiler.is_compiling()
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes x in here: autocast's dtype, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
+    """`rms_norm_torch`, or the Triton kernel for the same, in the dtype that the next linear layer computes in."""
+    if _use_triton(kernels, x):
+        return _rms_norm(x, None, weight, eps, _matmul_dtype(x))[1]
+    return rms_norm_torch(x, weight, eps, _matmul_dtype(x))
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+    """x + delta in x's dtype, and `rms_norm` of it: read once. delta: of x's shape and any floating dtype."""
+    if _use_triton(kernels, x):
+        return _rms_norm(x, delta, weight, eps, _matmul_dtype(x))[:2]
+    total = (x + delta).to(x.dtype)
+    return total, rms_norm_torch(total, weight, eps, _matmul_dtype(x))
+
+
+def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
+    """`swiglu_torch`, or the Triton kernel for the same."""
+    return _swiglu(gate, up) if _use_triton(kernels, gate) else swiglu_torch(gate, up)

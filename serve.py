@@ -13,6 +13,7 @@ from pathlib import Path
 import checkpoint
 import stage
 import tokenizer
+from model import Sampling
 from stage import UserError
 from train import pick_device
 
@@ -45,6 +46,11 @@ def generate(arguments: argparse.Namespace) -> None:
     """Continues a prompt, from the argument or standard input, on standard output."""
     import configs
 
+    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    try:
+        Sampling(**options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     experiment = configs.load(arguments.config)
     directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
     spm = experiment.load_tokenizer(directory)
@@ -56,11 +62,9 @@ def generate(arguments: argparse.Namespace) -> None:
         new = model.stream(
             [ids],
             arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
             seed=None if arguments.seed is None else arguments.seed + i,
             stop=(spm.eos,),
+            **options,
         )
         print(prompt, end="", flush=True)
         try:

@@ -468,6 +468,8 @@ def main(arguments: argparse.Namespace) -> None:
     task = pretraining(experiment, splits, others)
 
     read |= {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
+    if experiment.imported:
+        read |= stage.outputs(experiment.imported)
     settings = {"model": experiment.model, "pretrain": config}
     if experiment.mixture:
         settings["mixture"] = experiment.mixture
@@ -483,6 +485,9 @@ def main(arguments: argparse.Namespace) -> None:
         checkpoint.recover(directory)
         torch.manual_seed(config.seed)
         model = Transformer(experiment.model)
+        if experiment.imported:
+            model.load_state_dict(checkpoint.read(experiment.imported, "weights.pt"))
+            log.info(f"going on from the weights in {experiment.imported}")
         describe(model, task, config, len(splits["train"].tokens))
         train(model, task, config, job, arguments.resume, remake)
         log.info(f"trained: {directory / 'final'}")

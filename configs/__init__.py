@@ -53,8 +53,8 @@ class Experiment:
     beside: tuple["Experiment", ...] = field(default=(), repr=False)
     """Experiments whose packed tokens the mixture may name too; they share the tokenizer."""
     imported: Path | None = field(default=None, repr=False)
-    """The directory of a converted model (`convert.py from-hf`): its pretrained weights and, in `tokenizer/`, its
-    tokenizer, instead of ones made here. Its embedding may have more rows than the tokenizer has pieces."""
+    """The directory of a converted model (`convert.py from-hf`): training goes on from its weights and, in
+    `tokenizer/`, its tokenizer. Its embedding may have more rows than the tokenizer has pieces."""
     file: Path | None = field(default=None, repr=False)
     """Where `load` found it."""
 
@@ -110,10 +110,10 @@ class Experiment:
 
     def trained(self, stage_name: str) -> Path:
         """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
-        if self.imported and stage_name == "pretrain":
-            return self.imported
         final = self.directory(stage_name) / "final"
         if stage.read_manifest(final) is None:
+            if self.imported and stage_name == "pretrain":
+                return self.imported
             raise UserError(f"{self.name} is not trained: no {final}; train it with: python train.py {self.path}")
         return final
 

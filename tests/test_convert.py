@@ -395,6 +395,8 @@ UNSUPPORTED = [
     ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     ({"num_key_value_heads": 3}, "n_kv_heads is 3"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+    ({"hidden_size": 10**400}, "hidden_size is 10000"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_theta is 10000"),
 ]
 
 
@@ -551,8 +553,11 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(exported, made: Place, tmp
 def test_what_is_no_model_is_not_replaced(foreign, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"thesis\.txt, which is no model"):
-        command("from-hf", foreign, tmp_path / "mine", "--force")
+    for beside in ([], ["config.py"], ["weights.pt", "manifest.json"]):
+        for name in beside:
+            (tmp_path / "mine" / name).write_text("something")
+        with pytest.raises(UserError, match="which no conversion wrote"):
+            command("from-hf", foreign, tmp_path / "mine", "--force")
     for out in (foreign, tmp_path):
         with pytest.raises(UserError, match="is what is converted, or holds it"):
             command("from-hf", foreign, out, "--force")
@@ -569,6 +574,57 @@ def test_a_failure_leaves_what_was_there(foreign, tmp_path, monkeypatch):
         command("from-hf", foreign, tmp_path / "out", "--force")
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_moved_aside_by_a_process_that_was_killed_comes_back(foreign, tmp_path):
+    command("from-hf", foreign, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(UserError, match="out is not empty"):
+        command("from-hf", foreign, tmp_path / "out")
+    assert checkpoint.load_model(tmp_path / "out").config.vocab_size == 1024
+
+
+def test_a_disk_that_fills_up_is_named(place: Place, foreign, exported):
+    code = """
+import resource, signal, sys, convert
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+parsed = convert.arguments().parse_args(sys.argv[1:])
+convert.stage.run(parsed.command, parsed)
+"""
+    found = place.run("-c", code, "from-hf", foreign, place.path / "out", status=2)
+    assert "weights.pt cannot be written" in found.stderr
+    assert not (place.path / "out").exists()
+    assert not list(place.path.glob(".out*"))
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_made(foreign, tmp_path):
+    with pytest.raises(UserError, match="has 1,000,000,000 layers, but the files only"):
+        command("from-hf", edit(foreign, num_hidden_layers=10**9), tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_refused(foreign, tmp_path):
+    weights = safetensors.torch.load_file(foreign / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, foreign / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers that are not finite"):
+        command("from-hf", foreign, tmp_path / "out")
+
+
+def test_training_goes_on_from_imported_weights(place: Place, foreign):
+    """With a learning rate of next to nothing, to a model next to the imported one."""
+    place.run("convert.py", "from-hf", foreign, place.path / "out")
+    config = place.path / "out/config.py"
+    source = 'Files(paths=("text.jsonl",))'
+    text = config.read_text().replace("PythonDocs()", source).replace("import PythonDocs", "import Files")
+    assert "steps=1_000, batch_size=8, learning_rate=1e-4" in text
+    settings = "steps=2, batch_size=2, learning_rate=1e-9, compile=False, eval_rows=2"
+    config.write_text(text.replace("steps=1_000, batch_size=8, learning_rate=1e-4", settings))
+    assert "going on from the weights in" in place.run("train.py", config).stdout
+    start = checkpoint.load_model(place.path / "out").state_dict()
+    end = checkpoint.load_model(place.runs / "out/pretrain/final").state_dict()
+    for name, weight in end.items():
+        torch.testing.assert_close(weight, start[name], rtol=0, atol=1e-6)
 
 
 def test_killed_half_way_nothing_is_half_written(place: Place, foreign):

@@ -364,6 +364,29 @@ def test_what_is_frozen_gets_no_gradient():
         frozen.requires_grad_(True)
 
 
+def test_a_second_derivative_is_refused():
+    x, weight, targets = loss_case(5)
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(lumi.linear_cross_entropy(x, weight, targets) ** 2, x, create_graph=True)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(4, dtype=torch.long), torch.zeros(3), torch.zeros(3, 1).long()])
+def test_targets_that_do_not_fit_are_refused(targets):
+    x, weight, _ = loss_case(3)
+    with pytest.raises(ValueError, match=r"expected \(N, D\) and \(N,\) int64"):
+        lumi.linear_cross_entropy(x, weight, targets)
+
+
+def test_kernels_refuse_shapes_that_do_not_fit():
+    x, weight = norm_inputs((4, 33), torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        lumi.rms_norm(x, weight[:7], 1e-5, "triton")
+    with pytest.raises(ValueError, match="do not fit"):
+        lumi.add_rms_norm(x, x[:1], weight, 1e-5, "triton")
+    with pytest.raises(ValueError, match="one shape"):
+        lumi.swiglu(x, x[:1], "triton")
+
+
 def test_loss_passes_gradcheck():
     torch.manual_seed(0)
     x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
@@ -645,6 +668,7 @@ def test_sampling_follows_the_distribution():
         ([1], {"repetition_penalty": 0.0}),
         ([1], {"no_repeat_ngram": 0}),
         ([1], {"seed": [1, 2]}),
+        ([1], {"repetition_penalty": 1e-300, "seed": 1}),
         ([1], {"seed": -1}),
     ],
 )
