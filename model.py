@@ -4,7 +4,8 @@ A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971): token embedd
 projection. A block adds two things to the residual stream, each reading a normalised copy of it: causal attention with
 rotary positions, and a SwiGLU feed-forward network. There are no biases and no dropout.
 
-In shapes: B batch, T tokens, D d_model, H heads, K key-value heads, E head dimension, F d_ff, V vocabulary.
+In shapes: B batch, T tokens, S keys seen, N = B · T rows, D d_model, H heads, K key-value heads, E head dimension,
+V vocabulary.
 """
 
 import itertools
@@ -568,7 +569,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | N
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise (arXiv:2002.05202). gate, up: (..., F) of one dtype; returns the same."""
+    """silu(gate) · up, elementwise (arXiv:2002.05202). gate, up: (..., d_ff) of one dtype; returns the same."""
     return F.silu(gate) * up
 
 
