@@ -21,9 +21,8 @@ def token_nats(model: Transformer, tokens: np.ndarray, bos: int) -> np.ndarray:
     """−log p of every token, in nats: (N,) float64.
 
     The tokens are one stream, opened by `bos`: the end token, as if a document had just closed, or the model's own
-    beginning. Windows of context_length
-    overlap by half, and each but the first counts only its later half: no token past the first window is predicted
-    from less than half a context.
+    beginning. Windows of context_length overlap by half, and each but the first counts only its later half: no token
+    past the first window is predicted from less than half a context.
     """
     T, n = model.config.context_length, len(tokens)
     stream = torch.from_numpy(np.concatenate(([bos], tokens)).astype(np.int64))
