@@ -30,6 +30,13 @@ import stage
 from model import Transformer
 from stage import Stage, UserError, check_types, log
 
+CHOICES = {
+    "schedule": ("cosine", "linear", "wsd"),
+    "optimizer": ("adamw", "muon"),
+    "precision": ("auto", "bfloat16", "float16", "float32"),
+    "parallel": ("ddp", "fsdp"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -45,27 +52,50 @@ class TrainConfig:
     batch_size: int
     """Rows of context_length tokens a step, over all micro-batches."""
     micro_batch_size: int | None = None
-    """* Rows in memory at once; divides batch_size. None: all."""
+    """* Rows that a process has in memory at once; divides batch_size. None: all of its share."""
     learning_rate: float
-    """AdamW's, at the peak."""
+    """At the peak."""
     min_lr: float = 0.0
     """The learning rate at the end."""
     schedule: str = "cosine"
-    """How it goes from the peak to the end: "cosine" (arXiv:1608.03983) or "linear" (arXiv:2310.07831)."""
+    """How it goes from the peak to the end: "cosine" (arXiv:1608.03983), "linear" (arXiv:2310.07831), or "wsd", which
+    stays at the peak and falls linearly in the last `decay_fraction` (warmup-stable-decay, arXiv:2404.06395)."""
+    decay_fraction: float = 0.2
+    """Share of the steps that "wsd" falls in."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
+    optimizer: str = "adamw"
+    """"adamw" (arXiv:1711.05101), or "muon" (arXiv:2502.16982) for the matrices of the blocks, AdamW for the rest."""
+    momentum: float = 0.95
+    """Muon's decay of the sum of gradients, a step."""
     beta1: float = 0.9
-    """Decay of AdamW's mean gradient, a step (arXiv:1711.05101)."""
+    """Decay of AdamW's mean gradient, a step."""
     beta2: float = 0.95
     """Decay of AdamW's mean squared gradient, a step."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices; vectors, which here are the gains of norms, are not decayed."""
+    """Of matrices, times the learning rate; vectors, which here are the gains of norms, are not decayed."""
     grad_clip: float = 1.0
     """The gradient's norm is clipped to this."""
+    max_skipped: int = 5
+    """* A step whose gradient is not finite is skipped; so many in a row stop the run."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
     compile: bool = True
     """* Compile the model's blocks with torch.compile: half a minute the first time, seconds then from its cache."""
+    precision: str = "auto"
+    """* What matrix products run in: "bfloat16", "float16" (with a scaled loss) or "float32"; "auto" is the fastest of
+    them that the device has in hardware. Weights, optimizer and checkpoints are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """* Keep of each block only its input, and compute the rest again when its gradient is due (arXiv:1604.06174)."""
+    parallel: str = "ddp"
+    """* Of several processes (torchrun), each holds the whole model, "ddp", or a share of it, "fsdp"."""
+    deterministic: bool = False
+    """* On a GPU, refuse operations whose result depends on timing: two runs give the same bytes, more slowly. A CPU
+    always does."""
+    timeout: float = 600.0
+    """* Seconds that a process waits for the others before it takes them for dead."""
+    tensorboard: bool = False
+    """* Write what goes to metrics.jsonl to tensorboard/ too (pip install tensorboard)."""
     log_every: int = 10
     """* Steps from one line of metrics.jsonl to the next."""
     eval_every: int = 250
@@ -79,10 +109,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "learning_rate", "grad_clip", "log_every"):
+        positive = ("steps", "epochs", "batch_size", "micro_batch_size", "learning_rate", "grad_clip", "log_every")
+        for name in (*positive, "timeout"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a positive number")
-        for name in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):
+        for name in ("eval_every", "eval_rows", "save_every", "keep_checkpoints", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("warmup_steps", "weight_decay", "seed"):
@@ -90,11 +121,14 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; expected less than 2^63")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0, less than 1")
-        if self.schedule not in ("cosine", "linear"):
-            raise ValueError(f'schedule is {self.schedule!r}; expected "cosine" or "linear"')
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}; expected more than 0, at most 1")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set either steps or epochs, and leave the other None")
         if not 0 <= self.min_lr <= self.learning_rate:
@@ -103,7 +137,8 @@ class TrainConfig:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}; expected a divisor of {self.batch_size}")
 
 
-FREE = {"steps", "epochs", "micro_batch_size", "compile"}
+FREE = {"steps", "epochs", "micro_batch_size", "max_skipped"}
+FREE |= {"compile", "precision", "gradient_checkpointing", "parallel", "deterministic", "timeout", "tensorboard"}
 FREE |= {"log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"}
 
 
