@@ -75,7 +75,7 @@ def test_learning_rate_by_hand():
 
 def test_norms_are_not_decayed():
     model = Transformer(ModelConfig(vocab_size=9, n_layers=1, d_model=4, n_heads=1))
-    matrices, vectors = train.make_optimizer(model, CONFIG).param_groups
+    matrices, vectors = train.make_optimizers(model, CONFIG)[0].param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert sum(p.numel() for p in vectors["params"]) == 3 * 4  # two norms of the block and the last one
     assert sum(p.numel() for p in matrices["params"]) + 12 == model.num_parameters()
@@ -101,7 +101,7 @@ def run_counting(directory: Path, config: TrainConfig) -> tuple[Transformer, lis
     model, task = counting(config)
     job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "")
     with job.making():
-        train.train(model, task, config, job, "auto", "")
+        train.train(model, task, config, job, "auto")
     return model, [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
