@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         if batch.is_cuda and torch.cuda.get_device_capability(batch.device) >= (8, 0):
             batch = batch.bfloat16()  # before it is gathered: half the bytes to send
         updates = list(orthogonalise(batch.full_tensor() if sharded else batch).to(params[0].dtype))
-        if sharded:  # every process has the same updates: none is sent
+        if sharded:  # every process has all updates: none is sent
             from torch.distributed.tensor import distribute_tensor  # here: it takes most of a second
 
             mesh, placements = params[0].device_mesh, params[0].placements
