@@ -490,10 +490,9 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             if progress.step == first + 1:
                 began, since = tick, progress.step
     if progress.step < steps:
-        name = signal.Signals(stopping).name
-        raise stage.Stopped(
-            128 + stopping, f"{name}: saved at step {progress.step} of {steps}; go on with: {job.remake}"
-        )
+        again = job.remake.replace("python", f"torchrun --nproc_per_node={ranks}") if ranks > 1 else job.remake
+        text = f"{signal.Signals(stopping).name}: saved at step {progress.step} of {steps}; go on with: {again}"
+        raise stage.Stopped(128 + stopping, text)
     counts = {"step": progress.step, "parameters": trained, "record": record}
     files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
