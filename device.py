@@ -28,7 +28,6 @@ CHINCHILLA = 20  # tokens a parameter at which a given number of FLOPs trains th
 # Dense TFLOP/s by vendor's data sheet, under the name that CUDA gives the card: in bfloat16, float16, and in float32,
 # which is TF32 where the card has it. Tensor cores without sparsity, accumulating in float32.
 DATASHEET = {
-    "NVIDIA B200": (2250.0, 2250.0, 1125.0),
     "NVIDIA H200": (989.4, 989.4, 494.7),
     "NVIDIA H200 NVL": (835.5, 835.5, 417.5),
     "NVIDIA H100 80GB HBM3": (989.4, 989.4, 494.7),
@@ -71,7 +70,9 @@ def pick_device(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if precision == "auto":
-        return device, next((d for d in (torch.bfloat16, torch.float16) if _wanted(device, d)), torch.float32)
+        # Not float16 on a CPU: it would need a scaled loss, for nothing.
+        known = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
+        return device, next((d for d in known if native(device, d)), torch.float32)
     dtype = getattr(torch, precision)
     if dtype != torch.float32 and not native(device, dtype):
         _warn(
@@ -84,11 +85,6 @@ def pick_device(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
 def compute_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _wanted(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether "auto" may pick it. Not float16 on a CPU: it would need a scaled loss, for nothing."""
-    return (device.type == "cuda" or dtype == torch.bfloat16) and native(device, dtype)
 
 
 def native(device: torch.device, dtype: torch.dtype) -> bool:
@@ -151,7 +147,8 @@ def attention_backend(config: ModelConfig, device: torch.device, dtype: torch.dt
     T, heads = min(config.context_length, 128), config.n_heads
     shapes = [(1, T, n, config.head_dim) for n in (heads, config.n_kv_heads or heads, config.n_kv_heads or heads)]
     q, k, v = (torch.zeros(s, dtype=dtype, device=device, requires_grad=True).transpose(1, 2) for s in shapes)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < heads)
+    with torch.enable_grad():
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < heads)
     step = out.grad_fn
     while step is not None:  # behind the last step, where the output was padded and cut
         for mark, name in (("Flash", "flash"), ("Cudnn", "cudnn"), ("Efficient", "memory-efficient")):
@@ -211,7 +208,8 @@ def memory_estimate(
     weights, gradients: float32. optimizer: AdamW keeps two numbers a parameter, Muon one for matrices of the blocks.
     activations: what autograd keeps of a micro-batch for the backward pass, counted below. loss: a chunk of logits, and
     the output projection's gradient twice, before and after it is scaled. For full rows; for compiled blocks it is an
-    upper bound. Not in it: Python and its libraries, and what the allocator holds but cannot use.
+    upper bound. It is of tensors: a process on a CPU was seen to take 400 MiB for Python and its libraries besides, and
+    up to half of the estimate for gaps that the C library's allocator cannot use.
     """
     c, half = model.config, dtype.itemsize
     D, KV, V, d_ff = c.d_model, (c.n_kv_heads or c.n_heads) * c.head_dim, c.vocab_size, c.d_ff or 4 * c.d_model
@@ -342,7 +340,7 @@ def page(
     needed, available = sum(memory.values()), memory_available(device) // here
     if needed > available:
         log.warning(
-            f"training will take about {_bytes(needed)} of memory a process, and {_bytes(available)} are available"
+            f"a process will need about {_bytes(needed)} of memory, and {_bytes(available)} are available to it"
         )
     name, peak = f"CPU, {_count(torch.get_num_threads(), 'thread')}", peak_flops(device, dtype)
     if device.type == "cuda":
@@ -354,24 +352,33 @@ def page(
     betas = f"betas {config.beta1:g} and {config.beta2:g}, weight decay {config.weight_decay:g}"
     momentum = f"momentum {config.momentum:g}, " if config.optimizer == "muon" else ""
     fall = f", falling in the last {config.decay_fraction:.0%}" if config.schedule == "wsd" else ""
-    lines = {
-        "parameters": f"{total:,}" + (f", {trained:,} of them trained" if trained < total else ""),
-        "steps": f"{steps:,} of {_count(config.batch_size, 'row')} × {c.context_length:,} tokens"
-        + (f", {held} rows at a time" if held < share else ""),
-        "tokens": f"{seen:,} in {steps / epoch_steps:.2f} epochs; {seen / total:.2f} a parameter, "
-        f"{seen / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}",
-        "FLOPs": f"{flops:.2g} a token, {seen * flops:.2g} in all",
-        "memory": f"about {_bytes(needed)} a process, of {_bytes(available)} available",
-        "": f"{', '.join(kinds[:3])}",
-        " ": f"{', '.join(kinds[3:])}",
-        "device": name + (f", {processes} processes by {config.parallel}" if processes > 1 else ""),
-        "precision": f"{_name(dtype)}; weights and optimizer in float32",
-        "runs with": ", ".join(ways),
-        "optimizer": f"{config.optimizer}, {momentum}{betas}",
-        "schedule": f"{config.schedule} from {config.learning_rate:g} to {config.min_lr:g}, "
-        f"{_count(config.warmup_steps, 'step')} of warm-up{fall}",
-    }
-    return [f"{label:<12}{value}" for label, value in lines.items()]
+    lines = [
+        ("parameters", f"{total:,}" + (f", {trained:,} of them trained" if trained < total else "")),
+        (
+            "steps",
+            f"{steps:,} of {_count(config.batch_size, 'row')} × {c.context_length:,} tokens"
+            + (f", {held} rows at a time" if held < share else ""),
+        ),
+        (
+            "tokens",
+            f"{seen:,} in {steps / epoch_steps:.2f} epochs; {seen / total:.2f} a parameter, "
+            f"{seen / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}",
+        ),
+        ("FLOPs", f"{flops:.1e} a token, {seen * flops:.1e} in all"),
+        ("memory", f"about {_bytes(needed)} a process, of {_bytes(available)} available"),
+        ("", ", ".join(kinds[:3])),
+        ("", ", ".join(kinds[3:])),
+        ("device", name + (f", {processes} processes by {config.parallel}" if processes > 1 else "")),
+        ("precision", f"{_name(dtype)}; weights and optimizer in float32"),
+        ("runs with", ", ".join(ways)),
+        ("optimizer", f"{config.optimizer}, {momentum}{betas}"),
+        (
+            "schedule",
+            f"{config.schedule} from {config.learning_rate:g} to {config.min_lr:g}, "
+            f"{_count(config.warmup_steps, 'step')} of warm-up{fall}",
+        ),
+    ]
+    return [f"{label:<12}{value}" for label, value in lines]
 
 
 def _count(n: int, thing: str) -> str:

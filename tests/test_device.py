@@ -306,7 +306,7 @@ def test_the_page(no_gpu, warnings, monkeypatch):
         f"parameters  {n:,}\n",
         "steps       1,000 of 4 rows × 32 tokens, 2 rows at a time\n",
         f"tokens      128,000 in 2.50 epochs; {each:.2f} a parameter, {each / 20:.2g} of Chinchilla's 20\n",
-        f"FLOPs       {flops:.2g} a token, {128_000 * flops:.2g} in all\n",
+        f"FLOPs       {flops:.1e} a token, {128_000 * flops:.1e} in all\n",
         "of 10.0 GiB available\n",
         "precision   float32; weights and optimizer in float32\n",
         "torch kernels, flash attention, gradient checkpointing\n",
