@@ -298,7 +298,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def smaller(model: ModelConfig, config: "TrainConfig", processes: int) -> str:
-    """Advice after running out of memory: three fields, what to set them to, and what they are, the mildest first."""
+    """What to do after running out of memory: three fields, what to set them to, and what they are, the mildest first."""
     held = rows_held(config, processes)
     rows = max(n for n in range(1, held + 1) if n == 1 or (n <= held // 2 and config.batch_size % n == held % n == 0))
     d_ff, heads = model.d_ff or 4 * model.d_model, model.n_kv_heads or model.n_heads
@@ -311,7 +311,7 @@ def smaller(model: ModelConfig, config: "TrainConfig", processes: int) -> str:
     changes += [("n_layers", max(1, model.n_layers // 2), model.n_layers), ("d_ff", max(1, d_ff // 2), d_ff)]
     changes += [("n_kv_heads", 1, heads)]
     first = [f"{name}={new!r} (now {old!r})" for name, new, old in changes if new != old][:3]
-    return f"out of memory; set {first[0]}, then {', then '.join(first[1:])}"
+    return f"set {first[0]}, then {', then '.join(first[1:])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
