@@ -298,7 +298,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def smaller(model: ModelConfig, config: "TrainConfig", processes: int) -> str:
-    """What to do after running out of memory: three fields, what to set them to, and what they are, the mildest first."""
+    """After running out of memory: three fields to change, to what and from what, the mildest first."""
     held = rows_held(config, processes)
     rows = max(n for n in range(1, held + 1) if n == 1 or (n <= held // 2 and config.batch_size % n == held % n == 0))
     d_ff, heads = model.d_ff or 4 * model.d_model, model.n_kv_heads or model.n_heads
