@@ -29,10 +29,10 @@ from benchmarks.gpu_kernels import BACKEND, DEVICE, GPU, HALF, interleaved, rati
 
 # isort: split
 import configs
-import device
+import machine
 import stage
-import train
 from model import ModelConfig, RMSNorm, SwiGLU, Transformer
+from optim import make_optimizers
 
 RESULT = Path(__file__).parent / "results/gpu.json"
 AIMS = {
@@ -165,10 +165,10 @@ class Trainer:
         theirs = self.kernels == "transformers"
         if theirs:
             model = to_transformers(model).train()
-        optimizer = train.make_optimizer(model, configs.load(f"configs/{self.name}.py").pretrain)
+        [optimizer] = make_optimizers(model, configs.load(f"configs/{self.name}.py").pretrain)
         parameters = list(model.parameters())
         if self.mode == "blocks" and GPU:
-            device.compile_blocks(model)
+            machine.compile_blocks(model, DEVICE)
         elif self.mode == "blocks":
             for block in model.blocks:
                 block.compile(backend=BACKEND)
@@ -203,7 +203,7 @@ def rates(trainers: dict[str, Trainer], results: Results) -> dict[str, list[floa
             [time] = interleaved({name: trainer.step}, 1, trainer.repeat)[name]
             seconds[name].append(time / (trainer.rows * trainer.T))
     measured = results.found.get("peaks", {}).get("matmul", {}).get("tflops")
-    peaks = {"measured": measured and measured * 1e12, "datasheet": device.peak_flops(DEVICE, HALF)}
+    peaks = {"measured": measured and measured * 1e12, "datasheet": machine.peak_flops(DEVICE, HALF)}
     for name, trainer in trainers.items():
         rate = 1 / statistics.median(seconds[name])
         found = {"tokens_per_second": round(rate), "rows": trainer.rows, "peak_mib": trainer.mib}
@@ -289,7 +289,7 @@ def generation(batch: int, results: Results) -> dict:
 
 
 def run(results: Results) -> None:
-    device.pick_device()  # sets the precision that it trains with
+    machine.pick_device()  # sets the precision that it trains with
     torch._dynamo.config.recompile_limit = 64  # every trainer has the blocks compiled for itself
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._functorch.config.donated_buffer = False  # a backward pass is timed many times over

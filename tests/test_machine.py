@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import device
+import machine
 from model import ModelConfig, Transformer
 from tests.conftest import ROOT
 from train import TrainConfig
@@ -34,8 +34,7 @@ def no_gpu(monkeypatch):
 def warnings(monkeypatch) -> list[str]:
     """What is warned of."""
     found = []
-    device._warn.cache_clear()
-    monkeypatch.setattr(device.log, "warning", found.append)
+    monkeypatch.setattr(machine.log, "warning", found.append)
     return found
 
 
@@ -49,21 +48,22 @@ def meta(config: ModelConfig) -> Transformer:
 
 @pytest.mark.parametrize(("half", "dtype"), [(0.02, torch.float32), (0.0051, torch.float32), (0.005, torch.bfloat16)])
 def test_a_cpu_gets_bfloat16_only_where_it_is_measured_to_be_fast(no_gpu, warnings, monkeypatch, half, dtype):
-    monkeypatch.setattr(device, "_seconds", lambda where, dtype: (0.01, half))
-    assert device.pick_device() == device.pick_device("auto") == (CPU, dtype)
+    monkeypatch.setattr(machine, "_seconds", lambda where, dtype: (0.01, half))
+    assert machine.pick_device() == CPU
+    assert machine.pick_dtype(CPU) == dtype
     assert warnings == []
 
 
-def test_a_forced_precision_that_is_slow_is_warned_of_once(no_gpu, warnings, monkeypatch):
-    monkeypatch.setattr(device, "_seconds", lambda where, dtype: (0.01, 2.04))
-    assert device.pick_device("bfloat16") == device.pick_device("bfloat16") == (CPU, torch.bfloat16)
+def test_a_forced_precision_that_is_slow_is_warned_of(no_gpu, warnings, monkeypatch):
+    monkeypatch.setattr(machine, "_seconds", lambda where, dtype: (0.01, 2.04))
+    assert machine.pick_dtype(CPU, "bfloat16") == torch.bfloat16
     [message] = warnings
     assert "'bfloat16'" in message
     assert "204.0 times" in message
     assert message.endswith('set precision="auto"')
-    assert device.pick_device("float16")[1] == torch.float16
+    assert machine.pick_dtype(CPU, "float16") == torch.float16
     assert len(warnings) == 2
-    assert device.pick_device("float32")[1] == torch.float32
+    assert machine.pick_dtype(CPU, "float32") == torch.float32
     assert len(warnings) == 2
 
 
@@ -76,7 +76,8 @@ def test_a_gpu_gets_what_its_generation_has(warnings, monkeypatch, capability, d
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", matmul.append)
-    assert device.pick_device() == (torch.device("cuda", 3), dtype)
+    assert machine.pick_device() == torch.device("cuda", 3)
+    assert machine.pick_dtype(torch.device("cuda", 3)) == dtype
     assert matmul == ["high"]
     assert warnings == []
 
@@ -84,8 +85,8 @@ def test_a_gpu_gets_what_its_generation_has(warnings, monkeypatch, capability, d
 @pytest.mark.parametrize(("patience", "rounds"), [(0.5, 2), (100, 8)])
 def test_measuring_is_cut_short_where_it_is_slow(monkeypatch, patience, rounds):
     clock = itertools.count()  # every product takes one second
-    monkeypatch.setattr(device.time, "perf_counter", clock.__next__)
-    assert device._seconds.__wrapped__(CPU, torch.bfloat16, patience) == (1, 1)
+    monkeypatch.setattr(machine.time, "perf_counter", clock.__next__)
+    assert machine._seconds.__wrapped__(CPU, torch.bfloat16, patience) == (1, 1)
     assert next(clock) == rounds * 4
 
 
@@ -94,8 +95,8 @@ def test_peaks_are_known_by_exact_name(monkeypatch):
     names = {"NVIDIA H100 80GB HBM3": (989.4e12, 494.7e12), "Tesla T4": (None, 8.1e12), "NVIDIA H100": (None, None)}
     for name, expected in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda where, name=name: name)
-        assert (device.peak_flops(gpu, torch.bfloat16), device.peak_flops(gpu, torch.float32)) == expected
-    assert device.peak_flops(CPU, torch.float32) is None
+        assert (machine.peak_flops(gpu, torch.bfloat16), machine.peak_flops(gpu, torch.float32)) == expected
+    assert machine.peak_flops(CPU, torch.float32) is None
 
 
 @pytest.mark.parametrize("config", [SHAPE, GROUPED])
@@ -111,9 +112,9 @@ def test_flops_are_those_that_pytorch_counts(config):
 
 def test_attention_is_named_by_what_ran():
     for config, dtype in itertools.product((SHAPE, GROUPED), (torch.float32, torch.bfloat16)):
-        assert device.attention_backend(config, CPU, dtype) == "flash"
+        assert machine.attention_backend(config, CPU, dtype) == "flash"
         with sdpa_kernel(SDPBackend.MATH):
-            assert device.attention_backend(config, CPU, dtype) == "math"
+            assert machine.attention_backend(config, CPU, dtype) == "math"
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -160,21 +161,21 @@ LONG = dataclasses.replace(SHAPE, context_length=256, n_heads=16, n_kv_heads=4, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [SHAPE, GROUPED, WIDE, LONG])
 def test_activations_are_those_that_autograd_keeps(no_gpu, config, dtype):
-    estimate = device.memory_estimate(meta(config), CONFIG, dtype)["activations"]
+    estimate = machine.memory_estimate(meta(config), CONFIG, dtype)["activations"]
     assert estimate == pytest.approx(kept_by_loss(Transformer(config), 4, dtype), rel=0.02)
 
 
-@pytest.mark.skipif(device.triton is None or torch.cuda.is_available(), reason="has Triton interpreted, on a CPU")
+@pytest.mark.skipif(machine.triton is None or torch.cuda.is_available(), reason="has Triton interpreted, on a CPU")
 def test_triton_kernels_keep_less(no_gpu):
     config = dataclasses.replace(SHAPE, kernels="triton", n_layers=1)
-    estimate = device.memory_estimate(meta(config), CONFIG, torch.float32)["activations"]
+    estimate = machine.memory_estimate(meta(config), CONFIG, torch.float32)["activations"]
     assert estimate == pytest.approx(kept_by_loss(Transformer(config), 4), rel=0.02)
-    assert estimate < device.memory_estimate(meta(SHAPE), CONFIG, torch.float32)["activations"]
+    assert estimate < machine.memory_estimate(meta(SHAPE), CONFIG, torch.float32)["activations"]
 
 
 def test_math_attention_keeps_the_probabilities(no_gpu):
     with sdpa_kernel(SDPBackend.MATH):
-        estimate = device.memory_estimate(meta(LONG), CONFIG, torch.float32)["activations"]
+        estimate = machine.memory_estimate(meta(LONG), CONFIG, torch.float32)["activations"]
         assert estimate == pytest.approx(kept_by_loss(Transformer(LONG), 4), rel=0.15)
 
 
@@ -188,22 +189,22 @@ def test_checkpointing_keeps_the_inputs_of_all_blocks_and_one_block(no_gpu, conf
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     kept = kept_by_loss(model, rows) + one.bytes
     checkpointing = dataclasses.replace(CONFIG, gradient_checkpointing=True)
-    estimate = device.memory_estimate(meta(config), checkpointing, torch.float32)["activations"]
+    estimate = machine.memory_estimate(meta(config), checkpointing, torch.float32)["activations"]
     assert estimate == pytest.approx(kept, rel=0.02)
 
 
 def test_memory_of_parameters_by_hand(no_gpu):
     model = meta(SHAPE)
     n, hidden = model.num_parameters(), 3 * 4 * 64 * (64 + 3 * 64)
-    found = device.memory_estimate(model, CONFIG, torch.float32)
+    found = machine.memory_estimate(model, CONFIG, torch.float32)
     assert [found[kind] for kind in ("weights", "gradients", "optimizer")] == [4 * n, 4 * n, 8 * n]
     muon = dataclasses.replace(CONFIG, optimizer="muon", parallel="fsdp")
-    shared = device.memory_estimate(model, muon, torch.float32, processes=2)
+    shared = machine.memory_estimate(model, muon, torch.float32, processes=2)
     assert [shared[kind] for kind in ("weights", "gradients", "optimizer")] == [2 * n, 2 * n, 4 * n - 2 * hidden]
     assert shared["activations"] == found["activations"] / 2  # each has half of the rows
     model.embed.requires_grad_(False)
     left = n - 96 * 64
-    frozen = device.memory_estimate(model, CONFIG, torch.float32)
+    frozen = machine.memory_estimate(model, CONFIG, torch.float32)
     assert [frozen[kind] for kind in ("weights", "gradients", "optimizer")] == [4 * n, 4 * left, 8 * left]
 
 
@@ -215,7 +216,7 @@ def test_memory_available_is_the_least_that_machine_and_groups_leave(tmp_path, v
 
     write("proc/meminfo", "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   5000 kB\n")
     write("proc/self/cgroup", "0::/a/b\n" if version == 2 else "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/a/b\n")
-    assert device.memory_available(CPU, tmp_path) == 5_000 * 1024
+    assert machine.memory_available(CPU, tmp_path) == 5_000 * 1024
     tree = "sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory"
     limit, used, cached = [
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -225,39 +226,39 @@ def test_memory_available_is_the_least_that_machine_and_groups_leave(tmp_path, v
         for name, number in zip((limit, used), numbers, strict=False):
             write(f"{tree}/{group}/{name}", f"{number}\n")
         write(f"{tree}/{group}/memory.stat", f"anon 7\n{cached} {numbers[2]}\n")
-    assert device.memory_available(CPU, tmp_path) == 4_000_000 - 1_500_000 + 300_000
+    assert machine.memory_available(CPU, tmp_path) == 4_000_000 - 1_500_000 + 300_000
     write(f"{tree}/a/{limit}", "max\n" if version == 2 else "9223372036854771712\n")
-    assert device.memory_available(CPU, tmp_path) == 3_899_000
+    assert machine.memory_available(CPU, tmp_path) == 3_899_000
     write(f"{tree}/a/b/{used}", "3900001\n")
-    assert device.memory_available(CPU, tmp_path) == 0
+    assert machine.memory_available(CPU, tmp_path) == 0
 
 
 def test_memory_available_here():
-    assert 0 < device.memory_available(CPU) < 2**50
+    assert 0 < machine.memory_available(CPU) < 2**50
 
 
 def test_out_of_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60)
-    assert device.out_of_memory(error.value)
-    assert device.out_of_memory(MemoryError())
-    assert device.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert machine.out_of_memory(error.value)
+    assert machine.out_of_memory(MemoryError())
+    assert machine.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     windows = (
         "[enforce fail at alloc_cpu.cpp:80] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
     )
-    assert device.out_of_memory(RuntimeError(windows))
-    assert not device.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not device.out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
+    assert machine.out_of_memory(RuntimeError(windows))
+    assert not machine.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not machine.out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
 
 
 def test_out_of_memory_under_a_limit():
     code = """
-import resource, torch, device
+import resource, torch, machine
 resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
 try:
     torch.zeros(2**32)
 except RuntimeError as error:
-    print(device.out_of_memory(error))
+    print(machine.out_of_memory(error))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
@@ -279,7 +280,7 @@ except RuntimeError as error:
 )
 def test_advice_is_three_changes_that_can_be_made(changes, processes, fields):
     config = dataclasses.replace(CONFIG, **changes)
-    advice = device.smaller(SHAPE, config, processes)
+    advice = machine.smaller(SHAPE, config, processes)
     parts = advice.removeprefix("set ").split(", then ")
     assert len(parts) == 3
     for part, field in zip(parts, fields, strict=True):
@@ -294,11 +295,10 @@ def test_advice_is_three_changes_that_can_be_made(changes, processes, fields):
 
 
 def test_the_page(no_gpu, warnings, monkeypatch):
-    monkeypatch.setattr(device, "_seconds", lambda where, dtype: (0.01, 0.02))
-    monkeypatch.setattr(device, "memory_available", lambda where: 10 * 2**30)
+    monkeypatch.setattr(machine, "memory_available", lambda where: 10 * 2**30)
     config = dataclasses.replace(CONFIG, micro_batch_size=2, gradient_checkpointing=True, warmup_steps=1)
     model = Transformer(SHAPE)
-    lines = device.page(model, config, steps=1_000, epoch_steps=400, tokens_per_step=128)
+    lines = machine.page(model, config, torch.float32, 1_000, 400)
     text, n = "\n".join(lines), model.num_parameters()
     each, flops = 128_000 / n, model.flops_per_token(32)
     assert max(map(len, lines)) <= 80
@@ -319,15 +319,14 @@ def test_the_page(no_gpu, warnings, monkeypatch):
 def test_the_page_of_a_stage_that_trains_a_part(no_gpu, monkeypatch):
     model = Transformer(SHAPE)
     model.embed.requires_grad_(False)
-    lines = device.page(model, CONFIG, steps=1, epoch_steps=1, tokens_per_step=1)
+    lines = machine.page(model, CONFIG, torch.float32, 1, 1)
     assert lines[0].endswith(f" {model.num_parameters():,}, {model.num_parameters() - 96 * 64:,} of them trained")
 
 
 def test_the_page_warns_of_what_will_not_fit(no_gpu, warnings, monkeypatch):
-    needed = sum(device.memory_estimate(meta(SHAPE), CONFIG, torch.float32, processes=2).values())
-    config = dataclasses.replace(CONFIG, precision="float32")
+    needed = sum(machine.memory_estimate(meta(SHAPE), CONFIG, torch.float32, processes=2).values())
     for spare, count in ((2, 0), (-2, 1)):  # on one machine, both processes take of the same memory
-        monkeypatch.setattr(device, "memory_available", lambda where, free=2 * needed + spare: free)
-        lines = device.page(meta(SHAPE), config, steps=1, epoch_steps=1, tokens_per_step=1, processes=2)
+        monkeypatch.setattr(machine, "memory_available", lambda where, free=2 * needed + spare: free)
+        lines = machine.page(meta(SHAPE), CONFIG, torch.float32, 1, 1, processes=2)
         assert "2 processes by ddp" in "\n".join(lines)
         assert len(warnings) == count

@@ -59,32 +59,39 @@ DATASHEET = {
 # ------------------------------------------------------------------------------------------------ device and precision
 
 
-def pick_device(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype its matrix products run in. Weights and optimizer are float32 everywhere.
+def pick_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """What matrix products run in. Weights and optimizer are float32 everywhere.
 
     precision: TrainConfig's. "auto" is what the hardware multiplies fastest: on a GPU bfloat16 from Ampere on, float16
     from Volta on (tensor cores); on a CPU bfloat16 if it is measured to be native. A precision that is forced, and that
     the device lacks, is warned of.
     """
-    device = compute_device()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     if precision == "auto":
         # Not float16 on a CPU: it would need a scaled loss, for nothing.
         known = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
-        return device, next((d for d in known if native(device, d)), torch.float32)
+        return next((dtype for dtype in known if native(device, dtype)), torch.float32)
     dtype = getattr(torch, precision)
     if dtype != torch.float32 and not native(device, dtype):
-        _warn(
+        log.warning(
             f"precision is {precision!r}, which this {device.type.upper()} is not made for: its matrix products were "
             f'measured to take {slowdown(device, dtype):.1f} times as long as in float32; set precision="auto"'
         )
-    return device, dtype
+    return dtype
 
 
-def compute_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def make_deterministic(device: torch.device) -> None:
+    """Has a GPU refuse what depends on timing. A CPU does nothing that does."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
 
 
 def native(device: torch.device, dtype: torch.dtype) -> bool:
@@ -123,12 +130,6 @@ def _seconds(device: torch.device, dtype: torch.dtype, patience: float = 0.5) ->
     return min(seconds[0]), min(seconds[1])
 
 
-@functools.cache
-def _warn(message: str) -> None:
-    """Once a process."""
-    log.warning(message)
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of dense matrix products, by the vendor's data sheet; None where that is not known for certain."""
     if device.type != "cuda":
@@ -165,13 +166,13 @@ def runs_triton(model: ModelConfig, config: "TrainConfig") -> bool:
     return torch.cuda.is_available() and triton is not None and not config.compile
 
 
-def compile_blocks(model: Transformer) -> None:
+def compile_blocks(model: Transformer, device: torch.device) -> None:
     """Has torch.compile fuse what stands between a block's matrix products; a warning where it cannot.
 
     One block is compiled, and its code serves all of them: 11 s for tiny, where the whole model takes 29.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=next(model.parameters()).device))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: its messages come in many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning(f"training goes on uncompiled, and slower; set compile=False, or mend this: {reason}")
@@ -224,7 +225,7 @@ def memory_estimate(
     # layer reads and, without the kernel, a float32 copy from before the gain.
     norm = 4 * D + 4 + half * D + (0 if kernel else 4 * D)
     attention = half * (2 * D + 2 * KV) + 4 * c.n_heads  # q and output, k and v, each softmax's log-sum-exp
-    if attention_backend(c, compute_device(), dtype) == "math":
+    if attention_backend(c, pick_device(), dtype) == "math":
         attention += 4 * c.n_heads * c.context_length  # the probabilities
     mlp = half * d_ff * (3 if kernel else 4)  # gate, up, their product and, without the kernel, silu(gate)
     block = 2 * norm + attention + mlp
@@ -318,23 +319,17 @@ def smaller(model: ModelConfig, config: "TrainConfig", processes: int) -> str:
 
 
 def page(
-    model: Transformer,
-    config: "TrainConfig",
-    *,
-    steps: int,
-    epoch_steps: float,
-    tokens_per_step: int,
-    processes: int = 1,
+    model: Transformer, config: "TrainConfig", dtype: torch.dtype, steps: int, epoch: float, processes: int = 1
 ) -> list[str]:
     """What is about to happen, before step 1: lines of a label and a value, at most 80 columns wide.
 
-    epoch_steps: steps that a pass over the data takes. tokens_per_step: by all processes. Warns if it will not fit.
+    epoch: steps that a pass over the data takes. Warns if memory will not suffice.
     """
-    device, dtype = pick_device(config.precision)
+    device = pick_device()
     c, total = model.config, model.num_parameters()
     trained = numbers(p for p in model.parameters() if p.requires_grad)
     held, share = rows_held(config, processes), max(1, config.batch_size // processes)
-    seen, flops = steps * tokens_per_step, model.flops_per_token(c.context_length)
+    seen, flops = steps * config.batch_size * c.context_length, model.flops_per_token(c.context_length)
     memory = memory_estimate(model, config, dtype, processes)
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # that share the memory
     needed, available = sum(memory.values()), memory_available(device) // here
@@ -361,7 +356,7 @@ def page(
         ),
         (
             "tokens",
-            f"{seen:,} in {steps / epoch_steps:.2f} epochs; {seen / total:.2f} a parameter, "
+            f"{seen:,} in {steps / epoch:.2f} epochs; {seen / total:.2f} a parameter, "
             f"{seen / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}",
         ),
         ("FLOPs", f"{flops:.1e} a token, {seen * flops:.1e} in all"),
