@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,11 @@ def lead(function: Callable, timeout: float | None = None):
     if found[1] is not None:
         raise Stopped(found[1], "")
     return found[0]
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends every process, each of which has to call it, with status 2; the first one says why."""
+    raise UserError(message) if rank() == 0 else Stopped(2, "")
 
 
 def added(x: Tensor) -> Tensor:

@@ -465,6 +465,8 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     try:
         main(arguments)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            _leave(2, "")  # one of several processes, which all find the same, and the first says it
         _fail(f"error: {error}")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -329,7 +329,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
     """
     directory, steps, rank, ranks = job.directory, task.steps, parallel.rank(), parallel.ranks()
     if config.batch_size % ranks:
-        raise UserError(
+        parallel.refuse(
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
         )
     rows = machine.rows_held(config, ranks)
@@ -344,7 +344,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         counts = stage.read_manifest(start)["counts"]
         record, job.earlier = counts["record"], counts["seconds"]
         if counts["step"] > steps:
-            raise UserError(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
+            parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
         checkpoint.load_weights(start, model)
         state = checkpoint.read(start, "state.pt")
         if config.precision == "auto" and state["device"] == device.type:
@@ -448,7 +448,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             progress.tokens += targets
             bar.update()
             if progress.in_a_row == config.max_skipped:
-                raise UserError(
+                parallel.refuse(
                     f"the gradient was not finite in {progress.in_a_row} steps in a row, the last of them step "
                     f"{progress.step}, on {task.documents(progress.step - 1) or 'its batch'}. Lower learning_rate, "
                     f"lengthen warmup_steps or look for what is wrong in the data, and start anew: {job.remake} --force"
@@ -620,7 +620,7 @@ def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainCo
     make: the model, its random numbers drawn after seeding. arguments: `force` and `resume` of the command line.
     """
     if arguments.force and arguments.resume != "auto":
-        raise UserError("--force discards what --resume would go on from; use one of them")
+        parallel.refuse("--force discards what --resume would go on from; use one of them")
 
     def done() -> bool:
         if arguments.force or arguments.resume != "auto" or not (manifest := stage.read_manifest(job.directory)):
