@@ -121,16 +121,7 @@ experiment = replace(first, name="mini", shared={{"tokenizer": first}}, beside=(
 
 
 def test_inspect_shows_documents_and_batches(made: Place):
-    shown = (
-        "--documents",
-        2,
-        "--step",
-        5,
-        "--rows",
-        3,
-        "--chars",
-        10_000,
-    )  # documents are as long as model.py makes them
+    shown = ("--documents", 2, "--step", 5, "--rows", 3, "--chars", 10_000)
     process = made.run("-m", "data.inspect", made.config, "--split", "val", *shown)
     packed = data.pack.load(made.runs / "mini/packed", tokenizer.load(made.runs / "mini/tokenizer").sha256, "")
     assert f"{len(packed['train'].tokens):,} tokens" in process.stdout
