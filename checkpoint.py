@@ -31,7 +31,7 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
             with open(temporary / name, "wb") as file:
                 torch.save(content, file)
         wrote = stage.digests(temporary, temporary.glob("*.pt"))
-        stage.write_json(temporary / "manifest.json", about | {"wrote": wrote, "versions": stage.versions()})
+        stage.write_manifest(temporary, about | {"wrote": wrote, "versions": stage.versions()})
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.__context__  # torch covers what the disk said with an error of its own

@@ -1,7 +1,6 @@
 """A checkpoint is there whole or not at all, and what is loaded is what was saved."""
 
 import contextlib
-import json
 import os
 import pickle
 import shutil
@@ -73,22 +72,22 @@ def test_code_in_place_of_weights_is_not_run(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     for content in (pickle.dumps(Code()), b"", b"not a checkpoint"):
         (saved / "weights.pt").write_bytes(content)
-        manifest = json.loads((saved / "manifest.json").read_text())
-        manifest["wrote"] = stage.digests(saved, saved.glob("*.pt"))  # the attacker mends the digest too
-        stage.write_json(saved / "manifest.json", manifest)
+        manifest = stage.read_manifest(saved)
+        manifest["wrote"] = stage.digests(saved, saved.glob("*.pt"))  # the attacker mends the digests too
+        stage.write_manifest(saved, manifest)
         with pytest.raises(UserError, match=r"weights\.pt holds something other"):
             checkpoint.load_model(saved)
     torch.save({"embed.weight": Code()}, saved / "weights.pt")
-    stage.write_json(saved / "manifest.json", manifest | {"wrote": stage.digests(saved, saved.glob("*.pt"))})
+    stage.write_manifest(saved, manifest | {"wrote": stage.digests(saved, saved.glob("*.pt"))})
     with pytest.raises(UserError, match=r"weights\.pt holds something other"):
         checkpoint.load_model(saved)
     assert not Path("executed").exists()
 
 
 def test_weights_of_another_shape_are_refused(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest = stage.read_manifest(saved)
     manifest["config"]["model"]["d_model"] = 16
-    stage.write_json(saved / "manifest.json", manifest)
+    stage.write_manifest(saved, manifest)
     with pytest.raises(UserError, match="does not hold the model"):
         checkpoint.load_model(saved)
 
