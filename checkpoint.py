@@ -24,7 +24,7 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
     about: the rest of the manifest: config, read, counts.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         for name, content in (("weights.pt", weights), ("state.pt", state)):
@@ -41,27 +41,36 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
 
 def put(temporary: Path, directory: Path) -> None:
     """Renames a finished directory to its name, in place of one that is there."""
-    if directory.exists():  # two renames, with the old one whole beside until the new one stands: see `recover`
+    if os.path.lexists(directory):  # two renames, with the old one whole beside until the new one stands: see `recover`
         old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.rename(directory, old)
         os.rename(temporary, directory)
         stage.sync(directory.parent)
-        shutil.rmtree(old)
+        remove(old)
     else:
         os.rename(temporary, directory)
         stage.sync(directory.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes what may stand at a path: a directory, a file, or a link, without what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def recover(parent: Path) -> None:
     """Clears up after a process killed while saving: restores what was moved aside, removes what is partial."""
     for old in parent.glob(".*.old"):
         if not (target := parent / old.name[1:-4]).exists():
+            remove(target)  # a link that leads nowhere
             os.rename(old, target)
         else:
-            shutil.rmtree(old)
+            remove(old)
     for partial in parent.glob(".*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        remove(partial)
 
 
 def read(directory: Path, file: str) -> dict:

@@ -95,14 +95,14 @@ def test_damage_is_named(tmp_path):
 )
 def test_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    with pytest.raises(UserError, match="is damaged; delete it"):
         stage.read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [{"config": 1}, {"wrote": {"weights.pt": 3}}, {"counts": None}])
 def test_a_signed_manifest_of_other_contents_is_named(tmp_path, wrong):
     stage.write_manifest(tmp_path, {"config": {}, "read": {}, "wrote": {}, "counts": {}} | wrong)
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    with pytest.raises(UserError, match="is damaged; delete it"):
         stage.read_manifest(tmp_path)
 
 
