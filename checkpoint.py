@@ -7,6 +7,7 @@ and `manifest.json` with the digests of both. It is written under a temporary na
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,10 +83,11 @@ def read(directory: Path, file: str) -> dict:
     if wrong := stage.damage(directory, {file: manifest["wrote"][file]}):
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
     try:
-        return torch.load(directory / file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file made to harm can break the reader anywhere
-        what = f"{type(error).__name__} {error}".splitlines()[0]
-        raise UserError(f"{directory / file} holds something other than tensors and numbers: {what}") from None
+        with warnings.catch_warnings(action="ignore"):  # of other pickles: those are refused
+            return torch.load(directory / file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file made to harm can break the reader anywhere; torch advises to read it unsafely
+        what = f"holds something other than tensors and numbers ({type(error).__name__})"
+        raise UserError(f"{directory / file} {what}; use another checkpoint") from None
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:

@@ -310,10 +310,17 @@ class _Console(logging.Handler):
         stream.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """Goes on without a line that the disk has no room for: what must be written says so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def logging_to(directory: Path) -> Iterator[None]:
     """Appends to the directory's log.txt, with the time, what is logged meanwhile."""
-    handler = logging.FileHandler(directory / "log.txt", encoding="utf-8")
+    handler = _LogFile(directory / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     try:

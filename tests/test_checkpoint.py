@@ -164,7 +164,6 @@ class Code:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_in_place_of_weights_is_not_run(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     for content in (pickle.dumps(Code()), b"", b"not a checkpoint"):
