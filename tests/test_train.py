@@ -88,8 +88,9 @@ def test_norms_are_not_decayed():
 class Numbers:
     """0 1 2 3 … modulo 61, in the place of packed tokens."""
 
-    name = "numbers"
+    name = file = "numbers"
     tokens = np.arange(20_000) % 61
+    starts, first = np.arange(0, 20_000, 61), 0
     bytes = 20_000
 
 
@@ -451,6 +452,7 @@ def test_an_old_checkpoint_that_is_a_link_is_let_go_of(interrupted: Place, made:
     directory, kept = interrupted.runs / "mini/pretrain", interrupted.path / "kept"
     shutil.move(directory / "step_0000015", kept)
     (directory / "step_0000015").symlink_to(kept)
+    interrupted.edit(("save_every=5", "save_every=5, keep_checkpoints=1"))
     interrupted.run("train.py", interrupted.config)
     assert_same_run(interrupted, made)
     assert not (directory / "step_0000015").is_symlink()
