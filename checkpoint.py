@@ -7,6 +7,7 @@ and `manifest.json` with the digests of both. It is written under a temporary na
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
     try:
         for name, content in (("weights.pt", weights), ("state.pt", state)):
             with open(temporary / name, "wb") as file:
-                torch.save(content, file)
+                torch.save(_interned(content), file)
         wrote = stage.digests(temporary, temporary.glob("*.pt"))
         stage.write_manifest(temporary, about | {"wrote": wrote, "versions": stage.versions()})
     except (OSError, RuntimeError) as error:
@@ -38,6 +39,15 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
         reason = error.__context__  # torch covers what the disk said with an error of its own
         raise reason if isinstance(reason, OSError) else error from None
     put(temporary, directory)
+
+
+def _interned(x):
+    """Equal strings as one object: a pickle notes which are, and equal content is to give equal bytes."""
+    if isinstance(x, dict):
+        return {_interned(key): _interned(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_interned, x))
+    return sys.intern(x) if type(x) is str else x
 
 
 def put(temporary: Path, directory: Path) -> None:
@@ -74,10 +84,16 @@ def recover(parent: Path) -> None:
         remove(partial)
 
 
-def read(directory: Path, file: str) -> dict:
-    """One of a checkpoint's files, on the CPU, its digest checked first. UserError if it is missing or damaged."""
+def read_manifest(directory: Path) -> dict:
+    """A checkpoint's manifest. UserError if it is missing or damaged."""
     if (manifest := stage.read_manifest(directory)) is None:
         raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
+    return manifest
+
+
+def read(directory: Path, file: str) -> dict:
+    """One of a checkpoint's files, on the CPU, its digest checked first. UserError if it is missing or damaged."""
+    manifest = read_manifest(directory)
     if file not in manifest["wrote"]:
         raise UserError(f"{directory} has no {file}; it holds {', '.join(manifest['wrote'])}")
     if wrong := stage.damage(directory, {file: manifest["wrote"][file]}):
@@ -88,6 +104,14 @@ def read(directory: Path, file: str) -> dict:
     except Exception as error:  # a file made to harm can break the reader anywhere; torch advises to read it unsafely
         what = f"holds something other than tensors and numbers ({type(error).__name__})"
         raise UserError(f"{directory / file} {what}; use another checkpoint") from None
+
+
+def load_weights(directory: Path, model: torch.nn.Module) -> None:
+    """Puts a checkpoint's weights into a model. UserError if they are missing, damaged, or another model's."""
+    try:
+        model.load_state_dict(read(directory, "weights.pt"))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:
@@ -114,8 +138,7 @@ def newest(parent: Path) -> Iterator[Path]:
 
 def must_match(directory: Path, tokenizer_sha256: str) -> None:
     """UserError if a checkpoint was not trained on the output of this tokenizer."""
-    if (manifest := stage.read_manifest(directory)) is None:
-        raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
+    manifest = read_manifest(directory)
     found = next((digest for path, digest in manifest["read"].items() if path.endswith("spm.model")), "none")
     if found != tokenizer_sha256:
         raise UserError(
@@ -127,12 +150,8 @@ def must_match(directory: Path, tokenizer_sha256: str) -> None:
 def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. UserError if it is missing or damaged."""
     directory = Path(directory)
-    weights = read(directory, "weights.pt")
-    shape = dict(stage.read_manifest(directory)["config"]["model"])
+    shape = dict(read_manifest(directory)["config"]["model"])
     del shape["type"], shape["kernels"]  # the kernels are those of this machine
     model = Transformer(ModelConfig(**shape))
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
+    load_weights(directory, model)
     return model.eval().to(device)

@@ -18,6 +18,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -230,6 +231,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # keep a block's input only, and compute the rest again when it is due
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config)
@@ -265,7 +267,10 @@ class Transformer(nn.Module):
             mask = torch.arange(max(used) + T, device=tokens.device) <= at[:, None, :, None]  # (B, 1, T, S)
         x, delta = self.embed(tokens), None  # (B, T, D)
         for block in self.blocks:
-            x, delta = block(x, delta, cos, sin, cache, mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, delta = checkpoint(block, x, delta, cos, sin, cache, mask, use_reentrant=False)
+            else:
+                x, delta = block(x, delta, cos, sin, cache, mask)
         if cache is not None:
             cache.used += T
         return self.norm(x, delta)[1]

@@ -15,7 +15,7 @@ import stage
 import tokenizer
 from model import Sampling
 from stage import UserError
-from train import pick_device
+from machine import pick_device
 
 
 def text_stream(spm: tokenizer.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -55,7 +55,7 @@ def generate(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
-    model = checkpoint.load_model(directory, str(pick_device()[0]))
+    model = checkpoint.load_model(directory, str(pick_device()))
     prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt
     ids = [spm.bos, *spm.encode(prompt)]
     for i in range(arguments.samples):

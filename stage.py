@@ -506,6 +506,7 @@ def _fail(message: str) -> typing.NoReturn:
 def _leave(status: int, message: str) -> typing.NoReturn:
     """Ends the process at once: the threads of a pool that was killed would have something to say about it."""
     with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+        if message:
+            print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(status)

@@ -8,7 +8,6 @@ that is killed at any moment and started again ends with the same bytes as one n
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import machine
+import parallel
 import stage
 from model import Transformer
+from optim import learning_rate, make_optimizers
 from stage import Stage, UserError, check_types, log
 
 CHOICES = {
@@ -146,104 +148,85 @@ FREE |= {"log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints
 class Task:
     """What a stage hands the loop. A batch is a tuple of CPU tensors with rows along the first axis."""
 
-    batch: Callable[[int], tuple[Tensor, ...]]
-    """The global batch of a step, counted from 0: a pure function of it."""
+    batch: Callable[[int, int, int], tuple[Tensor, ...]]
+    """batch(step, rank, ranks): a process's part of the global batch of a step, both counted from 0; a pure function.
+    The parts are of one size, and one after another they are the same global batch for any number of processes."""
     loss: Callable[..., Tensor]
-    """loss(model, *batch): the mean over the batch's targets."""
+    """loss(model, *batch): the mean over the batch's targets. It calls the model as a function, and none of its
+    methods: that is where several processes meet."""
     targets: Callable[..., int]
     """targets(*batch): how many that mean is over, so that micro-batches can be weighed."""
     evaluate: Callable[[nn.Module], dict[str, float]]
-    """Metrics of held-out data by name, `val_loss` among them; the model is in eval mode and no gradient is kept."""
+    """Metrics of held-out data by name, `val_loss` among them, the same on every process; the model is in eval mode and
+    no gradient is kept."""
     steps: int
     """Steps to train."""
     epoch: float
     """Steps that one pass over the data takes."""
+    seen: Callable[[int], dict[str, int]] = lambda step: {}
+    """seen(step): how many tokens the steps before it have drawn from each set of a mixture."""
+    documents: Callable[[int], str] = lambda step: ""
+    """documents(step): what the global batch of a step holds, for the message about a step that fails."""
 
 
 # -------------------------------------------------------------------------------------------------- the loop's parts
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Of a step counted from 0: a linear rise over the warm-up, then a fall from learning_rate to min_lr."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
-    return config.min_lr + (config.learning_rate - config.min_lr) * left
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
 def accumulate_gradient(
-    model: nn.Module, task: Task, batch: tuple, rows: int, autocast: AbstractContextManager
+    model: nn.Module, task: Task, batch: tuple, rows: int, targets: int, scale: float, autocast: AbstractContextManager
 ) -> Tensor:
-    """Adds the gradient of the mean loss over a batch to the parameters', `rows` rows at a time; returns that loss.
+    """Adds the gradient of scale × the mean loss over a global batch to the parameters', `rows` rows at a time.
 
-    A micro-batch counts by its targets, so that the sum does not depend on how the batch was cut.
+    batch: this process's part of it. targets: of all parts. Returns the part's share of the loss, not scaled. A
+    micro-batch counts by its targets, so that the sum does not depend on how the batch was cut.
     """
-    device, targets = next(model.parameters()).device, task.targets(*batch)
+    device = next(model.parameters()).device
     total = torch.zeros((), device=device)
-    for micro in zip(*(tensor.split(rows) for tensor in batch), strict=True):
+    parts = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
+    for i, micro in enumerate(parts, start=1):
         share = task.targets(*micro) / targets
-        with autocast:
-            loss = task.loss(model, *(tensor.to(device, non_blocking=True) for tensor in micro)) * share
-        loss.backward()
+        # DistributedDataParallel averages over the processes, which once a step is enough.
+        silent = model.no_sync() if i < len(parts) and hasattr(model, "no_sync") else nullcontext()
+        with silent:
+            with autocast:
+                loss = task.loss(model, *(tensor.to(device, non_blocking=True) for tensor in micro)) * share
+            (loss * (scale * parallel.ranks())).backward()
         total += loss.detach()
     return total
 
 
-def pick_device() -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype its matrix products run in. Weights and optimizer are float32 everywhere.
+class LossScale:
+    """Keeps gradients within what float16 can hold (arXiv:1710.03740): the loss is multiplied by a number that is
+    halved whenever a gradient overflows, and doubled after 2,000 steps without. For other dtypes it is 1."""
 
-    A GPU from Ampere on multiplies bfloat16 natively. Other devices get float32: bfloat16 on a processor that emulates
-    it is some hundred times slower.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32
-    torch.set_float32_matmul_precision("high")
-    native = torch.cuda.get_device_capability() >= (8, 0)
-    return torch.device("cuda"), torch.bfloat16 if native else torch.float32
+    def __init__(self, dtype: torch.dtype):
+        self.moves = dtype == torch.float16
+        self.value, self.good = 65_536.0 if self.moves else 1.0, 0
 
-
-def compile_blocks(model: Transformer) -> None:
-    """Has torch.compile fuse what stands between a block's matrix products; a warning where it cannot.
-
-    One block is compiled, and its code serves all of them: 11 s for tiny, where the whole model takes 29.
-    """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=next(model.parameters()).device))
-    except Exception as error:  # no C++ compiler, no Python headers, …: its messages come in many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        log.warning(f"training goes on uncompiled, and slower; set compile=False, or mend this: {reason}")
-        return
-    for block in model.blocks:
-        block.compile()
+    def update(self, finite: bool) -> None:
+        if self.moves:
+            self.good = self.good + 1 if finite else 0
+            if not finite:
+                self.value /= 2
+            elif self.good == 2_000:
+                self.value, self.good = 2 * self.value, 0
 
 
-def keep_freed_memory() -> None:
-    """Has the C library keep the memory that a step frees for the next one.
-
-    By default it returns large blocks to the system, and getting them anew costs a step of tiny on a CPU 37,000 page
-    faults, a twelfth of its time.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc has it
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+def clip_gradient(parameters: list[nn.Parameter], limit: float, scale: float) -> float:
+    """Divides the gradient by `scale` and clips its norm to `limit`; returns the norm between the two."""
+    if scale != 1:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.div_(scale)
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Signals:
     """Remembers Ctrl-C and SIGTERM until the step is finished and saved; a second one exits at once."""
 
     def __init__(self):
-        self.caught: int | None = None
+        self.caught = 0
 
     def __enter__(self) -> "Signals":
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -254,31 +237,47 @@ class Signals:
             signal.signal(signum, handler)
 
     def _handle(self, signum, frame):
-        if self.caught is not None:
+        if self.caught:
             os._exit(128 + signum)
         self.caught = signum
-        os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
+        if parallel.rank() == 0:
+            os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
 
 
 class Metrics:
-    """metrics.jsonl: one object a logged step. On resume, what an interrupted run wrote past its checkpoint goes."""
+    """metrics.jsonl: one object a logged step; and tensorboard/, if that is asked for."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, directory: Path, tensorboard: bool):
+        self.path, self.tensorboard, self.board = directory / "metrics.jsonl", tensorboard, None
+
+    def begin(self, step: int) -> None:
+        """Drops what an interrupted run wrote past the checkpoint of that step. UserError without tensorboard."""
         kept = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 if json.loads(line)["step"] < step:
                     kept.append(line + b"\n")
             except (ValueError, TypeError, KeyError):
                 break  # the line that was being written when the run was killed
-        temporary = path.with_name(f".{path.name}.partial")
+        temporary = self.path.with_name(f".{self.path.name}.partial")
         temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)
-        self.path = path
+        temporary.replace(self.path)
+        if self.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("tensorboard=True, but it is not installed; pip install tensorboard") from None
+            self.board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=step)
 
     def write(self, record: dict) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
+            file.write(json.dumps(finite) + "\n")
+        if self.board:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
 
 
 @contextmanager
@@ -290,48 +289,105 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.train()
 
 
+@contextmanager
+def fitting(model: Transformer, config: TrainConfig) -> Iterator[None]:
+    """Makes of running out of memory a UserError that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not machine.out_of_memory(error):
+            raise
+        raise UserError(f"out of memory; {machine.smaller(model.config, config, parallel.ranks())}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
-def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume: str, remake: str) -> None:
+@dataclass
+class Progress:
+    """Where a run is. With weights, optimizers and random generators it is all that resuming needs."""
+
+    step: int = 0
+    """Steps made, those skipped among them."""
+    tokens: int = 0
+    """Targets learnt from."""
+    best_loss: float = math.inf
+    """The lowest validation loss so far,"""
+    best_step: int = 0
+    """and the step it is of."""
+    skipped: int = 0
+    """Steps whose gradient was not finite, and which changed nothing;"""
+    in_a_row: int = 0
+    """as many of them as came last."""
+
+
+def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end, from where an earlier run left it. Writes checkpoints, metrics.jsonl, the manifest.
 
-    resume: "auto", or the checkpoint to go on from. remake: the command, for messages. Raises UserError if that
-    checkpoint is of another config or the loss is not finite, and Stopped, everything saved, on Ctrl-C or SIGTERM.
+    resume: "auto", or the checkpoint to go on from. Raises UserError if that checkpoint is of another config, if memory
+    does not suffice, or if the gradient stays not finite; Stopped, everything saved, on Ctrl-C or SIGTERM.
     """
-    directory, steps = job.directory, task.steps
-    device, dtype = pick_device()
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    model.to(device).train()
-    keep_freed_memory()
-    if config.compile:
-        compile_blocks(model)
-    optimizer = make_optimizer(model, config)
-    parameters = sum(p.numel() for p in model.parameters())
-    step, best, record = 0, math.inf, None
+    directory, steps, rank, ranks = job.directory, task.steps, parallel.rank(), parallel.ranks()
+    if config.batch_size % ranks:
+        raise UserError(
+            f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
+        )
+    rows = min(config.micro_batch_size or config.batch_size, config.batch_size // ranks)
+    device = machine.pick_device()
+    dtype = parallel.lead(lambda: machine.pick_dtype(device, config.precision))
+    machine.keep_freed_memory()
+    if config.deterministic:
+        machine.make_deterministic(device)
 
-    if (start := find_checkpoint(job, resume)) is not None:
-        best = restore(start, model, optimizer)
+    progress, record, state = Progress(), None, None
+    if (start := parallel.lead(lambda: find_checkpoint(job, resume))) is not None:
         counts = stage.read_manifest(start)["counts"]
-        step, record, job.earlier = counts["step"], counts["record"], counts["seconds"]
-        if step > steps:
-            raise UserError(f"{start} is at step {step} already; set steps to at least that, not {steps}")
-        log.info(f"resumed from step {step} ({start})")
-    (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished run is made longer
-    metrics = Metrics(directory / "metrics.jsonl", step)
+        record, job.earlier = counts["record"], counts["seconds"]
+        if counts["step"] > steps:
+            raise UserError(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
+        checkpoint.load_weights(start, model)
+        state = checkpoint.read(start, "state.pt")
+        if config.precision == "auto" and state["device"] == device.type:
+            dtype = getattr(torch, state["dtype"])  # as it was measured when the run began
+    for text in machine.page(model, config, task.steps, task.epoch, dtype, ranks):
+        log.info(text)
+
+    flops = 1
+    peak = machine.peak_flops(device, dtype)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    model.train()
+    if config.compile:
+        machine.compile_blocks(model, device)
+    called = parallel.distribute(model, config.parallel, device, dtype)
+    optimizers = make_optimizers(model, config)
+    scale = LossScale(dtype)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    if state is not None:
+        progress = restore(start, state, optimizers, scale)
+        log.info(f"resumed from step {progress.step} ({start})")
+    metrics = Metrics(directory, config.tensorboard)
+    parallel.lead(lambda: metrics.begin(progress.step))
 
     def save(name: str) -> None:
-        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "best": best}
+        """Every process takes part in putting together what is shared out; the first writes it."""
+        state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        state |= {"progress": vars(progress), "loss_scale": vars(scale), "rng": torch.get_rng_state()}
+        state |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         if device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        counts = {"step": step, "seconds": round(job.seconds(), 1), "record": record}
-        if metrics.path.exists():
-            stage.sync(metrics.path)  # a checkpoint never reaches the disk before the log of its steps
-        about = {"config": job.config, "read": job.read, "counts": counts}
-        checkpoint.save(directory / name, model.state_dict(), state, about)
-        numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
-        for path in numbered[config.keep_checkpoints :]:
-            shutil.rmtree(path)
+        weights, state = parallel.whole(model.state_dict()), parallel.whole(state)
+
+        def write() -> None:
+            counts = {"step": progress.step, "seconds": round(job.seconds(), 1), "record": record}
+            if metrics.path.exists():
+                stage.sync(metrics.path)  # a checkpoint never reaches the disk before the log of its steps
+            about = {"config": job.config, "read": job.read, "counts": counts}
+            checkpoint.save(directory / name, weights, state, about)
+            numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
+            for path in numbered[config.keep_checkpoints :]:
+                shutil.rmtree(path)
+
+        parallel.lead(write)
 
     def finish_step() -> None:
         """Evaluates and logs, if this step should.
@@ -339,94 +395,144 @@ def train(model: nn.Module, task: Task, config: TrainConfig, job: Stage, resume:
         A checkpoint is saved before its step is evaluated and logged, and carries the step's record. So a resumed run
         begins here, and does again what the interrupted one may not have come to.
         """
-        nonlocal best
-        if step % config.eval_every == 0 or step == steps:
+        nonlocal warned
+        if progress.step % config.eval_every == 0 or progress.step == steps:
             with evaluating(model), autocast:
                 record.update(task.evaluate(model))
             log.info(line(record, steps))
-            if record["val_loss"] < best:
-                best = record["val_loss"]
+            if record["val_loss"] < progress.best_loss:
+                progress.best_loss, progress.best_step = record["val_loss"], progress.step
                 save("best")
-        if step % config.log_every == 0 or step == 1 or "val_loss" in record:
+            elif progress.step >= progress.best_step + 2 * config.eval_every and warned != progress.best_step:
+                warned = progress.best_step
+                log.warning(
+                    f"validation loss was lowest at step {warned}, {progress.best_loss:.4f}, and has not been since: "
+                    "the model begins to overfit; best/ keeps that step. More text or fewer epochs would help"
+                )
+        if rank == 0 and (progress.step % config.log_every == 0 or progress.step == 1 or "val_loss" in record):
             metrics.write(record)
 
+    warned = -1
     if record is not None:
-        if step == steps:
+        if progress.step == steps:
             save("final")  # the checkpoint may be a numbered one, where `steps` was lowered to it
         finish_step()
-    bar = tqdm(total=steps, initial=step, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    shown = tick = time.perf_counter()
-    first = counted = step
+    parameters, trained = list(model.parameters()), sum(p.numel() for p in model.parameters())
+    hidden = rank > 0 or not sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=progress.step, unit=" steps", disable=hidden, dynamic_ncols=True)
+    began = shown = tick = time.perf_counter()
+    first = since = progress.step
+    counted, stopping = progress.tokens, 0
+    batch = task.batch(first, rank, ranks) if first < steps else ()
     with Signals() as signals, bar:
-        stopping = None
-        while step < steps and stopping is None:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps)
-            batch = task.batch(step)
-            targets = task.targets(*batch)
-            loss = accumulate_gradient(model, task, batch, config.micro_batch_size or config.batch_size, autocast)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+        while progress.step < steps and not stopping:
+            rate = learning_rate(config, progress.step, steps)
+            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+                group["lr"] = rate
+            targets = parallel.total(task.targets(*batch))
+            loss = accumulate_gradient(called, task, batch, rows, targets, scale.value, autocast)
+            if progress.step + 1 < steps:
+                batch = task.batch(progress.step + 1, rank, ranks)  # while a GPU is still busy with this one
+            norm = clip_gradient(parameters, config.grad_clip, scale.value)
+            if finite := math.isfinite(norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+                progress.in_a_row = 0
+            else:  # of the sum over all processes: all of them skip the step
+                progress.skipped += 1
+                progress.in_a_row += scale.value <= 1  # above it, float16 has merely overflowed
+                log.warning(f"step {progress.step + 1} is skipped: the norm of its gradient is {norm}")
+            scale.update(finite)
+            model.zero_grad()
+            progress.step += 1
+            progress.tokens += targets
             bar.update()
-
-            stopping = signals.caught  # read once: what is saved below is what the message after the loop speaks of
-            saving = step % config.save_every == 0 or step == steps or stopping is not None
-            evaluated = step % config.eval_every == 0 or step == steps
-            if not (saving or evaluated or step % config.log_every == 0 or step == first + 1):
-                continue
-            if not math.isfinite(loss := float(loss)) or not math.isfinite(norm := float(norm)):
+            if progress.in_a_row == config.max_skipped:
                 raise UserError(
-                    f"step {step}: the loss is {loss}, the gradient's norm {norm}. Lower learning_rate or lengthen "
-                    f"warmup_steps, and start anew: {remake} --force"
+                    f"the gradient was not finite in {progress.in_a_row} steps in a row, the last of them step "
+                    f"{progress.step}, on {task.documents(progress.step - 1) or 'its batch'}. Lower learning_rate, "
+                    f"lengthen warmup_steps or look for what is wrong in the data, and start anew: {job.remake} --force"
                 )
-            now = time.perf_counter()
-            rate = (step - counted) * targets / (now - tick)
+
+            # Read once: what is saved below is what the message after the loop speaks of.
+            stopping = parallel.largest(signals.caught)
+            last = progress.step == steps
+            saving = (progress.step % config.save_every == 0 and not progress.in_a_row) or last or stopping
+            evaluated = progress.step % config.eval_every == 0 or last
+            if not (saving or evaluated or progress.step % config.log_every == 0 or progress.step == first + 1):
+                continue
+            loss, now = float(parallel.added(loss)), time.perf_counter()
+            speed = (progress.tokens - counted) / (now - tick)
             record = {
-                "step": step,
+                "step": progress.step,
                 "loss": loss,
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": rate,
                 "grad_norm": norm,
-                "tokens": step * targets,
-                "tokens_per_parameter": step * targets / parameters,
-                "epoch": step / task.epoch,
-                "tokens_per_second": rate,
+                "tokens": progress.tokens,
+                "tokens_per_parameter": progress.tokens / trained,
+                "epoch": progress.step / task.epoch,
+                "tokens_per_second": speed,
+                "skipped": progress.skipped,
             }
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-            if not sys.stderr.isatty() and (now - shown > 20 or step == first + 1):
-                left = (steps - step) * targets / rate
-                log.info(f"{line(record, steps)}, {rate:,.0f} tokens/s, {left // 60:.0f} min {left % 60:.0f} s left")
+            if peak:
+                record["mfu"] = speed * flops / (peak * ranks)
+            if seen := task.seen(progress.step):
+                record["seen"] = seen
+            bar.set_postfix_str(numbers(record))
+            if hidden and (now - shown > 20 or progress.step == first + 1):
+                left = (now - began) / (progress.step - since) * (steps - progress.step)
+                log.info(f"{line(record, steps)}, {left // 60:.0f} min {left % 60:.0f} s left")
                 shown = now
             if saving:  # before the evaluation, which may fail
-                save("final" if step == steps else f"step_{step:07d}")
+                save("final" if last else f"step_{progress.step:07d}")
             finish_step()
-            tick, counted = time.perf_counter(), step  # neither saving, evaluation nor the first step counts
-    if step < steps:
+            tick, counted = time.perf_counter(), progress.tokens  # neither saving, evaluation nor the first step counts
+            if progress.step == first + 1:
+                began, since = tick, progress.step
+    if progress.step < steps:
         name = signal.Signals(stopping).name
-        raise stage.Stopped(128 + stopping, f"{name}: saved at step {step} of {steps}; go on with: {remake}")
-    counts = {"step": step, "parameters": parameters, "record": record}
-    job.finish(counts, files=[directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")])
+        raise stage.Stopped(
+            128 + stopping, f"{name}: saved at step {progress.step} of {steps}; go on with: {job.remake}"
+        )
+    counts = {"step": progress.step, "parameters": trained, "record": record}
+    files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
+    parallel.lead(lambda: job.finish(counts, files))
+
+
+def numbers(record: dict) -> str:
+    """A step's measurements, for a progress bar."""
+    text = f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}, "
+    text += f"{record['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in record:
+        text += f", {record['mfu']:.1%} MFU"
+    return f"{text}, epoch {record['epoch']:.2f}"
 
 
 def line(record: dict, steps: int) -> str:
     """A step as one line to read."""
-    text = f"step {record['step']} of {steps}, epoch {record['epoch']:.2f}: loss {record['loss']:.4f}"
+    text = f"step {record['step']} of {steps}: {numbers(record)}"
     for name in ("val_loss", "val_perplexity", "val_bits_per_byte"):
         if name in record:
             text += f", {name.replace('_', ' ')} {record[name]:.4f}"
     return text
 
 
-def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Puts weights, optimizer and random generators back as saved; returns the best validation loss so far."""
-    model.load_state_dict(checkpoint.read(start, "weights.pt"))
-    state = checkpoint.read(start, "state.pt")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["best"]
+def restore(start: Path, state: dict, optimizers: list[torch.optim.Optimizer], scale: LossScale) -> Progress:
+    """Puts optimizers and random generators back as saved. UserError if `state` is not of such a run."""
+    try:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, own in saved["state"].items():
+                saved["state"][i] = {key: parallel.part(value, parameters[i]) for key, value in own.items()}
+            optimizer.load_state_dict(saved)
+        if scale.moves and state["loss_scale"]["moves"]:
+            vars(scale).update(state["loss_scale"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return Progress(**state["progress"])
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{start / 'state.pt'} does not hold the state of this run: {error}") from None
 
 
 def find_checkpoint(job: Stage, resume: str) -> Path | None:
@@ -459,15 +565,19 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
     batches, held_out = mixture(experiment, packed["train"], others or {}), Windows(packed["val"], length)
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
-    rows = config.micro_batch_size or config.batch_size
+    rank, ranks = parallel.rank(), parallel.ranks()
+    rows = min(config.micro_batch_size or config.batch_size, max(1, config.batch_size // ranks))
     bits = len(packed["val"].tokens) / packed["val"].bytes / math.log(2)  # a nat a token, in bits a byte
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        device, total = next(model.parameters()).device, 0.0
-        for i in range(0, count, rows):
-            tokens, targets = (t.to(device) for t in held_out.read(chosen[i : i + rows]))
-            total += float(model(tokens, targets)) * len(tokens)
-        loss = total / count
+        device = next(model.parameters()).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for i in range(0, count, rows * ranks):
+            own = chosen[i + rank * rows : min(count, i + (rank + 1) * rows)]
+            # Sharded models are called by all processes together, those with no row left among them.
+            tokens, targets = (t.to(device) for t in held_out.read(own or chosen[:1]))
+            total += model(tokens, targets).double() * len(own)
+        loss = float(parallel.added(total)) / count
         return {
             "val_loss": loss,
             "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -482,65 +592,78 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
+        seen=lambda step: {name: n * length for name, n in batches.seen(step).items()} if experiment.mixture else {},
+        documents=lambda step: "; ".join(batches.documents(step)),
     )
 
 
-def main(arguments: argparse.Namespace) -> None:
-    import configs
+def prepare(experiment, workers: int) -> tuple[Task, dict[str, str]]:
+    """The task of pretraining an experiment and the digests of what it reads. Makes the packed tokens it needs."""
     import data.pack
 
-    experiment = configs.load(arguments.config)
-    config, directory = experiment.pretrain, experiment.directory("pretrain")
-    remake = f"python train.py {experiment.path}"
-    packed = data.pack.build(experiment, stage.workers(arguments))
+    packed = data.pack.build(experiment, workers)
     spm = experiment.load_tokenizer()
     splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
     read, others = stage.outputs(packed), {}
     for other in experiment.beside:
-        where = data.pack.build(other, stage.workers(arguments))
+        where = data.pack.build(other, workers)
         others[other.name] = data.pack.load(where, spm.sha256, f"python -m data.pack {other.path}")["train"]
         read |= stage.outputs(where)
-    task = pretraining(experiment, splits, others)
-
     read |= {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
     if experiment.imported:
         read |= stage.outputs(experiment.imported)
-    settings = {"model": experiment.model, "pretrain": config}
-    if experiment.mixture:
-        settings["mixture"] = experiment.mixture
-    job = Stage(directory, settings, read, remake, free=FREE)
+    return pretraining(experiment, splits, others), read
+
+
+def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainConfig, arguments) -> None:
+    """A training stage as a command: nothing if it is done, else the model is made and trained, in a locked directory.
+
+    make: the model, its random numbers drawn after seeding. arguments: `force` and `resume` of the command line.
+    """
     if arguments.force and arguments.resume != "auto":
         raise UserError("--force discards what --resume would go on from; use one of them")
-    if not arguments.force and arguments.resume == "auto" and (manifest := stage.read_manifest(directory)):
-        job.must_match(directory)
-        if manifest["counts"]["step"] >= task.steps and not stage.damage(directory, manifest["wrote"]):
-            log.info(f"{directory} is up to date")
-            return
-    with job.making(keep=not arguments.force):
-        checkpoint.recover(directory)
+
+    def done() -> bool:
+        if arguments.force or arguments.resume != "auto" or not (manifest := stage.read_manifest(job.directory)):
+            return False
+        job.must_match(job.directory)
+        return manifest["counts"]["step"] >= task.steps and not stage.damage(job.directory, manifest["wrote"])
+
+    if parallel.lead(done):
+        log.info(f"{job.directory} is up to date")
+        return
+    with ExitStack() as held:
+        parallel.lead(lambda: held.enter_context(job.making(keep=not arguments.force)))
+        parallel.lead(lambda: checkpoint.recover(job.directory))
         torch.manual_seed(config.seed)
+        model = make()
+        with fitting(model, config):
+            train(model, task, config, job, arguments.resume)
+        log.info(f"trained: {job.directory / 'final'}")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import configs
+
+    experiment = configs.load(arguments.config)
+    config = experiment.pretrain
+
+    def make() -> Transformer:
         model = Transformer(experiment.model)
         if experiment.imported:
-            model.load_state_dict(checkpoint.read(experiment.imported, "weights.pt"))
+            checkpoint.load_weights(experiment.imported, model)
             log.info(f"going on from the weights in {experiment.imported}")
-        describe(model, task, config, len(splits["train"].tokens))
-        train(model, task, config, job, arguments.resume, remake)
-        log.info(f"trained: {directory / 'final'}")
+        return model
 
-
-def describe(model: Transformer, task: Task, config: TrainConfig, tokens: int) -> None:
-    """What is about to happen, in a few lines."""
-    device, dtype = pick_device()
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    seen, n = task.steps * config.batch_size * model.config.context_length, model.num_parameters()
-    log.info(
-        f"pretraining {n:,} parameters on {hardware} in {str(dtype).removeprefix('torch.')}: {task.steps:,} steps of "
-        f"{config.batch_size} × {model.config.context_length} tokens"
-    )
-    log.info(
-        f"{seen:,} tokens, {task.steps / task.epoch:.2f} epochs of {tokens:,}; {seen / n:.2f} tokens a parameter "
-        "(about 20 is compute-optimal, arXiv:2203.15556)"
-    )
+    with parallel.joined(config.timeout):
+        # The first process makes what is missing, however long it takes; then all of them find it made.
+        parallel.lead(lambda: prepare(experiment, stage.workers(arguments)) and None, timeout=parallel.DAY)
+        task, read = prepare(experiment, stage.workers(arguments))
+        settings = {"model": experiment.model, "pretrain": config}
+        if experiment.mixture:
+            settings["mixture"] = experiment.mixture
+        job = Stage(experiment.directory("pretrain"), settings, read, f"python train.py {experiment.path}", free=FREE)
+        run(job, make, task, config, arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import stage
 from eval.continuations import continuations
 from eval.language import validation
 from stage import Stage, log
-from train import pick_device
+from machine import pick_device
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     spm = experiment.load_tokenizer(final)
     splits = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")
     checkpoint.must_match(final, spm.sha256)
-    model = checkpoint.load_model(final, str(pick_device()[0]))
+    model = checkpoint.load_model(final, str(pick_device()))
     with job.making():
         started = time.perf_counter()
         numbers = validation(model, splits["val"], spm)

@@ -79,7 +79,7 @@ def test_learning_rate_by_hand():
 
 def test_norms_are_not_decayed():
     model = Transformer(ModelConfig(vocab_size=9, n_layers=1, d_model=4, n_heads=1))
-    matrices, vectors = train.make_optimizer(model, CONFIG).param_groups
+    matrices, vectors = train.make_optimizers(model, CONFIG)[0].param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert sum(p.numel() for p in vectors["params"]) == 3 * 4  # two norms of the block and the last one
     assert sum(p.numel() for p in matrices["params"]) + 12 == model.num_parameters()
@@ -106,7 +106,7 @@ def run_counting(directory: Path, config: TrainConfig) -> tuple[Transformer, lis
     model, task = counting(config)
     job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "")
     with job.making():
-        train.train(model, task, config, job, "auto", "")
+        train.train(model, task, config, job, "auto")
     return model, [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -514,14 +514,14 @@ def other_weights(newest: Path) -> None:
 
 def other_optimizer(newest: Path) -> None:
     state = checkpoint.read(newest, "state.pt")
-    for of_parameter in state["optimizer"]["state"].values():  # larger ones: smaller ones are read past their end
-        of_parameter["exp_avg"] = of_parameter["exp_avg"].repeat(2)
+    for of_parameter in state["optimizers"][0]["state"].values():  # larger ones: smaller ones are read past their end
+        of_parameter["exp_avg"] = torch.cat([of_parameter["exp_avg"]] * 2)
     torch.save(state, newest / "state.pt")
 
 
 def fewer_groups(newest: Path) -> None:
     state = checkpoint.read(newest, "state.pt")
-    del state["optimizer"]["param_groups"][1]
+    del state["optimizers"][0]["param_groups"][1]
     torch.save(state, newest / "state.pt")
 
 
@@ -529,8 +529,19 @@ def no_state(newest: Path) -> None:
     torch.save({}, newest / "state.pt")
 
 
-@pytest.mark.xfail(strict=True, reason="train.restore takes what a well-signed checkpoint holds on trust")
-@pytest.mark.parametrize("change", [other_weights, other_optimizer, fewer_groups, no_state])
+SIZES = pytest.mark.xfail(strict=True, reason="train.restore lets moments of other sizes than the parameters' through")
+DEVICE = pytest.mark.xfail(strict=True, reason="train.train reads state['device'] before restore checks the state")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_weights,
+        pytest.param(other_optimizer, marks=SIZES),
+        fewer_groups,
+        pytest.param(no_state, marks=DEVICE),
+    ],
+)
 def test_a_checkpoint_of_another_shape_is_refused(interrupted: Place, change):
     """Its digests and its config are right: only what it holds is another model's."""
     newest = interrupted.runs / "mini/pretrain/step_0000020"
