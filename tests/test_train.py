@@ -515,7 +515,7 @@ def other_weights(newest: Path) -> None:
 def other_optimizer(newest: Path) -> None:
     state = checkpoint.read(newest, "state.pt")
     for of_parameter in state["optimizer"]["state"].values():  # larger ones: smaller ones are read past their end
-        of_parameter["exp_avg"] = of_parameter["exp_avg"].repeat(2)
+        of_parameter["exp_avg"] = torch.cat([of_parameter["exp_avg"]] * 2)
     torch.save(state, newest / "state.pt")
 
 
