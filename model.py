@@ -251,6 +251,16 @@ class Transformer(nn.Module):
         """Every trained number once, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, T: int) -> int:
+        """Of a training step on rows of T tokens, as PaLM counts them (arXiv:2204.02311, appendix B).
+
+        A linear layer multiplies and adds once a weight: 2 FLOPs forward, 4 backward, for the gradients of input and
+        weight. Attention does so twice with T keys a query, d_model wide: 12 · T · d_model a block. Embedding rows are
+        looked up, not multiplied; masked keys count.
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * self.config.n_layers * self.config.d_model * T
+
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`."""
         T = tokens.shape[1]

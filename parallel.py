@@ -126,7 +126,7 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     if how == "ddp":
         index = [device.index] if device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel
-        return parallel(model.to(device), device_ids=index, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return parallel(model.to(device), device_ids=index, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

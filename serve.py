@@ -13,9 +13,9 @@ from pathlib import Path
 import checkpoint
 import stage
 import tokenizer
+from machine import pick_device
 from model import Sampling
 from stage import UserError
-from machine import pick_device
 
 
 def text_stream(spm: tokenizer.Tokenizer, ids: Iterable[int]) -> Iterator[str]:

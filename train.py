@@ -332,7 +332,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         raise UserError(
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
         )
-    rows = min(config.micro_batch_size or config.batch_size, config.batch_size // ranks)
+    rows = machine.rows_held(config, ranks)
     device = machine.pick_device()
     dtype = parallel.lead(lambda: machine.pick_dtype(device, config.precision))
     machine.keep_freed_memory()
@@ -349,10 +349,10 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         state = checkpoint.read(start, "state.pt")
         if config.precision == "auto" and state["device"] == device.type:
             dtype = getattr(torch, state["dtype"])  # as it was measured when the run began
-    for text in machine.page(model, config, task.steps, task.epoch, dtype, ranks):
+    for text in machine.page(model, config, dtype, steps, task.epoch, ranks):
         log.info(text)
 
-    flops = 1
+    flops = model.flops_per_token(model.config.context_length)
     peak = machine.peak_flops(device, dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
@@ -490,10 +490,9 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             if progress.step == first + 1:
                 began, since = tick, progress.step
     if progress.step < steps:
-        name = signal.Signals(stopping).name
-        raise stage.Stopped(
-            128 + stopping, f"{name}: saved at step {progress.step} of {steps}; go on with: {job.remake}"
-        )
+        again = job.remake.replace("python", f"torchrun --nproc_per_node={ranks}") if ranks > 1 else job.remake
+        text = f"{signal.Signals(stopping).name}: saved at step {progress.step} of {steps}; go on with: {again}"
+        raise stage.Stopped(128 + stopping, text)
     counts = {"step": progress.step, "parameters": trained, "record": record}
     files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
@@ -566,7 +565,7 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
     rank, ranks = parallel.rank(), parallel.ranks()
-    rows = min(config.micro_batch_size or config.batch_size, max(1, config.batch_size // ranks))
+    rows = machine.rows_held(config, ranks)
     bits = len(packed["val"].tokens) / packed["val"].bytes / math.log(2)  # a nat a token, in bits a byte
 
     def evaluate(model: nn.Module) -> dict[str, float]:

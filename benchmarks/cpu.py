@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 
 import configs
+import machine
 import stage
-import train
 from model import Transformer, linear_cross_entropy
+from optim import make_optimizers
 
 RESULT = Path(__file__).parent / "results/cpu.json"
 PROBE = 2048  # the matrix product that the machine's rate is taken from: PROBE³ multiplications and additions
@@ -71,11 +72,12 @@ def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]
     tokens = torch.randint(experiment.model.vocab_size, (rows, length + 1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if whose != "theirs":
-        train.keep_freed_memory()
+        machine.keep_freed_memory()
     if whose == "ours":
         if experiment.pretrain.compile:
-            train.compile_blocks(model)
-        return training_step(model, lambda: model(x, y), train.make_optimizer(model, experiment.pretrain))
+            machine.compile_blocks(model, torch.device("cpu"))
+        [optimizer] = make_optimizers(model, experiment.pretrain)
+        return training_step(model, lambda: model(x, y), optimizer)
     from tests.test_model import to_transformers
 
     model = to_transformers(model).train()

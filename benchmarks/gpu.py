@@ -29,12 +29,12 @@ from benchmarks.gpu_kernels import BACKEND, DEVICE, GPU, HALF, interleaved, rati
 
 # isort: split
 import configs
+import machine
 import stage
-import train
 from model import ModelConfig, RMSNorm, SwiGLU, Transformer
+from optim import make_optimizers
 
 RESULT = Path(__file__).parent / "results/gpu.json"
-DATASHEET = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # TFLOP/s in bfloat16, dense
 AIMS = {
     "of_copy_bandwidth": {"rms_norm_forward": 0.85, "swiglu_forward": 0.85, "rms_norm_backward": 0.7},
     "tokens_per_second": {"tiny": 2_000_000, "small": 650_000, "base": 220_000},
@@ -101,9 +101,8 @@ def output(*command: str) -> str:
 def flops_per_token(config: ModelConfig, T: int) -> tuple[int, int]:
     """Of a training step on T tokens a row: as PaLM counts them, and with attention's causal half only."""
     with torch.device("meta"):
-        weights = sum(m.weight.numel() for m in Transformer(config).modules() if isinstance(m, nn.Linear))
-    attention = 12 * config.n_layers * config.d_model * T
-    return 6 * weights + attention, 6 * weights + attention // 2
+        flops = Transformer(config).flops_per_token(T)
+    return flops, flops - 6 * config.n_layers * config.d_model * T
 
 
 def shape(name: str) -> ModelConfig:
@@ -166,10 +165,10 @@ class Trainer:
         theirs = self.kernels == "transformers"
         if theirs:
             model = to_transformers(model).train()
-        optimizer = train.make_optimizer(model, configs.load(f"configs/{self.name}.py").pretrain)
+        [optimizer] = make_optimizers(model, configs.load(f"configs/{self.name}.py").pretrain)
         parameters = list(model.parameters())
         if self.mode == "blocks" and GPU:
-            train.compile_blocks(model)
+            machine.compile_blocks(model, DEVICE)
         elif self.mode == "blocks":
             for block in model.blocks:
                 block.compile(backend=BACKEND)
@@ -203,14 +202,15 @@ def rates(trainers: dict[str, Trainer], results: Results) -> dict[str, list[floa
         for name, trainer in trainers.items():
             [time] = interleaved({name: trainer.step}, 1, trainer.repeat)[name]
             seconds[name].append(time / (trainer.rows * trainer.T))
-    peak = results.found.get("peaks", {}).get("matmul", {}).get("tflops")
+    measured = results.found.get("peaks", {}).get("matmul", {}).get("tflops")
+    peaks = {"measured": measured and measured * 1e12, "datasheet": machine.peak_flops(DEVICE, HALF)}
     for name, trainer in trainers.items():
         rate = 1 / statistics.median(seconds[name])
         found = {"tokens_per_second": round(rate), "rows": trainer.rows, "peak_mib": trainer.mib}
         for kind, flops in zip(("mfu", "mfu_causal"), flops_per_token(shape(trainer.name), trainer.T), strict=True):
-            for of, tflops in (("measured", peak), ("datasheet", DATASHEET.get(results.found.get("device")))):
-                if tflops:
-                    found[f"{kind}_of_{of}_peak"] = round(rate * flops / tflops / 1e12, 4)
+            for of, peak in peaks.items():
+                if peak:
+                    found[f"{kind}_of_{of}_peak"] = round(rate * flops / peak, 4)
         results.measure(f"train_{trainer.name}", name, lambda found=found: found, needs=0)
     return seconds
 
@@ -289,7 +289,7 @@ def generation(batch: int, results: Results) -> dict:
 
 
 def run(results: Results) -> None:
-    train.pick_device()  # sets the precision that it trains with
+    machine.pick_device()  # sets the precision that it trains with
     torch._dynamo.config.recompile_limit = 64  # every trainer has the blocks compiled for itself
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._functorch.config.donated_buffer = False  # a backward pass is timed many times over

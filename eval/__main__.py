@@ -15,8 +15,8 @@ import data.pack
 import stage
 from eval.continuations import continuations
 from eval.language import validation
-from stage import Stage, log
 from machine import pick_device
+from stage import Stage, log
 
 
 def main(arguments: argparse.Namespace) -> None:

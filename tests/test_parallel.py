@@ -1,0 +1,208 @@
+"""Several processes do what one does, and none of them is left behind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+from tests.conftest import ROOT, Place
+from tests.test_train import assert_same_run
+
+# Trains with a fault in one of the processes: a signal when it reads a step's batch, or a loss that is not a number.
+FAULT = """
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+import stage, train
+from data.batches import Mixture
+from model import Transformer
+rank, fault, at = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
+if int(os.environ.get("RANK", 0)) == rank:
+    batch, forward, now = Mixture.batch, Transformer.forward, [0]
+    def reading(self, step, *rest):
+        now[0] = step
+        if step == at and fault.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[fault])
+        return batch(self, step, *rest)
+    def computing(self, *rest):
+        loss = forward(self, *rest)
+        bad = self.training and (now[0] == at and fault == "nan" or now[0] >= at and fault == "nans")
+        return loss * float("nan") if bad else loss
+    Mixture.batch, Transformer.forward = reading, computing
+p = stage.parser("", makes=True, many=True)
+p.add_argument("--resume", default="auto")
+stage.run(train.main, p.parse_args())
+"""
+
+
+def start(place: Place, count: int, *fault) -> subprocess.Popen:
+    """Starts training in several processes, with a fault if one is given: its rank, what, and the step."""
+    script = place.path / "fault.py"
+    script.write_text(FAULT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += [script, *fault] if fault else ["train.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    whole = [str(part) for part in [*command, place.config]]
+    return subprocess.Popen(whole, cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes)
+
+
+def train(place: Place, count: int, *fault, works: bool = True) -> str:
+    """Trains to the end; what was printed. Nothing may be left running, however it ended."""
+    process = start(place, count, *fault)
+    out, _ = process.communicate(timeout=120)
+    assert (process.returncode == 0) is works, out
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return out
+
+
+def assert_near(place: Place, made: Place) -> None:
+    """The same losses, gradients and weights, but for what the order of sums does to float32."""
+    ours, theirs = place.metrics(), made.metrics()
+    for name in ("step", "loss", "grad_norm", "lr", "tokens", "epoch"):
+        assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=2e-5), name
+    for name in ("val_loss", "val_bits_per_byte"):
+        found = [[m[name] for m in log if name in m] for log in (ours, theirs)]
+        assert found[0] == pytest.approx(found[1], rel=2e-5)
+    ours, theirs = (checkpoint.load_model(p.runs / "mini/pretrain/final").state_dict() for p in (place, made))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.fixture(scope="session")
+def two(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Trained by two processes without a disturbance."""
+    path = shutil.copytree(made.path, tmp_path_factory.mktemp("two"), dirs_exist_ok=True)
+    shutil.rmtree(path / "runs/mini/pretrain")
+    place = Place(path)
+    place.output = train(place, 2)
+    return place
+
+
+def test_two_processes_train_as_one(two: Place, made: Place):
+    assert_near(two, made)
+    assert two.output.count("step 1 of 24") == 1  # the first alone speaks
+    assert "2 processes" in two.output
+
+
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        pytest.param(2, 'parallel="fsdp"', id="fsdp"),
+        pytest.param(3, "", id="three", marks=pytest.mark.slow),
+        pytest.param(3, 'parallel="fsdp"', id="fsdp of three, shares of unequal size", marks=pytest.mark.slow),
+        pytest.param(2, 'parallel="fsdp", gradient_checkpointing=True', id="recomputed", marks=pytest.mark.slow),
+    ],
+)
+def test_any_way_of_sharing_the_work_gives_the_same(packed: Place, made: Place, count, changes):
+    packed.edit(("compile=False", f"compile=False, {changes}"))
+    train(packed, count)
+    assert_near(packed, made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", ['optimizer="muon"', 'optimizer="muon", parallel="fsdp"'])
+def test_muon_too(packed: Place, tmp_path_factory: pytest.TempPathFactory, changes):
+    packed.edit(("compile=False", 'compile=False, optimizer="muon"'))
+    alone = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("alone"), dirs_exist_ok=True))
+    alone.run("train.py", alone.config)
+    packed.edit(('optimizer="muon"', changes))
+    train(packed, 2)
+    assert_near(packed, alone)
+
+
+def test_from_one_to_two_to_one(packed: Place, made: Place):
+    """Each is killed in the middle; the next goes on with another number of processes, the second time sharded."""
+    script = packed.path / "fault.py"
+    script.write_text(FAULT)
+    killed = packed.start(script, 0, "SIGKILL", 8, packed.config)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    packed.edit(("compile=False", 'compile=False, parallel="fsdp"'))
+    assert "resumed from step 5 " in train(packed, 2, 1, "SIGKILL", 18, works=False)
+    assert "resumed from step 15 " in packed.run("train.py", packed.config).stdout
+    assert_near(packed, made)
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on_exactly(packed: Place, two: Place):
+    began = time.monotonic()
+    out = train(packed, 2, 1, "SIGKILL", 12, works=False)
+    assert time.monotonic() - began < 60  # far less than the 600 s that processes wait for each other
+    assert 'Traceback (most recent call last):\n  File "train.py' not in out
+    assert "resumed from step 10 " in train(packed, 2)
+    assert_same_run(packed, two)
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(packed: Place):
+    """Without torchrun, which would notice nothing either."""
+    packed.edit(("compile=False", "compile=False, timeout=3.0"))
+    script = packed.path / "fault.py"
+    script.write_text(FAULT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    packed.env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(2):
+        packed.env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(packed.start(script, 1, "SIGSTOP", 7, packed.config))
+    _, err = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    assert "has not answered for 3 s" in err
+    assert "Traceback" not in err
+    processes[1].kill()
+    processes[1].communicate()
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(packed: Place, way):
+    packed.edit(("compile=False", f'compile=False, parallel="{way}"'))
+    out = train(packed, 2, 1, "nan", 11)
+    assert "step 12 is skipped" in out
+    log = packed.metrics()
+    assert [m["skipped"] for m in log] == [0] * 11 + [1] * 13
+    assert [m["step"] for m in log if m["loss"] is None] == [12]
+    assert all(m["grad_norm"] > 0 for m in log if m["step"] != 12)
+    weights = checkpoint.read(packed.runs / "mini/pretrain/final", "weights.pt")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert log[-1]["val_loss"] < log[7]["val_loss"]
+
+
+def test_many_in_a_row_stop_the_run_and_name_the_documents(packed: Place):
+    packed.edit(("compile=False", "compile=False, max_skipped=3"))
+    out = train(packed, 2, 1, "nans", 11, works=False)
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(r"not finite in 3 steps in a row, the last of them step 14, on .*documents \d+", errors[0])
+    assert "step_0000010" in [p.name for p in (packed.runs / "mini/pretrain").iterdir()]
+
+
+@pytest.mark.parametrize(("signum", "count"), [(signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_a_signal_stops_all_after_the_same_step(packed: Place, signum, count):
+    packed.edit(("steps=24", "steps=100_000"))
+    process = start(packed, count)
+    for line in process.stdout:
+        if "step 1 of" in line:
+            break
+    os.kill(process.pid, signum)
+    out, _ = process.communicate(timeout=60)
+    step = int(re.search(r"saved at step (\d+) of 100000; go on with: torchrun --nproc_per_node=2 train.py", out)[1])
+    packed.edit(("steps=100_000", f"steps={step + 3}"))
+    assert f"resumed from step {step} " in train(packed, 2)
+
+
+def test_mistakes_are_named_once(packed: Place):
+    packed.edit(("batch_size=12", "batch_size=9"), ("micro_batch_size=4", "micro_batch_size=3"))
+    errors = [line for line in train(packed, 2, works=False).splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "batch_size is 9, which 2 processes cannot share" in errors[0]
+    packed.config.write_text("experiment = 1")
+    errors = [line for line in train(packed, 2, works=False).splitlines() if "error: " in line]
+    assert len(errors) == 1
