@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,14 +26,14 @@ def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
     about: the rest of the manifest: config, read, counts.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         for name, content in (("weights.pt", weights), ("state.pt", state)):
             with open(temporary / name, "wb") as file:
                 torch.save(_interned(content), file)
         wrote = stage.digests(temporary, temporary.glob("*.pt"))
-        stage.write_json(temporary / "manifest.json", about | {"wrote": wrote, "versions": stage.versions()})
+        stage.write_manifest(temporary, about | {"wrote": wrote, "versions": stage.versions()})
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.__context__  # torch covers what the disk said with an error of its own
@@ -51,27 +52,36 @@ def _interned(x):
 
 def put(temporary: Path, directory: Path) -> None:
     """Renames a finished directory to its name, in place of one that is there."""
-    if directory.exists():  # two renames, with the old one whole beside until the new one stands: see `recover`
+    if os.path.lexists(directory):  # two renames, with the old one whole beside until the new one stands: see `recover`
         old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.rename(directory, old)
         os.rename(temporary, directory)
         stage.sync(directory.parent)
-        shutil.rmtree(old)
+        remove(old)
     else:
         os.rename(temporary, directory)
         stage.sync(directory.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes what may stand at a path: a directory, a file, or a link, without what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def recover(parent: Path) -> None:
     """Clears up after a process killed while saving: restores what was moved aside, removes what is partial."""
     for old in parent.glob(".*.old"):
         if not (target := parent / old.name[1:-4]).exists():
+            remove(target)  # a link that leads nowhere
             os.rename(old, target)
         else:
-            shutil.rmtree(old)
+            remove(old)
     for partial in parent.glob(".*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        remove(partial)
 
 
 def read_manifest(directory: Path) -> dict:
@@ -89,10 +99,11 @@ def read(directory: Path, file: str) -> dict:
     if wrong := stage.damage(directory, {file: manifest["wrote"][file]}):
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
     try:
-        return torch.load(directory / file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file made to harm can break the reader anywhere
-        what = f"{type(error).__name__} {error}".splitlines()[0]
-        raise UserError(f"{directory / file} holds something other than tensors and numbers: {what}") from None
+        with warnings.catch_warnings(action="ignore"):  # of other pickles: those are refused
+            return torch.load(directory / file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file made to harm can break the reader anywhere; torch advises to read it unsafely
+        what = f"holds something other than tensors and numbers ({type(error).__name__})"
+        raise UserError(f"{directory / file} {what}; use another checkpoint") from None
 
 
 def load_weights(directory: Path, model: torch.nn.Module) -> None:

@@ -313,7 +313,7 @@ def from_hf(arguments: argparse.Namespace) -> None:
             "counts": {"step": 0},
             "versions": stage.versions(),
         }
-        stage.write_json(temporary / "manifest.json", manifest)
+        stage.write_manifest(temporary, manifest)
     log.info(f"converted: {sum(w.numel() for w in set(weights.values())):,} parameters -> {out}")
     if spm:
         log.info(f'try: python serve.py {out}/config.py generate "The"')
@@ -505,7 +505,7 @@ def write_tokenizer(directory: Path, spm: Tokenizer, name: str) -> None:
     )
     manifest = {"config": {}, "read": {}, "wrote": stage.digests(directory, directory.iterdir())}
     manifest |= {"counts": {"vocab_size": spm.vocab_size}, "versions": stage.versions()}
-    stage.write_json(directory / "manifest.json", manifest)
+    stage.write_manifest(directory, manifest)
 
 
 def config_file(name: str, config: ModelConfig) -> str:

@@ -128,19 +128,31 @@ def write_json(path: Path, value) -> None:
     sync(path.parent)
 
 
+def write_manifest(directory: Path, manifest: dict) -> None:
+    """Writes a directory's manifest.json, which also holds the digest of what it says: the directory is finished."""
+    write_json(directory / "manifest.json", manifest | {"sha256": _digest(manifest)})
+
+
+def _digest(manifest: dict) -> str:
+    """SHA-256 of a manifest as JSON on one line, its own `sha256` left out: however it is indented, what it says."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def read_manifest(directory: Path) -> dict | None:
     """A directory's manifest, or None where there is none: the directory is unfinished. UserError if it is damaged."""
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         tables = [manifest[key] for key in ("config", "read", "wrote", "counts")]
-        if all(isinstance(table, dict) for table in [*tables, *manifest["wrote"].values()]):
+        whole = manifest["sha256"] == _digest(manifest)
+        if whole and all(isinstance(table, dict) for table in [*tables, *manifest["wrote"].values()]):
             return manifest
         raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete {directory} and make it again") from None
+        raise UserError(f"{path} is damaged; delete it, and {directory} counts as unfinished") from None
 
 
 def digests(directory: Path, files: Iterable[Path]) -> dict[str, dict]:
@@ -250,7 +262,7 @@ class Stage:
             "counts": counts,
             "versions": versions(),
         }
-        write_json(self.directory / "manifest.json", manifest)
+        write_manifest(self.directory, manifest)
         record_seconds(self.directory, self.seconds())
 
     def seconds(self) -> float:
@@ -298,10 +310,17 @@ class _Console(logging.Handler):
         stream.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """Goes on without a line that the disk has no room for: what must be written says so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def logging_to(directory: Path) -> Iterator[None]:
     """Appends to the directory's log.txt, with the time, what is logged meanwhile."""
-    handler = logging.FileHandler(directory / "log.txt", encoding="utf-8")
+    handler = _LogFile(directory / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     try:

@@ -1,7 +1,7 @@
 """Batches of packed tokens. A batch is a pure function of (seed, step): no loader has a state that could be lost."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -22,7 +22,7 @@ class Windows:
     """
 
     def __init__(self, packed: Packed, length: int, seed: int = 0):
-        self.tokens, self.length, self.seed = packed.tokens, length, seed
+        self.packed, self.tokens, self.length, self.seed = packed, packed.tokens, length, seed
         self.count = (len(self.tokens) - 1) // length
         if self.count < 1:
             raise UserError(
@@ -44,6 +44,14 @@ class Windows:
         rows = np.stack([self.tokens[s : s + self.length + 1] for s in starts]).astype(np.int64)
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def documents(self, windows: Sequence[int]) -> set[int]:
+        """The documents that the windows hold, or parts of them, by their numbers in the packed file."""
+        found: set[int] = set()
+        for start in (w * self.length for w in windows):
+            first, last = np.searchsorted(self.packed.starts, (start, start + self.length), side="right") - 1
+            found.update(range(self.packed.first + int(first), self.packed.first + int(last) + 1))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +118,22 @@ class Mixture:
     def __init__(self, sets: Mapping[str, Windows], phases: Sequence[Phase], size: int):
         self.sets, self.size = sets, size
         self.phases = []  # (first sample, names, turns, samples that each set has given before)
-        given = dict.fromkeys(sets, 0)
         for phase in phases:
-            if self.phases:
-                first, names, turns, _ = self.phases[-1]
-                for i, name in enumerate(names):
-                    given[name] += turns.before(i, phase.start * size - first)
-            self.phases.append((phase.start * size, list(phase.weights), Turns(phase.units), dict(given)))
+            given = self.seen(phase.start) if self.phases else dict.fromkeys(sets, 0)
+            self.phases.append((phase.start * size, list(phase.weights), Turns(phase.units), given))
+
+    def seen(self, step: int) -> dict[str, int]:
+        """How many rows each set gives in the first so many steps."""
+        sample = step * self.size
+        first, names, turns, given = self._phase(sample)
+        return given | {name: given[name] + turns.before(i, sample - first) for i, name in enumerate(names)}
+
+    def _phase(self, sample: int) -> tuple[int, list[str], Turns, dict[str, int]]:
+        return next(phase for phase in reversed(self.phases) if phase[0] <= sample)
 
     def drawn(self, sample: int) -> tuple[str, int]:
         """The set and the window that a sample is, counted from 0 over all batches."""
-        first, names, turns, given = next(phase for phase in reversed(self.phases) if phase[0] <= sample)
+        first, names, turns, given = self._phase(sample)
         index = turns.whose(sample - first)
         name = names[index]
         return name, self.sets[name].drawn(given[name] + turns.before(index, sample - first))
@@ -136,6 +149,28 @@ class Mixture:
             return empty, empty
         read = [self.sets[name].read([window]) for name, window in map(self.drawn, rows)]
         return tuple(torch.cat(part) for part in zip(*read, strict=True))
+
+    def documents(self, step: int) -> list[str]:
+        """What documents the step's global batch holds, a line for each packed file, for a message: the numbers are
+        those that `python -m data.inspect CONFIG --first NUMBER` shows."""
+        found: dict[str, set[int]] = {}
+        for name, window in map(self.drawn, range(step * self.size, (step + 1) * self.size)):
+            windows = self.sets[name]
+            found.setdefault(windows.packed.file, set()).update(windows.documents([window]))
+        return [f"{file}: documents {ranges(numbers)}" for file, numbers in found.items()]
+
+
+def ranges(numbers: Iterable[int], most: int = 20) -> str:
+    """Numbers to read, neighbours as one: "3, 5-9"; of more than `most` such parts, the first ones."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts[:most])
+    rest = sum(last - first + 1 for first, last in parts[most:])
+    return f"{text} and {rest:,} more" if rest else text
 
 
 def mixture(experiment, packed: Packed, others: Mapping[str, Packed]) -> Mixture:

@@ -47,11 +47,15 @@ class Packed:
     """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin.
 
     name: for messages. counts: of the manifest: `bytes` of UTF-8 text that the tokens spell, and those of each source.
+    file, first: of a part, whose tokens these are, and the number that its first document has there.
     """
 
-    def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict):
+    def __init__(
+        self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict, file: str | None = None, first: int = 0
+    ):
         self.name, self.tokens, self.starts, self.counts = name, tokens, starts, counts
         self.bytes = counts["bytes"]
+        self.file, self.first = file or name, first
 
     def of(self, source: str) -> "Packed":
         """The part that one source of the corpus has given: the corpus has one source after another."""
@@ -61,7 +65,8 @@ class Packed:
         start, end = counts["start"], counts["start"] + counts["tokens"]
         first, last = np.searchsorted(self.starts, (start, end))
         name = f"{source} in {self.name}"
-        return Packed(name, self.tokens[start:end], self.starts[first:last] - start, counts)
+        part = self.tokens[start:end], self.starts[first:last] - start
+        return Packed(name, *part, counts, self.file, self.first + int(first))
 
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of each document, its end token included."""

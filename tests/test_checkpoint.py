@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -44,23 +45,118 @@ def test_the_same_weights_give_the_same_bytes(saved, tmp_path):
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-@pytest.mark.parametrize("file", ["weights.pt", "state.pt"])
-@pytest.mark.parametrize("fault", ["flipped bit", "zeroed page", "truncated", "missing"])
-def test_damage_is_named_and_never_loaded(saved, file, fault):
-    path = saved / file
-    content = bytearray(path.read_bytes())
-    if fault == "flipped bit":
-        content[len(content) // 2] ^= 1
-    elif fault == "zeroed page":
-        content[:512] = bytes(512)
-    elif fault == "truncated":
-        del content[-1:]
-    path.write_bytes(content)
-    if fault == "missing":
-        path.unlink()
+PAGE = 4096
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """One bit of the byte at a place is another."""
+    return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+
+
+FAULTS = {
+    "one byte short": lambda content: content[:-1],
+    "half of it": lambda content: content[: len(content) // 2],
+    "nothing of it": lambda content: b"",
+    "a zeroed page": lambda content: content[: len(content) // 3] + bytes(PAGE) + content[len(content) // 3 + PAGE :],
+    "a zeroed tail": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+    "a bit of the beginning": lambda content: flipped(content, 0),
+    "a bit of a tensor": lambda content: flipped(content, content.index(TENSOR.numpy().tobytes()) + 100),
+    "a bit of the zip directory": lambda content: flipped(content, content.rindex(b"PK\x01\x02") + 20),
+    "a bit of the end": lambda content: flipped(content, len(content) - 1),
+}
+TENSOR = torch.arange(1.0, 2001.0)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A directory with checkpoints of steps 1 and 2, every file of them longer than a page."""
+    for step in (1, 2):
+        about = ABOUT | {"read": {"long": "-" * 2 * PAGE}, "counts": {"step": step}}
+        checkpoint.save(tmp_path / f"step_{step}", {"w": TENSOR}, {"x": TENSOR, "step": step}, about)
+    return tmp_path
+
+
+# Of the manifest the last byte is a newline, which says nothing; tensors and a zip directory it has none.
+CASES = [(file, fault) for file in ("weights.pt", "state.pt") for fault in FAULTS]
+CASES += [("manifest.json", fault) for fault in FAULTS if fault.split()[-1] not in ("short", "tensor", "directory")]
+
+
+@pytest.mark.parametrize(("file", "fault"), CASES)
+def test_damage_is_named_and_never_loaded(two, file, fault, caplog):
+    path = two / "step_2" / file
+    whole = path.read_bytes()
+    damaged = FAULTS[fault](whole)
+    assert damaged != whole
+    path.write_bytes(damaged)
+    for each in ("weights.pt", "state.pt") if file == "manifest.json" else (file,):
+        with pytest.raises(UserError, match=f"step_2/{file} .*damaged"):
+            checkpoint.read(two / "step_2", each)
+    assert [p.name for p in checkpoint.newest(two)] == ["step_1"]
+    assert f"step_2/{file} " in caplog.text
+    assert f"passing over {two / 'step_2'}" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["weights.pt", "state.pt", "manifest.json"])
+def test_a_lost_file_is_named(two, file):
+    (two / "step_2" / file).unlink()
     with pytest.raises(UserError, match=file):
-        checkpoint.read(saved, file)
-    assert list(checkpoint.newest(saved.parent)) == []
+        checkpoint.read(two / "step_2", "state.pt" if file == "manifest.json" else file)
+    assert [p.name for p in checkpoint.newest(two)] == ["step_1"]
+
+
+def test_no_bit_of_a_manifest_goes_unnoticed(saved):
+    """One bit, drawn anew for each byte. What may be read is what was written: 1E-05 for 1e-05 says the same."""
+    path, chance = saved / "manifest.json", random.Random(0)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        with contextlib.suppress(UserError):
+            checkpoint.read(saved, "state.pt")
+            assert json.dumps(json.loads(path.read_bytes())) == json.dumps(json.loads(whole))
+
+
+@pytest.mark.parametrize("what", ["empty", "file", "link", "broken link"])
+def test_what_stands_at_a_checkpoints_name_is_passed_over_and_replaced(two, what, tmp_path_factory):
+    there, elsewhere = two / "step_3", tmp_path_factory.mktemp("elsewhere") / "kept"
+    if what == "empty":
+        there.mkdir()
+    elif what == "file":
+        there.write_text("")
+    else:
+        if what == "link":
+            elsewhere.mkdir()
+        there.symlink_to(elsewhere)
+    assert [p.name for p in checkpoint.newest(two)] == ["step_2", "step_1"]
+    checkpoint.save(there, {"w": TENSOR}, {"step": 3}, ABOUT)
+    assert [p.name for p in checkpoint.newest(two)] == ["step_3", "step_2", "step_1"]
+    assert not there.is_symlink()
+    assert elsewhere.exists() == (what == "link")
+    assert sorted(p.name for p in two.iterdir()) == ["step_1", "step_2", "step_3"]
+
+
+def test_a_checkpoint_kept_elsewhere_is_read_through_its_link(two, tmp_path_factory):
+    kept = shutil.move(two / "step_2", tmp_path_factory.mktemp("elsewhere"))
+    (two / "step_2").symlink_to(kept)
+    (two / "step_2/notes.txt").write_text("and files that it does not know do no harm")
+    assert checkpoint.read(next(checkpoint.newest(two)), "state.pt")["step"] == 2
+
+
+def test_what_a_killed_save_left_is_put_right(two):
+    """Also where a file or a link stands in place of a directory."""
+    shutil.copytree(two / "step_2", two / ".step_2.old")  # killed when the new one stood already
+    (two / "step_1").rename(two / ".step_1.old")  # killed when none stood
+    (two / "step_1").symlink_to("nowhere")
+    (two / ".best.partial").mkdir()
+    (two / ".best.partial/weights.pt").write_text("half")
+    for name in (".metrics.jsonl.partial", ".step_2.old.partial"):
+        (two / name).write_text("half")
+    (two / ".final.partial").symlink_to(two / "step_2")
+    (two / "final").write_text("")
+    (two / "final").rename(two / ".final.old")
+    (two / "final").mkdir()
+    checkpoint.recover(two)
+    assert sorted(p.name for p in two.iterdir()) == ["final", "step_1", "step_2"]
+    assert [p.name for p in checkpoint.newest(two)] == ["step_2", "step_1"]
 
 
 class Code:
@@ -68,27 +164,26 @@ class Code:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_in_place_of_weights_is_not_run(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     for content in (pickle.dumps(Code()), b"", b"not a checkpoint"):
         (saved / "weights.pt").write_bytes(content)
-        manifest = json.loads((saved / "manifest.json").read_text())
-        manifest["wrote"] = stage.digests(saved, saved.glob("*.pt"))  # the attacker mends the digest too
-        stage.write_json(saved / "manifest.json", manifest)
+        manifest = stage.read_manifest(saved)
+        manifest["wrote"] = stage.digests(saved, saved.glob("*.pt"))  # the attacker mends the digests too
+        stage.write_manifest(saved, manifest)
         with pytest.raises(UserError, match=r"weights\.pt holds something other"):
             checkpoint.load_model(saved)
     torch.save({"embed.weight": Code()}, saved / "weights.pt")
-    stage.write_json(saved / "manifest.json", manifest | {"wrote": stage.digests(saved, saved.glob("*.pt"))})
+    stage.write_manifest(saved, manifest | {"wrote": stage.digests(saved, saved.glob("*.pt"))})
     with pytest.raises(UserError, match=r"weights\.pt holds something other"):
         checkpoint.load_model(saved)
     assert not Path("executed").exists()
 
 
 def test_weights_of_another_shape_are_refused(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest = stage.read_manifest(saved)
     manifest["config"]["model"]["d_model"] = 16
-    stage.write_json(saved / "manifest.json", manifest)
+    stage.write_manifest(saved, manifest)
     with pytest.raises(UserError, match="does not hold the model"):
         checkpoint.load_model(saved)
 

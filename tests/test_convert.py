@@ -542,9 +542,8 @@ def test_without_a_sentencepiece_tokenizer_the_weights_come_over_with_a_warning(
 def test_a_checkpoint_of_another_tokenizer_is_refused(exported, made: Place, tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS", str(made.runs))
     other = shutil.copytree(exported["untied"][0], tmp_path / "other")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["read"] = {"mini/tokenizer/spm.model": "0" * 64}
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    manifest = stage.read_manifest(other)
+    stage.write_manifest(other, manifest | {"read": {"mini/tokenizer/spm.model": "0" * 64}})
     with pytest.raises(UserError, match="was trained with tokenizer 000000000000"):
         command("to-hf", made.config, tmp_path / "out", "--checkpoint", other)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Stage directories: finished or not, of the same inputs or not; and the checks of config types."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -90,12 +91,38 @@ def test_damage_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"config": 1, "read": {}, "wrote": {}, "counts": {}}', "\x00" * 40]
+    "content", ["", "{", "[]", "{}", '{"config": {}, "read": {}, "wrote": {}, "counts": {}}', "\x00" * 40]
 )
 def test_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="is damaged; delete it"):
         stage.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"config": 1}, {"wrote": {"weights.pt": 3}}, {"counts": None}])
+def test_a_signed_manifest_of_other_contents_is_named(tmp_path, wrong):
+    stage.write_manifest(tmp_path, {"config": {}, "read": {}, "wrote": {}, "counts": {}} | wrong)
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        stage.read_manifest(tmp_path)
+
+
+def test_a_manifest_vouches_for_itself(tmp_path):
+    """Every bit of it, one at a time: what is read is what was written, or is called damaged. The one bit that changes
+    nothing turns 1e-05 into 1E-05."""
+    manifest = {"config": {"lr": 1e-05, "word": "größer"}, "read": {"x": "1"}, "wrote": {}, "counts": {"step": 15}}
+    stage.write_manifest(tmp_path, manifest)
+    path = tmp_path / "manifest.json"
+    whole, harmless = path.read_bytes(), []
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert json.dumps(stage.read_manifest(tmp_path)) == json.dumps(json.loads(whole))
+            harmless.append(bytes(damaged))
+    assert harmless == [whole.replace(b"1e-05", b"1E-05")]
+    path.write_text(json.dumps(json.loads(whole), indent=7))
+    assert stage.read_manifest(tmp_path)["counts"] == {"step": 15}
 
 
 def test_second_writer_is_refused(tmp_path):

@@ -6,10 +6,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from data.batches import Mixture, Phase, Turns, Windows
+from data.batches import Mixture, Phase, Turns, Windows, ranges
+from data.pack import Packed
 from stage import UserError
 
 
@@ -109,6 +110,41 @@ def test_any_number_of_ranks_sees_the_same_global_batch(mixture, step):
         for k in (0, 1):
             assert torch.cat([part[k] for part in parts]).equal(whole[k])
         assert max(len(p[0]) for p in parts) - min(len(p[0]) for p in parts) <= 1
+
+
+@given(mixtures(), st.integers(0, 30))
+def test_rows_seen_are_those_drawn(mixture, step):
+    drawn = Counter(mixture.drawn(sample)[0] for sample in range(step * mixture.size))
+    assert mixture.seen(step) == {name: drawn[name] for name in mixture.sets}
+
+
+@given(st.lists(st.integers(1, 30), min_size=4, max_size=40), st.integers(1, 9), st.integers(0, 20), st.integers(1, 9))
+def test_documents_of_a_batch_are_those_its_tokens_are_of(lengths, length, step, size):
+    """Two sources in one file and a file beside it; every token is its own place in its file."""
+    ends = np.cumsum(lengths)
+    owner, half = np.repeat(np.arange(len(lengths)), lengths), len(lengths) // 2
+    tokens, starts, edge = np.arange(ends[-1]), ends - lengths, int(ends[half - 1])
+    parts = {"a": {"start": 0, "tokens": edge, "bytes": 1}, "b": {"start": edge, "tokens": int(ends[-1]) - edge}}
+    parts["b"]["bytes"] = 1
+    packed = Packed("x/train.bin", tokens, starts, {"bytes": 1, "sources": parts})
+    beside = Packed("y/train.bin", tokens, starts, {"bytes": 1, "sources": {}})
+    assume(all(part["tokens"] > length for part in parts.values()))
+    sets = {name: Windows(p, length, 3) for name, p in (("a", packed.of("a")), ("b", packed.of("b")), ("y", beside))}
+    used = Mixture(sets, [Phase(start=0, weights={"a": 1, "b": 2}), Phase(start=9, weights={"y": 1, "b": 1})], size)
+    expected = {}
+    for sample in range(step * size, (step + 1) * size):
+        name, window = used.drawn(sample)
+        inputs, targets = sets[name].read([window])
+        held = owner[[*inputs[0], targets[0, -1]]].tolist()
+        expected.setdefault("y/train.bin" if name == "y" else "x/train.bin", set()).update(held)
+    assert used.documents(step) == [f"{file}: documents {ranges(found)}" for file, found in expected.items()]
+
+
+def test_ranges():
+    assert ranges([7]) == "7"
+    assert ranges({988, 121, 120, 123, 122}) == "120-123, 988"
+    assert ranges(range(0, 2_002, 2), 3) == "0, 2, 4 and 998 more"
+    assert ranges([*range(90), 91, 95, 96], 2) == "0-89, 91 and 2 more"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Packed tokens hold the corpus, all of it, in order, in the split that each document's hash gives."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+import configs
 import data.pack
 import stage
 import tokenizer
+from data.batches import mixture
 from data.corpus import held_out, records
 from stage import UserError
 from tests.conftest import Place
@@ -121,22 +124,30 @@ experiment = replace(first, name="mini", shared={{"tokenizer": first}}, beside=(
 
 
 def test_inspect_shows_documents_and_batches(made: Place):
-    shown = (
-        "--documents",
-        2,
-        "--step",
-        5,
-        "--rows",
-        3,
-        "--chars",
-        10_000,
-    )  # documents are as long as model.py makes them
+    shown = ("--documents", 2, "--step", 5, "--rows", 3, "--chars", 10_000)
     process = made.run("-m", "data.inspect", made.config, "--split", "val", *shown)
     packed = data.pack.load(made.runs / "mini/packed", tokenizer.load(made.runs / "mini/tokenizer").sha256, "")
     assert f"{len(packed['train'].tokens):,} tokens" in process.stdout
     assert process.stdout.count("⟨end⟩") >= 2
     assert process.stdout.count("the last target") == 3
     assert "found --first 999" in made.run("-m", "data.inspect", made.config, "--first", 999, status=2).stderr
+
+
+def test_documents_of_a_batch_are_found_by_their_numbers(made: Place):
+    """The numbers are those of data.inspect: every row of the batch is text of the documents that it then shows."""
+    spm = tokenizer.load(made.runs / "mini/tokenizer")
+    packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["train"]
+    batches = mixture(configs.load(made.config), packed, {})
+    (line,) = batches.documents(7)
+    assert line.startswith(f"{made.runs}/mini/packed/train.bin: documents ")
+    held, documents = batches.sets["mini"].documents([batches.drawn(7 * 12)[1]]), list(packed.documents())
+    row = batches.batch(7)[0][0].tolist()
+    together = np.concatenate([documents[number] for number in sorted(held)]).tolist()
+    assert any(together[i : i + 64] == row for i in range(len(together)))
+    number = min(held)
+    shown = made.run("-m", "data.inspect", made.config, "--first", number, "--documents", 1, "--chars", 30).stdout
+    text = spm.decode(documents[number].tolist()).replace("\n", "⏎")
+    assert re.search(rf"^{number} \[[\d,]+ to [\d,]+\) {re.escape(text[:30])}", shown, re.MULTILINE)
 
 
 def test_inspect_names_what_is_missing(place: Place):
