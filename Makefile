@@ -19,10 +19,10 @@ pipeline: $(VENV)/core
 	$(RUN) -m eval.report     $(CONFIG)
 
 test: $(VENV)/dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n auto -m "not slow"
 
 test-all: $(VENV)/dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 bench: $(VENV)/dev
 	$(RUN) -m benchmarks.cpu

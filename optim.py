@@ -110,10 +110,11 @@ def make_optimizers(model: Transformer, config: "TrainConfig") -> list[torch.opt
     Matrices are decayed; vectors, which here are the gains of norms, are not.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    # A row of these two stands for a token. They are tables of vectors, not maps from one hidden space to another: only
-    # a few rows have a gradient in a step, and to orthogonalise would be to move the others as far.
-    tables = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is model.head for p in m.parameters()}
-    maps = {p for p in trained if p.dim() == 2 and config.optimizer == "muon"} - tables
+    maps = set()
+    if config.optimizer == "muon":
+        # A row of these two stands for a token. They are tables of vectors, not maps from one hidden space to another:
+        # only a few rows have a gradient in a step, and to orthogonalise would be to move the others as far.
+        maps = {p for p in trained if p.dim() == 2} - {model.embed.weight, model.head.weight}
     muon, rest = [p for p in trained if p in maps], [p for p in trained if p not in maps]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -485,7 +485,8 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         main(arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            _leave(2, "")  # one of several processes, which all find the same, and the first says it
+            time.sleep(10)  # of several processes that all find the same, the first says it; then the others are ended
+            _leave(2, "")
         _fail(f"error: {error}")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

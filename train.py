@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -347,8 +346,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
         checkpoint.load_weights(start, model)
         state = checkpoint.read(start, "state.pt")
-        if config.precision == "auto" and state["device"] == device.type:
-            dtype = getattr(torch, state["dtype"])  # as it was measured when the run began
+        if config.precision == "auto" and state.get("device") == device.type:
+            dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
     for text in machine.page(model, config, dtype, steps, task.epoch, ranks):
         log.info(text)
 
@@ -385,7 +384,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             checkpoint.save(directory / name, weights, state, about)
             numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
             for path in numbered[config.keep_checkpoints :]:
-                shutil.rmtree(path)
+                checkpoint.remove(path)
 
         parallel.lead(write)
 
@@ -441,7 +440,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             else:  # of the sum over all processes: all of them skip the step
                 progress.skipped += 1
                 progress.in_a_row += scale.value <= 1  # above it, float16 has merely overflowed
-                log.warning(f"step {progress.step + 1} is skipped: the norm of its gradient is {norm}")
+                log.info(f"step {progress.step + 1} is skipped: the norm of its gradient is {norm}")
             scale.update(finite)
             model.zero_grad()
             progress.step += 1
@@ -522,6 +521,8 @@ def restore(start: Path, state: dict, optimizers: list[torch.optim.Optimizer], s
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for i, own in saved["state"].items():
+                if wrong := [k for k, v in own.items() if v.dim() and v.shape != parameters[i].shape]:
+                    raise ValueError(f"{wrong[0]} of parameter {i} is {tuple(own[wrong[0]].shape)}")
                 saved["state"][i] = {key: parallel.part(value, parameters[i]) for key, value in own.items()}
             optimizer.load_state_dict(saved)
         if scale.moves and state["loss_scale"]["moves"]:
