@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -348,15 +348,15 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         state = checkpoint.read(start, "state.pt")
         if config.precision == "auto" and state.get("device") == device.type:
             dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
+    if config.compile and not machine.compile_blocks(model, device):
+        config = replace(config, compile=False)
     for text in machine.page(model, config, dtype, steps, task.epoch, ranks):
         log.info(text)
 
-    flops = model.flops_per_token(model.config.context_length)
+    flops, size = model.flops_per_token(model.config.context_length), model.num_parameters()
     peak = machine.peak_flops(device, dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
-    if config.compile:
-        machine.compile_blocks(model, device)
     called = parallel.distribute(model, config.parallel, device, dtype)
     optimizers = make_optimizers(model, config)
     scale = LossScale(dtype)
@@ -365,7 +365,12 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         progress = restore(start, state, optimizers, scale)
         log.info(f"resumed from step {progress.step} ({start})")
     metrics = Metrics(directory, config.tensorboard)
-    parallel.lead(lambda: metrics.begin(progress.step))
+
+    def begin() -> None:
+        (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished run is made longer
+        metrics.begin(progress.step)
+
+    parallel.lead(begin)
 
     def save(name: str) -> None:
         """Every process takes part in putting together what is shared out; the first writes it."""
@@ -416,7 +421,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         if progress.step == steps:
             save("final")  # the checkpoint may be a numbered one, where `steps` was lowered to it
         finish_step()
-    parameters, trained = list(model.parameters()), sum(p.numel() for p in model.parameters())
+    parameters = list(model.parameters())
     hidden = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=progress.step, unit=" steps", disable=hidden, dynamic_ncols=True)
     began = shown = tick = time.perf_counter()
@@ -468,7 +473,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
                 "lr": rate,
                 "grad_norm": norm,
                 "tokens": progress.tokens,
-                "tokens_per_parameter": progress.tokens / trained,
+                "tokens_per_parameter": progress.tokens / size,
                 "epoch": progress.step / task.epoch,
                 "tokens_per_second": speed,
                 "skipped": progress.skipped,
@@ -492,7 +497,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         again = job.remake.replace("python", f"torchrun --nproc_per_node={ranks}") if ranks > 1 else job.remake
         text = f"{signal.Signals(stopping).name}: saved at step {progress.step} of {steps}; go on with: {again}"
         raise stage.Stopped(128 + stopping, text)
-    counts = {"step": progress.step, "parameters": trained, "record": record}
+    counts = {"step": progress.step, "parameters": size, "record": record}
     files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
 
