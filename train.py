@@ -194,20 +194,23 @@ def accumulate_gradient(
     return total
 
 
+FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000
+
+
 class LossScale:
     """Keeps gradients within what float16 can hold (arXiv:1710.03740): the loss is multiplied by a number that is
-    halved whenever a gradient overflows, and doubled after 2,000 steps without. For other dtypes it is 1."""
+    halved whenever a gradient overflows, and doubled after GOOD_STEPS without. For other dtypes it is 1."""
 
     def __init__(self, dtype: torch.dtype):
         self.moves = dtype == torch.float16
-        self.value, self.good = 65_536.0 if self.moves else 1.0, 0
+        self.value, self.good = FIRST_SCALE if self.moves else 1.0, 0
 
     def update(self, finite: bool) -> None:
         if self.moves:
             self.good = self.good + 1 if finite else 0
             if not finite:
                 self.value /= 2
-            elif self.good == 2_000:
+            elif self.good == GOOD_STEPS:
                 self.value, self.good = 2 * self.value, 0
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import checkpoint
 import stage
 import train
 from model import ModelConfig, Transformer
-from stage import Stage
+from stage import Stage, UserError
 from tests.conftest import Place
 from train import TrainConfig, learning_rate
 
@@ -134,6 +135,153 @@ def test_gradient_norm_is_logged_as_it_was_before_clipping(tmp_path):
     assert run_counting(tmp_path, config)[1][0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+class Crash(Exception):
+    """Ends a run in this process as a kill would: nothing is saved any more."""
+
+
+def train_counting(directory: Path, config: TrainConfig, crash: int = -1, **changes) -> tuple[dict, dict]:
+    """Trains on counting, the task changed, from where it was left; crashes before a step. What the end is saved as."""
+    model, task = counting(config)
+    task = replace(task, **changes)
+
+    def batch(step: int, *part):
+        if step == crash:
+            raise Crash
+        return counting(config)[1].batch(step, *part)
+
+    job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "python train.py x.py")
+    with job.making(keep=True):
+        checkpoint.recover(directory)
+        train.train(model, replace(task, batch=batch), config, job, "auto")
+    return tuple(checkpoint.read(directory / "final", file) for file in ("weights.pt", "state.pt"))
+
+
+def assert_equal(ours, theirs) -> None:
+    """Bit for bit, in nested containers."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, (dict, list, tuple)):
+        assert len(ours) == len(theirs)
+        for key in ours if isinstance(ours, dict) else range(len(ours)):
+            assert_equal(ours[key], theirs[key])
+    else:
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def not_a_number(*steps: int) -> Callable:
+    """A loss that is NaN at the calls with these numbers, one call a step."""
+    calls = itertools.count()
+
+    def loss(model, tokens, targets):
+        return model(tokens, targets) * (math.nan if next(calls) in steps else 1)
+
+    return loss
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_whatever_is_trained_resumes_exactly(tmp_path, monkeypatch, precision, optimizer, schedule):
+    """Optimizers, schedule, and float16's scale, which overflows at first and moves while training."""
+    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**30)
+    changes = {"precision": precision, "optimizer": optimizer, "schedule": schedule, "warmup_steps": 3}
+    config = replace(CONFIG, steps=16, save_every=4, eval_every=8, log_every=1, **changes)
+    undisturbed = train_counting(tmp_path / "undisturbed", config)
+    for crash in (6, 13):
+        with pytest.raises(Crash):
+            train_counting(tmp_path / "disturbed", config, crash=crash)
+    assert_equal(train_counting(tmp_path / "disturbed", config), undisturbed)
+    scale = undisturbed[1]["loss_scale"]["value"]
+    assert scale < 2.0**30 if precision == "float16" else scale == 1
+
+
+def test_the_loss_is_scaled_as_pytorch_scales_it(monkeypatch):
+    monkeypatch.setattr(train, "GOOD_STEPS", 5)
+    ours, theirs = train.LossScale(torch.float16), torch.amp.GradScaler("cpu", growth_interval=5)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, chance = torch.optim.SGD([weight]), random.Random(0)
+    for _ in range(200):
+        finite = chance.random() < 0.8
+        theirs.scale(weight.sum() * (1.0 if finite else math.inf)).backward()
+        assert ours.value == theirs.get_scale()
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(finite)
+        optimizer.zero_grad()
+
+
+def test_float16_learns_what_float32_learns(tmp_path):
+    logs = []
+    for precision in ("float32", "float16"):
+        config = replace(CONFIG, steps=30, precision=precision, log_every=1)
+        logs.append([m["loss"] for m in run_counting(tmp_path / precision, config)[1]])
+    assert logs[1] == pytest.approx(logs[0], rel=0.02)
+
+
+def test_a_step_that_is_skipped_changes_nothing(tmp_path):
+    """Neither weights nor optimizer; it is counted, and so it is after a crash."""
+    config = replace(CONFIG, steps=6, min_lr=CONFIG.learning_rate, save_every=1, log_every=1)
+    shorter = train_counting(tmp_path / "shorter", replace(config, steps=5))
+    skipped = train_counting(tmp_path / "skipped", config, loss=not_a_number(5))
+    assert_equal(skipped[0], shorter[0])
+    assert_equal(skipped[1]["optimizers"], shorter[1]["optimizers"])
+    assert skipped[1]["progress"]["skipped"] == skipped[1]["progress"]["in_a_row"] == 1
+    with pytest.raises(Crash):
+        train_counting(tmp_path / "crashed", config, crash=5, loss=not_a_number(2))
+    assert_equal(
+        train_counting(tmp_path / "crashed", config), train_counting(tmp_path / "whole", config, loss=not_a_number(2))
+    )
+
+
+def test_steps_that_are_not_finite_stop_the_run_only_in_a_row(tmp_path):
+    config = replace(CONFIG, steps=12, max_skipped=3, log_every=1)
+    train_counting(tmp_path / "apart", config, loss=not_a_number(1, 2, 4, 5, 7, 8))
+    with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 8, on .*documents"):
+        train_counting(tmp_path / "in a row", config, loss=not_a_number(5, 6, 7))
+
+
+def test_a_model_that_overfits_is_warned_of_with_its_best_step(tmp_path, caplog):
+    """Validation is of other noise than training: what is learnt by heart can only harm."""
+    noise = np.random.default_rng(0).integers(61, size=2_000)
+    config = replace(CONFIG, steps=80, eval_every=10, log_every=10)
+
+    class Noise(Numbers):
+        tokens = noise[:150]
+
+    class Other(Numbers):
+        tokens = noise[1_000:]
+
+    model, _ = counting(config)
+    experiment = type("Experiment", (), {"name": "x", "mixture": (), "model": model.config, "pretrain": config})
+    task = train.pretraining(experiment, {"train": Noise, "val": Other})
+    job = Stage(tmp_path, {"model": model.config, "pretrain": config}, {}, "")
+    with job.making():
+        train.train(model, task, config, job, "auto")
+    log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    losses = {m["step"]: m["val_loss"] for m in log if "val_loss" in m}
+    best = min(losses, key=losses.get)
+    [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert f"lowest at step {best}, {losses[best]:.4f}" in warning
+    assert stage.read_manifest(tmp_path / "best")["counts"]["step"] == best < 60
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_gradient_checkpointing_gives_the_same_gradients(kernels):
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=61, context_length=16, n_layers=3, d_model=32, n_heads=2, kernels=kernels)
+    model, tokens = Transformer(shape), torch.randint(61, (2, 17))
+    gradients, kept = [], []
+    for model.gradient_checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: to.append(t.numel()) or t, lambda t: t):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert_equal(*gradients)
+    assert kept[1] < kept[0] / 2
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -204,12 +352,19 @@ def test_killed_and_restarted_equals_undisturbed(packed: Place, made: Place, mod
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_random_moments(packed: Place, made: Place, seed):
-    chance = random.Random(seed)
-    for _ in range(3):
+    """While it trains, evaluates and, after every step, saves; whatever is found then is whole."""
+    packed.edit(("save_every=5", "save_every=1"))
+    chance, kills = random.Random(seed), 0
+    while kills < 3:
         run = packed.start("train.py", packed.config)
-        time.sleep(chance.uniform(2.0, 7.0))
+        run.wait_for("schedule")  # the last line of the page: the first step comes next
+        time.sleep(chance.uniform(0.0, 0.6))
         run.kill()
         run.communicate()
+        assert run.returncode == -signal.SIGKILL, "trained to the end: the moments are badly chosen"
+        kills += 1
+        for _, directory in checkpoint.steps(packed.runs / "mini/pretrain"):
+            assert stage.damage(directory, stage.read_manifest(directory)["wrote"]) is None
     packed.run("train.py", packed.config)
     assert_same_run(packed, made)
 
