@@ -407,6 +407,9 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             with evaluating(model), autocast:
                 record.update(task.evaluate(model))
             log.info(line(record, steps))
+            if seen := record.get("seen"):
+                every = sum(seen.values())
+                log.info("drawn so far: " + ", ".join(f"{k} {n:,} tokens ({n / every:.1%})" for k, n in seen.items()))
             if record["val_loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step
                 save("best")

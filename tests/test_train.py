@@ -707,6 +707,54 @@ def test_a_loss_that_is_not_finite_stops_the_run(packed: Place):
     assert "Lower learning_rate" in error
 
 
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_two_runs_give_the_same_bytes(packed: Place, threads, tmp_path_factory: pytest.TempPathFactory):
+    """Of a model wide enough that threads share its sums."""
+    packed.edit(("d_model=32", "d_model=192"), ("steps=24", "steps=4"), ("micro_batch_size=4", "micro_batch_size=12"))
+    packed.env["OMP_NUM_THREADS"] = threads
+    again = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("again"), dirs_exist_ok=True))
+    again.env["OMP_NUM_THREADS"] = threads
+    for place in (packed, again):
+        assert f"CPU, {threads} thread" in place.run("train.py", place.config).stdout
+    assert_same_run(packed, again)
+
+
+def test_too_little_memory_is_answered_with_what_to_change(packed: Place):
+    packed.edit(
+        ("d_model=32", "d_model=512"), ("n_layers=2", "n_layers=12"), ("micro_batch_size=4", "micro_batch_size=12")
+    )
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2_000_000_000, 2_000_000_000))  # noqa: E731
+    run = packed.start("train.py", packed.config, preexec_fn=limit)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert err == (
+        "error: out of memory; set micro_batch_size=6 (now 12), then gradient_checkpointing=True (now False), "
+        "then context_length=32 (now 64)\n"
+    )
+
+
+def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
+    """And forgets, as they do, what a killed run had logged past its checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    packed.edit(("compile=False", "compile=False, tensorboard=True"))
+    code = KILL.format(module="train", function="Metrics.write", at=13)
+    packed.start("-c", code, packed.config).communicate(timeout=60)
+    packed.run("train.py", packed.config)
+    events = EventAccumulator(str(packed.runs / "mini/pretrain/tensorboard")).Reload()
+    for name in ("loss", "val_loss", "lr", "grad_norm"):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx({m["step"]: m[name] for m in made.metrics() if name in m})
+
+
+def test_tensorboard_that_is_missing_is_named(packed: Place):
+    packed.edit(("compile=False", "compile=False, tensorboard=True"))
+    (packed.path / "absent/tensorboard").mkdir(parents=True)
+    (packed.path / "absent/tensorboard/__init__.py").write_text("raise ImportError")
+    packed.env["PYTHONPATH"] = f"{packed.path / 'absent'}:{packed.env['PYTHONPATH']}"
+    assert "pip install tensorboard" in packed.run("train.py", packed.config, status=2).stderr
+
+
 def test_a_disk_that_fills_up_loses_nothing(packed: Place, made: Place):
     """A limit on the size of files, which the system enforces as it does a full disk."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # noqa: E731

@@ -92,7 +92,10 @@ def test_each_source_is_a_part(place: Place):
 def test_a_mixture_is_trained_on_and_shown(place: Place):
     two_sources(place)
     place.edit(("steps=24", "steps=12"))
-    place.run("train.py", place.config)
+    out = place.run("train.py", place.config).stdout
+    assert place.metrics()[9]["seen"] == {"files": 10 * 3 * 64, "more": 10 * 9 * 64}
+    assert place.metrics()[11]["seen"] == {"files": (10 * 3 + 2 * 12) * 64, "more": 10 * 9 * 64}
+    assert "drawn so far: files 3,456 tokens (37.5%), more 5,760 tokens (62.5%)" in out
     shown = place.run("-m", "data.inspect", place.config, "--rows", 12, "--step", 9).stdout
     assert (shown.count(": files, window"), shown.count(": more, window")) == (3, 9)
     assert place.run("-m", "data.inspect", place.config, "--rows", 12, "--step", 10).stdout.count("files, window") == 12
