@@ -429,7 +429,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         finish_step()
     parameters = list(model.parameters())
     hidden = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=progress.step, unit=" steps", disable=hidden, dynamic_ncols=True)
+    shape = "{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
+    bar = tqdm(total=steps, initial=progress.step, bar_format=shape, disable=hidden, dynamic_ncols=True)
     began = shown = tick = time.perf_counter()
     first = since = progress.step
     counted, stopping = progress.tokens, 0
@@ -509,12 +510,11 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
 
 def numbers(record: dict) -> str:
-    """A step's measurements, for a progress bar."""
-    text = f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}, "
-    text += f"{record['tokens_per_second']:,.0f} tokens/s"
+    """A step's measurements, for a progress bar: first what a narrow terminal must still show."""
+    text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in record:
         text += f", {record['mfu']:.1%} MFU"
-    return f"{text}, epoch {record['epoch']:.2f}"
+    return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"
 
 
 def line(record: dict, steps: int) -> str:
