@@ -96,7 +96,7 @@ def test_two_processes_train_as_one(two: Place, made: Place):
     ("count", "changes"),
     [
         pytest.param(2, 'parallel="fsdp"', id="fsdp"),
-        pytest.param(3, "", id="three", marks=pytest.mark.slow),
+        pytest.param(3, 'parallel="ddp"', id="three", marks=pytest.mark.slow),
         pytest.param(3, 'parallel="fsdp"', id="fsdp of three, shares of unequal size", marks=pytest.mark.slow),
         pytest.param(2, 'parallel="fsdp", gradient_checkpointing=True', id="recomputed", marks=pytest.mark.slow),
     ],
