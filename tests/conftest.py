@@ -35,7 +35,7 @@ experiment = Experiment(
     pack=PackConfig(val_fraction=0.1),
     pretrain=TrainConfig(
         steps=24, batch_size=12, micro_batch_size=4, learning_rate=3e-3, warmup_steps=4, compile=False,
-        precision="float32", log_every=1, eval_every=8, eval_rows=8, save_every=5,
+        precision="float32", deterministic=True, log_every=1, eval_every=8, eval_rows=8, save_every=5,
     ),
     eval=EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8),
 )
