@@ -177,6 +177,7 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning(f"training goes on uncompiled, and slower; set compile=False, or mend this: {reason}")
         return False
+    torch._dynamo.config.optimize_ddp = False  # which would cut the blocks up: they are small enough as they are
     for block in model.blocks:
         block.compile()
     return True
@@ -210,8 +211,9 @@ def memory_estimate(
     weights, gradients: float32. optimizer: AdamW keeps two numbers a parameter, Muon one for matrices of the blocks.
     activations: what autograd keeps of a micro-batch for the backward pass, counted below. loss: a chunk of logits, and
     the output projection's gradient twice, before and after it is scaled. For full rows; for compiled blocks it is an
-    upper bound. It is of tensors: a process on a CPU was seen to take 400 MiB for Python and its libraries besides, and
-    up to half of the estimate for gaps that the C library's allocator cannot use.
+    upper bound. Muon's working copies are left out: they come when the activations are gone. It is of tensors: a
+    process on a CPU was seen to take 400 MiB for Python and its libraries besides, and up to half of the estimate for
+    gaps that the C library's allocator cannot use.
     """
     c, half = model.config, dtype.itemsize
     D, KV, V, d_ff = c.d_model, (c.n_kv_heads or c.n_heads) * c.head_dim, c.vocab_size, c.d_ff or 4 * c.d_model
@@ -330,7 +332,7 @@ def page(
     c, total = model.config, model.num_parameters()
     trained = numbers(p for p in model.parameters() if p.requires_grad)
     held, share = rows_held(config, processes), max(1, config.batch_size // processes)
-    seen, flops = steps * config.batch_size * c.context_length, model.flops_per_token(c.context_length)
+    seen, flops = steps * config.batch_size * c.context_length, c.flops_per_token(c.context_length)
     memory = memory_estimate(model, config, dtype, processes)
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # that share the memory
     needed, available = sum(memory.values()), memory_available(device) // here

@@ -85,6 +85,18 @@ class ModelConfig:
         """E, the width of one head."""
         return self.d_model // self.n_heads
 
+    def flops_per_token(self, T: int) -> int:
+        """Of a training step on rows of T tokens, as PaLM counts them (arXiv:2204.02311, appendix B).
+
+        A linear layer multiplies and adds once a weight: 2 FLOPs forward, 4 backward, for the gradients of input and
+        weight. Attention does so twice with T keys a query, d_model wide: 12 · T · d_model a block. Embedding rows are
+        looked up, not multiplied; masked keys count.
+        """
+        attention = 2 * self.d_model * self.head_dim * (self.n_heads + (self.n_kv_heads or self.n_heads))  # q, o; k, v
+        block = attention + 3 * self.d_model * (self.d_ff or 4 * self.d_model)
+        weights = self.n_layers * block + self.vocab_size * self.d_model
+        return 6 * weights + 12 * self.n_layers * self.d_model * T
+
 
 # ------------------------------------------------------------------------------------------------------------ layers
 
@@ -250,16 +262,6 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Every trained number once, embeddings included."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, T: int) -> int:
-        """Of a training step on rows of T tokens, as PaLM counts them (arXiv:2204.02311, appendix B).
-
-        A linear layer multiplies and adds once a weight: 2 FLOPs forward, 4 backward, for the gradients of input and
-        weight. Attention does so twice with T keys a query, d_model wide: 12 · T · d_model a block. Embedding rows are
-        looked up, not multiplied; masked keys count.
-        """
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * weights + 12 * self.config.n_layers * self.config.d_model * T
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`."""

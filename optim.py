@@ -47,6 +47,9 @@ def orthogonalise(x: Tensor) -> Tensor:
     return y.mT if tall else y
 
 
+AT_ONCE = 2**26  # numbers that Muon orthogonalises together: a GPU is busy with fewer, and its memory with more
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose every update is orthogonalised, for matrices (Jordan 2024; Liu et al. 2025, arXiv:2502.16982).
 
@@ -78,7 +81,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault(p.shape, []).append(p)
             for params in alike.values():
-                self._step(params, group["lr"], group["momentum"], group["weight_decay"])
+                at_once = max(1, AT_ONCE // params[0].numel())
+                for i in range(0, len(params), at_once):
+                    self._step(params[i : i + at_once], group["lr"], group["momentum"], group["weight_decay"])
 
     def _step(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         """Updates B parameters of one shape."""

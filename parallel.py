@@ -10,6 +10,7 @@ state; a block is put together when it is needed. The first process alone writes
 import datetime
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -38,7 +39,8 @@ def joined(timeout: float) -> Iterator[None]:
     """Joins the processes that torchrun has started with this one, and leaves them at the end.
 
     timeout: seconds that one waits for the others. Where another ends, or does not answer in that time, this one stops
-    too, with one line and status 1. GPUs speak through NCCL, processors through gloo.
+    too, with one line and status 1, or, in the middle of NCCL's work, by its watchdog. GPUs speak through NCCL,
+    processors through gloo.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -63,13 +65,13 @@ def joined(timeout: float) -> Iterator[None]:
     except Stopped as stop:
         raise Stopped(stop.status, str(stop) if rank() == 0 else "") from None
     except RuntimeError as error:
-        if not re.search("gloo|nccl|connection|peer|time[sd]? ?out", str(error), re.IGNORECASE):
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(error)):
             raise
-        log.debug(str(error))
+        reason = str(error).strip().splitlines()[0]
         raise Stopped(
             1,
             f"process {rank()}: another one has ended, or has not answered for {timeout:g} s, and so this one stops; "
-            "the same command goes on from the last checkpoint",
+            f"the same command goes on from the last checkpoint ({reason})",
         ) from None
 
 
@@ -100,7 +102,7 @@ def refuse(message: str) -> NoReturn:
     raise UserError(message) if rank() == 0 else Stopped(2, "")
 
 
-def added(x: Tensor) -> Tensor:
+def add_up(x: Tensor) -> Tensor:
     """The sum of x over all processes, written into it."""
     if ranks() > 1:
         dist.all_reduce(x)
@@ -109,7 +111,7 @@ def added(x: Tensor) -> Tensor:
 
 def total(number: int) -> int:
     """Its sum over all processes."""
-    return int(added(torch.tensor(number))) if ranks() > 1 else number
+    return int(add_up(torch.tensor(number))) if ranks() > 1 else number
 
 
 def largest(number: int) -> int:
@@ -121,6 +123,13 @@ def largest(number: int) -> int:
     return int(found)
 
 
+def command(remake: str) -> str:
+    """The command that was given, as far as it is known: on several machines torchrun takes more."""
+    if ranks() == 1:
+        return remake
+    return remake.replace("python", f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}", 1)
+
+
 def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Moves a model to the device, in whole or in part; returns what is to be called in its place.
 
@@ -130,9 +139,16 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     if ranks() == 1:
         return model.to(device)
     if how == "ddp":
-        index = [device.index] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel
-        return parallel(model.to(device), device_ids=index, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of broadcast_buffers' new name
+            return nn.parallel.DistributedDataParallel(
+                model.to(device),
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # they are constants
+                gradient_as_bucket_view=True,
+                # No parameter is unused. But without this the order in which gradients are summed is another in the
+                # first step of a process than in the rest, and a run that is resumed no longer the same.
+                find_unused_parameters=True,
+            )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

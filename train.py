@@ -151,8 +151,8 @@ class Task:
     """batch(step, rank, ranks): a process's part of the global batch of a step, both counted from 0; a pure function.
     The parts are of one size, and one after another they are the same global batch for any number of processes."""
     loss: Callable[..., Tensor]
-    """loss(model, *batch): the mean over the batch's targets. It calls the model as a function, and none of its
-    methods: that is where several processes meet."""
+    """loss(model, *batch): the mean over the batch's targets. The batch is still on the CPU: what the model reads has
+    to be moved. It calls the model as a function, and none of its methods: that is where several processes meet."""
     targets: Callable[..., int]
     """targets(*batch): how many that mean is over, so that micro-batches can be weighed."""
     evaluate: Callable[[nn.Module], dict[str, float]]
@@ -162,6 +162,8 @@ class Task:
     """Steps to train."""
     epoch: float
     """Steps that one pass over the data takes."""
+    flops: float
+    """Floating-point operations that a step takes, of all processes together."""
     seen: Callable[[int], dict[str, int]] = lambda step: {}
     """seen(step): how many tokens the steps before it have drawn from each set of a mixture."""
     documents: Callable[[int], str] = lambda step: ""
@@ -179,17 +181,16 @@ def accumulate_gradient(
     batch: this process's part of it. targets: of all parts. Returns the part's share of the loss, not scaled. A
     micro-batch counts by its targets, so that the sum does not depend on how the batch was cut.
     """
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
-    parts = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
-    for i, micro in enumerate(parts, start=1):
-        share = task.targets(*micro) / targets
-        # DistributedDataParallel averages over the processes, which once a step is enough.
-        silent = model.no_sync() if i < len(parts) and hasattr(model, "no_sync") else nullcontext()
-        with silent:
+    total = torch.zeros((), device=next(model.parameters()).device)
+    micro_batches = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
+    for i, micro in enumerate(micro_batches, start=1):
+        share = task.targets(*micro) / max(1, targets)
+        # DistributedDataParallel has the processes exchange gradients in the last backward pass only.
+        alone = i < len(micro_batches) and hasattr(model, "no_sync")
+        with model.no_sync() if alone else nullcontext():
             with autocast:
-                loss = task.loss(model, *(tensor.to(device, non_blocking=True) for tensor in micro)) * share
-            (loss * (scale * parallel.ranks())).backward()
+                loss = task.loss(model, *micro) * share
+            (loss * (scale * parallel.ranks())).backward()  # what they exchange becomes the mean: hence × ranks
         total += loss.detach()
     return total
 
@@ -215,7 +216,7 @@ class LossScale:
 
 
 def clip_gradient(parameters: list[nn.Parameter], limit: float, scale: float) -> float:
-    """Divides the gradient by `scale` and clips its norm to `limit`; returns the norm between the two."""
+    """Divides the gradient by `scale`, then clips its norm to `limit`; returns the norm before clipping."""
     if scale != 1:
         for p in parameters:
             if p.grad is not None:
@@ -228,7 +229,7 @@ class Signals:
     """Remembers Ctrl-C and SIGTERM until the step is finished and saved; a second one exits at once."""
 
     def __init__(self):
-        self.caught = 0
+        self.caught, self.when = 0, 0.0
 
     def __enter__(self) -> "Signals":
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -239,20 +240,44 @@ class Signals:
             signal.signal(signum, handler)
 
     def _handle(self, signum, frame):
-        if self.caught:
+        if not self.caught:
+            self.caught, self.when = signum, time.monotonic()
+            if parallel.rank() == 0:
+                os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
+        # A cluster signals every process, and torchrun, which has got it too, passes it on.
+        elif parallel.ranks() == 1 or time.monotonic() - self.when > 5:
             os._exit(128 + signum)
-        self.caught = signum
-        if parallel.rank() == 0:
-            os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
 
 
-class Metrics:
-    """metrics.jsonl: one object a logged step; and tensorboard/, if that is asked for."""
+@dataclass
+class Progress:
+    """Where a run is. With weights, optimizers and random generators it is all that resuming needs."""
 
-    def __init__(self, directory: Path, tensorboard: bool):
+    step: int = 0
+    """Steps made, those skipped among them."""
+    tokens: int = 0
+    """Targets of those steps."""
+    best_loss: float = math.inf
+    """The lowest validation loss so far,"""
+    best_step: int = 0
+    """the step it is of,"""
+    warned_of: int = -1
+    """and the one that a warning of overfitting has named last."""
+    skipped: int = 0
+    """Steps whose gradient was not finite, and which changed nothing;"""
+    skipped_in_a_row: int = 0
+    """as many of them as came last, overflows of float16 left out."""
+
+
+class Report:
+    """What is seen of a run: metrics.jsonl, an object a logged step; a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, directory: Path, task: Task, size: int, peak: float | None, tensorboard: bool):
+        """size: parameters. peak: FLOP/s that all processes could make at most. tensorboard: write tensorboard/ too."""
         self.path, self.tensorboard, self.board = directory / "metrics.jsonl", tensorboard, None
+        self.task, self.size, self.peak = task, size, peak
 
-    def begin(self, step: int) -> None:
+    def trim(self, step: int) -> None:
         """Drops what an interrupted run wrote past the checkpoint of that step. UserError without tensorboard."""
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
@@ -271,7 +296,69 @@ class Metrics:
                 raise UserError("tensorboard=True, but it is not installed; pip install tensorboard") from None
             self.board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=step)
 
+    def start(self, progress: Progress) -> tqdm:
+        """The bar; `begin` has to be called too."""
+        self.hidden = parallel.rank() > 0 or not sys.stderr.isatty()
+        self.first, self.shown = progress.step, 0.0
+        shape = "{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
+        total, done = self.task.steps, progress.step
+        self.bar = tqdm(total=total, initial=done, bar_format=shape, disable=self.hidden, dynamic_ncols=True)
+        return self.bar
+
+    def begin(self, progress: Progress) -> None:
+        """Starts the clock of speed: neither saving nor evaluation counts, nor does the first step."""
+        self.tick, self.step, self.tokens = time.perf_counter(), progress.step, progress.tokens
+        if progress.step <= self.first + 1:
+            self.began, self.since = self.tick, progress.step
+
+    def measure(self, progress: Progress, loss: float, lr: float, norm: float) -> dict:
+        """What is to be known of a step just made, shown now and logged later."""
+        now = time.perf_counter()
+        record = {
+            "step": progress.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": progress.tokens,
+            "tokens_per_parameter": progress.tokens / self.size,
+            "epoch": progress.step / self.task.epoch,
+            "tokens_per_second": (progress.tokens - self.tokens) / (now - self.tick),
+            "skipped": progress.skipped,
+        }
+        if self.peak:
+            record["mfu"] = (progress.step - self.step) * self.task.flops / (now - self.tick) / self.peak
+        if seen := self.task.seen(progress.step):
+            record["seen"] = seen
+        self.bar.set_postfix_str(self.numbers(record))
+        if self.hidden and (now - self.shown > 20 or progress.step == self.first + 1):
+            left = (now - self.began) / (progress.step - self.since) * (self.task.steps - progress.step)
+            log.info(f"{self.line(record)}, {left // 60:.0f} min {left % 60:.0f} s left")
+            self.shown = now
+        return record
+
+    def numbers(self, record: dict) -> str:
+        """First what a narrow terminal must still show."""
+        text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f", {record['mfu']:.1%} MFU"
+        return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"
+
+    def line(self, record: dict) -> str:
+        text = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}"
+        for name in ("val_loss", "val_perplexity", "val_bits_per_byte"):
+            if name in record:
+                text += f", {name.replace('_', ' ')} {record[name]:.4f}"
+        return text
+
+    def evaluated(self, record: dict) -> None:
+        log.info(self.line(record))
+        if seen := record.get("seen"):
+            every = sum(seen.values())
+            log.info("drawn so far: " + ", ".join(f"{k} {n:,} tokens ({n / every:.1%})" for k, n in seen.items()))
+
     def write(self, record: dict) -> None:
+        if parallel.rank():
+            return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
@@ -286,9 +373,11 @@ class Metrics:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients; not compiled, which would be done anew for every shape."""
     model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-    model.train()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train()
 
 
 @contextmanager
@@ -305,36 +394,17 @@ def fitting(model: Transformer, config: TrainConfig) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
-@dataclass
-class Progress:
-    """Where a run is. With weights, optimizers and random generators it is all that resuming needs."""
-
-    step: int = 0
-    """Steps made, those skipped among them."""
-    tokens: int = 0
-    """Targets learnt from."""
-    best_loss: float = math.inf
-    """The lowest validation loss so far,"""
-    best_step: int = 0
-    """and the step it is of."""
-    skipped: int = 0
-    """Steps whose gradient was not finite, and which changed nothing;"""
-    in_a_row: int = 0
-    """as many of them as came last."""
-
-
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end, from where an earlier run left it. Writes checkpoints, metrics.jsonl, the manifest.
 
     resume: "auto", or the checkpoint to go on from. Raises UserError if that checkpoint is of another config, if memory
     does not suffice, or if the gradient stays not finite; Stopped, everything saved, on Ctrl-C or SIGTERM.
     """
-    directory, steps, rank, ranks = job.directory, task.steps, parallel.rank(), parallel.ranks()
+    directory, steps, ranks = job.directory, task.steps, parallel.ranks()
     if config.batch_size % ranks:
         parallel.refuse(
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
         )
-    rows = machine.rows_held(config, ranks)
     device = machine.pick_device()
     dtype = parallel.lead(lambda: machine.pick_dtype(device, config.precision))
     machine.keep_freed_memory()
@@ -343,37 +413,40 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
     progress, record, state = Progress(), None, None
     if (start := parallel.lead(lambda: find_checkpoint(job, resume))) is not None:
-        counts = stage.read_manifest(start)["counts"]
+        counts = checkpoint.read_manifest(start)["counts"]
         record, job.earlier = counts["record"], counts["seconds"]
         if counts["step"] > steps:
             parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
         checkpoint.load_weights(start, model)
         state = checkpoint.read(start, "state.pt")
-        if config.precision == "auto" and state.get("device") == device.type:
+        if config.precision == "auto" and device.type == state.get("device") == "cpu":
             dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
-    if config.compile and not machine.compile_blocks(model, device):
-        config = replace(config, compile=False)
-    for text in machine.page(model, config, dtype, steps, task.epoch, ranks):
-        log.info(text)
 
-    flops, size = model.flops_per_token(model.config.context_length), model.num_parameters()
-    peak = machine.peak_flops(device, dtype)
+    compiled = config.compile and machine.compile_blocks(model, device)
+    for text in machine.page(model, replace(config, compile=compiled), dtype, steps, task.epoch, ranks):
+        log.info(text)
     model.gradient_checkpointing = config.gradient_checkpointing
-    model.train()
-    called = parallel.distribute(model, config.parallel, device, dtype)
+    parallel_model = parallel.distribute(model.train(), config.parallel, device, dtype)
     optimizers = make_optimizers(model, config)
-    scale = LossScale(dtype)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    scale = LossScale(dtype)
     if state is not None:
         progress = restore(start, state, optimizers, scale)
+        state = None  # as large as the optimizers' own
         log.info(f"resumed from step {progress.step} ({start})")
-    metrics = Metrics(directory, config.tensorboard)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+
+    peak = machine.peak_flops(device, dtype)
+    report = Report(directory, task, model.num_parameters(), peak and peak * ranks, config.tensorboard)
 
     def begin() -> None:
         (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished run is made longer
-        metrics.begin(progress.step)
+        report.trim(progress.step)
 
-    parallel.lead(begin)
+    def read(step: int) -> tuple[Tensor, ...]:
+        batch = task.batch(step, parallel.rank(), ranks)
+        return tuple(tensor.pin_memory() for tensor in batch) if device.type == "cuda" else batch
 
     def save(name: str) -> None:
         """Every process takes part in putting together what is shared out; the first writes it."""
@@ -386,8 +459,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
         def write() -> None:
             counts = {"step": progress.step, "seconds": round(job.seconds(), 1), "record": record}
-            if metrics.path.exists():
-                stage.sync(metrics.path)  # a checkpoint never reaches the disk before the log of its steps
+            if report.path.exists():
+                stage.sync(report.path)  # a checkpoint never reaches the disk before the log of its steps
             about = {"config": job.config, "read": job.read, "counts": counts}
             checkpoint.save(directory / name, weights, state, about)
             numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
@@ -396,134 +469,86 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
         parallel.lead(write)
 
+    def due(every: int) -> bool:
+        return progress.step % every == 0 or progress.step == steps
+
     def finish_step() -> None:
         """Evaluates and logs, if this step should.
 
         A checkpoint is saved before its step is evaluated and logged, and carries the step's record. So a resumed run
         begins here, and does again what the interrupted one may not have come to.
         """
-        nonlocal warned
-        if progress.step % config.eval_every == 0 or progress.step == steps:
+        if due(config.eval_every):
             with evaluating(model), autocast:
                 record.update(task.evaluate(model))
-            log.info(line(record, steps))
-            if seen := record.get("seen"):
-                every = sum(seen.values())
-                log.info("drawn so far: " + ", ".join(f"{k} {n:,} tokens ({n / every:.1%})" for k, n in seen.items()))
+            report.evaluated(record)
             if record["val_loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step
                 save("best")
-            elif progress.step >= progress.best_step + 2 * config.eval_every and warned != progress.best_step:
-                warned = progress.best_step
+            elif (
+                progress.step >= progress.best_step + 2 * config.eval_every and progress.warned_of < progress.best_step
+            ):
+                progress.warned_of = progress.best_step
                 log.warning(
-                    f"validation loss was lowest at step {warned}, {progress.best_loss:.4f}, and has not been since: "
-                    "the model begins to overfit; best/ keeps that step. More text or fewer epochs would help"
+                    f"validation loss was lowest at step {progress.best_step}, {progress.best_loss:.4f}, and has not "
+                    "been since: the model overfits. best/ keeps that step; more text or fewer epochs would help"
                 )
-        if rank == 0 and (progress.step % config.log_every == 0 or progress.step == 1 or "val_loss" in record):
-            metrics.write(record)
+        if due(config.log_every) or progress.step == 1 or "val_loss" in record:
+            report.write(record)
 
-    warned = -1
+    parallel.lead(begin)
     if record is not None:
         if progress.step == steps:
             save("final")  # the checkpoint may be a numbered one, where `steps` was lowered to it
         finish_step()
-    parameters = list(model.parameters())
-    hidden = rank > 0 or not sys.stderr.isatty()
-    shape = "{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
-    bar = tqdm(total=steps, initial=progress.step, bar_format=shape, disable=hidden, dynamic_ncols=True)
-    began = shown = tick = time.perf_counter()
-    first = since = progress.step
-    counted, stopping = progress.tokens, 0
-    batch = task.batch(first, rank, ranks) if first < steps else ()
-    with Signals() as signals, bar:
+    rows, first, stopping = machine.rows_held(config, ranks), progress.step, 0
+    batch = read(first) if first < steps else ()
+    with Signals() as signals, report.start(progress) as bar:
+        report.begin(progress)
         while progress.step < steps and not stopping:
-            rate = learning_rate(config, progress.step, steps)
-            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-                group["lr"] = rate
+            lr = learning_rate(config, progress.step, steps)
+            for group in groups:
+                group["lr"] = lr
             targets = parallel.total(task.targets(*batch))
-            loss = accumulate_gradient(called, task, batch, rows, targets, scale.value, autocast)
+            loss = accumulate_gradient(parallel_model, task, batch, rows, targets, scale.value, autocast)
             if progress.step + 1 < steps:
-                batch = task.batch(progress.step + 1, rank, ranks)  # while a GPU is still busy with this one
+                batch = read(progress.step + 1)  # while a GPU is still busy with this one
             norm = clip_gradient(parameters, config.grad_clip, scale.value)
-            if finite := math.isfinite(norm):
-                for optimizer in optimizers:
+            finite = math.isfinite(norm)  # of the mean over all processes: all of them make or skip the step
+            for optimizer in optimizers:
+                if finite:
                     optimizer.step()
-                progress.in_a_row = 0
-            else:  # of the sum over all processes: all of them skip the step
-                progress.skipped += 1
-                progress.in_a_row += scale.value <= 1  # above it, float16 has merely overflowed
-                log.info(f"step {progress.step + 1} is skipped: the norm of its gradient is {norm}")
-            scale.update(finite)
-            model.zero_grad()
+                optimizer.zero_grad(set_to_none=parallel_model is model)  # DistributedDataParallel's are views
             progress.step += 1
             progress.tokens += targets
+            progress.skipped += not finite
+            progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + (scale.value <= 1)
+            scale.update(finite)
             bar.update()
-            if progress.in_a_row == config.max_skipped:
+            if not finite:
+                log.info(f"step {progress.step} is skipped: the norm of its gradient is {norm}")
+            if progress.skipped_in_a_row >= config.max_skipped:
                 parallel.refuse(
-                    f"the gradient was not finite in {progress.in_a_row} steps in a row, the last of them step "
+                    f"the gradient was not finite in {progress.skipped_in_a_row} steps in a row, the last of them step "
                     f"{progress.step}, on {task.documents(progress.step - 1) or 'its batch'}. Lower learning_rate, "
                     f"lengthen warmup_steps or look for what is wrong in the data, and start anew: {job.remake} --force"
                 )
 
             # Read once: what is saved below is what the message after the loop speaks of.
-            stopping = parallel.largest(signals.caught)
-            last = progress.step == steps
-            saving = (progress.step % config.save_every == 0 and not progress.in_a_row) or last or stopping
-            evaluated = progress.step % config.eval_every == 0 or last
-            if not (saving or evaluated or progress.step % config.log_every == 0 or progress.step == first + 1):
-                continue
-            loss, now = float(parallel.added(loss)), time.perf_counter()
-            speed = (progress.tokens - counted) / (now - tick)
-            record = {
-                "step": progress.step,
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": norm,
-                "tokens": progress.tokens,
-                "tokens_per_parameter": progress.tokens / size,
-                "epoch": progress.step / task.epoch,
-                "tokens_per_second": speed,
-                "skipped": progress.skipped,
-            }
-            if peak:
-                record["mfu"] = speed * flops / (peak * ranks)
-            if seen := task.seen(progress.step):
-                record["seen"] = seen
-            bar.set_postfix_str(numbers(record))
-            if hidden and (now - shown > 20 or progress.step == first + 1):
-                left = (now - began) / (progress.step - since) * (steps - progress.step)
-                log.info(f"{line(record, steps)}, {left // 60:.0f} min {left % 60:.0f} s left")
-                shown = now
-            if saving:  # before the evaluation, which may fail
-                save("final" if last else f"step_{progress.step:07d}")
-            finish_step()
-            tick, counted = time.perf_counter(), progress.tokens  # neither saving, evaluation nor the first step counts
-            if progress.step == first + 1:
-                began, since = tick, progress.step
+            stopping, last = parallel.largest(signals.caught), progress.step == steps
+            saving = stopping or last or (due(config.save_every) and not progress.skipped_in_a_row)
+            if saving or due(config.eval_every) or due(config.log_every) or progress.step == first + 1:
+                record = report.measure(progress, float(parallel.add_up(loss)), lr, norm)
+                if saving:  # before the evaluation, which may fail
+                    save("final" if last else f"step_{progress.step:07d}")
+                finish_step()
+                report.begin(progress)
     if progress.step < steps:
-        again = job.remake.replace("python", f"torchrun --nproc_per_node={ranks}") if ranks > 1 else job.remake
-        text = f"{signal.Signals(stopping).name}: saved at step {progress.step} of {steps}; go on with: {again}"
-        raise stage.Stopped(128 + stopping, text)
-    counts = {"step": progress.step, "parameters": size, "record": record}
+        text = f"{signal.Signals(stopping).name}: saved at step {progress.step} of {steps}; go on with: "
+        raise stage.Stopped(128 + stopping, text + parallel.command(job.remake))
+    counts = {"step": progress.step, "parameters": model.num_parameters(), "record": record}
     files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
-
-
-def numbers(record: dict) -> str:
-    """A step's measurements, for a progress bar: first what a narrow terminal must still show."""
-    text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-    if "mfu" in record:
-        text += f", {record['mfu']:.1%} MFU"
-    return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"
-
-
-def line(record: dict, steps: int) -> str:
-    """A step as one line to read."""
-    text = f"step {record['step']} of {steps}: {numbers(record)}"
-    for name in ("val_loss", "val_perplexity", "val_bits_per_byte"):
-        if name in record:
-            text += f", {name.replace('_', ' ')} {record[name]:.4f}"
-    return text
 
 
 def restore(start: Path, state: dict, optimizers: list[torch.optim.Optimizer], scale: LossScale) -> Progress:
@@ -580,6 +605,10 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
     rows = machine.rows_held(config, ranks)
     bits = len(packed["val"].tokens) / packed["val"].bytes / math.log(2)  # a nat a token, in bits a byte
 
+    def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+        device = next(model.parameters()).device
+        return model(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+
     def evaluate(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -588,7 +617,7 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
             # Sharded models are called by all processes together, those with no row left among them.
             tokens, targets = (t.to(device) for t in held_out.read(own or chosen[:1]))
             total += model(tokens, targets).double() * len(own)
-        loss = float(parallel.added(total)) / count
+        loss = float(parallel.add_up(total)) / count
         return {
             "val_loss": loss,
             "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -598,11 +627,12 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
     epoch = sum(windows.count for windows in batches.sets.values()) / config.batch_size
     return Task(
         batch=batches.batch,
-        loss=lambda model, tokens, targets: model(tokens, targets),
+        loss=loss,
         targets=lambda tokens, targets: targets.numel(),
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
+        flops=config.batch_size * length * experiment.model.flops_per_token(length),
         seen=lambda step: {name: n * length for name, n in batches.seen(step).items()} if experiment.mixture else {},
         documents=lambda step: "; ".join(batches.documents(step)),
     )

@@ -107,7 +107,7 @@ def test_flops_are_those_that_pytorch_counts(config):
     # The counter knows matrix products, but neither flash attention on a CPU nor our loss.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-    assert model.flops_per_token(T) * tokens.numel() == counter.get_total_flops()
+    assert config.flops_per_token(T) * tokens.numel() == counter.get_total_flops()
 
 
 def test_attention_is_named_by_what_ran():
@@ -300,7 +300,7 @@ def test_the_page(no_gpu, warnings, monkeypatch):
     model = Transformer(SHAPE)
     lines = machine.page(model, config, torch.float32, 1_000, 400)
     text, n = "\n".join(lines), model.num_parameters()
-    each, flops = 128_000 / n, model.flops_per_token(32)
+    each, flops = 128_000 / n, SHAPE.flops_per_token(32)
     assert max(map(len, lines)) <= 80
     for expected in (
         f"parameters  {n:,}\n",

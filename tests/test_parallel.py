@@ -1,5 +1,6 @@
 """Several processes do what one does, and none of them is left behind."""
 
+import itertools
 import os
 import re
 import shutil
@@ -138,6 +139,23 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_exactly(packed: Place, tw
     assert 'Traceback (most recent call last):\n  File "train.py' not in out
     assert "resumed from step 10 " in train(packed, 2)
     assert_same_run(packed, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_three_resume_exactly_too(packed: Place, tmp_path_factory: pytest.TempPathFactory, way):
+    """With two, no order of summation matters: a + b = b + a. And after an evaluation that is not the best, which
+    leaves sharded parameters gathered."""
+    packed.edit(("compile=False", f'compile=False, parallel="{way}"'), ("learning_rate=3e-3", "learning_rate=0.1"))
+    packed.edit(("eval_every=8", "eval_every=1"), ("save_every=5", "save_every=1"))
+    undisturbed = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("undisturbed"), dirs_exist_ok=True))
+    train(undisturbed, 3)
+    worse = [b["step"] for a, b in itertools.pairwise(m for m in undisturbed.metrics() if "val_loss" in m)
+             if b["val_loss"] > a["val_loss"]]  # fmt: skip
+    step = next(step for step in worse if step < 20)
+    train(packed, 3, 1, "SIGKILL", step + 2, works=False)
+    assert f"resumed from step {step} " in train(packed, 3)
+    assert_same_run(packed, undisturbed)
 
 
 def test_a_process_that_hangs_is_not_waited_for_for_ever(packed: Place):
