@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModelConfig, Transformer, triton
-from stage import log
+from stage import UserError, log
 
 if TYPE_CHECKING:
     from train import TrainConfig
@@ -177,7 +177,6 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning(f"training goes on uncompiled, and slower; set compile=False, or mend this: {reason}")
         return False
-    torch._dynamo.config.optimize_ddp = False  # which would cut the blocks up: they are small enough as they are
     for block in model.blocks:
         block.compile()
     return True
@@ -293,6 +292,18 @@ def _left(group: Path, limit: str, used: str, cached: str) -> float:
         return math.inf
 
 
+def must_fit(model: Transformer, config: "TrainConfig", processes: int) -> None:
+    """UserError if not even weights, gradients and optimizer fit: before the weights are made. model: on "meta"."""
+    memory, available = memory_estimate(model, config, torch.float32, processes), memory_available(pick_device())
+    needed = sum(memory[kind] for kind in ("weights", "gradients", "optimizer"))
+    if needed > available:
+        raise UserError(
+            f"{model.num_parameters():,} parameters take {_bytes(needed)} for weights, gradients and optimizer, and "
+            f"{_bytes(available)} are available; choose a smaller model (d_model, n_layers, vocab_size)"
+            + (', or parallel="fsdp" on several GPUs' if config.parallel == "ddp" else "")
+        )
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out, of a GPU or of the machine; for the latter PyTorch has no type."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -340,6 +351,10 @@ def page(
         log.warning(
             f"a process will need about {_bytes(needed)} of memory, and {_bytes(available)} are available to it"
         )
+    if config.warmup_steps >= steps:
+        log.warning(
+            f"all {steps:,} steps are warm-up, {config.warmup_steps:,} of it: the learning rate stays below its peak"
+        )
     name, peak = f"CPU, {_count(torch.get_num_threads(), 'thread')}", peak_flops(device, dtype)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device) + (f", {peak / 1e12:,.0f} TFLOP/s at most" if peak else "")
@@ -355,7 +370,7 @@ def page(
         (
             "steps",
             f"{steps:,} of {_count(config.batch_size, 'row')} × {c.context_length:,} tokens"
-            + (f", {held} rows at a time" if held < share else ""),
+            + (f", {_count(held, 'row')} at a time" if held < share else ""),
         ),
         (
             "tokens",

@@ -20,12 +20,17 @@ def learning_rate(config: "TrainConfig", step: int, steps: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    start = config.warmup_steps
-    if config.schedule == "wsd":
-        start = max(start, steps - max(1, round(config.decay_fraction * steps)))
+    start = fall_begins(config, steps)
     done = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
     left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
     return config.min_lr + (config.learning_rate - config.min_lr) * left
+
+
+def fall_begins(config: "TrainConfig", steps: int) -> int:
+    """The first step, counted from 0, of the fall of the learning rate."""
+    if config.schedule == "wsd":
+        return max(config.warmup_steps, steps - max(1, round(config.decay_fraction * steps)))
+    return config.warmup_steps
 
 
 def orthogonalise(x: Tensor) -> Tensor:

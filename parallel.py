@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py configs/base.py
 
-Every process computes the gradient of its rows of the global batch, and the mean of all is what each of them steps by.
+Every process computes the gradient of its rows of the global batch, and the sum of all is what each of them steps by.
 "ddp": each holds the whole model. "fsdp": each holds a share of every matrix, of its gradient and of the optimizer's
 state; a block is put together when it is needed. The first process alone writes to the disk.
 """
@@ -10,15 +10,17 @@ state; a block is put together when it is needed. The first process alone writes
 import datetime
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import stage
 from stage import Stopped, UserError, log
 
 DAY = 86_400.0
@@ -52,8 +54,14 @@ def joined(timeout: float) -> Iterator[None]:
             raise UserError(f"{local + 1} or more processes here, {there} GPUs; start --nproc_per_node={there}")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stage.end_with_parent(signal.SIGTERM)  # torchrun, if it is killed, cannot end its processes any more
+    wait = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        # After a restart torchrun's store still has the addresses of the dead: each attempt gets names of its own.
+        store, this, count = next(dist.rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=this, world_size=count, timeout=wait)
         if rank():
             log.setLevel("ERROR")
         yield
@@ -68,10 +76,9 @@ def joined(timeout: float) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(error)):
             raise
         reason = str(error).strip().splitlines()[0]
+        what = f"has not answered for {timeout:g} s" if re.search("[Tt]imed out|[Tt]imeout", reason) else "has ended"
         raise Stopped(
-            1,
-            f"process {rank()}: another one has ended, or has not answered for {timeout:g} s, and so this one stops; "
-            f"the same command goes on from the last checkpoint ({reason})",
+            1, f"process {rank()}: another one {what}, and so this one stops; the same command goes on ({reason})"
         ) from None
 
 
@@ -130,25 +137,58 @@ def command(remake: str) -> str:
     return remake.replace("python", f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}", 1)
 
 
-def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Moves a model to the device, in whole or in part; returns what is to be called in its place.
+class Exchange:
+    """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704).
 
-    dtype: of matrix products. With "fsdp" the blocks travel in it, and sums of gradients in float32 as everywhere. What
-    is returned keeps the processes' gradients the same, but only where it is called as a function.
+    A gradient is a view of a bucket, 25 MB of them in a row, from the last parameter to the first: the order in which
+    the backward pass comes to them. A bucket whose gradients are all there is on its way. Which gradient lies where
+    never changes, and so neither does the order of any sum: a run that is resumed gives the same bytes.
     """
-    if ranks() == 1:
-        return model.to(device)
-    if how == "ddp":
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of broadcast_buffers' new name
-            return nn.parallel.DistributedDataParallel(
-                model.to(device),
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # they are constants
-                gradient_as_bucket_view=True,
-                # No parameter is unused. But without this the order in which gradients are summed is another in the
-                # first step of a process than in the rest, and a run that is resumed no longer the same.
-                find_unused_parameters=True,
-            )
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        buckets: list[list[nn.Parameter]] = [[]]
+        for p in reversed([p for p in parameters if p.requires_grad]):
+            if buckets[-1] and sum(q.numel() for q in buckets[-1]) + p.numel() > 25_000_000 // 4:
+                buckets.append([])
+            buckets[-1].append(p)
+        self.sizes, self.sums, self.open = [len(bucket) for bucket in buckets], [], False
+        for i, bucket in enumerate(buckets):
+            self.sums.append(torch.zeros(sum(p.numel() for p in bucket), device=bucket[0].device))
+            for p, gradient in zip(bucket, self.sums[i].split([p.numel() for p in bucket]), strict=True):
+                dist.broadcast(p.data, 0)  # they are the same, or else are from here on
+                p.grad = gradient.view_as(p)  # which backward adds to
+                p.register_post_accumulate_grad_hook(partial(self._arrived, i))
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Around the last backward pass of a step. After it every gradient is the sum of all processes'."""
+        self.missing, self.sent, self.open = list(self.sizes), [], True
+        yield
+        self.open = False
+        self._send(len(self.sums))  # and those that had no part in the loss
+        for work in self.sent:
+            work.wait()
+
+    def _arrived(self, bucket: int, _: nn.Parameter) -> None:
+        if self.open:
+            self.missing[bucket] -= 1
+            self._send(next((i for i, missing in enumerate(self.missing) if missing), len(self.missing)))
+
+    def _send(self, until: int) -> None:
+        """Sends the buckets before one: all processes in the same order."""
+        for total in self.sums[len(self.sent) : until]:
+            self.sent.append(dist.all_reduce(total, async_op=True))
+
+
+def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange | None:
+    """Moves a model to the device, in whole or in part, and has the processes add up their gradients: with "ddp" by
+    what is returned, with "fsdp" by themselves, wherever the model is called as a function.
+
+    dtype: of matrix products. With "fsdp" the blocks travel in it, and sums of gradients in float32 as everywhere.
+    """
+    if ranks() == 1 or how == "ddp":
+        model.to(device)
+        return Exchange(model.parameters()) if ranks() > 1 else None
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -156,7 +196,9 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=narrow)
-    return fully_shard(model, mesh=mesh)  # embedding, last norm and output projection stay float32: so does the stream
+    fully_shard(model, mesh=mesh)  # embedding, last norm and output projection stay float32: so does the stream
+    for module in (*model.blocks, model):
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean
 
 
 def _sharded(x) -> bool:

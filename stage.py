@@ -23,6 +23,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -93,7 +94,8 @@ def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterato
         for i, (a, b) in enumerate(zip(was, now, strict=True)):
             yield from differences(a, b, f"{path}[{i}]", free)
     elif was != now:
-        before, after = (textwrap.shorten(json.dumps(value, ensure_ascii=False), 80) for value in (was, now))
+        texts = (json.dumps(value, ensure_ascii=False) for value in (was, now))
+        before, after = (textwrap.shorten(re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1…", text), 80) for text in texts)
         yield f"{path} was {before}, is now {after}"
 
 
@@ -151,7 +153,7 @@ def read_manifest(directory: Path) -> dict | None:
         raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (IsADirectoryError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete it, and {directory} counts as unfinished") from None
 
 
@@ -399,12 +401,18 @@ def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahea
         yield waiting.popleft().result()
 
 
+def end_with_parent(signum: int) -> None:
+    """Has the system send this process a signal when the one that started it ends, however it does."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+
+
 def _become_worker(initializer: Callable, *initargs) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a parent that is killed
+    end_with_parent(signal.SIGKILL)
     gc.freeze()  # what was there before the fork is not looked at again, and so not copied
     initializer(*initargs)
 

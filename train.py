@@ -28,7 +28,7 @@ import machine
 import parallel
 import stage
 from model import Transformer
-from optim import learning_rate, make_optimizers
+from optim import fall_begins, learning_rate, make_optimizers
 from stage import Stage, UserError, check_types, log
 
 CHOICES = {
@@ -131,7 +131,7 @@ class TrainConfig:
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("set either steps or epochs, and leave the other None")
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; expected one of them, the other None")
         if not 0 <= self.min_lr <= self.learning_rate:
             raise ValueError(f"min_lr is {self.min_lr}; expected 0 to learning_rate, {self.learning_rate}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
@@ -174,7 +174,14 @@ class Task:
 
 
 def accumulate_gradient(
-    model: nn.Module, task: Task, batch: tuple, rows: int, targets: int, scale: float, autocast: AbstractContextManager
+    model: nn.Module,
+    task: Task,
+    batch: tuple[Tensor, ...],
+    rows: int,
+    targets: int,
+    scale: float,
+    autocast: AbstractContextManager,
+    exchange: parallel.Exchange | None,
 ) -> Tensor:
     """Adds the gradient of scale × the mean loss over a global batch to the parameters', `rows` rows at a time.
 
@@ -184,13 +191,10 @@ def accumulate_gradient(
     total = torch.zeros((), device=next(model.parameters()).device)
     micro_batches = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
     for i, micro in enumerate(micro_batches, start=1):
-        share = task.targets(*micro) / max(1, targets)
-        # DistributedDataParallel has the processes exchange gradients in the last backward pass only.
-        alone = i < len(micro_batches) and hasattr(model, "no_sync")
-        with model.no_sync() if alone else nullcontext():
-            with autocast:
-                loss = task.loss(model, *micro) * share
-            (loss * (scale * parallel.ranks())).backward()  # what they exchange becomes the mean: hence × ranks
+        with autocast:
+            loss = task.loss(model, *micro) * (task.targets(*micro) / max(1, targets))
+        with exchange.exchanging() if exchange and i == len(micro_batches) else nullcontext():
+            (loss * scale).backward()
         total += loss.detach()
     return total
 
@@ -285,7 +289,7 @@ class Report:
                 if json.loads(line)["step"] < step:
                     kept.append(line + b"\n")
             except (ValueError, TypeError, KeyError):
-                break  # the line that was being written when the run was killed
+                continue  # the line that was being written when the run was killed
         temporary = self.path.with_name(f".{self.path.name}.partial")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(self.path)
@@ -330,11 +334,15 @@ class Report:
         if seen := self.task.seen(progress.step):
             record["seen"] = seen
         self.bar.set_postfix_str(self.numbers(record))
-        if self.hidden and (now - self.shown > 20 or progress.step == self.first + 1):
-            left = (now - self.began) / (progress.step - self.since) * (self.task.steps - progress.step)
+        return record
+
+    def show(self, record: dict) -> None:
+        """Off a terminal, a line now and then; a step that is evaluated has one already."""
+        now = time.perf_counter()
+        if self.hidden and "val_loss" not in record and (now - self.shown > 20 or record["step"] == self.first + 1):
+            left = (now - self.began) / (record["step"] - self.since) * (self.task.steps - record["step"])
             log.info(f"{self.line(record)}, {left // 60:.0f} min {left % 60:.0f} s left")
             self.shown = now
-        return record
 
     def numbers(self, record: dict) -> str:
         """First what a narrow terminal must still show."""
@@ -363,9 +371,9 @@ class Report:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         if self.board:
-            for name, value in record.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, record["step"])
+            seen = {f"seen/{name}": tokens for name, tokens in record.get("seen", {}).items()}
+            for name, value in ({k: v for k, v in record.items() if k != "seen"} | seen).items():
+                self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
 
@@ -426,7 +434,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
     for text in machine.page(model, replace(config, compile=compiled), dtype, steps, task.epoch, ranks):
         log.info(text)
     model.gradient_checkpointing = config.gradient_checkpointing
-    parallel_model = parallel.distribute(model.train(), config.parallel, device, dtype)
+    exchange = parallel.distribute(model.train(), config.parallel, device, dtype)
     optimizers = make_optimizers(model, config)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scale = LossScale(dtype)
@@ -458,16 +466,20 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         weights, state = parallel.whole(model.state_dict()), parallel.whole(state)
 
         def write() -> None:
-            counts = {"step": progress.step, "seconds": round(job.seconds(), 1), "record": record}
+            seconds = round(job.seconds(), 1)
+            counts = {"step": progress.step, "steps": steps, "seconds": seconds, "record": record}
             if report.path.exists():
                 stage.sync(report.path)  # a checkpoint never reaches the disk before the log of its steps
             about = {"config": job.config, "read": job.read, "counts": counts}
             checkpoint.save(directory / name, weights, state, about)
-            numbered = [path for _, path in checkpoint.steps(directory) if path.name != "final"]
+            numbered = [path for at, path in checkpoint.steps(directory) if path.name != "final" and at != stable]
             for path in numbered[config.keep_checkpoints :]:
                 checkpoint.remove(path)
 
         parallel.lead(write)
+
+    # From the last checkpoint before the fall of "wsd" another run can go on at the peak: it is kept.
+    stable = fall_begins(config, steps) if config.schedule == "wsd" else 0
 
     def due(every: int) -> bool:
         return progress.step % every == 0 or progress.step == steps
@@ -486,12 +498,15 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step
                 save("best")
             elif (
-                progress.step >= progress.best_step + 2 * config.eval_every and progress.warned_of < progress.best_step
+                record["val_loss"] > progress.best_loss
+                and progress.step >= progress.best_step + 2 * config.eval_every
+                and progress.step > task.epoch  # before, nothing has been read twice
+                and progress.best_step != progress.warned_of
             ):
                 progress.warned_of = progress.best_step
                 log.warning(
                     f"validation loss was lowest at step {progress.best_step}, {progress.best_loss:.4f}, and has not "
-                    "been since: the model overfits. best/ keeps that step; more text or fewer epochs would help"
+                    "been since: the model seems to overfit. best/ keeps that step; more text or fewer epochs may help"
                 )
         if due(config.log_every) or progress.step == 1 or "val_loss" in record:
             report.write(record)
@@ -501,6 +516,11 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         if progress.step == steps:
             save("final")  # the checkpoint may be a numbered one, where `steps` was lowered to it
         finish_step()
+        if counts.get("steps", steps) != steps:
+            before, after = record["lr"], learning_rate(config, progress.step, steps)
+            log.info(
+                f"the schedule is now that of {steps} steps: the learning rate goes from {before:.1e} to {after:.1e}"
+            )
     rows, first, stopping = machine.rows_held(config, ranks), progress.step, 0
     batch = read(first) if first < steps else ()
     with Signals() as signals, report.start(progress) as bar:
@@ -510,15 +530,15 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             for group in groups:
                 group["lr"] = lr
             targets = parallel.total(task.targets(*batch))
-            loss = accumulate_gradient(parallel_model, task, batch, rows, targets, scale.value, autocast)
+            loss = accumulate_gradient(model, task, batch, rows, targets, scale.value, autocast, exchange)
             if progress.step + 1 < steps:
                 batch = read(progress.step + 1)  # while a GPU is still busy with this one
             norm = clip_gradient(parameters, config.grad_clip, scale.value)
-            finite = math.isfinite(norm)  # of the mean over all processes: all of them make or skip the step
+            finite = math.isfinite(norm)  # of the sum over all processes: all of them make or skip the step
             for optimizer in optimizers:
                 if finite:
                     optimizer.step()
-                optimizer.zero_grad(set_to_none=parallel_model is model)  # DistributedDataParallel's are views
+                optimizer.zero_grad(set_to_none=exchange is None)  # else they are parts of what is exchanged
             progress.step += 1
             progress.tokens += targets
             progress.skipped += not finite
@@ -536,16 +556,20 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
             # Read once: what is saved below is what the message after the loop speaks of.
             stopping, last = parallel.largest(signals.caught), progress.step == steps
-            saving = stopping or last or (due(config.save_every) and not progress.skipped_in_a_row)
+            saving = due(config.save_every) or progress.step == stable
+            saving = stopping or last or (saving and not progress.skipped_in_a_row)
             if saving or due(config.eval_every) or due(config.log_every) or progress.step == first + 1:
                 record = report.measure(progress, float(parallel.add_up(loss)), lr, norm)
                 if saving:  # before the evaluation, which may fail
                     save("final" if last else f"step_{progress.step:07d}")
                 finish_step()
+                report.show(record)
                 report.begin(progress)
     if progress.step < steps:
         text = f"{signal.Signals(stopping).name}: saved at step {progress.step} of {steps}; go on with: "
         raise stage.Stopped(128 + stopping, text + parallel.command(job.remake))
+    if progress.skipped:
+        log.warning(f"{progress.skipped} of {steps} steps were skipped: their gradient was not finite")
     counts = {"step": progress.step, "parameters": model.num_parameters(), "record": record}
     files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
@@ -578,6 +602,9 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
         start = next(checkpoint.newest(job.directory), None)
     else:
         start = Path(resume)
+        if not start.is_dir() or (start / "final").is_dir():
+            there = ", ".join(str(path) for _, path in checkpoint.steps(job.directory)) or "none"
+            raise UserError(f"{start} is not a checkpoint; of this run there are: {there}")
         checkpoint.read(start, "state.pt")
         step = stage.read_manifest(start)["counts"]["step"]
         if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
@@ -668,7 +695,12 @@ def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainCo
         if arguments.force or arguments.resume != "auto" or not (manifest := stage.read_manifest(job.directory)):
             return False
         job.must_match(job.directory)
-        return manifest["counts"]["step"] >= task.steps and not stage.damage(job.directory, manifest["wrote"])
+        if (step := manifest["counts"]["step"]) > task.steps:
+            raise UserError(
+                f"{job.directory} is trained to step {step} already; set steps to at least that, not {task.steps}, or "
+                f"make it anew: {job.remake} --force"
+            )
+        return step == task.steps and not stage.damage(job.directory, manifest["wrote"])
 
     if parallel.lead(done):
         log.info(f"{job.directory} is up to date")
@@ -690,6 +722,8 @@ def main(arguments: argparse.Namespace) -> None:
     config = experiment.pretrain
 
     def make() -> Transformer:
+        with torch.device("meta"):
+            machine.must_fit(Transformer(experiment.model), config, parallel.ranks())
         model = Transformer(experiment.model)
         if experiment.imported:
             checkpoint.load_weights(experiment.imported, model)

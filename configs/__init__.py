@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 import runpy
+import shlex
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,9 +85,9 @@ class Experiment:
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
 
     @property
-    def path(self) -> Path:
-        """The config file, for commands in messages."""
-        return self.file or Path("configs") / f"{self.name}.py"
+    def path(self) -> str:
+        """The config file, as a shell reads it: for commands in messages."""
+        return shlex.quote(str(self.file or Path("configs") / f"{self.name}.py"))
 
     def owner(self, stage_name: str) -> "Experiment":
         """The experiment whose directory a stage's is: itself, or the one it shares."""

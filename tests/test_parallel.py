@@ -1,5 +1,6 @@
 """Several processes do what one does, and none of them is left behind."""
 
+import fcntl
 import itertools
 import os
 import re
@@ -25,7 +26,8 @@ import stage, train
 from data.batches import Mixture
 from model import Transformer
 rank, fault, at = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
-if int(os.environ.get("RANK", 0)) == rank:
+first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+if int(os.environ.get("RANK", 0)) == rank and first:
     batch, forward, now = Mixture.batch, Transformer.forward, [0]
     def reading(self, step, *rest):
         now[0] = step
@@ -43,20 +45,21 @@ stage.run(train.main, p.parse_args())
 """
 
 
-def start(place: Place, count: int, *fault) -> subprocess.Popen:
+def start(place: Place, count: int, *fault, restarts: int = 0) -> subprocess.Popen:
     """Starts training in several processes, with a fault if one is given: its rank, what, and the step."""
     script = place.path / "fault.py"
     script.write_text(FAULT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += [f"--max-restarts={restarts}"] if restarts else []
     command += [script, *fault] if fault else ["train.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole = [str(part) for part in [*command, place.config]]
     return subprocess.Popen(whole, cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes)
 
 
-def train(place: Place, count: int, *fault, works: bool = True) -> str:
+def train(place: Place, count: int, *fault, works: bool = True, restarts: int = 0) -> str:
     """Trains to the end; what was printed. Nothing may be left running, however it ended."""
-    process = start(place, count, *fault)
+    process = start(place, count, *fault, restarts=restarts)
     out, _ = process.communicate(timeout=120)
     assert (process.returncode == 0) is works, out
     with pytest.raises(ProcessLookupError):
@@ -142,6 +145,30 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_exactly(packed: Place, tw
 
 
 @pytest.mark.slow
+def test_torchrun_starts_anew_what_was_killed(packed: Place, two: Place):
+    assert "resumed from step 10 " in train(packed, 2, 1, "SIGKILL", 12, restarts=1)
+    assert_same_run(packed, two)
+
+
+@pytest.mark.slow
+def test_without_torchrun_its_processes_save_and_end(packed: Place):
+    packed.edit(("steps=24", "steps=100_000"))
+    process = start(packed, 2)
+    for line in process.stdout:
+        if "step 1 of" in line:
+            break
+    process.kill()
+    process.wait()
+    with open(packed.runs / "mini/pretrain/.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits until the first of them has let go of it
+    packed.edit(("steps=100_000", "steps=100_001"))
+    again = packed.start("train.py", packed.config)
+    again.wait_for("resumed from step")
+    again.kill()
+    again.communicate()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_three_resume_exactly_too(packed: Place, tmp_path_factory: pytest.TempPathFactory, way):
     """With two, no order of summation matters: a + b = b + a. And after an evaluation that is not the best, which
@@ -153,7 +180,7 @@ def test_three_resume_exactly_too(packed: Place, tmp_path_factory: pytest.TempPa
     worse = [b["step"] for a, b in itertools.pairwise(m for m in undisturbed.metrics() if "val_loss" in m)
              if b["val_loss"] > a["val_loss"]]  # fmt: skip
     step = next(step for step in worse if step < 20)
-    train(packed, 3, 1, "SIGKILL", step + 2, works=False)
+    train(packed, 3, 1, "SIGKILL", step + 1, works=False)
     assert f"resumed from step {step} " in train(packed, 3)
     assert_same_run(packed, undisturbed)
 

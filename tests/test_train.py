@@ -224,7 +224,7 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path):
     skipped = train_counting(tmp_path / "skipped", config, loss=not_a_number(5))
     assert_equal(skipped[0], shorter[0])
     assert_equal(skipped[1]["optimizers"], shorter[1]["optimizers"])
-    assert skipped[1]["progress"]["skipped"] == skipped[1]["progress"]["in_a_row"] == 1
+    assert skipped[1]["progress"]["skipped"] == skipped[1]["progress"]["skipped_in_a_row"] == 1
     with pytest.raises(Crash):
         train_counting(tmp_path / "crashed", config, crash=5, loss=not_a_number(2))
     assert_equal(
@@ -327,7 +327,7 @@ def kill_points() -> list:
         pytest.param("os", "rename", 1, id="first checkpoint written, not yet renamed"),
         pytest.param("torch", "save", 4, id="second checkpoint, between its files"),
         pytest.param("checkpoint", "stage.write_json", 6, id="a later checkpoint, before its manifest"),
-        pytest.param("train", "Metrics.write", 10, id="step 10 saved, not yet logged"),
+        pytest.param("train", "Report.write", 10, id="step 10 saved, not yet logged"),
     ]
 
 
@@ -418,7 +418,9 @@ def test_the_same_command_again_finds_it_done(trained: Place, made: Place):
 
 def test_more_steps_go_on_from_the_end(trained: Place):
     trained.edit(("steps=24", "steps=30"), ("save_every=5", "save_every=100"))
-    assert "resumed from step 24" in trained.run("train.py", trained.config).stdout
+    out = trained.run("train.py", trained.config).stdout
+    assert "resumed from step 24" in out
+    assert "the schedule is now that of 30 steps: the learning rate goes from 1.8e-05 to" in out
     assert [m["step"] for m in trained.metrics()] == list(range(1, 31))
 
 
@@ -435,7 +437,30 @@ def test_resuming_earlier_than_what_is_there_is_refused(trained: Place):
     trained.edit(("steps=24", "steps=30"))
     start = trained.runs / "mini/pretrain/step_0000015"
     assert "final" in trained.run("train.py", trained.config, "--resume", start, status=2).stderr
-    assert "no manifest.json" in trained.run("train.py", trained.config, "--resume", "nowhere", status=2).stderr
+    for wrong in ("nowhere", trained.runs / "mini/pretrain"):
+        error = trained.run("train.py", trained.config, "--resume", wrong, status=2).stderr
+        assert f"{wrong} is not a checkpoint; of this run there are: " in error
+        assert str(start) in error
+
+
+def test_fewer_steps_than_a_finished_run_has_are_refused(trained: Place, made: Place):
+    trained.edit(("steps=24", "steps=20"))
+    assert "trained to step 24 already" in trained.run("train.py", trained.config, status=2).stderr
+    assert_same_run(trained, made)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(packed: Place):
+    packed.edit(("d_model=32", "d_model=32_768"), ("n_layers=2", "n_layers=96"))
+    error = packed.run("train.py", packed.config, status=2).stderr
+    assert re.search(r"parameters take [\d,.]+ GiB for weights, gradients and optimizer", error)
+
+
+def test_wsd_keeps_the_last_checkpoint_before_the_fall(tmp_path):
+    config = replace(CONFIG, steps=30, schedule="wsd", save_every=3, keep_checkpoints=1, log_every=1)
+    train_counting(tmp_path, config)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_0000024", "step_0000027"]
+    lr = {m["step"]: m["lr"] for m in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
+    assert lr[24] == config.learning_rate == lr[25] > lr[26]
 
 
 def test_fewer_steps_than_were_trained_are_refused(packed: Place, made: Place):
@@ -738,7 +763,7 @@ def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     packed.edit(("compile=False", "compile=False, tensorboard=True"))
-    code = KILL.format(module="train", function="Metrics.write", at=13)
+    code = KILL.format(module="train", function="Report.write", at=13)
     packed.start("-c", code, packed.config).communicate(timeout=60)
     packed.run("train.py", packed.config)
     events = EventAccumulator(str(packed.runs / "mini/pretrain/tensorboard")).Reload()
