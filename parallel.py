@@ -197,8 +197,9 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=narrow)
     fully_shard(model, mesh=mesh)  # embedding, last norm and output projection stay float32: so does the stream
-    for module in (*model.blocks, model):
-        module.set_gradient_divide_factor(1.0)  # a sum, not a mean
+    for module in (*model.blocks, model):  # a sum, not a mean
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
 
 
 def _sharded(x) -> bool:
