@@ -3,8 +3,9 @@
     python train.py configs/tiny.py   ->  runs/tiny/pretrain
 
 A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer,
-schedule, precision, accumulation, clipping, evaluation, checkpoints, resume, signals, logging. Training is exact: a run
-that is killed at any moment and started again ends with the same bytes as one never disturbed.
+schedule, precision, accumulation, clipping, distribution, evaluation, checkpoints, resume, signals, logging. Training is
+exact: a run that is killed at any moment and started again, with as many processes, ends with the same bytes as one never
+disturbed; on a GPU, if it is `deterministic`.
 """
 
 import argparse
@@ -152,7 +153,7 @@ class Task:
     The parts are of one size, and one after another they are the same global batch for any number of processes."""
     loss: Callable[..., Tensor]
     """loss(model, *batch): the mean over the batch's targets. The batch is still on the CPU: what the model reads has
-    to be moved. It calls the model as a function, and none of its methods: that is where several processes meet."""
+    to be moved. It calls the model as a function, and none of its methods: so one that is shared out comes together."""
     targets: Callable[..., int]
     """targets(*batch): how many that mean is over, so that micro-batches can be weighed."""
     evaluate: Callable[[nn.Module], dict[str, float]]
