@@ -3,9 +3,9 @@
     python train.py configs/tiny.py   ->  runs/tiny/pretrain
 
 A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer,
-schedule, precision, accumulation, clipping, distribution, evaluation, checkpoints, resume, signals, logging. Training is
-exact: a run that is killed at any moment and started again, with as many processes, ends with the same bytes as one never
-disturbed; on a GPU, if it is `deterministic`.
+schedule, precision, accumulation, clipping, distribution, evaluation, checkpoints, resume, signals, logging. Training
+is exact: a run that is killed at any moment and started again, with as many processes, ends with the same bytes as one
+never disturbed; on a GPU, if it is `deterministic`.
 """
 
 import argparse
