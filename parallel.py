@@ -49,7 +49,7 @@ def joined(timeout: float) -> Iterator[None]:
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= there:
             raise UserError(f"{local + 1} or more processes here, {there} GPUs; start --nproc_per_node={there}")
         torch.cuda.set_device(local)
@@ -58,10 +58,15 @@ def joined(timeout: float) -> Iterator[None]:
         stage.end_with_parent(signal.SIGTERM)  # torchrun, if it is killed, cannot end its processes any more
     wait = datetime.timedelta(seconds=timeout)
     try:
-        # After a restart torchrun's store still has the addresses of the dead: each attempt gets names of its own.
+        # After a restart torchrun's store still has the addresses of the dead: each attempt gets names of its own. They
+        # are counted in the store, for torchrun counts on each machine by itself.
         store, this, count = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=this, world_size=count, timeout=wait)
+        attempt = dist.PrefixStore(f"attempt {store.add('attempts', 0)}", store)
+        try:
+            dist.init_process_group(backend, store=attempt, rank=this, world_size=count, timeout=wait)
+        finally:
+            if this == 0:
+                store.add("attempts", 1)
         if rank():
             log.setLevel("ERROR")
         yield
@@ -142,7 +147,8 @@ class Exchange:
 
     A gradient is a view of a bucket, 25 MB of them in a row, from the last parameter to the first: the order in which
     the backward pass comes to them. A bucket whose gradients are all there is on its way. Which gradient lies where
-    never changes, and so neither does the order of any sum: a run that is resumed gives the same bytes.
+    never changes, and so neither does the order of any sum: a run that is resumed gives the same bytes. A parameter
+    that has no part in the loss has a gradient of zeros, not none: freeze it, if it is to stay as it is.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
