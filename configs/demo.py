@@ -19,6 +19,7 @@ experiment = Experiment(
         compile=False,  # two minutes are too short a run for it to pay off
         batch_size=4,
         learning_rate=3e-3,
+        optimizer="muon",
         schedule="linear",
         beta2=0.99,  # steps this small are noisy: a longer memory steadies them
         warmup_steps=100,
