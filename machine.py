@@ -88,7 +88,7 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Has a GPU refuse what depends on timing. A CPU does nothing that does."""
+    """Has a GPU refuse what depends on timing."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)

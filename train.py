@@ -5,7 +5,7 @@
 A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer,
 schedule, precision, accumulation, clipping, distribution, evaluation, checkpoints, resume, signals, logging. Training
 is exact: a run that is killed at any moment and started again, with as many processes, ends with the same bytes as one
-never disturbed; on a GPU, if it is `deterministic`.
+never disturbed; on a GPU, and in bfloat16, if it is `deterministic`.
 """
 
 import argparse
@@ -92,8 +92,8 @@ class TrainConfig:
     parallel: str = "ddp"
     """* Of several processes (torchrun), each holds the whole model, "ddp", or a share of it, "fsdp"."""
     deterministic: bool = False
-    """* On a GPU, refuse operations whose result depends on timing: two runs give the same bytes, more slowly. A CPU
-    always does."""
+    """* Two runs give the same bytes, more slowly: on a GPU by refusing operations whose result depends on timing, on a
+    CPU by float32 where precision is "auto" (in bfloat16 two processes of some hundred rounded unlike the rest)."""
     timeout: float = 600.0
     """* Seconds that a process waits for the others before it takes them for dead."""
     tensorboard: bool = False
@@ -415,10 +415,13 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
         )
     device = machine.pick_device()
-    dtype = parallel.lead(lambda: machine.pick_dtype(device, config.precision))
-    machine.keep_freed_memory()
+    precision = config.precision
     if config.deterministic:
         machine.make_deterministic(device)
+        if device.type == "cpu" and precision == "auto":
+            precision = "float32"
+    dtype = parallel.lead(lambda: machine.pick_dtype(device, precision))
+    machine.keep_freed_memory()
 
     progress, record, state = Progress(), None, None
     if (start := parallel.lead(lambda: find_checkpoint(job, resume))) is not None:
@@ -428,7 +431,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
         checkpoint.load_weights(start, model)
         state = checkpoint.read(start, "state.pt")
-        if config.precision == "auto" and device.type == state.get("device") == "cpu":
+        if precision == "auto" and device.type == state.get("device") == "cpu":
             dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
 
     compiled = config.compile and machine.compile_blocks(model, device)

@@ -736,11 +736,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(packed: Place):
 def test_two_runs_give_the_same_bytes(packed: Place, threads, tmp_path_factory: pytest.TempPathFactory):
     """Of a model wide enough that threads share its sums."""
     packed.edit(("d_model=32", "d_model=192"), ("steps=24", "steps=4"), ("micro_batch_size=4", "micro_batch_size=12"))
+    packed.edit(('precision="float32", deterministic=True', "deterministic=True"))
     packed.env["OMP_NUM_THREADS"] = threads
     again = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("again"), dirs_exist_ok=True))
     again.env["OMP_NUM_THREADS"] = threads
     for place in (packed, again):
-        assert f"CPU, {threads} thread" in place.run("train.py", place.config).stdout
+        out = place.run("train.py", place.config).stdout
+        assert f"CPU, {threads} thread" in out
+        assert "precision   float32" in out
     assert_same_run(packed, again)
 
 
