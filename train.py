@@ -5,7 +5,7 @@
 A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer,
 schedule, precision, accumulation, clipping, distribution, evaluation, checkpoints, resume, signals, logging. Training
 is exact: a run that is killed at any moment and started again, with as many processes, ends with the same bytes as one
-never disturbed; on a GPU, and in bfloat16, if it is `deterministic`.
+never disturbed: on a CPU in float32, on a GPU if it is `deterministic`.
 """
 
 import argparse
