@@ -360,12 +360,14 @@ class Report:
         return text
 
     def evaluated(self, record: dict) -> None:
+        """A line for every evaluation, and one about a mixture as it was drawn."""
         log.info(self.line(record))
         if seen := record.get("seen"):
             every = sum(seen.values())
             log.info("drawn so far: " + ", ".join(f"{k} {n:,} tokens ({n / every:.1%})" for k, n in seen.items()))
 
     def write(self, record: dict) -> None:
+        """Appends to metrics.jsonl, where JSON has null for what is not finite."""
         if parallel.rank():
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -104,8 +104,7 @@ def train_vs_transformers(name: str, rows: int, length: int, rounds: int) -> dic
     """Tokens/s of both, the share of the probed matrix rate that ours turns into the model's arithmetic, and memory.
 
     Each trains in a process of its own, as it does by default, a step in turn; the matrix rate is probed in ours. The
-    model's arithmetic, a token: 6 for each weight of a matrix but the embedding, and 12 · n_layers · d_model · T for
-    attention (arXiv:2204.02311, appendix B), of which causal attention needs half.
+    model's arithmetic is that of ModelConfig.flops_per_token; of attention's share causal attention needs half.
     """
     workers, seconds = {}, {"probe": []}
     for whose in ("ours", "theirs", "keeping"):
@@ -133,11 +132,9 @@ def train_vs_transformers(name: str, rows: int, length: int, rounds: int) -> dic
         process.communicate()
 
     c = configs.load(f"configs/{name}.py").model
-    with torch.device("meta"):
-        weights = Transformer(c).num_parameters() - c.vocab_size * c.d_model - (2 * c.n_layers + 1) * c.d_model
-    attention = 12 * c.n_layers * c.d_model * length
     rate = {whose: round(rows * length / statistics.median(times)) for whose, times in seconds.items()}
-    arithmetic = {"": 6 * weights + attention, "_causal": 6 * weights + attention // 2}
+    flops = c.flops_per_token(length)
+    arithmetic = {"": flops, "_causal": flops - 6 * c.n_layers * c.d_model * length}
     work = [2 * PROBE**3 * s / p / (rows * length) for s, p in zip(seconds["ours"], seconds["probe"], strict=True)]
     return {
         "tokens_per_second": rate["ours"],

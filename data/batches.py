@@ -45,13 +45,11 @@ class Windows:
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def documents(self, windows: Sequence[int]) -> set[int]:
-        """The documents that the windows hold, or parts of them, by their numbers in the packed file."""
-        found: set[int] = set()
-        for start in (w * self.length for w in windows):
-            first, last = np.searchsorted(self.packed.starts, (start, start + self.length), side="right") - 1
-            found.update(range(self.packed.first + int(first), self.packed.first + int(last) + 1))
-        return found
+    def documents(self, window: int) -> range:
+        """The documents that a window holds, or parts of them, by their numbers in the packed file."""
+        ends = window * self.length, (window + 1) * self.length
+        first, last = np.searchsorted(self.packed.starts, ends, side="right") - 1
+        return range(self.packed.first + int(first), self.packed.first + int(last) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +154,7 @@ class Mixture:
         found: dict[str, set[int]] = {}
         for name, window in map(self.drawn, range(step * self.size, (step + 1) * self.size)):
             windows = self.sets[name]
-            found.setdefault(windows.packed.file, set()).update(windows.documents([window]))
+            found.setdefault(windows.packed.file, set()).update(windows.documents(window))
         return [f"{file}: documents {ranges(numbers)}" for file, numbers in found.items()]
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,13 +45,18 @@ stage.run(train.main, p.parse_args())
 """
 
 
-def start(place: Place, count: int, *fault, restarts: int = 0) -> subprocess.Popen:
-    """Starts training in several processes, with a fault if one is given: its rank, what, and the step."""
+def faulty(place: Place) -> Path:
+    """The script that trains with a fault."""
     script = place.path / "fault.py"
     script.write_text(FAULT)
+    return script
+
+
+def start(place: Place, count: int, *fault, restarts: int = 0) -> subprocess.Popen:
+    """Starts training in several processes, with a fault if one is given: its rank, what, and the step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command += [f"--max-restarts={restarts}"] if restarts else []
-    command += [script, *fault] if fault else ["train.py"]
+    command += [faulty(place), *fault] if fault else ["train.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole = [str(part) for part in [*command, place.config]]
     return subprocess.Popen(whole, cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes)
@@ -123,9 +129,7 @@ def test_muon_too(packed: Place, tmp_path_factory: pytest.TempPathFactory, chang
 
 def test_from_one_to_two_to_one(packed: Place, made: Place):
     """Each is killed in the middle; the next goes on with another number of processes, the second time sharded."""
-    script = packed.path / "fault.py"
-    script.write_text(FAULT)
-    killed = packed.start(script, 0, "SIGKILL", 8, packed.config)
+    killed = packed.start(faulty(packed), 0, "SIGKILL", 8, packed.config)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     packed.edit(("compile=False", 'compile=False, parallel="fsdp"'))
@@ -138,7 +142,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_exactly(packed: Place, tw
     began = time.monotonic()
     out = train(packed, 2, 1, "SIGKILL", 12, works=False)
     assert time.monotonic() - began < 60  # far less than the 600 s that processes wait for each other
-    assert 'Traceback (most recent call last):\n  File "train.py' not in out
+    assert 'fault.py", line' not in out  # torchrun has a traceback of its own, we have none
     assert "resumed from step 10 " in train(packed, 2)
     assert_same_run(packed, two)
 
@@ -185,8 +189,6 @@ def test_three_resume_exactly_too(packed: Place, tmp_path_factory: pytest.TempPa
 def test_a_process_that_hangs_is_not_waited_for_for_ever(packed: Place):
     """Without torchrun, which would notice nothing either."""
     packed.edit(("compile=False", "compile=False, timeout=3.0"))
-    script = packed.path / "fault.py"
-    script.write_text(FAULT)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -194,7 +196,7 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(packed: Place):
     processes = []
     for rank in range(2):
         packed.env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(packed.start(script, 1, "SIGSTOP", 7, packed.config))
+        processes.append(packed.start(faulty(packed), 1, "SIGSTOP", 7, packed.config))
     _, err = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1
     assert "has not answered for 3 s" in err
@@ -226,10 +228,10 @@ def test_many_in_a_row_stop_the_run_and_name_the_documents(packed: Place):
     assert "step_0000010" in [p.name for p in (packed.runs / "mini/pretrain").iterdir()]
 
 
-@pytest.mark.parametrize(("signum", "count"), [(signal.SIGTERM, 2), (signal.SIGINT, 2)])
-def test_a_signal_stops_all_after_the_same_step(packed: Place, signum, count):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_after_the_same_step(packed: Place, signum):
     packed.edit(("steps=24", "steps=100_000"))
-    process = start(packed, count)
+    process = start(packed, 2)
     for line in process.stdout:
         if "step 1 of" in line:
             break

@@ -143,7 +143,7 @@ def test_documents_of_a_batch_are_found_by_their_numbers(made: Place):
     batches = mixture(configs.load(made.config), packed, {})
     (line,) = batches.documents(7)
     assert line.startswith(f"{made.runs}/mini/packed/train.bin: documents ")
-    held, documents = batches.sets["mini"].documents([batches.drawn(7 * 12)[1]]), list(packed.documents())
+    held, documents = batches.sets["mini"].documents(batches.drawn(7 * 12)[1]), list(packed.documents())
     row = batches.batch(7)[0][0].tolist()
     together = np.concatenate([documents[number] for number in sorted(held)]).tolist()
     assert any(together[i : i + 64] == row for i in range(len(together)))
