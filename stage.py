@@ -493,8 +493,7 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         main(arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # of several processes that all find the same, the first says it; then the others are ended
-            _leave(2, "")
+            _leave_after_first(2)
         _fail(f"error: {error}")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -504,6 +503,8 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
             raise
         _fail(f"error: {error.strerror}: {error.filename or 'while writing'}; mend that and run the same command again")
     except Stopped as stop:
+        if os.environ.get("RANK", "0") != "0" and not str(stop):
+            _leave_after_first(stop.status)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _leave(stop.status, str(stop))
@@ -514,6 +515,15 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
 
 def _fail(message: str) -> typing.NoReturn:
     _leave(2, " ".join(message.split()))
+
+
+def _leave_after_first(status: int) -> typing.NoReturn:
+    """Ends one of several processes, of which the first says why. torchrun, once any has ended, ends the others: so it
+    must not find this one gone before the first has spoken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(10)
+    _leave(status, "")
 
 
 def _leave(status: int, message: str) -> typing.NoReturn:

@@ -18,9 +18,10 @@ import checkpoint
 from tests.conftest import ROOT, Place
 from tests.test_train import assert_same_run
 
-# Trains with a fault in one of the processes: a signal when it reads a step's batch, or a loss that is not a number.
+# Trains with a fault in one of the processes: a signal when it reads a step's batch, a loss that is not a number, or
+# two seconds from its end to its last words.
 FAULT = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
 import stage, train
 from data.batches import Mixture
@@ -39,6 +40,9 @@ if int(os.environ.get("RANK", 0)) == rank and first:
         bad = self.training and (now[0] == at and fault == "nan" or now[0] >= at and fault == "nans")
         return loss * float("nan") if bad else loss
     Mixture.batch, Transformer.forward = reading, computing
+    if fault == "late":
+        leave = stage._leave
+        stage._leave = lambda *rest: (time.sleep(2), leave(*rest))
 p = stage.parser("", makes=True, many=True)
 p.add_argument("--resume", default="auto")
 stage.run(train.main, p.parse_args())
@@ -244,7 +248,7 @@ def test_a_signal_stops_all_after_the_same_step(packed: Place, signum):
 
 def test_mistakes_are_named_once(packed: Place):
     packed.edit(("batch_size=12", "batch_size=9"), ("micro_batch_size=4", "micro_batch_size=3"))
-    errors = [line for line in train(packed, 2, works=False).splitlines() if "error: " in line]
+    errors = [line for line in train(packed, 2, 0, "late", 0, works=False).splitlines() if "error: " in line]
     assert len(errors) == 1
     assert "batch_size is 9, which 2 processes cannot share" in errors[0]
     packed.config.write_text("experiment = 1")
