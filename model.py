@@ -263,16 +263,28 @@ class Transformer(nn.Module):
         """Every trained number once, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`.
+
+        positions: (B, T) int64, and mask: (B, 1, T, T), True where a query sees a key, for rows that are more than one
+        text: with them, and without a cache, a row may be longer than context_length. No position may.
+        """
         T = tokens.shape[1]
         used = [0] if cache is None else cache.used.tolist()
         room = self.config.context_length if cache is None else cache.length
-        if max(used) + T > room:
+        if positions is None and max(used) + T > room:
             raise ValueError(f"{max(used) + T} tokens; context_length is {room}")
         # Where every text holds as many tokens, their positions are the same, and one new token may see all of them.
-        cos, sin, mask = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T], None
-        if min(used) < max(used) or (T > 1 and used[0] > 0):
+        cos, sin = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T]
+        if positions is not None:
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, 1, E)
+        elif min(used) < max(used) or (T > 1 and used[0] > 0):
             at = (cache.used[:, None] + torch.arange(T)).to(tokens.device)  # (B, T)
             cos, sin = self.cos[at], self.sin[at]  # (B, T, 1, E)
             # A query sees the keys up to its own position.

@@ -15,6 +15,8 @@ class EvalConfig:
     """Length of the beginning."""
     new_tokens: int = 64
     """Length of the continuation."""
+    answer_tokens: int = 128
+    """The most that an answer to a prompt may have."""
     temperature: float = 0.7
     """Of sampling; 0 is greedy."""
     top_p: float = 0.9
@@ -24,7 +26,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("continuations", "prompt_tokens", "new_tokens"):
+        for name in ("continuations", "prompt_tokens", "new_tokens", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**62:

@@ -41,7 +41,8 @@ def report(experiment: Experiment) -> str:
     results = json.loads((experiment.directory("eval") / "results.json").read_text(encoding="utf-8"))["pretrain"][
         "validation"
     ]
-    examples = json.loads((experiment.directory("eval") / "continuations.json").read_text(encoding="utf-8"))
+    examples = json.loads((experiment.directory("eval") / "generations.json").read_text(encoding="utf-8"))
+    examples = examples["pretrain"].get("continuations", [])
     train, val, last = counts["pack"]["train"], counts["pack"]["val"], counts["pretrain"]["record"]
     parameters = counts["pretrain"]["parameters"]
     ratio = results["bits_per_byte"] / results["xz_bits_per_byte"]

@@ -1,0 +1,103 @@
+"""What a model writes: answers to fixed prompts, and held-out documents gone on with.
+
+Nothing is chosen by what it says: prompts, documents and seeds are fixed beforehand.
+"""
+
+import numpy as np
+
+from data.pack import Packed
+from eval import EvalConfig
+from eval.choices import standard_error
+from eval.prompts import LONGER, SMOKE, distinct, judge, repetition, words
+from model import Transformer
+from tokenizer import Tokenizer
+
+
+def write(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], new_tokens: int, config: EvalConfig
+) -> list[list[int]]:
+    """The ids that follow each prompt, until its text ends, sampled with seeds that count up from the config's."""
+    options = {"temperature": config.temperature, "top_p": config.top_p}
+    seeds = [config.seed + i for i in range(len(prompts))]
+    return model.generate(prompts, new_tokens, seed=seeds, stop=(tokenizer.eos,), **options)
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], config: EvalConfig) -> list[dict]:
+    """For each prompt its `seed`, the `answer`, and whether it `ended` before it had to."""
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    new = write(model, tokenizer, ids, config.answer_tokens, config)
+    return [
+        {
+            "prompt": prompt,
+            "seed": config.seed + i,
+            "answer": tokenizer.decode(own, begins=False),
+            "ended": len(own) < config.answer_tokens,
+        }
+        for i, (prompt, own) in enumerate(zip(prompts, new, strict=True))
+    ]
+
+
+def smoke(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple[dict, dict[str, list]]:
+    """The task `smoke`: the share of short prompts whose answer passes every rule, and of those that pass each; and the
+    answers. The baseline is an empty answer, which passes none."""
+    texts = answer(model, tokenizer, [prompt.text for prompt in SMOKE], config)
+    for prompt, text in zip(SMOKE, texts, strict=True):
+        text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
+        text["passed"] = all(rule["passed"] for rule in text["rules"].values())
+    passed = np.array([text["passed"] for text in texts], dtype=float)
+    categories = dict.fromkeys(prompt.category for prompt in SMOKE)
+    numbers = {
+        "passed": float(passed.mean()),
+        **{rule: sum(text["rules"][rule]["passed"] for text in texts) / len(texts) for rule in texts[0]["rules"]},
+        "by_category": {c: float(np.mean([t["passed"] for t in texts if t["category"] == c])) for c in categories},
+        "stderr": standard_error(passed),
+        "baseline": 0.0,
+        "n": len(texts),
+    }
+    return numbers, {"smoke": texts}
+
+
+def answers(
+    model: Transformer, tokenizer: Tokenizer, held_out: Packed | None, config: EvalConfig
+) -> tuple[dict, dict[str, list]]:
+    """The task `prompts`: how much the answers to the longer prompts repeat themselves; the answers, and held-out
+    documents gone on with. The baseline is what people wrote: held-out documents, cut at as many tokens."""
+    texts = answer(model, tokenizer, list(LONGER), config)
+    tokens = [words(text["answer"]) for text in texts]
+    for text, own in zip(texts, tokens, strict=True):
+        text |= {f"distinct_{n}": distinct([own], n) for n in (1, 2, 3)} | {"repetition": repetition(own)}
+    shares = np.array([text["repetition"] for text in texts])
+    numbers = {f"distinct_{n}": distinct(tokens, n) for n in (1, 2, 3)}
+    numbers |= {"repetition": float(shares.mean()), "stderr": standard_error(shares)}
+    numbers |= {"ended": sum(text["ended"] for text in texts) / len(texts), "baseline": None, "n": len(texts)}
+    if held_out is None:
+        return numbers, {"prompts": texts}
+    if theirs := [words(tokenizer.decode(ids)) for ids in documents(held_out, config.answer_tokens, len(texts))]:
+        numbers["baseline"] = float(np.mean([repetition(own) for own in theirs]))
+        numbers |= {f"baseline_distinct_{n}": distinct(theirs, n) for n in (1, 2, 3)}
+    return numbers, {"prompts": texts, "continuations": continuations(model, tokenizer, held_out, config)}
+
+
+def continuations(model: Transformer, tokenizer: Tokenizer, held_out: Packed, config: EvalConfig) -> list[dict]:
+    """`seed`, `prompt`, `continuation` and `truth` for held-out documents that are long enough."""
+    beginnings = documents(held_out, config.prompt_tokens + config.new_tokens, config.continuations)
+    prompts = [[tokenizer.bos, *ids[: config.prompt_tokens]] for ids in beginnings]  # a document begins here
+    new = write(model, tokenizer, prompts, config.new_tokens, config)
+    return [
+        {
+            "seed": config.seed + i,
+            "prompt": tokenizer.decode(ids[: config.prompt_tokens]),
+            "continuation": tokenizer.decode(own, begins=False),
+            "truth": tokenizer.decode(ids[config.prompt_tokens :], begins=False),
+        }
+        for i, (ids, own) in enumerate(zip(beginnings, new, strict=True))
+    ]
+
+
+def documents(held_out: Packed, length: int, wanted: int) -> list[list[int]]:
+    """The first `length` tokens of held-out documents, evenly spaced among those that are longer."""
+    starts = held_out.starts
+    ends = np.append(starts[1:], len(held_out.tokens))
+    enough = np.flatnonzero(ends - starts > length)
+    chosen = [enough[i * len(enough) // wanted] for i in range(wanted)] if len(enough) >= wanted else enough
+    return [held_out.tokens[starts[i] : starts[i] + length].tolist() for i in chosen]
