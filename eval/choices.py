@@ -188,7 +188,7 @@ def measure(
     for i, choices in enumerate(texts):
         if any(len(text.ids) - text.start > longest for text in choices):
             scores[i] = np.array([in_windows(model, text) for text in choices])
-    lengths = [np.array([max(1, len(ending.strip())) for _, ending in q.choices]) for q in questions]
+    lengths = [np.array([len(ending.removeprefix(" ")) for _, ending in q.choices]) for q in questions]
     answers = np.array([question.answer for question in questions])
     right, ties = credit(scores, answers)
     right_norm, _ = credit([s / n for s, n in zip(scores, lengths, strict=True)], answers)

@@ -47,7 +47,7 @@ def report(experiment: Experiment) -> str:
     parameters = counts["pretrain"]["parameters"]
     ratio = results["bits_per_byte"] / results["xz_bits_per_byte"]
     stages = "\n".join(f"| `{command} {experiment.path}` | {seconds[name]:.0f} |" for name, command in commands.items())
-    shown = "\n".join(example(each) for each in examples)
+    shown = "\n".join(example({k: v for k, v in each.items() if k != "seed"}) for each in examples)
     return f"""# {experiment.name}
 
 | | |
