@@ -89,7 +89,7 @@ class Source:
         raise NotImplementedError
 
 
-def _extra(module: str, package: str, why: str) -> types.ModuleType:
+def extra(module: str, package: str, why: str) -> types.ModuleType:
     """A package that only this needs. UserError, with the command that installs it, where it is missing."""
     try:
         return importlib.import_module(module)
@@ -224,8 +224,8 @@ class Files(Source):
                 yield f"{path.name}:{number}", self._text(self._parse(line, where), where)
 
     def _rows(self, path: Path, file) -> Iterator[tuple[str, str]]:
-        parquet = _extra("pyarrow.parquet", "pyarrow", "a .parquet file")
-        arrow = _extra("pyarrow", "pyarrow", "a .parquet file")
+        parquet = extra("pyarrow.parquet", "pyarrow", "a .parquet file")
+        arrow = extra("pyarrow", "pyarrow", "a .parquet file")
         try:
             columns = None if self.field == "*" else [self.field]
             batches = parquet.ParquetFile(file).iter_batches(256, columns=columns)
@@ -314,7 +314,7 @@ class Hub(Source):
         super().__post_init__()
 
     def _builder(self):
-        datasets = _extra("datasets", "datasets", f"the source {self.name}")
+        datasets = extra("datasets", "datasets", f"the source {self.name}")
         datasets.utils.logging.disable_progress_bar()
         datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it says of a failed read, we say
         try:

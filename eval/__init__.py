@@ -7,8 +7,11 @@ from stage import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is generated when a model is evaluated. Raises TypeError or ValueError, naming the field."""
+    """What is measured and generated when a model is evaluated. Raises TypeError or ValueError, naming the field."""
 
+    validation_tokens: int = 1_000_000
+    """The task `validation` measures all held-out documents; where they have more tokens than this, every k-th one, so
+    that about as many are left."""
     continuations: int = 3
     """Held-out documents whose beginning the model continues."""
     prompt_tokens: int = 48
@@ -26,7 +29,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("continuations", "prompt_tokens", "new_tokens", "answer_tokens"):
+        for name in ("validation_tokens", "continuations", "prompt_tokens", "new_tokens", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**62:

@@ -48,8 +48,10 @@ class Task(NamedTuple):
 def plan(experiment: Experiment, spm: Tokenizer, packed: str, held_out: Packed | None) -> dict[str, Task]:
     """Every task by name. packed: the digest of the held-out documents, if there are any."""
     tasks = {"validation": Task(missing=f"no packed tokens; make them with: python -m data.pack {experiment.path}")}
+    config = experiment.eval
     if held_out is not None:
-        tasks["validation"] = Task(packed, lambda: held_out, lambda model, x: (validation(model, x, spm), {}))
+        most = config.validation_tokens
+        tasks["validation"] = Task(packed, lambda: held_out, lambda model, x: (validation(model, x, spm, most), {}))
     for name, published in PUBLISHED.items():
         if (path := published.find()) is None:
             where = data.sources.raw() / published.file
@@ -60,7 +62,6 @@ def plan(experiment: Experiment, spm: Tokenizer, packed: str, held_out: Packed |
                 lambda published=published, path=path: published.load(path),
                 lambda model, x, published=published, name=name: (published.measure(model, spm, x, name), {}),
             )
-    config = experiment.eval
     settings = [stage.describe(config), stage.describe(SMOKE), LONGER, packed]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     tasks["smoke"] = Task(digest, measure=lambda model, _: smoke(model, spm, config))

@@ -75,6 +75,29 @@ def log_likelihoods(
     return found
 
 
+def score(
+    model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], what: str = "choices"
+) -> tuple[list[np.ndarray], int]:
+    """For each question, log p in nats of every ending given its context, float64; and how many questions had a context
+    that does not fit, so that its beginning was cut off. An ending never is: one that is longer than the context is
+    read in windows that overlap by half."""
+    length = model.config.context_length
+    texts = [[encode(tokenizer, *choice) for choice in question.choices] for question in questions]
+    cut = [[fit(text, length) for text in choices] for choices in texts]
+    scores = log_likelihoods(model, cut, what)
+    for i, choices in enumerate(texts):
+        if any(len(text.ids) - text.start > length for text in choices):
+            nats = [token_nats(model, np.array(text.ids[1:]), text.ids[0])[text.start - 1 :] for text in choices]
+            scores[i] = np.array([-own.sum() for own in nats])
+    return scores, sum(a != b for a, b in zip(texts, cut, strict=True))
+
+
+def fit(text: Scored, context_length: int) -> Scored:
+    """The last ids of a text: as many as can be inputs, and the one that is only scored."""
+    over = max(0, len(text.ids) - context_length - 1)
+    return Scored(text.ids[over:], max(1, text.start - over))
+
+
 class _Row(NamedTuple):
     """A question as one row. branch: 0 for the shared beginning, then 1, 2, … by choice. at: the place whose logits a
     target is scored with, choice: the choice that it counts for."""
@@ -171,23 +194,13 @@ def p_value(difference: np.ndarray) -> float:
     return math.erfc(abs(float(difference.mean())) / error / math.sqrt(2))
 
 
-def measure(
-    model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], majority: bool, what: str = "choices"
-) -> dict:
+def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majority: bool) -> dict:
     """accuracy: of the likeliest ending. accuracy_norm: of the likeliest a character of ending. The error of each, and
     the baseline: what chance earns, or, with `majority`, always giving the commonest answer, if that earns more.
 
     p_value: of accuracy against the baseline, question by question. ties: questions whose right ending scored highest
-    together with another. truncated: those of which a beginning did not fit the context and was cut off; an ending
-    never is.
+    together with another. by_…: accuracy by what the questions are told apart by.
     """
-    texts = [[encode(tokenizer, *choice) for choice in question.choices] for question in questions]
-    longest = model.config.context_length
-    cut = [[fit(text, longest) for text in choices] for choices in texts]
-    scores = log_likelihoods(model, cut, what)
-    for i, choices in enumerate(texts):
-        if any(len(text.ids) - text.start > longest for text in choices):
-            scores[i] = np.array([in_windows(model, text) for text in choices])
     lengths = [np.array([len(ending.removeprefix(" ")) for _, ending in q.choices]) for q in questions]
     answers = np.array([question.answer for question in questions])
     right, ties = credit(scores, answers)
@@ -202,7 +215,7 @@ def measure(
         baseline = max(chance, always, key=np.mean)
     found |= {"baseline": float(baseline.mean()), "chance": float(chance.mean())}
     found |= {"difference_stderr": standard_error(right - baseline), "p_value": p_value(right - baseline)}
-    found |= {"ties": ties, "truncated": sum(a != b for a, b in zip(texts, cut, strict=True)), "n": len(questions)}
+    found |= {"ties": ties, "n": len(questions)}
     for name in questions[0].kind:
         kinds = np.array([question.kind[name] for question in questions])
         found[f"by_{name}"] = {
@@ -214,15 +227,3 @@ def measure(
             for kind in sorted(set(kinds))
         }
     return found
-
-
-def fit(text: Scored, context_length: int) -> Scored:
-    """The last ids of a text: as many as can be inputs, and the one that is only scored."""
-    over = max(0, len(text.ids) - context_length - 1)
-    return Scored(text.ids[over:], max(1, text.start - over))
-
-
-def in_windows(model: Transformer, text: Scored) -> float:
-    """log p of an ending that is longer than the context: in windows that overlap by half."""
-    opening, *ids = text.ids
-    return -float(token_nats(model, np.array(ids), opening)[text.start - 1 :].sum())

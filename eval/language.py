@@ -48,16 +48,18 @@ def token_nats(
     return nats
 
 
-def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer) -> dict[str, float]:
-    """The task `validation`, over all held-out documents, each document's end token included.
+def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer, most: int) -> dict[str, float]:
+    """The task `validation`, over the held-out documents, each document's end token included; over every k-th of them,
+    if together they have more than `most` tokens.
 
     bits_per_byte: total −log₂ likelihood over the UTF-8 bytes of the documents; its standard error, over documents, is
     `stderr`. xz_bits_per_byte, the baseline: the documents joined by newlines, compressed by xz -9.
     """
-    nats = token_nats(model, packed.tokens, tokenizer.bos, what="validation")
-    texts = [tokenizer.decode(ids.tolist()).encode() for ids in packed.documents()]
-    sizes = np.array([len(text) for text in texts])
-    bits_per_byte, stderr = ratio(np.add.reduceat(nats, packed.starts) / math.log(2), sizes)
+    documents = list(packed.documents())[:: math.ceil(len(packed.tokens) / most)]
+    nats = token_nats(model, np.concatenate(documents), tokenizer.bos, what="validation")
+    texts = [tokenizer.decode(ids.tolist()).encode() for ids in documents]
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+    bits_per_byte, stderr = ratio(np.add.reduceat(nats, starts) / math.log(2), np.array([len(text) for text in texts]))
     xz = xz_bits_per_byte(b"\n".join(texts))
     return {
         "loss": float(nats.mean()),
@@ -66,6 +68,7 @@ def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer) -> dict
         "xz_bits_per_byte": xz,
         "stderr": stderr,
         "baseline": xz,
+        "documents": len(documents),
         "n": len(nats),
     }
 

@@ -56,7 +56,8 @@ class Published:
         """Its numbers."""
         if self.question is None:
             return language.wikitext2(model, tokenizer, loaded)
-        return choices.measure(model, tokenizer, loaded, self.majority, name)
+        scores, truncated = choices.score(model, tokenizer, loaded, name)
+        return choices.summary(loaded, scores, self.majority) | {"truncated": truncated}
 
     def questions(self, text: str, path: Path) -> list[Question]:
         """The questions in JSON lines."""

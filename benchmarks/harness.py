@@ -1,0 +1,191 @@
+"""Our evaluation beside EleutherAI's lm-evaluation-harness: one model, the same items, task by task and item by item.
+
+    DATA=… python -m benchmarks.harness configs/tiny.py   ->  benchmarks/results/harness.json
+
+The model goes to the harness as `convert.py` exports it. Tasks are the harness's own definitions; only their data is
+pointed at the files under DATA. By default the two ask differently, on purpose:
+
+- a text of ours begins, as in training, with the piece that ends documents; the harness puts none before a context;
+- the harness puts a space before a sentence of BLiMP, as if it went on with something; we do not.
+
+`as_it_is` is the harness by default. For `alike` its tokenizer puts that piece before a context too, and BLiMP has no
+space: then the two must agree. Needs: pip install "lm-eval[hf]"
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+import configs
+import stage
+from eval import choices, language
+from eval.tasks import PUBLISHED, read
+from stage import UserError
+
+RESULT = Path(__file__).parent / "results/harness.json"
+DEFINITIONS = {  # of the harness's tasks
+    "wikitext2": "wikitext/wikitext.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "blimp": "blimp/_template_yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+
+
+def records(task: str, text: str) -> list[dict]:
+    """A task's data in the fields that the harness expects of its dataset."""
+    if task == "wikitext2":
+        return [{"page": page} for page in language.articles(text)]
+    found = [json.loads(line) for line in text.split("\n") if line.strip()]
+    for record in found:
+        if task == "boolq":
+            record |= {"question": record["question"].removesuffix("?"), "label": int(record["answer"])}
+        if task == "hellaswag" and "activity_label" not in record:
+            label, rest = record["ctx"].split(": ", 1)
+            record |= {"activity_label": label, "ctx_a": rest, "ctx_b": ""}
+    return found
+
+
+def define(directory: Path, task: str, definitions: Path, alike: bool) -> str:
+    """Writes the harness's task with its data replaced by ours, and the data. Returns the task's name."""
+    path = directory / f"{task}.jsonl"
+    lines = [json.dumps(record) for record in records(task, read(PUBLISHED[task].find()))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    name = f"lumi_{task}"
+    definition = {
+        "include": str(definitions / DEFINITIONS[task]),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path) for split in ("train", "validation", "test")}},
+    }
+    if task == "blimp" and alike:
+        definition["target_delimiter"] = ""
+    (directory / f"{name}.yaml").write_text(json.dumps(definition), encoding="utf-8")  # JSON is YAML
+    return name
+
+
+def harness(exported: Path, tasks: list[str], alike: bool, length: int, limit: int | None) -> dict[str, dict]:
+    """What the harness finds, by task: `results`, `seconds`, and `samples`, an item each."""
+    import lm_eval
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from tokenizers.processors import TemplateProcessing
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="float32")
+    found = {}
+    for task in tasks:
+        # Where there is no context, and in running text, the harness puts the piece first by itself.
+        bos = alike and task not in ("wikitext2", "blimp")
+        pieces = transformers.AutoTokenizer.from_pretrained(exported)
+        if bos:
+            token = pieces.bos_token
+            pieces.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{token} $A", special_tokens=[(token, pieces.bos_token_id)]
+            )
+        lm = HFLM(pretrained=model, tokenizer=pieces, batch_size=32, max_length=length, add_bos_token=bos)
+        with tempfile.TemporaryDirectory() as directory:
+            name = define(Path(directory), task, Path(lm_eval.__file__).parent / "tasks", alike)
+            manager = TaskManager(include_path=directory, include_defaults=False)
+            started = time.perf_counter()
+            out = lm_eval.simple_evaluate(
+                lm, tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
+            )
+        found[task] = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "results": {k.removesuffix(",none"): v for k, v in out["results"][name].items() if k.endswith(",none")},
+            "samples": sorted(out["samples"][name], key=lambda sample: sample["doc_id"]),
+        }
+    return found
+
+
+def compare(task: str, model, spm, theirs: dict) -> dict:
+    """Ours and theirs on one task, and how far they are apart."""
+    started = time.perf_counter()
+    published, path = PUBLISHED[task], PUBLISHED[task].find()
+    if task == "wikitext2":
+        ours = language.wikitext2(model, spm, read(path))
+        names = {"word_perplexity": "word_perplexity", "byte_perplexity": "byte_perplexity"}
+        names["bits_per_byte"] = "bits_per_byte"
+        items = {}
+    else:
+        questions = published.questions(read(path), path)[: len(theirs["samples"])]
+        scores, _ = choices.score(model, spm, questions, task)
+        ours = choices.summary(questions, scores, published.majority)
+        names = {"accuracy": "acc"} | ({"accuracy_norm": "acc_norm"} if "acc_norm" in theirs["results"] else {})
+        likelihoods = [[float(choice[0][0]) for choice in sample["resps"]] for sample in theirs["samples"]]
+        answers = [int(np.argmax(own)) for own in scores]
+        items = {
+            "items": len(questions),
+            "other_answers": sum(a != int(np.argmax(b)) for a, b in zip(answers, likelihoods, strict=True)),
+            "largest_difference_in_nats": max(
+                float(np.abs(own - np.array(b)).max()) for own, b in zip(scores, likelihoods, strict=True)
+            ),
+            "ties": ours["ties"],
+        }
+    seconds = time.perf_counter() - started
+    return {
+        **{name: {"ours": ours[name], "harness": theirs["results"][other]} for name, other in names.items()},
+        **items,
+        "seconds": {"ours": round(seconds, 1), "harness": theirs["seconds"]},
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    try:
+        version = metadata.version("lm-eval")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            'this compares with lm-evaluation-harness; install it with: pip install "lm-eval[hf]"'
+        ) from None
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    experiment = configs.load(arguments.config)
+    final = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
+    spm, model = experiment.load_tokenizer(final), checkpoint.load_model(final)
+    tasks = [task for task in PUBLISHED if PUBLISHED[task].find()]
+    logging.getLogger("lm_eval").setLevel("ERROR")
+    with tempfile.TemporaryDirectory() as directory:
+        exported = Path(directory) / "hf"
+        command = [sys.executable, "convert.py", "to-hf", arguments.config, "--checkpoint", str(final), str(exported)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        os.environ["HF_DATASETS_CACHE"] = str(Path(directory) / "cache")
+        length = model.config.context_length
+        alike = harness(exported, tasks, True, length, arguments.limit)
+        plain = harness(exported, [t for t in tasks if t != "wikitext2"], False, length, arguments.limit)
+    found = {
+        "command": f"python -m benchmarks.harness {arguments.config}",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "cpu": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+        "versions": stage.versions() | {p: metadata.version(p) for p in ("lm-eval", "transformers")},
+        "parameters": model.num_parameters(),
+        "alike": {task: compare(task, model, spm, alike[task]) for task in tasks},
+        "as_it_is": {task: {"items": len(each["samples"])} | each["results"] for task, each in plain.items()},
+    }
+    stage.write_json(RESULT, found)
+    for task, each in found["alike"].items():
+        for name, pair in each.items():
+            if isinstance(pair, dict) and name != "seconds":
+                print(f"{task:<11} {name:<16} ours {pair['ours']:.6g}  lm-eval {version} {pair['harness']:.6g}")
+
+
+if __name__ == "__main__":
+    p = stage.parser(__doc__)
+    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
+    p.add_argument("--limit", type=stage.positive, metavar="N", help="items a task at most (all)")
+    stage.run(main, p.parse_args())
