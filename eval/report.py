@@ -23,6 +23,10 @@ MAIN |= {"preference": "win_rate", "answers": "loss"}  # the metric that `stderr
 
 SHOWN = ("spm.model", "train.bin", "val.bin", "weights.pt", "adapter.pt", "results.json", "generations.json")
 
+LOGGED = {"step": "step", "epoch": "epoch", "loss": "loss", "val_loss": "validation loss"}
+LOGGED |= {"val_bits_per_byte": "bits per byte", "lr": "learning rate", "grad_norm": "gradient norm"}
+LOGGED |= {"tokens_per_second": "tokens/s"}
+
 
 def main(arguments: argparse.Namespace) -> None:
     run = read(configs.load(arguments.config))
@@ -74,7 +78,7 @@ def page(run: Run, pictures: dict[str, bytes] | None) -> str:
     parts = [f"# {run.experiment.name}", *(f"**Note.** {note}" for note in notes), summary(run), model(run)]
     parts += ["## Pipeline", pipeline(run), "## Corpus and tokenizer", *cards(run)]
     for name in TRAINED:
-        if name in run.finals or name in run.metrics:
+        if name in run.manifests or name in run.metrics:
             parts += [f"## Training: {name}", *training(run, name, pictures)]
     parts += ["## Evaluation", *evaluation(run, pictures)]
     for name, texts in run.generations.items():
@@ -94,13 +98,12 @@ def summary(run: Run) -> str:
                 f"{name} took {manifest['counts']['step']:,} steps over {last['tokens']:,} tokens "
                 f"({last['epoch']:.2f} epochs)."
             )
-    entries = [(name, e) for name in run.results if (e := measured(run.results[name], "validation"))]
-    for name, e in entries:
-        ratio = e["bits_per_byte"] / e["baseline"]
-        said.append(
-            f"After {name} it takes {value(e, 'bits_per_byte', 'bits_per_byte')} bits for a byte of held-out text, "
-            f"{ratio:.3f} of what xz -9 takes ({show(e['baseline'])})."
-        )
+    for name, entries in run.results.items():
+        if (e := measured(entries, "validation")) and finite(e.get("bits_per_byte")) and finite(e.get("baseline")):
+            said.append(
+                f"After {name} it takes {value(e, 'bits_per_byte', 'bits_per_byte')} bits for a byte of held-out text, "
+                f"{e['bits_per_byte'] / e['baseline']:.3f} of what xz -9 takes ({show(e['baseline'])})."
+            )
     if not run.results:
         return " ".join(said)
     latest = list(run.results)[-1]
@@ -115,7 +118,7 @@ def summary(run: Run) -> str:
     if told:
         said.append(f"After {latest} its accuracy is {'; '.join(told)} (the baseline in brackets; p < 0.05).")
     if e := measured(run.results[latest], "smoke"):
-        said.append(f"It passes {value(e, 'passed', 'passed')} of the {e['n']} short prompts.")
+        said.append(f"It passes {value(e, 'passed', 'passed')} of the {show(e.get('n', ''))} short prompts.")
     return " ".join(said)
 
 
@@ -190,19 +193,17 @@ def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
     facts = {
         "steps": f"{counts['step']:,} of {counts.get('steps', counts['step']):,}" if counts else "",
         "logged up to": f"step {records[-1]['step']:,}" if records[-1]["step"] != counts.get("step") else "",
-        "tokens a parameter": show(records[-1].get("tokens_per_parameter")),
+        "tokens a parameter": show(records[-1].get("tokens_per_parameter", "")),
         "best validation loss": f"{best[0]:.4f} at step {best[1]:,}" if best else "never evaluated",
         "tokens a second": f"{statistics.median(speeds):,.0f}, the median of what was logged" if speeds else "",
-        "steps skipped": show(records[-1].get("skipped")),
+        "steps skipped": show(records[-1].get("skipped", "")),
         "ran on": counts.get("machine", "not recorded"),
     }
     said.append(table([name, ""], [[key, text] for key, text in facts.items() if text]))
-    keys = ("step", "epoch", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_second")
     points = [r for r in records if "val_loss" in r] or records
     points = [points[round(i * (len(points) - 1) / 11)] for i in range(12)] if len(points) > 12 else points
-    used = [key for key in keys if any(key in r for r in points)]
-    rows = [[show(r.get(key, "")) for key in used] for r in points]
-    said.append(table([key.replace("_", " ") for key in used], rows))
+    used = {key: label for key, label in LOGGED.items() if any(key in r for r in points)}
+    said.append(table(list(used.values()), [[show(r.get(key, "")) for key in used] for r in points]))
     if name in pictures:
         said.append(f"![Loss, learning rate, gradient norm and speed of {name}](plots/{name}.png)")
         said.append(
@@ -254,21 +255,29 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
     if "evaluation" in pictures:
         said.append("![The same beside the baselines](plots/evaluation.png)")
     said += skipped(run)
+    said.append("### Further numbers")
     for (main, keys), alike in groups.items():
-        # One task has a column a stage; several of a kind have a table a stage, with a column a task.
-        several = len(alike) > 1
-        for name, columns in [(s, [(s, t) for t in alike]) for s in stages] if several else [(None, None)]:
-            columns = columns or [(s, alike[0]) for s in stages]
-            entries = [measured(run.results[s], t) or {} for s, t in columns]
-            heads = [t if several else s for s, t in columns]
+        # One task has a column a stage; several of a kind have a table a stage, with a column a task, as many as fit.
+        plans = [(alike[0], stages, [(name, alike[0]) for name in stages])]
+        if len(alike) > 1:
+            parts = [alike[i : i + 5] for i in range(0, len(alike), 5)]
+            plans = [(name, own, [(name, task) for task in own]) for name in stages for own in parts]
+        for title, heads, columns in plans:
+            entries = [measured(run.results[name], task) or {} for name, task in columns]
             body = [[key.replace("_", " "), *(value(e, key, main) for e in entries)] for key in keys]
-            said.append(table([name or alike[0], *heads], body))
-    for task in tasks:
-        found = {name: measured(run.results[name], task) or {} for name in stages}
-        for key in dict.fromkeys(k for e in found.values() for k, v in e.items() if isinstance(v, dict)):
-            names = dict.fromkeys(each for e in found.values() for each in e.get(key, {}))
-            cells = [[each, *(part(e.get(key, {}).get(each)) for e in found.values())] for each in names]
-            said.append(table([f"{task} {key.replace('_', ' ')}", *stages], cells))
+            said.append(table([title, *heads], body))
+    return [*said, *breakdowns(run)]
+
+
+def breakdowns(run: Run) -> list[str]:
+    """A table for each part of an entry that is a table itself: BLiMP by field, smoke prompts by category."""
+    said = []
+    for task in run.tasks():
+        found = [measured(entries, task) or {} for entries in run.results.values()]
+        for key in dict.fromkeys(k for e in found for k, given in e.items() if isinstance(given, dict)):
+            names = dict.fromkeys(name for e in found for name in e.get(key, {}))
+            rows = [[name, *(part(e.get(key, {}).get(name)) for e in found)] for name in names]
+            said.append(table([f"{task} {key.replace('_', ' ')}", *run.results], rows))
     return said
 
 
