@@ -5,7 +5,7 @@ import re
 import textwrap
 import unicodedata
 
-WIDTH = 110  # columns of text; tables may take some more
+WIDTH = 100  # columns of text; a table may take more
 NUMBER = re.compile(r"[-−]?[\d.,]+(e[-+]?\d+)?( ± [\d.,]+)?|[-−]?inf|nan|not finite|–|")
 
 
@@ -31,7 +31,9 @@ def block(text: str) -> str:
     """Text that a model or a user may have written, as it is: indented, so that Markdown leaves it alone, and cut into
     lines that fit. Half of a wide character is a NUL, which was none of the text's own, for as long as it is cut."""
     lines = []
-    for line in visible(text or "(nothing: for the model the text ends here)").split("\n"):
+    if not text.strip():
+        text = "(nothing but white space)" if text else "(nothing: for the model the text ends here)"
+    for line in visible(text).split("\n"):
         wide = "".join(c + "\0" if unicodedata.east_asian_width(c) in "WF" else c for c in line)
         cut = textwrap.wrap(wide, WIDTH - 4, drop_whitespace=False, replace_whitespace=False, break_on_hyphens=False)
         lines += [each.replace("\0", "").rstrip() for each in cut] or [""]

@@ -14,18 +14,12 @@ import torch
 import configs
 import stage
 from eval.markdown import block, clock, finite, number, show, table, visible, wrapped
-from eval.run import TRAINED, Run, measured, read
+from eval.run import LOGGED, TRAINED, Run, measured, read
+from eval.tables import evaluation, main_metric, value
 from model import ModelConfig, Transformer
 from stage import log
 
-MAIN = {"validation": "bits_per_byte", "wikitext2": "bits_per_byte", "smoke": "passed", "prompts": "repetition"}
-MAIN |= {"preference": "win_rate", "answers": "loss"}  # the metric that `stderr` and `baseline` are of, if not accuracy
-
 SHOWN = ("spm.model", "train.bin", "val.bin", "weights.pt", "adapter.pt", "results.json", "generations.json")
-
-LOGGED = {"step": "step", "epoch": "epoch", "loss": "loss", "val_loss": "validation loss"}
-LOGGED |= {"val_bits_per_byte": "bits per byte", "lr": "learning rate", "grad_norm": "gradient norm"}
-LOGGED |= {"tokens_per_second": "tokens/s"}
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -56,7 +50,11 @@ def draw(run: Run) -> dict[str, bytes] | None:
     for task in run.tasks():
         found = {name: measured(entries, task) for name, entries in run.results.items()}
         first, key = next(entry for entry in found.values() if entry), main_metric(task, found.values())
-        bars = {name: (e[key], e.get("stderr") or 0) for name, e in found.items() if e and finite(e.get(key))}
+        bars = {
+            name: (e[key], e["stderr"] if finite(e.get("stderr")) else 0)
+            for name, e in found.items()
+            if e and finite(e.get(key))
+        }
         label = {"accuracy": "accuracy", "bits_per_byte": "bits a byte", "passed": "share of prompts passed"}.get(key)
         if bars and label:
             panel = panels.setdefault(key, {"label": label, "tasks": {}})
@@ -66,7 +64,7 @@ def draw(run: Run) -> dict[str, bytes] | None:
     return pictures
 
 
-# ---------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def page(run: Run, pictures: dict[str, bytes] | None) -> str:
@@ -85,7 +83,8 @@ def page(run: Run, pictures: dict[str, bytes] | None) -> str:
         parts += [f"## What it says: {name}", *samples(run, texts)]
     parts += ["## How it was made", *provenance(run), "## What the numbers do not show", *limits(run)]
     parts += ["## Next", following(run)]
-    return "\n\n".join(part if part.startswith(("|", "    ")) else wrapped(part) for part in parts if part) + "\n"
+    laid = (part if part.lstrip("\n").startswith(("|", "    ")) else wrapped(part) for part in parts if part)
+    return "\n\n".join(laid) + "\n"
 
 
 def summary(run: Run) -> str:
@@ -110,7 +109,7 @@ def summary(run: Run) -> str:
     sides = {"above its baseline": [], "below it": [], "not to be told from it": []}
     for task in run.tasks():
         e = measured(run.results[latest], task)
-        if not e or not finite(e.get("p_value")) or not finite(e.get("accuracy")):
+        if not e or not all(finite(e.get(key)) for key in ("accuracy", "baseline", "p_value")):
             continue
         side = 2 if e["p_value"] >= 0.05 else int(e["accuracy"] < e["baseline"])
         list(sides.values())[side].append(f"{task} {value(e, 'accuracy', 'accuracy')} ({show(e['baseline'])})")
@@ -207,96 +206,12 @@ def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
     if name in pictures:
         said.append(f"![Loss, learning rate, gradient norm and speed of {name}](plots/{name}.png)")
         said.append(
-            "As logged, nothing smoothed. The highest hundredth of gradient norms and speeds may lie above the picture."
+            "As logged, nothing smoothed. The highest hundredth of the norms and speeds may lie above their axes."
         )
     return said
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
-
-
-def main_metric(task: str, entries) -> str:
-    """The metric that a task's `stderr` and `baseline` are of: of one that is not known here, its first."""
-    keys = [key for entry in entries if entry for key, given in entry.items() if number(given)]
-    return MAIN.get(task) or ("accuracy" if "accuracy" in keys else next(iter(keys), ""))
-
-
-def error_name(key: str, main: str) -> str:
-    """Under which name an entry holds a metric's standard error: stderr_norm of accuracy_norm, say."""
-    return "stderr" if key == main else key.replace(main, "stderr") if main and main in key else ""
-
-
-def value(entry: dict, key: str, main: str) -> str:
-    """A metric with its standard error, where it has one."""
-    error = entry.get(error_name(key, main))
-    return show(entry[key]) + (f" ± {error:.4f}" if finite(error) else "") if key in entry else "–"
-
-
-def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
-    said, stages, tasks = [], list(run.results), run.tasks()
-    rows, groups = [], {}
-    for task in tasks:
-        found = {name: measured(run.results[name], task) or {} for name in stages}
-        main = main_metric(task, found.values())
-        known = next(entry for entry in found.values() if entry)
-        baseline, n = show(known.get("baseline", "–")), show(known.get("n", "–"))
-        rows.append([task, main.replace("_", " "), *(value(e, main, main) for e in found.values()), baseline, n])
-        others = [key for key, given in known.items() if key not in ("stderr", "baseline", "n", main) and number(given)]
-        own = {error_name(key, main) for key in others}
-        if others := tuple(key for key in others if key not in own):
-            groups.setdefault((main, others), []).append(task)
-    if not tasks:
-        return ["Nothing was measured.", *skipped(run)]
-    said.append(table(["task", "metric", *stages, "baseline", "n"], rows))
-    said.append(
-        "± is one standard error over the items of a task. The baseline is what needs no model: xz -9 for bits a "
-        "byte, the better of chance and the most frequent answer for accuracy, human text for repetition."
-    )
-    if "evaluation" in pictures:
-        said.append("![The same beside the baselines](plots/evaluation.png)")
-    said += skipped(run)
-    said.append("### Further numbers")
-    for (main, keys), alike in groups.items():
-        # One task has a column a stage; several of a kind have a table a stage, with a column a task, as many as fit.
-        plans = [(alike[0], stages, [(name, alike[0]) for name in stages])]
-        if len(alike) > 1:
-            parts = [alike[i : i + 5] for i in range(0, len(alike), 5)]
-            plans = [(name, own, [(name, task) for task in own]) for name in stages for own in parts]
-        for title, heads, columns in plans:
-            entries = [measured(run.results[name], task) or {} for name, task in columns]
-            body = [[key.replace("_", " "), *(value(e, key, main) for e in entries)] for key in keys]
-            said.append(table([title, *heads], body))
-    return [*said, *breakdowns(run)]
-
-
-def breakdowns(run: Run) -> list[str]:
-    """A table for each part of an entry that is a table itself: BLiMP by field, smoke prompts by category."""
-    said = []
-    for task in run.tasks():
-        found = [measured(entries, task) or {} for entries in run.results.values()]
-        for key in dict.fromkeys(k for e in found for k, given in e.items() if isinstance(given, dict)):
-            names = dict.fromkeys(name for e in found for name in e.get(key, {}))
-            rows = [[name, *(part(e.get(key, {}).get(name)) for e in found)] for name in names]
-            said.append(table([f"{task} {key.replace('_', ' ')}", *run.results], rows))
-    return said
-
-
-def part(given) -> str:
-    """One cell of a breakdown: a share, or a metric with its error."""
-    if not isinstance(given, dict):
-        return "–" if given is None else show(given)
-    return value(given, main_metric("", [given]), main_metric("", [given]))
-
-
-def skipped(run: Run) -> list[str]:
-    """Why a task was not measured, and the way to it: in the words of the results."""
-    reasons = {}
-    for name, entries in run.results.items():
-        for task, entry in entries.items():
-            if "skipped" in entry:
-                reasons.setdefault((task, str(entry["skipped"])), []).append(name)
-    lines = [f"{task} ({', '.join(names)}): {why}" for (task, why), names in reasons.items()]
-    return ["Not measured:", block("\n".join(lines))] if lines else []
+# -------------------------------------------------------------------------------------------------------------- samples
 
 
 def samples(run: Run, texts: dict[str, list]) -> list[str]:
@@ -384,10 +299,12 @@ def limits(run: Run) -> list[str]:
             "other evaluation sets were not looked for."
         )
     said = [
-        "One training run with one seed. ± is of sampling the items; another seed moves the numbers too, by how "
+        "One training run, one seed. ± is of sampling the items; another seed moves the numbers too, by how "
         "much was not measured.",
         "Perplexity is per token: it compares models of one tokenizer only. Bits a byte compare on the same text only.",
-        "Held-out documents are of the corpus that the model was trained on: other text will cost it more.",
+        "Held-out documents are of the corpus that the model was trained on: other text will cost it more."
+        if corpus
+        else "What the model was trained on is not known here.",
         "During training a part of the held-out text is read (`eval_rows`), in the evaluation all of it.",
         apart,
         "Multiple choice compares how likely the given answers are; it shows no skill in a conversation." * choices,

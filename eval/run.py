@@ -20,6 +20,14 @@ COMMANDS = {
     "dpo": "python -m dpo.train",
     "eval": "python -m eval",
 }
+LOGGED = {
+    "step": "step",
+    "epoch": "epoch",
+    "loss": "loss",
+    "val_loss": "validation",
+    "val_bits_per_byte": "bits per byte",
+}
+LOGGED |= {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}  # and as it is headed
 NEEDED = ("corpus", "tokenizer", "pack", "pretrain", "eval")
 TRAINED = ("pretrain", "sft", "dpo")
 TASKS = ("validation", "wikitext2", "boolq", "blimp", "arc_easy", "piqa", "hellaswag", "winogrande", "smoke", "prompts")
@@ -107,7 +115,9 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict]:
     for line in lines:
         try:
             record = json.loads(line)
-            if type(record["step"]) is int and all(number(v) or v is None for k, v in record.items() if k != "seen"):
+            if type(record["step"]) is int and all(
+                number(record[k]) or record[k] is None for k in LOGGED if k in record
+            ):
                 records.append(record)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
@@ -119,7 +129,7 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict]:
 
 
 def stale(run: Run) -> list[str]:
-    """A line for each stage whose results are not those of the model that is there now."""
+    """A line for each stage whose results are not those of the model that is there."""
     again, found = f"evaluate anew with: `{run.commands['eval']} --force`", []
     for name, final in run.finals.items():
         now = {file["sha256"] for file in final["wrote"].values()} | {final["sha256"]}
@@ -127,5 +137,6 @@ def stale(run: Run) -> list[str]:
         if name not in run.results:
             found.append(f"{name} is trained but not evaluated; {again}")
         elif of - now:
-            found.append(f"The results of {name} are of another checkpoint than its `final/` of now; {again}")
-    return found
+            found.append(f"The results of {name} are of another checkpoint than the one that is there now; {again}")
+    gone = [name for name in run.results if name not in run.finals]
+    return found + [f"The model that the results of {name} are of is no longer there." for name in gone]

@@ -13,7 +13,7 @@ import pytest
 import checkpoint
 import configs
 import stage
-from eval import markdown, report
+from eval import markdown, report, tables
 from eval.run import read
 from stage import UserError
 from tests.conftest import Place
@@ -232,9 +232,9 @@ def test_a_failing_disk_leaves_the_old_page(trained: Place, monkeypatch):
 
 def test_unfinished_training_is_told_from_the_model_that_is_there(trained: Place, monkeypatch):
     (evaluated(trained).runs / "mini/pretrain/manifest.json").unlink()
-    page = write(trained, monkeypatch)
+    page = " ".join(write(trained, monkeypatch).split())
     assert "The training of pretrain is unfinished. This page is about `final/` as it stands, of step 24" in page
-    assert f"`python train.py {trained.config}`" in page.replace("\n", " ")
+    assert f"`python train.py {trained.config}`" in page
 
 
 def test_results_of_another_checkpoint_are_told_of(trained: Place, monkeypatch):
@@ -279,6 +279,7 @@ HOSTILE = [
     "word" * 400,
     "字" * 300 + " " + "é" * 200,
     "\n\n\n",
+    "\n\n  leading  " + "- far " * 50,
     "",
     "    \n\tindented\n- list\n1. one\n> quote\n---",
 ]
@@ -321,3 +322,4 @@ def test_numbers_read_well():
     assert {given: markdown.show(given) for given in shown} == shown
     clocks = {None: "not noted", 3.04: "3.0 s", 59.7: "1 min 0 s", 151: "2 min 31 s", 7322: "2 h 2 min"}
     assert {seconds: markdown.clock(seconds) for seconds in clocks} == clocks
+    assert tables.value({"a": 0.5, "stderr": 0.00001}, "a", "a") == "0.5000 ± 1e-05"
