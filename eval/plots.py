@@ -97,12 +97,13 @@ def bars(groups: list[dict]) -> bytes:
         axes.grid(axis="y", alpha=0.25)
         axes.set_axisbelow(True)
 
+    sizes = [1 + len(group["tasks"]) for group in groups]
+
     def fill(figure: Figure) -> None:
-        sizes = [1 + len(group["tasks"]) for group in groups]
         row, named = figure.subplots(1, len(groups), squeeze=False, width_ratios=sizes)[0], {}
         for axes, group in zip(row, groups, strict=True):
             panel(axes, group["label"], group["tasks"])
             named |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), frameon=False)
 
-    return draw(11, 4.5, fill)
+    return draw(min(11, max(7, 2.5 + 1.2 * sum(sizes))), 4.5, fill)
