@@ -323,3 +323,12 @@ def test_numbers_read_well():
     clocks = {None: "not noted", 3.04: "3.0 s", 59.7: "1 min 0 s", 151: "2 min 31 s", 7322: "2 h 2 min"}
     assert {seconds: markdown.clock(seconds) for seconds in clocks} == clocks
     assert tables.value({"a": 0.5, "stderr": 0.00001}, "a", "a") == "0.5000 ± 1e-05"
+
+
+def test_a_cell_holds_what_it_is_given_in_one_line():
+    made = markdown.table(["task|s", "n"], [["a|b\nc\x1b", "1.0 ± 0.5"], ["x" * 200, "–"]]).splitlines()
+    assert [re.split(r" (?<!\\)\| ", line.strip("|")) for line in made[2:]] == [
+        [" a\\|b c\\x1b" + " " * 86, "1.0 ± 0.5 "],
+        [" " + "x" * 95 + "…", "        – "],
+    ]
+    assert made[1] == "|" + "-" * 98 + "|" + "-" * 10 + ":|"
