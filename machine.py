@@ -7,6 +7,7 @@ import ctypes
 import functools
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterable
@@ -392,6 +393,26 @@ def page(
         ),
     ]
     return [f"{label:<12}{value}" for label, value in lines]
+
+
+def used(config: "TrainConfig", dtype: torch.dtype, processes: int) -> str:
+    """What a run ran on, in one line for its manifest. config: with `compile` as it came out."""
+    several = f", {processes} processes by {config.parallel}" if processes > 1 else ""
+    return f"{name(pick_device())}{several}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
+
+
+def name(device: torch.device) -> str:
+    """What a device is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {_count(torch.get_num_threads(), 'thread')}"
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name, or its architecture where the system does not give one."""
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine() or "CPU"
 
 
 def _count(n: int, thing: str) -> str:

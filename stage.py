@@ -122,9 +122,14 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes a JSON file so that a reader sees the whole of it or none of it, even after a power cut."""
+    """Writes a JSON file as `write` does."""
+    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the whole of it or none of it, even after a power cut."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)

@@ -436,9 +436,10 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         if precision == "auto" and device.type == state.get("device") == "cpu":
             dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
 
-    compiled = config.compile and machine.compile_blocks(model, device)
-    for text in machine.page(model, replace(config, compile=compiled), dtype, steps, task.epoch, ranks):
+    real = replace(config, compile=config.compile and machine.compile_blocks(model, device))
+    for text in machine.page(model, real, dtype, steps, task.epoch, ranks):
         log.info(text)
+    used = {"machine": machine.used(real, dtype, ranks), "command": parallel.command(job.remake)}
     model.gradient_checkpointing = config.gradient_checkpointing
     exchange = parallel.distribute(model.train(), config.parallel, device, dtype)
     optimizers = make_optimizers(model, config)
@@ -473,7 +474,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
         def write() -> None:
             seconds = round(job.seconds(), 1)
-            counts = {"step": progress.step, "steps": steps, "seconds": seconds, "record": record}
+            counts = {"step": progress.step, "steps": steps, "seconds": seconds, "record": record} | used
             if report.path.exists():
                 stage.sync(report.path)  # a checkpoint never reaches the disk before the log of its steps
             about = {"config": job.config, "read": job.read, "counts": counts}
@@ -576,7 +577,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         raise stage.Stopped(128 + stopping, text + parallel.command(job.remake))
     if progress.skipped:
         log.warning(f"{progress.skipped} of {steps} steps were skipped: their gradient was not finite")
-    counts = {"step": progress.step, "parameters": model.num_parameters(), "record": record}
+    counts = {"step": progress.step, "parameters": model.num_parameters(), "record": record} | used
     files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
 

@@ -22,6 +22,7 @@ import checkpoint
 import configs
 import data.pack
 import data.sources
+import machine
 import stage
 from configs import Experiment
 from data.pack import Packed
@@ -29,7 +30,6 @@ from eval.generation import answers, smoke
 from eval.language import validation
 from eval.prompts import LONGER, SMOKE
 from eval.tasks import PUBLISHED
-from machine import pick_device
 from model import Transformer
 from stage import Stage, UserError, log
 from tokenizer import Tokenizer
@@ -109,11 +109,12 @@ def main(arguments: argparse.Namespace) -> None:
         log.info(f"{table(results, seconds)}\n{directory} is up to date")
         return
     loaded = {task: tasks[task].load() for task in {task for each in todo.values() for task in each}}
+    device = machine.pick_device()
     with job.making(keep=not arguments.force):
         (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished evaluation is added to
         for name, final in trained.items():
             log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
-            model = checkpoint.load_model(final, str(pick_device()))
+            model = checkpoint.load_model(final, str(device))
             for task, of in todo[name].items():
                 started = time.perf_counter()
                 numbers, written = tasks[task].measure(model, loaded[task])
@@ -126,7 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
                 log.info(f"{task}: {seconds[name, task]:.1f} s")
         stage.write_json(directory / "results.json", results)
         measured = {name: sum("skipped" not in entry for entry in each.values()) for name, each in results.items()}
-        job.finish({"measured": measured})
+        job.finish({"measured": measured, "machine": machine.name(device), "command": remake})
         log.info(f"{table(results, seconds)}\nevaluated: {directory / 'results.json'}")
 
 

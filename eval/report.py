@@ -1,96 +1,332 @@
-"""A run to a page, from the files that its stages left.
+"""A run to a page with pictures, from the files that its stages left.
 
-    python -m eval.report configs/tiny.py   ->  runs/tiny/REPORT.md, and the same on the terminal
+    python -m eval.report configs/tiny.py   ->  runs/tiny/REPORT.md, runs/tiny/plots/; the summary on the terminal
 
 Nothing is measured here: what the page says, a stage has written.
 """
 
 import argparse
-import json
-import math
+import os
+import statistics
+
+import torch
 
 import configs
 import stage
-from configs import Experiment
+from eval.markdown import block, clock, finite, number, show, table, visible, wrapped
+from eval.run import LOGGED, TRAINED, Run, measured, read
+from eval.tables import evaluation, main_metric, value
+from model import ModelConfig, Transformer
 from stage import log
+
+SHOWN = ("spm.model", "train.bin", "val.bin", "weights.pt", "adapter.pt", "results.json", "generations.json")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    experiment = configs.load(arguments.config)
-    page = report(experiment)
-    path = stage.runs() / experiment.name / "REPORT.md"
-    path.write_text(page, encoding="utf-8")
-    log.info(f"{page}\n{path}")
+    run = read(configs.load(arguments.config))
+    pictures = draw(run)
+    text = page(run, pictures)
+    if pictures:
+        (run.home / "plots").mkdir(exist_ok=True)
+    for name, png in (pictures or {}).items():
+        stage.write(run.home / "plots" / f"{name}.png", png)
+    stage.write(run.home / "REPORT.md", text.encode())  # last: until then the earlier page stands
+    log.info("\n\n".join(opening(run, pictures)))
+    log.info(f"\nNext:\n\n{following(run)}\n\n{run.home / 'REPORT.md'} has the whole report")
 
 
-def report(experiment: Experiment) -> str:
-    """The page, in Markdown. UserError, with the command that makes it, for a stage that is missing."""
-    commands = {
-        "corpus": "python -m data.corpus",
-        "tokenizer": "python -m tokenizer.train",
-        "pack": "python -m data.pack",
-        "pretrain": "python train.py",
-        "eval": "python -m eval",
+def draw(run: Run) -> dict[str, bytes] | None:
+    """The pictures by name, as PNG; None without matplotlib."""
+    try:
+        from eval import plots
+    except ImportError:
+        return None
+    units = {"dpo": "nats a pair"}
+    pictures = {
+        name: plots.curves(records, f"{run.experiment.name}: {name}", units.get(name, "nats a token"))
+        for name, records in run.metrics.items()
+        if records
     }
-    manifests, seconds = {}, {}
-    for name, command in commands.items():
-        directory = experiment.directory(name)
-        manifests[name] = stage.finished(directory, f"{command} {experiment.path}")
-        seconds[name] = stage.read_seconds(directory.parent).get(directory.name, math.nan)
-    counts = {name: manifest["counts"] for name, manifest in manifests.items()}
-    results = json.loads((experiment.directory("eval") / "results.json").read_text(encoding="utf-8"))["pretrain"][
-        "validation"
+    panels = {}
+    for task in run.tasks():
+        found = {name: measured(entries, task) for name, entries in run.results.items()}
+        first, key = next(entry for entry in found.values() if entry), main_metric(task, found.values())
+        bars = {
+            name: (e[key], e["stderr"] if finite(e.get("stderr")) else 0)
+            for name, e in found.items()
+            if e and finite(e.get(key))
+        }
+        label = {"accuracy": "accuracy", "bits_per_byte": "bits a byte", "passed": "share of prompts passed"}.get(key)
+        if bars and label:
+            panel = panels.setdefault(key, {"label": label, "tasks": {}})
+            panel["tasks"][task] = {"baseline": first.get("baseline"), "stages": bars}
+    if panels:
+        pictures["evaluation"] = plots.bars(list(panels.values()))
+    return pictures
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def page(run: Run, pictures: dict[str, bytes] | None) -> str:
+    """All of it, in Markdown that a terminal shows as well."""
+    parts = [*opening(run, pictures), model(run)]
+    pictures = pictures or {}
+    parts += ["## Pipeline", pipeline(run), "## Corpus and tokenizer", *cards(run)]
+    for name in TRAINED:
+        if name in run.manifests or name in run.metrics:
+            parts += [f"## Training: {name}", *training(run, name, pictures)]
+    parts += ["## Evaluation", *evaluation(run, pictures)]
+    for name, texts in run.generations.items():
+        parts += [f"## What it says: {name}", *samples(run, texts)]
+    parts += ["## How it was made", *provenance(run), "## What the numbers do not show", *limits(run)]
+    parts += ["## Next", following(run)]
+    laid = (part if part.lstrip("\n").startswith(("|", "    ")) else wrapped(part) for part in parts if part)
+    return "\n\n".join(laid) + "\n"
+
+
+def opening(run: Run, pictures: dict[str, bytes] | None) -> list[str]:
+    """What comes first: title, notes, and what came out."""
+    notes = list(run.notes)
+    if pictures is None:
+        notes.append("No plots: matplotlib is not installed; `pip install matplotlib`, then the same command again.")
+    return [f"# {run.experiment.name}", *(wrapped(f"**Note.** {note}") for note in notes), wrapped(summary(run))]
+
+
+def summary(run: Run) -> str:
+    said = []
+    if "pretrain" in run.finals:
+        said.append(f"{run.experiment.name} has {parameters(run):,} parameters.")
+    for name, manifest in run.finals.items():
+        if last := manifest["counts"].get("record"):
+            said.append(
+                f"{name} took {manifest['counts']['step']:,} steps over {last['tokens']:,} tokens "
+                f"({last['epoch']:.2f} epochs)."
+            )
+    for name, entries in run.results.items():
+        if (e := measured(entries, "validation")) and finite(e.get("bits_per_byte")) and finite(e.get("baseline")):
+            said.append(
+                f"After {name} it takes {value(e, 'bits_per_byte', 'bits_per_byte')} bits for a byte of held-out text, "
+                f"{e['bits_per_byte'] / e['baseline']:.3f} of what xz -9 takes ({show(e['baseline'])})."
+            )
+    if not run.results:
+        return " ".join(said)
+    latest = list(run.results)[-1]
+    sides = {"above its baseline": [], "below it": [], "not to be told from it": []}
+    for task in run.tasks():
+        e = measured(run.results[latest], task)
+        if not e or not all(finite(e.get(key)) for key in ("accuracy", "baseline", "p_value")):
+            continue
+        side = 2 if e["p_value"] >= 0.05 else int(e["accuracy"] < e["baseline"])
+        list(sides.values())[side].append(f"{task} {value(e, 'accuracy', 'accuracy')} ({show(e['baseline'])})")
+    told = [f"{side} in {', '.join(tasks)}" for side, tasks in sides.items() if tasks]
+    if told:
+        said.append(f"After {latest} its accuracy is {'; '.join(told)} (the baseline in brackets; p < 0.05).")
+    if e := measured(run.results[latest], "smoke"):
+        said.append(f"It passes {value(e, 'passed', 'passed')} of the {show(e.get('n', ''))} short prompts.")
+    return " ".join(said)
+
+
+def model(run: Run) -> str:
+    if "pretrain" not in run.finals:
+        return ""
+    c = shape(run)
+    rows = [
+        ["parameters", f"{parameters(run):,}"],
+        ["layers × width", f"{c.n_layers} × {c.d_model}, feed-forward {c.d_ff or 4 * c.d_model:,}"],
+        ["heads", f"{c.n_heads} of {c.head_dim}, with {c.n_kv_heads or c.n_heads} of keys and values"],
+        ["vocabulary", f"{c.vocab_size:,}, embeddings {'tied' if c.tie_embeddings else 'untied'}"],
+        ["context", f"{c.context_length:,} tokens"],
     ]
-    examples = json.loads((experiment.directory("eval") / "generations.json").read_text(encoding="utf-8"))
-    examples = examples["pretrain"].get("continuations", [])
-    train, val, last = counts["pack"]["train"], counts["pack"]["val"], counts["pretrain"]["record"]
-    parameters = counts["pretrain"]["parameters"]
-    ratio = results["bits_per_byte"] / results["xz_bits_per_byte"]
-    stages = "\n".join(f"| `{command} {experiment.path}` | {seconds[name]:.0f} |" for name, command in commands.items())
-    shown = "\n".join(example({k: v for k, v in each.items() if k != "seed"}) for each in examples)
-    return f"""# {experiment.name}
-
-| | |
-|---|---|
-| documents | {counts["corpus"]["documents"]:,}, {counts["corpus"]["bytes"] / 1e6:.1f} MB of text |
-| tokens | {train["tokens"]:,} to train on, {val["tokens"]:,} held out, {experiment.model.vocab_size:,} pieces |
-| parameters | {parameters:,} |
-| trained on | {last["tokens"]:,} tokens: {last["epoch"]:.2f} epochs, {last["tokens"] / parameters:.2f} a parameter |
-| validation loss | {results["loss"]:.4f} nats a token, perplexity {results["perplexity"]:.2f} |
-| bits per byte | {results["bits_per_byte"]:.4f} ± {results["stderr"]:.4f}, {ratio:.3f} of what xz needs |
-| bits per byte of xz -9 | {results["xz_bits_per_byte"]:.4f} |
-
-| stage | seconds |
-|---|---|
-{stages}
-
-## Held-out beginnings, continued
-{shown}
-## Next
-
-    python serve.py {experiment.path} generate "Return the"
-    python train.py configs/tiny.py          # 23 million parameters; Ctrl-C saves, the same command goes on
-    python train.py configs/mine.py          # your own text: README.md shows the ten lines of that config
-"""
+    return table(["model", ""], rows)
 
 
-def example(texts: dict[str, str]) -> str:
-    """One beginning with its two continuations, as Markdown."""
-    texts = texts | {"continuation": texts["continuation"] or "(nothing: for the model the document ends here)"}
-    quoted = {name: "\n".join(f"    {line}" for line in text.split("\n")) for name, text in texts.items()}
-    return f"""
-It begins
+def shape(run: Run) -> ModelConfig:
+    """As the checkpoint's manifest has it, whatever the config says by now."""
+    fields = run.finals["pretrain"]["config"]["model"]
+    return ModelConfig(**{key: given for key, given in fields.items() if key != "type"})
 
-{quoted["prompt"]}
 
-the model goes on
+def parameters(run: Run) -> int:
+    with torch.device("meta"):
+        return Transformer(shape(run)).num_parameters()
 
-{quoted["continuation"]}
 
-and the author
+def pipeline(run: Run) -> str:
+    rows, total = [], 0.0
+    for name in run.manifests:
+        directory = run.directories[name]
+        seconds = stage.read_seconds(directory.parent).get(directory.name)
+        total += seconds or 0.0
+        rows.append([name, f"{os.path.relpath(directory, run.home)}/", clock(seconds)])
+    return table(["stage", "made", "in"], [*rows, ["all", "", clock(total)]])
 
-{quoted["truth"]}
-"""
+
+def cards(run: Run) -> list[str]:
+    said = []
+    if corpus := run.manifests.get("corpus"):
+        licences = {source["name"]: source.get("licence", "") for source in corpus["config"]["sources"]}
+        rows = [
+            [name, licences.get(name, ""), show(c["read"]), show(c["documents"]), f"{c['bytes'] / 1e6:,.1f}"]
+            for name, c in corpus["counts"]["sources"].items()
+        ]
+        said.append(table(["source", "licence", "read", "kept", "MB kept"], rows))
+        dropped = ", ".join(f"{n:,} {rule}" for rule, n in corpus["counts"]["dropped"].items())
+        card = os.path.relpath(run.directories["corpus"] / "DATA_CARD.md", run.home)
+        said.append(f"Left out: {dropped or 'nothing'}. Examples of each: `{card}`.")
+    if pack := run.manifests.get("pack"):
+        rows = [
+            [name, *(show(pack["counts"][split][key]) for key in ("documents", "tokens", "bytes"))]
+            for name, split in (("to train on", "train"), ("held out", "val"))
+        ]
+        said.append(table(["packed", "documents", "tokens", "bytes"], rows))
+    if tokens := run.manifests.get("tokenizer"):
+        numbers = {k.replace("_", " "): v for k, v in tokens["counts"].items() if number(v)}
+        algorithm = tokens["config"].get("tokenizer", {}).get("algorithm", "SentencePiece")
+        rows = [["algorithm", algorithm], *([name, show(n)] for name, n in numbers.items())]
+        said.append(table(["tokenizer", "on a sample of the corpus"], rows))
+    return said or ["The model came without them."]
+
+
+def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
+    records, said = run.metrics.get(name, []), []
+    counts = run.finals.get(name, {}).get("counts", {})
+    if not records:
+        return ["Nothing is known here of its training."]
+    best = min(((r["val_loss"], r["step"]) for r in records if finite(r.get("val_loss"))), default=None)
+    speeds = [r["tokens_per_second"] for r in records if finite(r.get("tokens_per_second"))]
+    facts = {
+        "steps": f"{counts['step']:,} of {counts.get('steps', counts['step']):,}" if counts else "",
+        "logged up to": f"step {records[-1]['step']:,}" if records[-1]["step"] != counts.get("step") else "",
+        "tokens a parameter": show(records[-1].get("tokens_per_parameter", "")),
+        "best validation loss": f"{best[0]:.4f} at step {best[1]:,}" if best else "never evaluated",
+        "tokens a second": f"{statistics.median(speeds):,.0f}, the median of what was logged" if speeds else "",
+        "steps skipped": show(records[-1].get("skipped", "")),
+        "ran on": counts.get("machine", "not recorded"),
+    }
+    said.append(table([name, ""], [[key, text] for key, text in facts.items() if text]))
+    points = [r for r in records if "val_loss" in r] or records
+    points = [points[round(i * (len(points) - 1) / 11)] for i in range(12)] if len(points) > 12 else points
+    used = {key: label for key, label in LOGGED.items() if any(key in r for r in points)}
+    said.append(table(list(used.values()), [[show(r.get(key, "")) for key in used] for r in points]))
+    if name in pictures:
+        said.append(f"![Loss, learning rate, gradient norm and speed of {name}](plots/{name}.png)")
+        said.append(
+            "As logged, nothing smoothed. The highest hundredth of the norms and speeds may lie above their axes."
+        )
+    return said
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+def samples(run: Run, texts: dict[str, list]) -> list[str]:
+    config = run.manifests["eval"]["config"].get("eval", {})
+    settings = ", ".join(f"{key} {given}" for key, given in config.items() if key != "type")
+    said = ["All that was generated, none of it selected. Settings:", block(settings)]
+    if found := texts.get("continuations"):
+        said.append("### Held-out beginnings, continued")
+        for i, each in enumerate(found, start=1):
+            said += [f"Beginning {i}:", block(each["prompt"]), "The model goes on:", block(each["continuation"])]
+            said += ["The author:", block(each["truth"])]
+    if found := texts.get("smoke"):
+        said += ["### Short prompts, and the rules that their answers are to keep", *smoke(found)]
+    if found := texts.get("prompts"):
+        said.append("### Longer prompts")
+        for i, each in enumerate(found, start=1):
+            known = {k.replace("_", " "): show(v) for k, v in each.items() if number(v) and k != "seed"}
+            numbers = ", ".join(f"{name} {text}" for name, text in known.items())
+            ended = "ended by itself" if each.get("ended") else "cut at the greatest length"
+            said += [f"Prompt {i}, seed {each['seed']}:", block(each["prompt"])]
+            said += [f"The model goes on ({numbers}; {ended}):", block(each["answer"])]
+    return said
+
+
+def smoke(found: list[dict]) -> list[str]:
+    """A table of which rule each answer keeps, then all of the answers."""
+    rules = list(dict.fromkeys(rule for each in found for rule in each["rules"]))
+    word = {True: "pass", False: "FAIL", None: "–"}
+    rows, lines = [], []
+    for i, each in enumerate(found, start=1):
+        kept = [each["rules"].get(rule, {}).get("passed") for rule in rules]
+        rows.append([str(i), each["category"], *(word[k] for k in (*kept, each["passed"]))])
+        lines += [f"{i}. {each['category']}, seed {each['seed']}: {word[each['passed']]}"]
+        lines += [f"? {each['prompt']}", "> " + (each["answer"] or "(nothing)").replace("\n", "\n  ")]
+        lines += [f"{rule}: {r['rule']}; found {r['found']}" for rule, r in each["rules"].items() if not r["passed"]]
+        lines.append("")
+    return [
+        table(["", "category", *rules, "all"], rows),
+        "Each prompt (?) with the model's answer (>), and the rules that it breaks with what was found:",
+        block("\n".join(lines[:-1])),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ the small print
+
+
+def provenance(run: Run) -> list[str]:
+    commands = [manifest["counts"].get("command", run.commands[name]) for name, manifest in run.manifests.items()]
+    commands.append(f"python -m eval.report {run.experiment.path}")
+    versions, machines = {}, {}
+    for name, manifest in run.manifests.items():
+        text = ", ".join(f"{package} {version}" for package, version in manifest.get("versions", {}).items())
+        versions.setdefault(text, []).append(name)
+        if name in (*TRAINED, "eval"):
+            machines.setdefault(manifest["counts"].get("machine", "not recorded"), []).append(name)
+    said = ["Commands:", "\n".join(f"    {visible(command)}" for command in commands)]
+    for head, found in (("Versions", versions), ("Hardware", machines)):
+        said += [f"{head}:", block("\n".join(f"{', '.join(names)}: {text}" for text, names in found.items()))]
+    rows = []
+    for name in dict.fromkeys([*run.manifests, *run.finals]):
+        directory = os.path.relpath(run.directories[name], run.home)
+        final, manifest = run.finals.get(name), run.manifests.get(name)
+        places = [(directory, manifest)] if manifest and manifest != final else []
+        for place, about in [*places, (f"{directory}/final", final)] if final else places:
+            files = {"manifest.json": about["sha256"]} | {
+                f: d["sha256"] for f, d in about["wrote"].items() if f in SHOWN
+            }
+            rows += [[f"{place}/{file}", digest] for file, digest in files.items()]
+    data = {(t, e["data"]): None for entries in run.results.values() for t, e in entries.items() if "data" in e}
+    rows += [[f"data of {task}", digest] for task, digest in data]
+    said.append("A manifest's digest is of what it says, and it has the digest of every file of its directory:")
+    return [*said, table(["", "SHA-256"], rows)]
+
+
+def limits(run: Run) -> list[str]:
+    tasks, corpus = run.tasks(), run.manifests.get("corpus", {}).get("config", {})
+    entries = {t: e for name in run.results for t in tasks if (e := measured(run.results[name], t))}
+    cut = [f"{t} {e['truncated']:,}" for t, e in entries.items() if e.get("truncated")]
+    choices = any("accuracy" in e for e in entries.values())
+    checked = ", ".join(source["name"] for source in corpus.get("decontaminate", []))
+    apart = "No evaluation set was looked for in the training text: it may hold items of one."
+    if checked:
+        apart = (
+            f"Texts that share {corpus['decontaminate_ngram']} words in a row with {checked} were dropped; "
+            "other evaluation sets were not looked for."
+        )
+    said = [
+        "One training run, one seed. ± is of sampling the items; another seed moves the numbers too, by how "
+        "much was not measured.",
+        "Perplexity is per token: it compares models of one tokenizer only. Bits a byte compare on the same text only.",
+        "Held-out documents are of the corpus that the model was trained on: other text will cost it more."
+        if corpus
+        else "What the model was trained on is not known here.",
+        "During training a part of the held-out text is read (`eval_rows`), in the evaluation all of it.",
+        apart,
+        "Multiple choice compares how likely the given answers are; it shows no skill in a conversation." * choices,
+        "A p-value is of one task alone: of twenty without any effect one falls below 0.05." * choices,
+        f"Items longer than the context lost their beginning: {', '.join(cut)}." if cut else "",
+        "The short prompts are few, and their rules look at form more than at truth." * ("smoke" in entries),
+        "Distinct n-grams and repetition count words; they do not see sense." * ("prompts" in entries),
+        "Times and tokens a second are of this machine, with whatever else ran on it.",
+    ]
+    return ["\n".join(f"- {each}" for each in said if each)]
+
+
+def following(run: Run) -> str:
+    return f"""    python serve.py {run.experiment.path} generate "Return the"
+    python train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command goes on
+    python train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import platform
 import subprocess
 import sys
 
@@ -15,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import machine
+import stage
 from model import ModelConfig, Transformer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Place
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -330,3 +332,17 @@ def test_the_page_warns_of_what_will_not_fit(no_gpu, warnings, monkeypatch):
         lines = machine.page(meta(SHAPE), CONFIG, torch.float32, 1, 1, processes=2)
         assert "2 processes by ddp" in "\n".join(lines)
         assert len(warnings) == count
+
+
+def test_the_manifest_says_what_a_run_ran_on(made: Place, tmp_path):
+    for name in ("pretrain", "pretrain/final", "pretrain/best"):
+        counts = stage.read_manifest(made.runs / "mini" / name)["counts"]
+        assert machine.processor() in counts["machine"] or torch.cuda.is_available()
+        assert counts["machine"].endswith("; float32, not compiled")
+        assert counts["command"] == f"python train.py {made.config}"
+    several = dataclasses.replace(CONFIG, compile=True)
+    assert machine.used(several, torch.bfloat16, 8).endswith(", 8 processes by ddp; bfloat16, compiled")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: One: of a kind\n\nmodel name\t: Another\n")
+    assert machine.processor(tmp_path / "cpuinfo") == "One: of a kind"
+    for silent in (tmp_path / "nowhere", tmp_path):
+        assert machine.processor(silent) == platform.machine()
