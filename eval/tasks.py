@@ -66,8 +66,10 @@ class Published:
             if line.strip():
                 try:
                     question = self.question(json.loads(line))
-                    if not all(ending.strip() for _, ending in question.choices):
-                        raise ValueError("a choice is empty")
+                    for context, ending in question.choices:
+                        (context + ending).encode()  # half a surrogate pair is no text
+                        if not ending.strip():
+                            raise ValueError("a choice is empty")
                     if not 0 <= question.answer < len(question.choices) or len(question.choices) < 2:
                         raise ValueError(f"answer {question.answer} of {len(question.choices)} choices")
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -94,14 +96,14 @@ def read(path: Path) -> str:
 
 def among(context: str, endings: list[str], answer: int) -> Question:
     """One context, and endings that follow it after a space."""
-    return Question(tuple((context, f" {ending}") for ending in endings), answer)
+    return Question(tuple((context, " " + ending) for ending in endings), answer)
 
 
 def boolq(record: dict) -> Question:
     """BoolQ (arXiv:1905.10044): a passage, and a question to be answered by yes or no."""
     if not isinstance(record["answer"], bool):
         raise ValueError(f"answer is {record['answer']!r}, not true or false")
-    context = f"{record['passage']}\nQuestion: {record['question'].removesuffix('?')}?\nAnswer:"
+    context = record["passage"] + "\nQuestion: " + record["question"].removesuffix("?") + "?\nAnswer:"
     return among(context, ["no", "yes"], int(record["answer"]))
 
 
@@ -115,19 +117,19 @@ def blimp(record: dict) -> Question:
 def arc_easy(record: dict) -> Question:
     """ARC-Easy (arXiv:1803.05457): science for school."""
     labels, texts = record["choices"]["label"], record["choices"]["text"]
-    return among(f"Question: {record['question']}\nAnswer:", texts, labels.index(record["answerKey"]))
+    return among("Question: " + record["question"] + "\nAnswer:", texts, labels.index(record["answerKey"]))
 
 
 def piqa(record: dict) -> Question:
     """PIQA (arXiv:1911.11641): how things are done in the physical world."""
-    return among(f"Question: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], int(record["label"]))
+    return among("Question: " + record["goal"] + "\nAnswer:", [record["sol1"], record["sol2"]], int(record["label"]))
 
 
 def hellaswag(record: dict) -> Question:
     """HellaSwag (arXiv:1905.07830): how a description of everyday life goes on."""
     context = record["ctx"]
     if "activity_label" in record:
-        context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+        context = record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
     return among(tidy(context), [tidy(ending) for ending in record["endings"]], int(record["label"]))
 
 
@@ -140,7 +142,7 @@ def winogrande(record: dict) -> Question:
     """WinoGrande (arXiv:1907.10641): who or what a blank stands for. The rest of the sentence is scored after both."""
     before, rest = record["sentence"].split("_", 1)
     options = record["option1"], record["option2"]
-    return Question(tuple((before + option, f" {rest.strip()}") for option in options), int(record["answer"]) - 1)
+    return Question(tuple((before + option, " " + rest.strip()) for option in options), int(record["answer"]) - 1)
 
 
 PUBLISHED = {

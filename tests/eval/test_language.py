@@ -1,7 +1,7 @@
 """Likelihoods against known answers: a uniform model, and every token counted once with the context it is due."""
 
-import json
 import lzma
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +10,9 @@ import torch
 import checkpoint
 import data.pack
 import tokenizer
-from eval.continuations import continuations
-from eval.language import token_nats, validation
+from eval.language import articles, detokenized, token_nats, validation, wikitext2
 from model import ModelConfig, Transformer
-from tests.conftest import MINI, Place
+from tests.conftest import Place
 
 SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)
 
@@ -24,7 +23,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
     torch.nn.init.zeros_(model.head.weight)
     spm = tokenizer.load(made.runs / "mini/tokenizer")
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["val"]
-    found = validation(model, packed, spm)
+    found = validation(model, packed, spm, 10**9)
     assert found["perplexity"] == pytest.approx(512)
     assert found["bits_per_byte"] == pytest.approx(9 * len(packed.tokens) / packed.bytes)
     joined = "\n".join(spm.decode(ids.tolist()) for ids in packed.documents()).encode()
@@ -53,38 +52,68 @@ def test_each_token_is_predicted_once_from_at_least_half_a_context(n):
         assert min(abs(found[i] - nats) for nats in allowed) < 1e-4
 
 
-def test_command_writes_what_the_functions_give(trained: Place):
-    trained.run("-m", "eval", trained.config)
-    results = json.loads((trained.runs / "mini/eval/results.json").read_text())["pretrain"]["validation"]
-    assert results.keys() == {"loss", "perplexity", "bits_per_byte", "xz_bits_per_byte", "stderr", "baseline", "n"}
-    last = trained.metrics()[-1]
-    assert results["loss"] == pytest.approx(last["val_loss"], rel=0.1)  # there: 8 windows, and no overlap
-    assert results["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=0.1)
-    assert "is up to date" in trained.run("-m", "eval", trained.config).stdout
-    elsewhere = trained.runs / "mini/pretrain/best"
-    trained.run("-m", "eval", trained.config, "--checkpoint", elsewhere)
-    assert (trained.runs / "mini/pretrain/eval_best/results.json").exists()
-    page = trained.run("-m", "eval.report", trained.config).stdout
-    assert f"{results['bits_per_byte']:.4f}" in page
-    assert (trained.runs / "mini/REPORT.md").read_text() in page
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 19, 24, 33])
+def test_windows_that_do_not_overlap(n):
+    """As lm-evaluation-harness takes them: each predicts context_length tokens, given the one before them and its own;
+    the last one ends where the text does, and counts what is left."""
+    torch.manual_seed(0)
+    model = Transformer(SHAPE).eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(50)
+        model.head.weight.mul_(50)
+    tokens = np.random.default_rng(1).integers(31, size=n).tolist()
+    found = token_nats(model, np.array(tokens), 1, step=8)
+    stream = [1, *tokens]
+    for i in range(n):
+        window = min(i // 8 * 8, max(0, n - 8))
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(torch.tensor([stream[window : i + 1]]))[0, -1].double(), 0)
+        assert found[i] == pytest.approx(-float(log_p[stream[i + 1]]), abs=1e-4)
 
 
-def test_continuations_are_of_held_out_documents_and_fixed(made: Place):
+def test_of_many_held_out_documents_some_are_read(made: Place):
+    model = checkpoint.load_model(made.runs / "mini/pretrain/final")
     spm = tokenizer.load(made.runs / "mini/tokenizer")
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["val"]
-    model = checkpoint.load_model(made.runs / "mini/pretrain/final")
-    scope: dict = {}
-    exec(MINI, scope)
-    config = scope["experiment"].eval
-    first, again = (continuations(model, packed, spm, config) for _ in range(2))
-    assert first == again
-    assert len(first) == 2
-    texts = [spm.decode(ids.tolist()) for ids in packed.documents()]
-    for example in first:
-        assert any(text.startswith(example["prompt"] + example["truth"]) for text in texts)
+    whole, third = (validation(model, packed, spm, n) for n in (len(packed.tokens), len(packed.tokens) // 3 + 1))
+    documents = [len(ids) for ids in packed.documents()]
+    assert (whole["n"], third["n"]) == (sum(documents), sum(documents[::3]))
+    assert third["documents"] == len(documents[::3])
+    assert third["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=0.3)
 
 
-def test_an_untrained_experiment_says_how_to_train_it(packed: Place):
-    for command in (["-m", "eval", packed.config], ["serve.py", packed.config, "generate", "x"]):
-        assert f"train it with: python train.py {packed.config}" in packed.run(*command, status=2).stderr
-    assert not (packed.runs / "mini/eval").exists()
+# ---------------------------------------------------------------------------------------------------------- WikiText-2
+
+RAW = (
+    ' \n = Ice ( water ) = \n \n Ice is " frozen " water , mostly : it is 0 @.@ 9 times as dense . \n'
+    " \n = = Uses = = \n The Inuits ' houses cost 1 @,@ 000 @-@ odd ; [ citation needed ] 4 ° C ! \n"
+    " = Rain = \n \n It 's rain that falls . \n"
+)
+FIRST = (
+    ' = Ice (water) =\n\nIce is "frozen" water, mostly: it is 0.9 times as dense.\n'
+    "\n== Uses ==\nThe Inuits' houses cost 1,000-odd; [citation needed] 4°C!\n"
+)
+
+
+def test_articles_and_their_spacing():
+    pages = articles(RAW)
+    assert [page.splitlines()[0].strip() for page in pages] == ["= Ice ( water ) =", "= Rain ="]
+    assert "".join(pages) == RAW.removeprefix(" \n")
+    assert [detokenized(page) for page in pages] == [FIRST, " = Rain =\n\nIt's rain that falls.\n"]
+    assert articles("") == articles(" \n \n") == []
+
+
+def test_perplexities_of_a_uniform_model(made: Place):
+    model = Transformer(ModelConfig(vocab_size=512, context_length=64, n_layers=1, d_model=16, n_heads=2)).eval()
+    torch.nn.init.zeros_(model.head.weight)
+    spm = tokenizer.load(made.runs / "mini/tokenizer")
+    found = wikitext2(model, spm, RAW)
+    tokens = sum(len(spm.encode(detokenized(page))) for page in articles(RAW))
+    words = sum(len(re.split(r"\s+", page)) for page in articles(RAW))
+    size = len(RAW.removeprefix(" \n").encode())
+    assert found["n"] == tokens
+    for prefix in ("", "strided_"):
+        assert found[f"{prefix}token_perplexity"] == pytest.approx(512)
+        assert found[f"{prefix}word_perplexity"] == pytest.approx(512 ** (tokens / words), rel=1e-5)
+        assert found[f"{prefix}byte_perplexity"] == pytest.approx(512 ** (tokens / size), rel=1e-5)
+        assert found[f"{prefix}bits_per_byte"] == pytest.approx(9 * tokens / size)

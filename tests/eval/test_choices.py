@@ -1,0 +1,229 @@
+"""The scorer against known answers: models whose probabilities are written down, chance, and each choice read alone."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from eval import choices
+from eval.choices import Question, Scored, credit, encode, fit, log_likelihoods, p_value, score, standard_error, summary
+from model import ModelConfig, Transformer
+from stage import UserError
+from tests.conftest import Place
+
+SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=2, d_model=16, n_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """One whose opinions are strong, and depend on every token before."""
+    torch.manual_seed(0)
+    model = Transformer(SHAPE).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(20)
+    return model
+
+
+def bigram(table: list[list[float]]) -> Transformer:
+    """A model in which the next token depends on the last alone, with these probabilities."""
+    n = len(table)
+    model = Transformer(ModelConfig(vocab_size=n, context_length=8, n_layers=1, d_model=4, n_heads=1)).eval()
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.eye(n, 4))
+        model.blocks[0].attn.o.weight.zero_()
+        model.blocks[0].mlp.down.weight.zero_()
+        scale = math.sqrt(1 / 4 + model.config.rms_norm_eps)  # what the norm divides a row of the identity by
+        model.head.weight[:, :n] = torch.tensor(table, dtype=torch.float64).log().T * scale
+    return model
+
+
+def alone(model: Transformer, text: Scored) -> float:
+    """log p of the scored ids, by one forward pass over nothing else."""
+    ids = list(text.ids)
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(torch.tensor([ids[:-1]]))[0].double(), 1)
+    return float(sum(log_p[i - 1, ids[i]] for i in range(text.start, len(ids))))
+
+
+ids = st.lists(st.integers(0, 2), max_size=3)  # few ids: beginnings are shared often
+question = st.tuples(ids.map(lambda x: [30, *x]), st.lists(ids, min_size=1, max_size=4), st.integers(1, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(question, min_size=1, max_size=6), st.sampled_from([1, 20, 4096]))
+def test_a_choice_scores_what_it_scores_alone(model, questions, row_tokens):
+    asked = []
+    for context, endings, start in questions:
+        texts = [[*context, *ending, 7] for ending in endings]
+        asked.append([Scored(text, min(start, len(text) - 1)) for text in texts])
+    found = log_likelihoods(model, asked, row_tokens=row_tokens)
+    for texts, scores in zip(asked, found, strict=True):
+        assert scores == pytest.approx([alone(model, text) for text in texts], abs=2e-4)
+
+
+def test_scores_do_not_depend_on_batch_order_or_padding(model):
+    rng = np.random.default_rng(0)
+    asked = [[Scored(rng.integers(31, size=rng.integers(2, 9)).tolist(), 1) for _ in range(3)] for _ in range(40)]
+    whole = log_likelihoods(model, asked)
+    order = rng.permutation(40)
+    for other in (log_likelihoods(model, asked, row_tokens=1), log_likelihoods(model, asked, row_tokens=100)):
+        assert np.allclose(whole, other, atol=1e-4)
+    shuffled = log_likelihoods(model, [asked[i] for i in order])
+    assert np.allclose([whole[i] for i in order], shuffled, atol=1e-4)
+    backwards = log_likelihoods(model, [texts[::-1] for texts in asked])
+    assert np.allclose(whole, [scores[::-1] for scores in backwards], atol=1e-4)
+
+
+def test_accuracy_computed_by_hand():
+    # Ids: 0 begins, 1 and 2 are words. After 0 comes 1 three times in four; after 1, 2 nine times in ten.
+    model = bigram([[0.05, 0.75, 0.20], [0.05, 0.05, 0.90], [0.4, 0.4, 0.2]])
+    asked = [
+        [Scored([0, 1], 1), Scored([0, 2], 1)],  # 0.75 and 0.20: the first
+        [Scored([0, 1, 1], 2), Scored([0, 1, 2], 2)],  # 0.05 and 0.90: the second
+        [Scored([0, 1, 2], 1), Scored([0, 2, 1], 1)],  # 0.675 and 0.08: the first
+        [Scored([0, 2, 0], 2), Scored([0, 2, 1], 2)],  # 0.4 both: tied
+        [Scored([0, 2], 1), Scored([0, 1, 2], 1)],  # 0.20 and 0.675: the second, though it is longer
+    ]
+    found = log_likelihoods(model, asked)
+    by_hand = [[0.75, 0.20], [0.05, 0.90], [0.675, 0.08], [0.4, 0.4], [0.20, 0.675]]
+    assert np.exp(found) == pytest.approx(np.array(by_hand), rel=1e-5)
+    earned, ties = credit(found, [0, 0, 0, 1, 1])
+    assert earned.tolist() == [1, 0, 1, 0.5, 1]
+    assert ties == 1
+    texts = tuple(("", text) for text in (" yes", " no"))
+    numbers = summary([Question(texts, answer) for answer in (0, 0, 0, 1, 1)], found, majority=True)
+    assert numbers["accuracy"] == pytest.approx(0.7)
+    assert numbers["stderr"] == pytest.approx(statistics.stdev([1, 0, 1, 0.5, 1]) / math.sqrt(5))
+    assert (numbers["baseline"], numbers["majority"], numbers["chance"]) == (0.6, 0.6, 0.5)
+    # A character of " yes" costs a third, of " no" half: 0.2 for yes then beats 0.675 for no no longer than ln says.
+    norm = [[math.log(a) / 3, math.log(b) / 2] for a, b in by_hand]
+    expected = [float(np.argmax(pair) == answer) for pair, answer in zip(norm, (0, 0, 0, 1, 1), strict=True)]
+    assert numbers["accuracy_norm"] == pytest.approx(np.mean(expected))
+
+
+def test_a_model_without_opinions_does_not_look_perfect():
+    uniform = bigram([[1 / 3] * 3] * 3)
+    asked = [[Scored([0, 1, 2], 1), Scored([0, 2, 1], 1)] for _ in range(10)]
+    found = log_likelihoods(uniform, asked)
+    assert np.exp(found) == pytest.approx(np.full((10, 2), 1 / 9))
+    numbers = summary([Question((("", "a"), ("", "b")), 0)] * 10, found, majority=False)
+    assert (numbers["accuracy"], numbers["ties"], numbers["p_value"]) == (0.5, 10, 1.0)
+
+
+def test_what_float32_cannot_tell_apart_is_a_tie():
+    assert credit([np.array([-50.0, -50.00001])], [1])[0] == 0.5
+    assert credit([np.array([-50.0, -50.001])], [1])[0] == 0
+    assert credit([np.array([-1.0, -1.0, -1.0, -2.0])], [3]) == (np.array([0.0]), 0)
+    assert credit([np.array([-1.0, -1.0, -1.0, -2.0])], [0])[0] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_random_scorer_is_within_its_error_of_the_baseline(count):
+    rng = np.random.default_rng(count)
+    within = significant = 0
+    for _ in range(1000):
+        answers = rng.integers(count, size=300)
+        texts = tuple(("", str(i)) for i in range(count))
+        numbers = summary([Question(texts, int(a)) for a in answers], list(rng.normal(size=(300, count))), False)
+        assert numbers["baseline"] == pytest.approx(1 / count)
+        within += abs(numbers["accuracy"] - numbers["baseline"]) < 1.96 * numbers["stderr"]
+        significant += numbers["p_value"] < 0.05
+    assert 930 <= within <= 970
+    assert within + significant == pytest.approx(1000, abs=2)
+
+
+def test_statistics_by_hand():
+    assert standard_error(np.array([1.0, 0.0, 1.0, 1.0])) == pytest.approx(0.5 / math.sqrt(4))
+    assert standard_error(np.array([1.0])) == 0.5
+    values = np.array([0.3, -0.1, 0.4, 0.2, 0.0, 0.1])
+    z = values.mean() / (statistics.stdev(values) / math.sqrt(6))
+    assert p_value(values) == pytest.approx(2 * (1 - statistics.NormalDist().cdf(z)))
+    assert p_value(np.zeros(5)) == 1
+    assert p_value(np.full(5, 0.5)) == 0
+
+
+def test_always_saying_what_is_commonest_is_no_better_than_the_baseline():
+    questions = [Question((("", "no"), ("", "yes")), answer) for answer in [1] * 62 + [0] * 38]
+    numbers = summary(questions, [np.array([-2.0, -1.0])] * 100, majority=True)
+    assert numbers["accuracy"] == numbers["baseline"] == 0.62
+    assert numbers["p_value"] == 1
+    numbers = summary(questions, [np.array([-1.0, -2.0])] * 100, majority=True)
+    assert numbers["accuracy"] == 0.38
+    assert numbers["p_value"] < 0.05
+
+
+def test_accuracy_by_kind():
+    kinds = ["syntax", "syntax", "semantics"]
+    questions = [Question((("", "a"), ("", "b")), 0, {"field": kind}) for kind in kinds]
+    scores = [np.array(pair) for pair in ([-1.0, -2.0], [-2.0, -1.0], [-1.0, -2.0])]
+    by_field = summary(questions, scores, False)["by_field"]
+    assert by_field == {
+        "semantics": {"accuracy": 1, "stderr": 0.5, "n": 1},
+        "syntax": {"accuracy": 0.5, "stderr": 0.5, "n": 2},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+@pytest.fixture(scope="module")
+def spm(made: Place) -> tokenizer.Tokenizer:
+    return tokenizer.load(made.runs / "mini/tokenizer")
+
+
+def test_space_between_context_and_ending_belongs_to_the_ending(spm):
+    for context, ending in (("Answer:", " yes"), ("Answer: ", "yes")):
+        text = encode(spm, context, ending)
+        assert text.ids == [spm.bos, *spm.encode("Answer: yes")]
+        assert text.start == 1 + len(spm.encode("Answer:"))
+    assert encode(spm, "", "A sentence.") == Scored([spm.bos, *spm.encode("A sentence.")], 1)
+
+
+@given(st.text(max_size=12), st.text(min_size=1, max_size=12))
+def test_something_is_always_scored(spm, context, ending):
+    text = encode(spm, context, ending)
+    assert spm.decode(text.ids[1:]) == context + ending
+    assert 1 <= text.start < len(text.ids)
+
+
+def test_a_context_that_does_not_fit_loses_its_beginning(made: Place, spm, text):
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(vocab_size=512, context_length=64, n_layers=1, d_model=32, n_heads=2)).eval()
+    passage = " ".join(text)[:2000]
+    questions = [Question((("Q:", " yes"), ("Q:", " no")), 0), Question(((passage, " yes"), (passage, " no")), 0)]
+    scores, truncated = score(model, spm, questions)
+    assert truncated == 1
+    for (context, ending), found in zip(questions[1].choices, scores[1], strict=True):
+        whole = encode(spm, context, ending)
+        last = fit(whole, 64)
+        assert last.ids == whole.ids[-65:]
+        assert len(last.ids) - last.start == len(whole.ids) - whole.start
+        assert found == pytest.approx(alone(model, last), abs=1e-4)
+
+
+def test_an_ending_that_does_not_fit_is_scored_whole(made: Place, spm, text):
+    uniform = Transformer(ModelConfig(vocab_size=512, context_length=64, n_layers=1, d_model=32, n_heads=2)).eval()
+    torch.nn.init.zeros_(uniform.head.weight)
+    passage = " " + " ".join(text)[:2000]
+    questions = [Question((("Q:", passage), ("Q:", " no")), 0)]
+    scores, _ = score(uniform, spm, questions)
+    lengths = [len(whole.ids) - whole.start for whole in (encode(spm, "Q:", passage), encode(spm, "Q:", " no"))]
+    assert lengths[0] > 64
+    assert scores[0] == pytest.approx([-n * math.log(512) for n in lengths], rel=1e-5)
+
+
+def test_damaged_weights_are_said(model, monkeypatch):
+    monkeypatch.setattr(choices, "LOGITS", 31)
+    with torch.no_grad():
+        broken = Transformer(SHAPE)
+        broken.load_state_dict(model.state_dict())
+        broken.head.weight[3] = math.nan
+    with pytest.raises(UserError, match="the logits are not finite"):
+        log_likelihoods(broken, [[Scored([1, 2], 1), Scored([1, 3], 1)]])

@@ -1,0 +1,105 @@
+"""The rules that judge answers, by hand; and that nothing of what is shown was chosen by what the model says."""
+
+from collections import Counter
+
+import pytest
+
+import checkpoint
+import data.pack
+import tokenizer
+from eval import EvalConfig
+from eval.generation import answers, continuations, documents, smoke
+from eval.prompts import LONGER, SMOKE, Prompt, distinct, judge, repetition, words
+from tests.conftest import Place
+
+CONFIG = EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8, answer_tokens=12, seed=3)
+
+
+def test_the_prompts_are_those_that_were_asked_for():
+    assert len(SMOKE) == 24
+    assert set(Counter(prompt.category for prompt in SMOKE).values()) == {3}
+    assert len({prompt.category for prompt in SMOKE}) == 8
+    assert len(LONGER) == 5
+    assert len({prompt.text for prompt in SMOKE} | set(LONGER)) == 29
+
+
+def test_an_empty_answer_passes_no_prompt():
+    assert not any(all(rule["passed"] for rule in judge(prompt, "").values()) for prompt in SMOKE)
+
+
+def test_measures_by_hand():
+    assert words("Don't STOP, the end-of 7 Ärger!") == ["don't", "stop", "the", "end", "of", "7", "ärger"]
+    assert repetition(list("abcdabcd")) == pytest.approx(1 - 4 / 5)  # abcd bcda cdab dabc abcd
+    assert repetition(list("aaaaaa")) == pytest.approx(1 - 1 / 3)
+    assert repetition(list("abc")) == 0
+    assert distinct([list("ab"), list("ac")], 1) == 3 / 4
+    assert distinct([list("ab"), list("ab")], 2) == 1 / 2
+    assert distinct([[]], 2) == 0
+
+
+COLOURS = Prompt("x", "List two colours.", ("red", "blue*", "light green"), words=(2, 6), least=2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fails"),
+    [
+        ("Red and blueish.", set()),
+        ("red red Red", {"content"}),
+        ("reddish and blue", {"content"}),  # without a * a word counts only whole
+        ("red blue one two three four five", {"length"}),
+        ("red", {"content", "length"}),
+        ("red blue <|im_end|>", {"leakage"}),
+        ("red blue\ufffd", {"leakage"}),
+        ("", {"content", "length"}),
+        ("red blue red blue red blue", {"repetition"}),
+    ],
+)
+def test_each_rule(answer, fails):
+    found = judge(COLOURS, answer)
+    assert {name for name, rule in found.items() if not rule["passed"]} == fails
+    assert all(rule["rule"] and rule["found"] for rule in found.values())
+
+
+@pytest.fixture(scope="module")
+def subject(made: Place):
+    spm = tokenizer.load(made.runs / "mini/tokenizer")
+    packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["val"]
+    return checkpoint.load_model(made.runs / "mini/pretrain/final"), spm, packed
+
+
+def test_continuations_are_of_held_out_documents_and_fixed(subject):
+    model, spm, packed = subject
+    first, again = (continuations(model, spm, packed, CONFIG) for _ in range(2))
+    assert first == again
+    assert [each["seed"] for each in first] == [3, 4]
+    texts = [spm.decode(ids.tolist()) for ids in packed.documents()]
+    for example in first:
+        assert any(text.startswith(example["prompt"] + example["truth"]) for text in texts)
+
+
+def test_answers_are_what_generate_gives(subject):
+    model, spm, packed = subject
+    numbers, texts = answers(model, spm, packed, CONFIG)
+    for i, (prompt, text) in enumerate(zip(LONGER, texts["prompts"], strict=True)):
+        options = {"temperature": CONFIG.temperature, "top_p": CONFIG.top_p, "seed": 3 + i, "stop": (spm.eos,)}
+        new = model.generate([spm.bos, *spm.encode(prompt)], 12, **options)
+        assert (text["prompt"], text["answer"]) == (prompt, spm.decode(new, begins=False))
+        assert text["ended"] == (len(new) < 12)
+    theirs = [words(spm.decode(ids)) for ids in documents(packed, 12, 5)]
+    assert numbers["baseline"] == pytest.approx(sum(map(repetition, theirs)) / 5)
+    assert numbers["baseline_distinct_2"] == distinct(theirs, 2)
+    assert numbers["distinct_1"] == distinct([words(text["answer"]) for text in texts["prompts"]], 1)
+    without, texts = answers(model, spm, None, CONFIG)
+    assert without["baseline"] is None
+    assert texts.keys() == {"prompts"}
+
+
+def test_smoke_counts_what_passed(subject):
+    model, spm, _ = subject
+    numbers, texts = smoke(model, spm, CONFIG)
+    assert [text["prompt"] for text in texts["smoke"]] == [prompt.text for prompt in SMOKE]
+    for prompt, text in zip(SMOKE, texts["smoke"], strict=True):
+        assert text["rules"] == judge(prompt, text["answer"])
+    assert numbers["passed"] == sum(text["passed"] for text in texts["smoke"]) / 24
+    assert numbers["length"] == sum(text["rules"]["length"]["passed"] for text in texts["smoke"]) / 24
+    assert sum(numbers["by_category"].values()) == pytest.approx(8 * numbers["passed"])

@@ -1,0 +1,163 @@
+"""`python -m eval` as a user runs it: what is there is measured, nothing is measured twice, nothing is lost."""
+
+import json
+import lzma
+import shutil
+import signal
+
+import pytest
+
+from tests.conftest import ROOT, Place
+from tests.eval.test_language import RAW
+from tests.eval.test_tasks import RECORDS
+
+TASKS = ["validation", "wikitext2", *RECORDS, "smoke", "prompts"]
+
+
+def results(place: Place) -> dict:
+    return json.loads((place.runs / "mini/eval/results.json").read_text())["pretrain"]
+
+
+def put(place: Place, *names: str) -> None:
+    """Data for tasks: a record twice."""
+    for name in names:
+        end = "" if name == "blimp" else "_val"
+        (place.raw / f"{name}{end}.jsonl").write_text(2 * (json.dumps(RECORDS[name]) + "\n"))
+
+
+def test_all_tasks(trained: Place):
+    put(trained, *RECORDS)
+    (trained.raw / "wikitext-2").mkdir()
+    (trained.raw / "wikitext-2/wiki.test.raw.xz").write_bytes(lzma.compress(RAW.encode()))
+    out = trained.run("-m", "eval", trained.config).stdout
+    found = results(trained)
+    assert list(found) == TASKS
+    assert "skipped" not in out
+    manifest = json.loads((trained.runs / "mini/pretrain/final/manifest.json").read_text())
+    spm = json.loads((trained.runs / "mini/tokenizer/manifest.json").read_text())["wrote"]["spm.model"]["sha256"]
+    for name, entry in found.items():
+        assert {"stderr", "baseline", "n", "data"} <= entry.keys(), name
+        assert entry["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
+        assert entry["tokenizer"] == spm
+    last = trained.metrics()[-1]
+    assert found["validation"]["loss"] == pytest.approx(last["val_loss"], rel=0.1)  # there: 8 windows, and no overlap
+    assert found["validation"]["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=0.1)
+    again = trained.run("-m", "eval", trained.config).stdout
+    assert "is up to date" in again
+    assert f"{found['boolq']['accuracy']:.4f} ± {found['boolq']['stderr']:.4f}" in again
+    said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
+    assert {name: len(texts) for name, texts in said.items()} == {"smoke": 24, "prompts": 5, "continuations": 2}
+
+
+def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
+    out = trained.run("-m", "eval", trained.config).stdout
+    for name in [*RECORDS, "wikitext2"]:
+        assert f"pretrain {name} skipped: no {trained.raw}" in out
+        assert f"get it with: python -m eval.download {name}" in out
+        assert results(trained)[name].keys() == {"skipped"}
+    before = results(trained)
+    elsewhere = trained.path / "elsewhere"
+    elsewhere.mkdir()
+    put(trained, "piqa")
+    shutil.move(trained.raw / "piqa_val.jsonl", elsewhere)
+    out = trained.run("-m", "eval", trained.config, "--data", elsewhere).stdout
+    assert "piqa: " in out
+    assert "validation: " not in out  # it is not measured again
+    now = results(trained)
+    assert now["piqa"]["n"] == 2
+    assert [now[name] for name in ("validation", "smoke", "prompts")] == [
+        before[name] for name in ("validation", "smoke", "prompts")
+    ]
+    shutil.rmtree(elsewhere)
+    assert "is up to date" in trained.run("-m", "eval", trained.config).stdout  # what was measured stands
+    assert results(trained)["piqa"]["n"] == 2
+    assert "no directory nowhere" in trained.run("-m", "eval", trained.config, "--data", "nowhere", status=2).stderr
+
+
+def test_other_data_and_other_weights_are_noticed(trained: Place):
+    put(trained, "piqa")
+    trained.run("-m", "eval", trained.config)
+    (trained.raw / "piqa_val.jsonl").write_text(json.dumps(RECORDS["piqa"] | {"goal": "cut cake"}) + "\n")
+    error = trained.run("-m", "eval", trained.config, status=2).stderr
+    assert "piqa_val was" in error
+    assert f"python -m eval {trained.config} --force" in error
+    assert results(trained)["piqa"]["n"] == 2
+    trained.run("-m", "eval", trained.config, "--force")
+    assert results(trained)["piqa"]["n"] == 1
+    trained.edit(("steps=24", "steps=26"))
+    trained.run("train.py", trained.config)
+    assert "pretrain/final/weights.pt was" in trained.run("-m", "eval", trained.config, status=2).stderr
+    assert "of another checkpoint" in trained.run("-m", "eval.report", trained.config).stdout
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("{}\n", "line 1: not a record"), ("[", "line 1")])
+def test_damaged_data_is_said_before_anything_is_measured(trained: Place, content, message):
+    (trained.raw / "boolq_val.jsonl").write_text(content)
+    error = trained.run("-m", "eval", trained.config, status=2).stderr
+    assert message in error
+    assert "boolq_val.jsonl" in error
+    assert not (trained.runs / "mini/eval/results.json").exists()
+    (trained.raw / "boolq_val.jsonl").unlink()
+    trained.run("-m", "eval", trained.config)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_with_the_next_task(trained: Place, signum):
+    put(trained, *RECORDS)
+    whole = trained.path / "whole"
+    shutil.copytree(trained.runs, whole)
+    with trained.start("-m", "eval", trained.config) as run:
+        run.wait_for("boolq: ")
+        run.send_signal(signum)
+        run.wait(60)
+    assert not (trained.runs / "mini/eval/manifest.json").exists()
+    half = results(trained)
+    assert "boolq" in half
+    assert "is not there or unfinished" in trained.run("-m", "eval.report", trained.config, status=2).stderr
+    out = trained.run("-m", "eval", trained.config).stdout
+    assert "boolq: " not in out
+    assert "prompts: " in out
+    trained.env["RUNS"] = str(whole)
+    trained.run("-m", "eval", trained.config)
+    for name in ("results.json", "generations.json"):
+        undisturbed = (whole / "mini/eval" / name).read_bytes()
+        assert (trained.runs / "mini/eval" / name).read_bytes() == undisturbed
+
+
+def test_a_checkpoint_by_path(trained: Place):
+    best = trained.runs / "mini/pretrain/best"
+    trained.run("-m", "eval", trained.config, "--checkpoint", best)
+    found = json.loads((trained.runs / "mini/pretrain/eval_best/results.json").read_text())["pretrain"]
+    manifest = json.loads((best / "manifest.json").read_text())
+    assert found["validation"]["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
+    assert not (trained.runs / "mini/eval").exists()
+
+
+def test_another_tokenizer(trained: Place):
+    trained.edit(('algorithm="bpe"', 'algorithm="unigram"'))
+    shutil.rmtree(trained.runs / "mini/tokenizer")
+    shutil.rmtree(trained.runs / "mini/packed")
+    shutil.move(trained.runs / "mini/pretrain", trained.path)  # while it is there, no other tokenizer is made
+    trained.run("-m", "tokenizer.train", trained.config)
+    shutil.move(trained.path / "pretrain", trained.runs / "mini")
+    error = trained.run("-m", "eval", trained.config, status=2).stderr
+    assert "was trained with tokenizer" in error
+    assert not (trained.runs / "mini/eval").exists()
+
+
+def test_without_packed_tokens_the_rest_is_measured(trained: Place):
+    shutil.rmtree(trained.runs / "mini/packed")
+    out = trained.run("-m", "eval", trained.config).stdout
+    assert f"validation skipped: no packed tokens; make them with: python -m data.pack {trained.config}" in out
+    assert results(trained)["prompts"]["baseline"] is None
+
+
+def test_an_untrained_experiment_says_how_to_train_it(packed: Place):
+    for command in (["-m", "eval", packed.config], ["serve.py", packed.config, "generate", "x"]):
+        assert f"train it with: python train.py {packed.config}" in packed.run(*command, status=2).stderr
+    assert not (packed.runs / "mini/eval").exists()
+
+
+def test_every_task_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in TASKS if f"`{name}`" not in text]
