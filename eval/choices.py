@@ -1,12 +1,11 @@
 """Multiple choice by log-likelihood: the answer whose ending the model finds likeliest, and what that proves.
 
-One scorer for every task. The choices of a question share a beginning, and it is read once: a row holds it, and then
-the rest of each choice, a branch that sees the beginning and itself. Logits are computed where a token is scored, once.
+One scorer for every task. Choices share beginnings, and so do questions; each is read once: a row of tokens is the trie
+of several questions' choices, in which a token sees those above it. Logits are computed where a token is scored, once.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,8 @@ from model import Transformer
 from stage import UserError, progress
 from tokenizer import Tokenizer
 
-ROW_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # in the rows that are read at once, padding included
+ROW_TOKENS = 256  # a row that is as long takes no more questions
+BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # in the rows that are read at once, padding included
 
 
 class Question(NamedTuple):
@@ -46,32 +46,37 @@ def encode(tokenizer: Tokenizer, context: str, ending: str) -> Scored:
 
 
 def log_likelihoods(
-    model: Transformer, questions: Sequence[Sequence[Scored]], what: str = "choices", row_tokens: int | None = None
+    model: Transformer, questions: Sequence[Sequence[Scored]], what: str = "choices", batch_tokens: int | None = None
 ) -> list[np.ndarray]:
     """For each question, log p in nats of the scored ids of every choice, float64.
 
-    A choice may be as long as context_length allows: at most that many inputs. row_tokens: of rows read at once.
+    A choice may be as long as context_length allows: at most that many inputs. batch_tokens: read at once, about.
     """
     device = model.embed.weight.device
-    budget = row_tokens or ROW_TOKENS[device.type]
-    rows = [_row(choices) for choices in questions]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    batches, first = [], 0
-    for i in range(1, len(order) + 1):  # each row is as long as the last one of its batch
-        if i == len(order) or (i + 1 - first) * len(rows[order[i]].tokens) > budget:
-            batches.append(order[first:i])
-            first = i
-    found: list[np.ndarray] = [np.empty(0)] * len(questions)
-    done = 0
+    budget = batch_tokens or BATCH_TOKENS[device.type]
+    rows = [_Row()]
+    for i in sorted(range(len(questions)), key=lambda i: questions[i][0].ids):  # beginnings meet those like them
+        if len(rows[-1].tokens) >= ROW_TOKENS:
+            rows.append(_Row())
+        rows[-1].add(i, questions[i])
+    rows.sort(key=lambda row: len(row.tokens))
+    batches: list[list[_Row]] = [[]]
+    for row in rows:  # which is as long as any before it
+        if batches[-1] and (len(batches[-1]) + 1) * len(row.tokens) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    found = [np.zeros(len(choices)) for choices in questions]
+    total, done = sum(len(row.tokens) for row in rows), 0
 
     def count() -> tuple[float, float]:
-        return done, len(questions)
+        return done, total
 
     with torch.inference_mode():
-        for batch in progress(batches, count, "questions", what):
-            for i, nats in zip(batch, _read(model, [rows[i] for i in batch], device), strict=True):
-                found[i] = nats
-            done += len(batch)
+        for batch in progress(batches, count, "tokens", what):
+            for row, log_p in zip(batch, _read(model, batch), strict=True):
+                for (_, _, question, choice), nats in zip(row.scored, log_p, strict=True):
+                    found[question][choice] += nats
+            done += sum(len(row.tokens) for row in batch)
     return found
 
 
@@ -98,52 +103,53 @@ def fit(text: Scored, context_length: int) -> Scored:
     return Scored(text.ids[over:], max(1, text.start - over))
 
 
-class _Row(NamedTuple):
-    """A question as one row. branch: 0 for the shared beginning, then 1, 2, … by choice. at: the place whose logits a
-    target is scored with, choice: the choice that it counts for."""
+class _Row:
+    """Questions as one row of tokens: the trie of their choices, in which each token sees those above it.
 
-    tokens: list[int]
-    positions: list[int]
-    branch: list[int]
-    at: list[int]
-    targets: list[int]
-    choice: list[int]
-    choices: int
+    tokens, above, depth: of each node its token, the node before it in its text (−1: none) and how many those are.
+    scored: (node, id that may follow it, question, choice).
+    """
+
+    def __init__(self):
+        self.nodes: dict[tuple[int, int], int] = {}
+        self.tokens: list[int] = []
+        self.above: list[int] = []
+        self.depth: list[int] = []
+        self.scored: list[tuple[int, int, int, int]] = []
+
+    def add(self, question: int, choices: Sequence[Scored]) -> None:
+        for number, (ids, start) in enumerate(choices):
+            node = -1
+            for i, token in enumerate(ids):
+                if i >= start:
+                    self.scored.append((node, token, question, number))
+                if i == len(ids) - 1:
+                    break  # it is scored, and nothing after it
+                if (node, token) not in self.nodes:
+                    self.nodes[node, token] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.above.append(node)
+                    self.depth.append(i)
+                node = self.nodes[node, token]
 
 
-def _row(choices: Sequence[Scored]) -> _Row:
-    inputs = [list(ids[:-1]) for ids, _ in choices]  # the last id is scored, and nothing after it
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*inputs, strict=False)))
-    row = _Row(inputs[0][:shared], list(range(shared)), [0] * shared, [], [], [], len(choices))
-    for number, ((ids, start), own) in enumerate(zip(choices, inputs, strict=True)):
-        offset = len(row.tokens) - shared
-        row.tokens.extend(own[shared:])
-        row.positions.extend(range(shared, len(own)))
-        row.branch.extend([number + 1] * (len(own) - shared))
-        row.at.extend(i - 1 if i <= shared else i - 1 + offset for i in range(start, len(ids)))
-        row.targets.extend(ids[start:])
-        row.choice.extend([number] * (len(ids) - start))
-    return row
-
-
-def _read(model: Transformer, rows: Sequence[_Row], device: torch.device) -> Iterator[np.ndarray]:
-    """The log-likelihoods of each row's choices."""
-    T = max(len(row.tokens) for row in rows)
-    tokens, positions, branch = np.zeros((3, len(rows), T), dtype=np.int64)
-    branch -= 1  # padding, which nothing but padding sees
+def _read(model: Transformer, rows: Sequence[_Row]) -> Iterator[np.ndarray]:
+    """log p of what is scored in each row."""
+    T, device = max(len(row.tokens) for row in rows), model.embed.weight.device
+    tokens, positions = np.zeros((2, len(rows), T), dtype=np.int64)
+    seen = np.tile(np.eye(T, dtype=bool), (len(rows), 1, 1, 1))  # queries before keys: itself, and those above it
     for i, row in enumerate(rows):
-        here = i, slice(len(row.tokens))
-        tokens[here], positions[here], branch[here] = row.tokens, row.positions, row.branch
-    inputs, at, of = (torch.from_numpy(array).to(device) for array in (tokens, positions, branch))
-    seen = (of[:, None, :] == of[:, :, None]) | (of[:, None, :] == 0)  # (B, T, T), queries before keys
-    hidden = model.hidden(inputs, positions=at, mask=seen.tril()[:, None])  # (B, T, D)
+        tokens[i, : len(row.tokens)], positions[i, : len(row.tokens)] = row.tokens, row.depth
+        for node, above in enumerate(row.above):
+            if above >= 0:
+                seen[i, 0, node, :node] = seen[i, 0, above, :node]
+    inputs, at, mask = (torch.from_numpy(array).to(device) for array in (tokens, positions, seen))
+    hidden = model.hidden(inputs, positions=at, mask=mask).flatten(0, 1)  # (B · T, D)
 
-    places = np.concatenate([np.array(row.at) + i * T for i, row in enumerate(rows)])
-    targets = np.concatenate([row.targets for row in rows])
-    log_p = _log_p(model, hidden.flatten(0, 1), places, targets)
-    ends = np.cumsum([len(row.at) for row in rows])
-    for row, own in zip(rows, np.split(log_p, ends[:-1]), strict=True):
-        yield np.bincount(row.choice, own, minlength=row.choices)
+    places = np.concatenate([[i * T + node for node, *_ in row.scored] for i, row in enumerate(rows)])
+    targets = np.concatenate([[token for _, token, *_ in row.scored] for row in rows])
+    ends = np.cumsum([len(row.scored) for row in rows])
+    yield from np.split(_log_p(model, hidden, places, targets), ends[:-1])
 
 
 def _log_p(model: Transformer, hidden: Tensor, places: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -158,7 +164,7 @@ def _log_p(model: Transformer, hidden: Tensor, places: np.ndarray, targets: np.n
         logits = model.head(hidden[torch.from_numpy(rows).to(hidden.device)]).float()
         row = torch.from_numpy(np.searchsorted(rows, places[mine])).to(hidden.device)
         column = torch.from_numpy(targets[mine]).to(hidden.device)
-        found[mine] = (logits[row, column] - logits.logsumexp(1)[row]).double().cpu().numpy()
+        found[mine] = torch.log_softmax(logits, 1)[row, column].double().cpu().numpy()
     if not np.isfinite(found).all():
         raise UserError("the logits are not finite; the weights are damaged, or their training diverged")
     return found

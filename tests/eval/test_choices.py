@@ -58,12 +58,12 @@ question = st.tuples(ids.map(lambda x: [30, *x]), st.lists(ids, min_size=1, max_
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(question, min_size=1, max_size=6), st.sampled_from([1, 20, 4096]))
-def test_a_choice_scores_what_it_scores_alone(model, questions, row_tokens):
+def test_a_choice_scores_what_it_scores_alone(model, questions, batch_tokens):
     asked = []
     for context, endings, start in questions:
         texts = [[*context, *ending, 7] for ending in endings]
         asked.append([Scored(text, min(start, len(text) - 1)) for text in texts])
-    found = log_likelihoods(model, asked, row_tokens=row_tokens)
+    found = log_likelihoods(model, asked, batch_tokens=batch_tokens)
     for texts, scores in zip(asked, found, strict=True):
         assert scores == pytest.approx([alone(model, text) for text in texts], abs=2e-4)
 
@@ -73,7 +73,7 @@ def test_scores_do_not_depend_on_batch_order_or_padding(model):
     asked = [[Scored(rng.integers(31, size=rng.integers(2, 9)).tolist(), 1) for _ in range(3)] for _ in range(40)]
     whole = log_likelihoods(model, asked)
     order = rng.permutation(40)
-    for other in (log_likelihoods(model, asked, row_tokens=1), log_likelihoods(model, asked, row_tokens=100)):
+    for other in (log_likelihoods(model, asked, batch_tokens=1), log_likelihoods(model, asked, batch_tokens=100)):
         assert np.allclose(whole, other, atol=1e-4)
     shuffled = log_likelihoods(model, [asked[i] for i in order])
     assert np.allclose([whole[i] for i in order], shuffled, atol=1e-4)
