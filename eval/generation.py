@@ -3,6 +3,8 @@
 Nothing is chosen by what it says: prompts, documents and seeds are fixed beforehand.
 """
 
+import math
+
 import numpy as np
 
 from data.pack import Packed
@@ -44,15 +46,16 @@ def smoke(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple
     for prompt, text in zip(SMOKE, texts, strict=True):
         text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
         text["passed"] = all(rule["passed"] for rule in text["rules"].values())
-    passed = np.array([text["passed"] for text in texts], dtype=float)
+    passed, n = sum(text["passed"] for text in texts), len(texts)
+    near = (passed + 2) / (n + 4)  # an error of 0 for none passed, or all, would promise too much (Agresti and Coull)
     categories = dict.fromkeys(prompt.category for prompt in SMOKE)
     numbers = {
-        "passed": float(passed.mean()),
-        **{rule: sum(text["rules"][rule]["passed"] for text in texts) / len(texts) for rule in texts[0]["rules"]},
+        "passed": passed / n,
+        **{rule: sum(text["rules"][rule]["passed"] for text in texts) / n for rule in texts[0]["rules"]},
         "by_category": {c: float(np.mean([t["passed"] for t in texts if t["category"] == c])) for c in categories},
-        "stderr": standard_error(passed),
+        "stderr": math.sqrt(near * (1 - near) / (n + 4)),
         "baseline": 0.0,
-        "n": len(texts),
+        "n": n,
     }
     return numbers, {"smoke": texts}
 

@@ -6,7 +6,7 @@ import textwrap
 import unicodedata
 
 WIDTH = 100  # columns of text; a table may take more
-NUMBER = re.compile(r"[-−]?[\d.,]+(e[-+]?\d+)?( ± [\d.,]+)?|[-−]?inf|nan|not finite|–|")
+NUMBER = re.compile(r"[-−]?[\d.,]+(e[-+]?\d+)?( ± [\d.,]+)?( [↑↓=])?|[-−]?inf|nan|not finite|–|")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -91,7 +91,7 @@ def bars(groups: list[dict]) -> bytes:
             )
         axes.set_xticks(range(len(tasks)), list(tasks), rotation=25 if len(tasks) > 4 else 0)
         axes.set_xlim(-0.6, len(tasks) - 0.4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1 if label.startswith("share") else None)
         axes.set_ylabel(label)
         axes.set_xlabel("task")
         axes.grid(axis="y", alpha=0.25)

@@ -123,7 +123,7 @@ def summary(run: Run) -> str:
     if told:
         said.append(f"After {latest} its accuracy is {'; '.join(told)} (the baseline in brackets; p < 0.05).")
     if e := measured(run.results[latest], "smoke"):
-        said.append(f"It passes {value(e, 'passed', 'passed')} of the {show(e.get('n', ''))} short prompts.")
+        said.append(f"It passes {round(e['passed'] * e['n'])} of the {e['n']} short prompts.")
     return " ".join(said)
 
 
@@ -223,7 +223,7 @@ def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
 def samples(run: Run, texts: dict[str, list]) -> list[str]:
     config = run.manifests["eval"]["config"].get("eval", {})
     settings = ", ".join(f"{key} {given}" for key, given in config.items() if key != "type")
-    said = ["All that was generated, none of it selected. Settings:", block(settings)]
+    said = [f"All that was generated, none of it selected. Settings: {settings}."]
     if found := texts.get("continuations"):
         said.append("### Held-out beginnings, continued")
         for i, each in enumerate(found, start=1):
@@ -311,7 +311,8 @@ def limits(run: Run) -> list[str]:
         "Held-out documents are of the corpus that the model was trained on: other text will cost it more."
         if corpus
         else "What the model was trained on is not known here.",
-        "During training a part of the held-out text is read (`eval_rows`), in the evaluation all of it.",
+        "During training a part of the held-out text is read (`eval_rows`), in the evaluation all of it, up to "
+        "`validation_tokens`.",
         apart,
         "Multiple choice compares how likely the given answers are; it shows no skill in a conversation." * choices,
         "A p-value is of one task alone: of twenty without any effect one falls below 0.05." * choices,

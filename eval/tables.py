@@ -28,6 +28,15 @@ def value(entry: dict, key: str, main: str) -> str:
     return f"{show(entry[key])} ± {show(error) if 0 < error < 5e-4 else f'{error:.4f}'}"
 
 
+def side(entry: dict, key: str) -> str:
+    """On which side of its baseline an accuracy is; nothing where that was not tested."""
+    if not all(finite(entry.get(name)) for name in (key, "baseline", "p_value")):
+        return ""
+    if entry["p_value"] >= 0.05:
+        return " ="
+    return " ↑" if entry[key] > entry["baseline"] else " ↓"
+
+
 def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
     said, stages, tasks = [], list(run.results), run.tasks()
     rows, groups = [], {}
@@ -36,7 +45,8 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
         main = main_metric(task, found.values())
         known = next(entry for entry in found.values() if entry)
         baseline, n = show(known.get("baseline", "–")), show(known.get("n", "–"))
-        rows.append([task, main.replace("_", " "), *(value(e, main, main) for e in found.values()), baseline, n])
+        values = [value(e, main, main) + side(e, main) for e in found.values()]
+        rows.append([task, main.replace("_", " "), *values, baseline, n])
         others = [key for key, given in known.items() if key not in ("stderr", "baseline", "n", main) and number(given)]
         own = {error_name(key, main) for key in others}
         if others := tuple(key for key in others if key not in own):
@@ -46,7 +56,8 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
     said.append(table(["task", "metric", *stages, "baseline", "n"], rows))
     said.append(
         "± is one standard error over the items of a task. The baseline is what needs no model: xz -9 for bits a "
-        "byte, the better of chance and the most frequent answer for accuracy, human text for repetition."
+        "byte, the better of chance and the most frequent answer for accuracy, human text for repetition. An accuracy "
+        "is above it (↑) or below (↓) at p < 0.05, or not to be told from it (=)."
     )
     if "evaluation" in pictures:
         said.append("![The same beside the baselines](plots/evaluation.png)")
