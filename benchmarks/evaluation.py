@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
     spm, model = experiment.load_tokenizer(final), checkpoint.load_model(final)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
-        "command": f"python -m benchmarks.evaluation {experiment.name}",
+        "command": f"python -m benchmarks.evaluation {Path(arguments.config).name}",
         "commit": commit,
         "machine": machine.name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)),

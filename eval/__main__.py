@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import checkpoint
 import configs
 import data.pack
@@ -26,9 +28,11 @@ import machine
 import stage
 from configs import Experiment
 from data.pack import Packed
-from eval.generation import answers, smoke
+from eval.generation import answers, continuations, smoke
 from eval.language import validation
+from eval.markdown import table
 from eval.prompts import LONGER, SMOKE
+from eval.tables import MAIN
 from eval.tasks import PUBLISHED
 from model import Transformer
 from stage import Stage, UserError, log
@@ -36,22 +40,26 @@ from tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """load: reads what it measures with, whose digest is `data`. measure(model, loaded): its numbers, and texts by
-    name. missing: instead of these, why it cannot be measured, and the way to get what it needs."""
+    """data: a digest of what its numbers depend on but for model and tokenizer. load: reads that, as far as it is in a
+    file. measure(model, loaded): its numbers, and what the model has written, if that is to be kept. missing: instead
+    of these, why it cannot be measured, and the way to get what it needs."""
 
     data: str = ""
     load: Callable[[], object] = lambda: None
-    measure: Callable[[Transformer, object], tuple[dict, dict]] | None = None
+    measure: Callable[[Transformer, object], tuple[dict, list | None]] | None = None
     missing: str | None = None
 
 
-def plan(experiment: Experiment, spm: Tokenizer, packed: str, held_out: Packed | None) -> dict[str, Task]:
-    """Every task by name. packed: the digest of the held-out documents, if there are any."""
-    tasks = {"validation": Task(missing=f"no packed tokens; make them with: python -m data.pack {experiment.path}")}
+def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed: str) -> dict[str, Task]:
+    """Every task by name. held_out: documents, whose digest is `packed`, or why there are none."""
     config = experiment.eval
-    if held_out is not None:
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "seed")}
+    tasks = {"validation": Task(missing=str(held_out))}
+    if isinstance(held_out, Packed):
         most = config.validation_tokens
-        tasks["validation"] = Task(packed, lambda: held_out, lambda model, x: (validation(model, x, spm, most), {}))
+        tasks["validation"] = Task(
+            digest(packed, most), lambda: held_out, lambda model, x: (validation(model, x, spm, most), None)
+        )
     for name, published in PUBLISHED.items():
         if (path := published.find()) is None:
             where = data.sources.raw() / published.file
@@ -60,21 +68,27 @@ def plan(experiment: Experiment, spm: Tokenizer, packed: str, held_out: Packed |
             tasks[name] = Task(
                 stage.sha256(path),
                 lambda published=published, path=path: published.load(path),
-                lambda model, x, published=published, name=name: (published.measure(model, spm, x, name), {}),
+                lambda model, x, published=published, name=name: (published.measure(model, spm, x, name), None),
             )
-    settings = [stage.describe(config), stage.describe(SMOKE), LONGER, packed]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    tasks["smoke"] = Task(digest, measure=lambda model, _: smoke(model, spm, config))
-    tasks["prompts"] = Task(digest, lambda: held_out, lambda model, x: answers(model, spm, x, config))
+    asked = digest(stage.describe(SMOKE), LONGER, config.answer_tokens, sampling)
+    tasks["smoke"] = Task(asked, measure=lambda model, _: smoke(model, spm, config))
+    tasks["prompts"] = Task(asked, measure=lambda model, _: answers(model, spm, config))
+    tasks["continuations"] = Task(missing=str(held_out))
+    if isinstance(held_out, Packed):
+        tasks["continuations"] = Task(
+            digest(packed, config.continuations, config.prompt_tokens, config.new_tokens, sampling),
+            lambda: held_out,
+            lambda model, x: continuations(model, spm, x, config),
+        )
     return tasks
+
+
+def digest(*values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    if arguments.data:
-        if not Path(arguments.data).is_dir():
-            raise UserError(f"no directory {arguments.data}; --data says where the tasks' files are")
-        os.environ["DATA"] = arguments.data
     remake = f"python -m eval {experiment.path}"
     if arguments.checkpoint:
         final = Path(arguments.checkpoint)
@@ -82,15 +96,29 @@ def main(arguments: argparse.Namespace) -> None:
         remake += f" --checkpoint {shlex.quote(arguments.checkpoint)}"
     else:
         trained, directory = {"pretrain": experiment.trained("pretrain")}, experiment.directory("eval")
+    if arguments.data:
+        if not Path(arguments.data).is_dir():
+            raise UserError(f"no directory {arguments.data}; --data says where the tasks' files are")
+        os.environ["DATA"] = arguments.data
+        remake += f" --data {shlex.quote(arguments.data)}"
     spm = experiment.load_tokenizer(next(iter(trained.values())))
-    for final in trained.values():
+    of, read = {}, {}
+    for name, final in trained.items():
         checkpoint.must_match(final, spm.sha256)
-    packed, held_out = experiment.directory("pack"), None
-    if read := stage.outputs(packed):
-        held_out = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")["val"]
-    tasks = plan(experiment, spm, read.get(f"{packed.parent.name}/{packed.name}/val.bin", ""), held_out)
-    for final in trained.values():
+        if (weights := checkpoint.read_manifest(final)["wrote"].get("weights.pt")) is None:
+            meant = f"; did you mean {final / 'final'}?" if (final / "final").is_dir() else ""
+            raise UserError(f"{final} is not a checkpoint: it has no weights.pt{meant}")
+        of[name] = {"checkpoint": weights["sha256"], "tokenizer": spm.sha256}
         read |= stage.outputs(final)
+    packed = experiment.directory("pack")
+    held_out = f"no packed tokens; make them with: python -m data.pack {experiment.path}"
+    if stage.read_manifest(packed):
+        if stage.read_manifest(final / "tokenizer") and spm.sha256 not in stage.read_manifest(packed)["read"].values():
+            held_out = f"{packed} was packed with another tokenizer than the one that {final} brings"
+        else:
+            held_out = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")["val"]
+            read |= stage.outputs(packed)
+    tasks = plan(experiment, spm, held_out, read.get(f"{packed.parent.name}/{packed.name}/val.bin", ""))
     read |= {PUBLISHED[name].file: task.data for name, task in tasks.items() if name in PUBLISHED and task.measure}
 
     # What was read before is compared, as far as it is still there; what has come since is measured now.
@@ -98,60 +126,76 @@ def main(arguments: argparse.Namespace) -> None:
     was = manifest["read"] if manifest else read
     job = Stage(directory, {"eval": experiment.eval}, {k: read.get(k, digest) for k, digest in was.items()}, remake)
     finished, job.read = job.up_to_date(arguments.force), was | read
-    results, texts = ({} if arguments.force else left(directory / f"{n}.json") for n in ("results", "generations"))
-    todo, seconds = {}, {}
-    for name, final in trained.items():
-        of = {"checkpoint": checkpoint.read_manifest(final)["wrote"]["weights.pt"]["sha256"], "tokenizer": spm.sha256}
-        kept = {task: entry for task, entry in results.get(name, {}).items() if stands(entry, of, tasks.get(task))}
-        todo[name] = {task: of for task in tasks if task not in kept and tasks[task].measure}
-        results[name] = {task: kept.get(task, {"skipped": tasks[task].missing}) for task in tasks}
-    if finished and not any(todo.values()):
-        log.info(f"{table(results, seconds)}\n{directory} is up to date")
+    results = {name: {} for name in of} if arguments.force else left(directory, tasks, of)[0]
+    if finished and not any(unmeasured(results, tasks).values()):
+        log.info(f"{overview(results, stage.read_seconds(directory))}\n{directory} is up to date")
         return
-    loaded = {task: tasks[task].load() for task in {task for each in todo.values() for task in each}}
-    device = machine.pick_device()
+    loaded = {
+        task: tasks[task].load() for task in {task for todo in unmeasured(results, tasks).values() for task in todo}
+    }
     with job.making(keep=not arguments.force):
         (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished evaluation is added to
-        for name, final in trained.items():
+        results, texts = left(directory, tasks, of)
+        job.earlier = sum(stage.read_seconds(directory).values())
+        device = machine.pick_device()
+        torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur what is compared here
+        for name, todo in unmeasured(results, tasks).items():
+            final = trained[name]
             log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
-            model = checkpoint.load_model(final, str(device))
-            for task, of in todo[name].items():
+            model = checkpoint.load_model(final, str(device)) if todo else None
+            for task in todo:
                 started = time.perf_counter()
                 numbers, written = tasks[task].measure(model, loaded[task])
-                seconds[name, task] = time.perf_counter() - started
-                results[name][task] = finite(numbers) | of | {"data": tasks[task].data}
-                if written:
-                    texts.setdefault(name, {}).update(written)
+                seconds = time.perf_counter() - started
+                results[name][task] = finite(numbers) | of[name] | {"data": tasks[task].data}
+                if written is not None:
+                    texts[name][task] = written
                     stage.write_json(directory / "generations.json", texts)
-                stage.write_json(directory / "results.json", unfinished(results, todo, seconds))
-                log.info(f"{task}: {seconds[name, task]:.1f} s")
+                stage.write_json(directory / "results.json", results)
+                stage.record_seconds(directory / f"{name}-{task}", seconds)
+                log.info(f"{task}: {seconds:.1f} s")
+            for task in tasks:
+                results[name].setdefault(task, {"skipped": tasks[task].missing})
+            results[name] = {task: results[name][task] for task in tasks}
         stage.write_json(directory / "results.json", results)
+        stage.write_json(directory / "generations.json", texts)
         measured = {name: sum("skipped" not in entry for entry in each.values()) for name, each in results.items()}
-        job.finish({"measured": measured, "machine": machine.name(device), "command": remake})
-        log.info(f"{table(results, seconds)}\nevaluated: {directory / 'results.json'}")
+        counts = {"measured": measured, "machine": machine.name(device), "command": remake}
+        job.finish(counts, [directory / "results.json", directory / "generations.json"])
+        log.info(f"{overview(results, stage.read_seconds(directory))}\nevaluated: {directory / 'results.json'}")
 
 
-def stands(entry: dict, of: dict[str, str], task: Task | None) -> bool:
-    """Whether a result is of this checkpoint and tokenizer, and of the task's data, unless that has gone since."""
-    if "skipped" in entry or task is None:
-        return False
-    return entry | of == entry and (task.missing is not None or entry["data"] == task.data)
+def left(directory: Path, tasks: dict[str, Task], of: dict[str, dict]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The results, and what was written for them, that an earlier run has left and that still stand: of the checkpoints
+    and the tokenizer `of` each stage, and of the task's data, unless that has gone since."""
+    results, texts = {}, {}
+    for name, digests in of.items():
+        results[name] = {
+            task: entry
+            for task, entry in read_json(directory / "results.json").get(name, {}).items()
+            if task in tasks
+            and "skipped" not in entry
+            and entry | digests == entry
+            and (tasks[task].missing or entry["data"] == tasks[task].data)
+        }
+        written = read_json(directory / "generations.json").get(name, {})
+        texts[name] = {task: each for task, each in written.items() if task in results[name]}
+    return results, texts
 
 
-def left(path: Path) -> dict:
-    """What an earlier run has left; nothing if that is not there, or not whole."""
+def unmeasured(results: dict[str, dict], tasks: dict[str, Task]) -> dict[str, list[str]]:
+    """Of each stage, the tasks that can be measured and have not been."""
+    return {
+        name: [task for task in tasks if tasks[task].measure and task not in each] for name, each in results.items()
+    }
+
+
+def read_json(path: Path) -> dict:
+    """A file of an earlier run; nothing if that is not there, or not whole."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def unfinished(results: dict, todo: dict, seconds: dict) -> dict:
-    """The results without those tasks that are still to be measured."""
-    return {
-        name: {task: entry for task, entry in each.items() if task not in todo[name] or (name, task) in seconds}
-        for name, each in results.items()
-    }
 
 
 def finite(numbers: dict) -> dict:
@@ -159,32 +203,26 @@ def finite(numbers: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
 
 
-HEADLINES = {"validation": "bits_per_byte", "wikitext2": "bits_per_byte", "smoke": "passed", "prompts": "repetition"}
-
-
-def table(results: dict[str, dict], seconds: dict[tuple[str, str], float]) -> str:
-    """Results for the terminal, a line each: the headline with its error, the baseline, and where there are questions
-    whether the difference could be chance. seconds: of those measured just now."""
-    rows = [["stage", "task", "measure", "", "baseline", "difference", "n", "seconds"]]
-    notes = []
+def overview(results: dict[str, dict], seconds: dict[str, float]) -> str:
+    """Results for the terminal: each task's main number with its error, the baseline, and where there are questions
+    whether the difference could be chance."""
+    rows, notes = [], []
     for name, each in results.items():
         for task, entry in each.items():
             if "skipped" in entry:
                 notes.append(f"{name} {task} skipped: {entry['skipped']}")
                 continue
-            metric = HEADLINES.get(task, "accuracy")
-            numbers = [entry.get(key) for key in (metric, "stderr", "baseline")]
-            value, error, baseline = ("" if number is None else f"{number:.4f}" for number in numbers)
+            metric = MAIN.get(task, "accuracy")
+            shown = ["–" if x is None else f"{x:.4f}" for x in map(entry.get, (metric, "stderr", "baseline"))]
             difference = ""
-            if "p_value" in entry:
-                way = "above" if entry["accuracy"] > entry["baseline"] else "below"
-                difference = f"{way}, p {entry['p_value']:.0e}" if entry["p_value"] < 0.05 else "none, p ≥ 0.05"
-            took = f"{seconds[name, task]:.1f}" if (name, task) in seconds else ""
-            label = metric.replace("_", " ")
-            rows.append([name, task, label, f"{value} ± {error}", baseline, difference, f"{entry['n']:,}", took])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *notes])
+            if (p := entry.get("p_value")) is not None:
+                side = "above" if entry["accuracy"] > entry["baseline"] else "below"
+                difference = "none, p ≥ 0.05" if p >= 0.05 else f"{side}, p {f'= {p:.0e}' if p > 1e-99 else '< 1e-99'}"
+            took = seconds.get(f"{name}-{task}", 0.0)
+            rows.append([name, task, metric.replace("_", " "), " ± ".join(shown[:2]), shown[2], difference])
+            rows[-1] += [f"{entry['n']:,}", f"{took:.1f}"]
+    head = ["stage", "task", "measure", "value", "baseline", "difference", "n", "seconds"]
+    return "\n".join([table(head, rows), *notes])
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def encode(tokenizer: Tokenizer, context: str, ending: str) -> Scored:
     are spelt with the space before them."""
     kept = context.rstrip()
     whole, before = tokenizer.encode(context + ending), tokenizer.encode(kept)
-    return Scored([tokenizer.bos, *whole], 1 + min(len(before), len(whole) - 1))
+    return Scored([tokenizer.bos, *whole], 1 + max(0, min(len(before), len(whole) - 1)))
 
 
 def log_likelihoods(
@@ -55,14 +55,18 @@ def log_likelihoods(
     device = model.embed.weight.device
     budget = batch_tokens or BATCH_TOKENS[device.type]
     rows = [_Row()]
-    for i in sorted(range(len(questions)), key=lambda i: questions[i][0].ids):  # beginnings meet those like them
-        if len(rows[-1].tokens) >= ROW_TOKENS:
-            rows.append(_Row())
-        rows[-1].add(i, questions[i])
-    rows.sort(key=lambda row: len(row.tokens))
-    batches: list[list[_Row]] = [[]]
+    asked = (i for i, choices in enumerate(questions) if choices)
+    for i in sorted(asked, key=lambda i: questions[i][0].ids):  # beginnings meet those like them
+        for number, text in enumerate(questions[i]):
+            # Choices whose contexts were cut in different places share nothing: then each may have a row of its own.
+            apart = number == 0 or (-1, text.ids[0]) not in rows[-1].nodes
+            if apart and len(rows[-1].tokens) >= ROW_TOKENS:
+                rows.append(_Row())
+            rows[-1].add(i, number, text)
+    rows = sorted((row for row in rows if row.scored), key=lambda row: len(row.tokens))
+    batches: list[list[_Row]] = []
     for row in rows:  # which is as long as any before it
-        if batches[-1] and (len(batches[-1]) + 1) * len(row.tokens) > budget:
+        if not batches or (len(batches[-1]) + 1) * len(row.tokens) > budget:
             batches.append([])
         batches[-1].append(row)
     found = [np.zeros(len(choices)) for choices in questions]
@@ -88,13 +92,13 @@ def score(
     read in windows that overlap by half."""
     length = model.config.context_length
     texts = [[encode(tokenizer, *choice) for choice in question.choices] for question in questions]
-    cut = [[fit(text, length) for text in choices] for choices in texts]
-    scores = log_likelihoods(model, cut, what)
-    for i, choices in enumerate(texts):
-        if any(len(text.ids) - text.start > length for text in choices):
-            nats = [token_nats(model, np.array(text.ids[1:]), text.ids[0])[text.start - 1 :] for text in choices]
-            scores[i] = np.array([-own.sum() for own in nats])
-    return scores, sum(a != b for a, b in zip(texts, cut, strict=True))
+    long = [i for i, each in enumerate(texts) if any(len(text.ids) - text.start > length for text in each)]
+    cut = [[fit(text, length) for text in each] for each in texts]
+    scores = log_likelihoods(model, [[] if i in long else each for i, each in enumerate(cut)], what)
+    for i in long:
+        nats = [token_nats(model, np.array(ids[1:]), ids[0])[start - 1 :] for ids, start in texts[i]]
+        scores[i] = np.array([-own.sum() for own in nats])
+    return scores, sum(a != b for i, (a, b) in enumerate(zip(texts, cut, strict=True)) if i not in long)
 
 
 def fit(text: Scored, context_length: int) -> Scored:
@@ -117,20 +121,19 @@ class _Row:
         self.depth: list[int] = []
         self.scored: list[tuple[int, int, int, int]] = []
 
-    def add(self, question: int, choices: Sequence[Scored]) -> None:
-        for number, (ids, start) in enumerate(choices):
-            node = -1
-            for i, token in enumerate(ids):
-                if i >= start:
-                    self.scored.append((node, token, question, number))
-                if i == len(ids) - 1:
-                    break  # it is scored, and nothing after it
-                if (node, token) not in self.nodes:
-                    self.nodes[node, token] = len(self.tokens)
-                    self.tokens.append(token)
-                    self.above.append(node)
-                    self.depth.append(i)
-                node = self.nodes[node, token]
+    def add(self, question: int, choice: int, text: Scored) -> None:
+        node = -1
+        for i, token in enumerate(text.ids):
+            if i >= text.start:
+                self.scored.append((node, token, question, choice))
+            if i == len(text.ids) - 1:
+                break  # it is scored, and nothing after it
+            if (node, token) not in self.nodes:
+                self.nodes[node, token] = len(self.tokens)
+                self.tokens.append(token)
+                self.above.append(node)
+                self.depth.append(i)
+            node = self.nodes[node, token]
 
 
 def _read(model: Transformer, rows: Sequence[_Row]) -> Iterator[np.ndarray]:
@@ -186,17 +189,22 @@ def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> tuple[np.nda
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values of 0 to 1: their deviation (n − 1) over √n; of one value 0.5, the most it can
-    be."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.5
+    """Of the mean of independent values from 0 to 1: their deviation (n − 1) over √n. Where all are the same, an error
+    of 0 would promise too much: then as if two 0s and two 1s had been among them (Agresti and Coull 1998)."""
+    n = len(values)
+    if n > 1 and values.min() < values.max():
+        return float(values.std(ddof=1)) / math.sqrt(n)
+    near = (float(values.sum()) + 2) / (n + 4)
+    return math.sqrt(near * (1 - near) / (n + 4))
 
 
 def p_value(difference: np.ndarray) -> float:
     """How often chance alone would move the mean of paired differences as far from 0, either way (normal
     approximation)."""
-    error = standard_error(difference)
-    if not error > 0:
-        return 1.0 if not difference.any() else 0.0
+    n = len(difference)
+    if n < 2 or difference.min() == difference.max():  # no spread to judge by: a sign test
+        return min(1.0, 2 * 0.5**n) if difference.any() else 1.0
+    error = difference.std(ddof=1) / math.sqrt(n)
     return math.erfc(abs(float(difference.mean())) / error / math.sqrt(2))
 
 
@@ -220,8 +228,7 @@ def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majorit
         found["majority"] = float(always.mean())
         baseline = max(chance, always, key=np.mean)
     found |= {"baseline": float(baseline.mean()), "chance": float(chance.mean())}
-    found |= {"difference_stderr": standard_error(right - baseline), "p_value": p_value(right - baseline)}
-    found |= {"ties": ties, "n": len(questions)}
+    found |= {"p_value": p_value(right - baseline), "ties": ties, "n": len(questions)}
     for name in questions[0].kind:
         kinds = np.array([question.kind[name] for question in questions])
         found[f"by_{name}"] = {

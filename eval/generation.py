@@ -3,8 +3,6 @@
 Nothing is chosen by what it says: prompts, documents and seeds are fixed beforehand.
 """
 
-import math
-
 import numpy as np
 
 from data.pack import Packed
@@ -12,6 +10,7 @@ from eval import EvalConfig
 from eval.choices import standard_error
 from eval.prompts import LONGER, SMOKE, distinct, judge, repetition, words
 from model import Transformer
+from stage import UserError
 from tokenizer import Tokenizer
 
 
@@ -21,7 +20,10 @@ def write(
     """The ids that follow each prompt, until its text ends, sampled with seeds that count up from the config's."""
     options = {"temperature": config.temperature, "top_p": config.top_p}
     seeds = [config.seed + i for i in range(len(prompts))]
-    return model.generate(prompts, new_tokens, seed=seeds, stop=(tokenizer.eos,), **options)
+    try:
+        return model.generate(prompts, new_tokens, seed=seeds, stop=(tokenizer.eos,), **options)
+    except ValueError as error:  # weights that are not finite
+        raise UserError(str(error)) from None
 
 
 def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], config: EvalConfig) -> list[dict]:
@@ -39,54 +41,44 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], config:
     ]
 
 
-def smoke(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple[dict, dict[str, list]]:
+def smoke(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple[dict, list[dict]]:
     """The task `smoke`: the share of short prompts whose answer passes every rule, and of those that pass each; and the
     answers. The baseline is an empty answer, which passes none."""
     texts = answer(model, tokenizer, [prompt.text for prompt in SMOKE], config)
     for prompt, text in zip(SMOKE, texts, strict=True):
         text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
         text["passed"] = all(rule["passed"] for rule in text["rules"].values())
-    passed, n = sum(text["passed"] for text in texts), len(texts)
-    near = (passed + 2) / (n + 4)  # an error of 0 for none passed, or all, would promise too much (Agresti and Coull)
+    passed = np.array([text["passed"] for text in texts], dtype=float)
     categories = dict.fromkeys(prompt.category for prompt in SMOKE)
     numbers = {
-        "passed": passed / n,
-        **{rule: sum(text["rules"][rule]["passed"] for text in texts) / n for rule in texts[0]["rules"]},
+        "passed": float(passed.mean()),
+        **{rule: sum(text["rules"][rule]["passed"] for text in texts) / len(texts) for rule in texts[0]["rules"]},
         "by_category": {c: float(np.mean([t["passed"] for t in texts if t["category"] == c])) for c in categories},
-        "stderr": math.sqrt(near * (1 - near) / (n + 4)),
+        "stderr": standard_error(passed),
         "baseline": 0.0,
-        "n": n,
+        "n": len(texts),
     }
-    return numbers, {"smoke": texts}
+    return numbers, texts
 
 
-def answers(
-    model: Transformer, tokenizer: Tokenizer, held_out: Packed | None, config: EvalConfig
-) -> tuple[dict, dict[str, list]]:
-    """The task `prompts`: how much the answers to the longer prompts repeat themselves; the answers, and held-out
-    documents gone on with. The baseline is what people wrote: held-out documents, cut at as many tokens."""
+def answers(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple[dict, list[dict]]:
+    """The task `prompts`: how much the answers to the longer prompts repeat themselves; and the answers."""
     texts = answer(model, tokenizer, list(LONGER), config)
     tokens = [words(text["answer"]) for text in texts]
     for text, own in zip(texts, tokens, strict=True):
         text |= {f"distinct_{n}": distinct([own], n) for n in (1, 2, 3)} | {"repetition": repetition(own)}
-    shares = np.array([text["repetition"] for text in texts])
-    numbers = {f"distinct_{n}": distinct(tokens, n) for n in (1, 2, 3)}
-    numbers |= {"repetition": float(shares.mean()), "stderr": standard_error(shares)}
-    numbers |= {"ended": sum(text["ended"] for text in texts) / len(texts), "baseline": None, "n": len(texts)}
-    if held_out is None:
-        return numbers, {"prompts": texts}
-    if theirs := [words(tokenizer.decode(ids)) for ids in documents(held_out, config.answer_tokens, len(texts))]:
-        numbers["baseline"] = float(np.mean([repetition(own) for own in theirs]))
-        numbers |= {f"baseline_distinct_{n}": distinct(theirs, n) for n in (1, 2, 3)}
-    return numbers, {"prompts": texts, "continuations": continuations(model, tokenizer, held_out, config)}
+    return variety(tokens) | {"ended": sum(text["ended"] for text in texts) / len(texts)}, texts
 
 
-def continuations(model: Transformer, tokenizer: Tokenizer, held_out: Packed, config: EvalConfig) -> list[dict]:
-    """`seed`, `prompt`, `continuation` and `truth` for held-out documents that are long enough."""
+def continuations(
+    model: Transformer, tokenizer: Tokenizer, held_out: Packed, config: EvalConfig
+) -> tuple[dict, list[dict]]:
+    """The task `continuations`: `seed`, `prompt`, `continuation` and `truth` for held-out documents that are long
+    enough, and how much the continuations repeat themselves. The baseline is how the documents really go on."""
     beginnings = documents(held_out, config.prompt_tokens + config.new_tokens, config.continuations)
     prompts = [[tokenizer.bos, *ids[: config.prompt_tokens]] for ids in beginnings]  # a document begins here
     new = write(model, tokenizer, prompts, config.new_tokens, config)
-    return [
+    texts = [
         {
             "seed": config.seed + i,
             "prompt": tokenizer.decode(ids[: config.prompt_tokens]),
@@ -95,6 +87,16 @@ def continuations(model: Transformer, tokenizer: Tokenizer, held_out: Packed, co
         }
         for i, (ids, own) in enumerate(zip(beginnings, new, strict=True))
     ]
+    theirs = variety([words(text["truth"]) for text in texts])
+    numbers = variety([words(text["continuation"]) for text in texts]) | {"baseline": theirs["repetition"]}
+    return numbers | {f"baseline_distinct_{n}": theirs[f"distinct_{n}"] for n in (1, 2, 3)}, texts
+
+
+def variety(texts: list[list[str]]) -> dict[str, float]:
+    """How much texts repeat themselves: the mean share of four-word runs that repeat, and distinct-n of all."""
+    shares = np.array([repetition(tokens) for tokens in texts])
+    found = {"repetition": float(shares.mean()) if len(texts) else 0.0, "stderr": standard_error(shares)}
+    return found | {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)} | {"n": len(texts)}
 
 
 def documents(held_out: Packed, length: int, wanted: int) -> list[list[int]]:

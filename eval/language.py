@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.pack import Packed
 from model import Transformer
-from stage import progress
+from stage import UserError, progress
 from tokenizer import Tokenizer
 
 WINDOWS = 16  # read at once
@@ -45,6 +45,8 @@ def token_nats(
                     losses = F.cross_entropy(model.head(xs).float(), targets, reduction="none")
                     nats[scored : scored + len(targets)] = losses.cpu().double().numpy()
                     scored += len(targets)
+    if not np.isfinite(nats).all():
+        raise UserError("the logits are not finite; the weights are damaged, or their training diverged")
     return nats
 
 
@@ -134,9 +136,10 @@ def perplexity(nats: float) -> float:
 
 
 def ratio(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Bits a byte over all documents, and its standard error over documents (that of a ratio of two sums)."""
-    mean = bits.sum() / sizes.sum()
-    return float(mean), float(np.sqrt(np.square(bits - mean * sizes).sum()) / sizes.sum())
+    """Bits a byte over n documents, and its standard error (that of a ratio of two sums); NaN if there is only one."""
+    mean, n = bits.sum() / sizes.sum(), len(sizes)
+    spread = np.sqrt(np.square(bits - mean * sizes).sum() * (n / (n - 1))) if n > 1 else math.nan
+    return float(mean), float(spread / sizes.sum())
 
 
 def xz_bits_per_byte(text: bytes) -> float:

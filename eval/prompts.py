@@ -28,83 +28,24 @@ class Prompt:
 
 SMOKE = (
     Prompt("basic knowledge", "The capital of France is", ("paris",), (1, 120)),
-    Prompt(
-        "basic knowledge",
-        "Question: How many days are there in a week?\nAnswer:",
-        (
-            "seven",
-            "7",
-        ),
-        (1, 120),
-    ),
-    Prompt(
-        "basic knowledge",
-        "Water freezes when the temperature",
-        (
-            "fall*",
-            "drop*",
-            "zero",
-            "0",
-            "below",
-            "32",
-        ),
-    ),
-    Prompt(
-        "language understanding",
-        "The opposite of hot is",
-        (
-            "cold",
-            "cool",
-            "chilly",
-        ),
-        (1, 120),
-    ),
+    Prompt("basic knowledge", "Question: How many days are there in a week?\nAnswer:", ("seven", "7"), (1, 120)),
+    Prompt("basic knowledge", "Water freezes when the temperature", ("fall*", "drop*", "zero", "0", "below", "32")),
+    Prompt("language understanding", "The opposite of hot is", ("cold", "cool", "chilly"), (1, 120)),
     Prompt(
         "language understanding",
         "Tom gave the book to Mary because she wanted to read it. Question: Who wanted to read the book?\nAnswer:",
-        (
-            "mary",
-            "she",
-        ),
+        ("mary", "she"),
         (1, 120),
     ),
-    Prompt(
-        "language understanding",
-        "Another word for happy is",
-        (
-            "glad",
-            "joy*",
-            "cheer*",
-            "pleased",
-            "content",
-        ),
-    ),
-    Prompt(
-        "reasoning",
-        "Question: What is two plus three?\nAnswer:",
-        (
-            "five",
-            "5",
-        ),
-        (1, 120),
-    ),
+    Prompt("language understanding", "Another word for happy is", ("glad", "joy*", "cheer*", "pleased", "content")),
+    Prompt("reasoning", "Question: What is two plus three?\nAnswer:", ("five", "5"), (1, 120)),
     Prompt(
         "reasoning",
         "All birds have feathers. A robin is a bird. Therefore, a robin has",
-        (
-            "feathers",
-            "feather",
-        ),
+        ("feathers", "feather"),
         (1, 120),
     ),
-    Prompt(
-        "reasoning",
-        "It is raining, so if you go outside without an umbrella you will get",
-        (
-            "wet",
-            "soak*",
-        ),
-    ),
+    Prompt("reasoning", "It is raining, so if you go outside without an umbrella you will get", ("wet", "soak*")),
     Prompt(
         "creativity",
         "Once upon a time, in a small village by the sea,",
@@ -135,42 +76,18 @@ SMOKE = (
         ("fish*", "whale*", "shark*", "dolphin*", "crab*", "seal*", "turtle*", "squid*", "octopus*"),
         least=2,
     ),
-    Prompt(
-        "instruction following",
-        "Complete the sentence: The sun rises in the",
-        (
-            "east",
-            "morning",
-        ),
-        (1, 120),
-    ),
+    Prompt("instruction following", "Complete the sentence: The sun rises in the", ("east", "morning"), (1, 120)),
     Prompt(
         "encyclopaedic style",
         "The Amazon River is a river in",
         ("south", "america", "brazil", "peru", "colombia", "river", "water", "flow*", "long*", "basin"),
         least=2,
     ),
-    Prompt(
-        "encyclopaedic style",
-        "A computer is a machine that",
-        (
-            "data",
-            "program*",
-            "comput*",
-            "information",
-        ),
-    ),
+    Prompt("encyclopaedic style", "A computer is a machine that", ("data", "program*", "comput*", "information")),
     Prompt(
         "encyclopaedic style",
         "William Shakespeare was an English",
-        (
-            "poet",
-            "playwright",
-            "dramatist",
-            "writer",
-            "author",
-            "actor",
-        ),
+        ("poet", "playwright", "dramatist", "writer", "author", "actor"),
     ),
     Prompt(
         "conversation",

@@ -8,6 +8,7 @@ import configs
 import stage
 from configs import Experiment
 from eval.markdown import number, plural
+from eval.tasks import TASKS
 
 COMMANDS = {
     "corpus": "python -m data.corpus",
@@ -30,7 +31,6 @@ LOGGED = {
 LOGGED |= {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}  # and as it is headed
 NEEDED = ("corpus", "tokenizer", "pack", "pretrain", "eval")
 TRAINED = ("pretrain", "sft", "dpo")
-TASKS = ("validation", "wikitext2", "boolq", "blimp", "arc_easy", "piqa", "hellaswag", "winogrande", "smoke", "prompts")
 
 
 @dataclass

@@ -3,8 +3,13 @@
 from eval.markdown import block, finite, number, show, table
 from eval.run import Run, measured
 
-MAIN = {"validation": "bits_per_byte", "wikitext2": "bits_per_byte", "smoke": "passed", "prompts": "repetition"}
-MAIN |= {"preference": "win_rate", "answers": "loss"}  # the metric that `stderr` and `baseline` are of, if not accuracy
+MAIN = {"validation": "bits_per_byte", "wikitext2": "bits_per_byte", "smoke": "passed"}
+MAIN |= {
+    "prompts": "repetition",
+    "continuations": "repetition",
+    "preference": "win_rate",
+    "answers": "loss",
+}  # the metric that `stderr` and `baseline` are of, if not accuracy
 
 
 def main_metric(task: str, entries) -> str:

@@ -111,7 +111,7 @@ def blimp(record: dict) -> Question:
     """BLiMP (arXiv:1912.00582): two sentences, of which one is English."""
     sentences = (("", record["sentence_good"]), ("", record["sentence_bad"]))
     field = record["field"].replace("/", "_")  # syntax/semantics is spelt either way
-    return Question(sentences, 0, {"field": field, "term": record["linguistics_term"]})
+    return Question(sentences, 0, {"field": field, "term": record["linguistics_term"].strip()})
 
 
 def arc_easy(record: dict) -> Question:
@@ -154,3 +154,6 @@ PUBLISHED = {
     "hellaswag": Published("hellaswag_val", "Rowan/hellaswag", None, "validation", hellaswag),
     "winogrande": Published("winogrande_val", "allenai/winogrande", "winogrande_xl", "validation", winogrande),
 }
+
+TASKS = ("validation", *PUBLISHED, "smoke", "prompts", "continuations")
+"""Every task, in the order of results.json."""

@@ -141,12 +141,15 @@ def test_a_random_scorer_is_within_its_error_of_the_baseline(count):
 
 def test_statistics_by_hand():
     assert standard_error(np.array([1.0, 0.0, 1.0, 1.0])) == pytest.approx(0.5 / math.sqrt(4))
-    assert standard_error(np.array([1.0])) == 0.5
+    # Where all are alike: as if two 0s and two 1s had been among them.
+    assert standard_error(np.zeros(24)) == pytest.approx(math.sqrt(2 / 28 * 26 / 28 / 28))
+    assert standard_error(np.ones(1)) == pytest.approx(math.sqrt(3 / 5 * 2 / 5 / 5))
     values = np.array([0.3, -0.1, 0.4, 0.2, 0.0, 0.1])
     z = values.mean() / (statistics.stdev(values) / math.sqrt(6))
     assert p_value(values) == pytest.approx(2 * (1 - statistics.NormalDist().cdf(z)))
     assert p_value(np.zeros(5)) == 1
-    assert p_value(np.full(5, 0.5)) == 0
+    assert p_value(np.full(5, 0.5)) == pytest.approx(2 / 32)  # a sign test
+    assert p_value(np.full(1, -0.5)) == 1
 
 
 def test_always_saying_what_is_commonest_is_no_better_than_the_baseline():
@@ -165,8 +168,8 @@ def test_accuracy_by_kind():
     scores = [np.array(pair) for pair in ([-1.0, -2.0], [-2.0, -1.0], [-1.0, -2.0])]
     by_field = summary(questions, scores, False)["by_field"]
     assert by_field == {
-        "semantics": {"accuracy": 1, "stderr": 0.5, "n": 1},
-        "syntax": {"accuracy": 0.5, "stderr": 0.5, "n": 2},
+        "semantics": {"accuracy": 1, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 5)), "n": 1},
+        "syntax": {"accuracy": 0.5, "stderr": pytest.approx(0.5), "n": 2},
     }
 
 
@@ -208,12 +211,24 @@ def test_a_context_that_does_not_fit_loses_its_beginning(made: Place, spm, text)
         assert found == pytest.approx(alone(model, last), abs=1e-4)
 
 
+def test_choices_that_share_nothing_do_not_make_one_long_row(model, monkeypatch):
+    monkeypatch.setattr(choices, "ROW_TOKENS", 4)
+    longest = []
+    monkeypatch.setattr(choices, "_read", lambda model, rows, read=choices._read: (
+        longest.extend(len(row.tokens) for row in rows), read(model, rows))[1])  # fmt: skip
+    texts = [Scored([first, 2, 3, 4, 5, 6, 7, 8], 6) for first in range(4)]
+    found = log_likelihoods(model, [texts])
+    assert found[0] == pytest.approx([alone(model, text) for text in texts], abs=2e-4)
+    assert max(longest) == 7
+
+
 def test_an_ending_that_does_not_fit_is_scored_whole(made: Place, spm, text):
     uniform = Transformer(ModelConfig(vocab_size=512, context_length=64, n_layers=1, d_model=32, n_heads=2)).eval()
     torch.nn.init.zeros_(uniform.head.weight)
     passage = " " + " ".join(text)[:2000]
     questions = [Question((("Q:", passage), ("Q:", " no")), 0)]
-    scores, _ = score(uniform, spm, questions)
+    scores, truncated = score(uniform, spm, questions)
+    assert truncated == 0  # nothing is lost
     lengths = [len(whole.ids) - whole.start for whole in (encode(spm, "Q:", passage), encode(spm, "Q:", " no"))]
     assert lengths[0] > 64
     assert scores[0] == pytest.approx([-n * math.log(512) for n in lengths], rel=1e-5)

@@ -1,15 +1,19 @@
 """The rules that judge answers, by hand; and that nothing of what is shown was chosen by what the model says."""
 
+import math
 from collections import Counter
 
 import pytest
+import torch
 
 import checkpoint
 import data.pack
 import tokenizer
 from eval import EvalConfig
-from eval.generation import answers, continuations, documents, smoke
+from eval.generation import answers, continuations, smoke
 from eval.prompts import LONGER, SMOKE, Prompt, distinct, judge, repetition, words
+from model import Transformer
+from stage import UserError
 from tests.conftest import Place
 
 CONFIG = EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8, answer_tokens=12, seed=3)
@@ -69,37 +73,44 @@ def subject(made: Place):
 
 def test_continuations_are_of_held_out_documents_and_fixed(subject):
     model, spm, packed = subject
-    first, again = (continuations(model, spm, packed, CONFIG) for _ in range(2))
-    assert first == again
+    (numbers, first), again = (continuations(model, spm, packed, CONFIG) for _ in range(2))
+    assert (numbers, first) == again
     assert [each["seed"] for each in first] == [3, 4]
     texts = [spm.decode(ids.tolist()) for ids in packed.documents()]
     for example in first:
         assert any(text.startswith(example["prompt"] + example["truth"]) for text in texts)
+    ours, theirs = ([words(each[key]) for each in first] for key in ("continuation", "truth"))
+    assert numbers["repetition"] == pytest.approx(sum(map(repetition, ours)) / 2)
+    assert numbers["baseline"] == pytest.approx(sum(map(repetition, theirs)) / 2)
+    assert (numbers["distinct_2"], numbers["baseline_distinct_2"]) == (distinct(ours, 2), distinct(theirs, 2))
 
 
 def test_answers_are_what_generate_gives(subject):
-    model, spm, packed = subject
-    numbers, texts = answers(model, spm, packed, CONFIG)
-    for i, (prompt, text) in enumerate(zip(LONGER, texts["prompts"], strict=True)):
+    model, spm, _ = subject
+    numbers, texts = answers(model, spm, CONFIG)
+    for i, (prompt, text) in enumerate(zip(LONGER, texts, strict=True)):
         options = {"temperature": CONFIG.temperature, "top_p": CONFIG.top_p, "seed": 3 + i, "stop": (spm.eos,)}
         new = model.generate([spm.bos, *spm.encode(prompt)], 12, **options)
         assert (text["prompt"], text["answer"]) == (prompt, spm.decode(new, begins=False))
         assert text["ended"] == (len(new) < 12)
-    theirs = [words(spm.decode(ids)) for ids in documents(packed, 12, 5)]
-    assert numbers["baseline"] == pytest.approx(sum(map(repetition, theirs)) / 5)
-    assert numbers["baseline_distinct_2"] == distinct(theirs, 2)
-    assert numbers["distinct_1"] == distinct([words(text["answer"]) for text in texts["prompts"]], 1)
-    without, texts = answers(model, spm, None, CONFIG)
-    assert without["baseline"] is None
-    assert texts.keys() == {"prompts"}
+    assert numbers["distinct_1"] == distinct([words(text["answer"]) for text in texts], 1)
+    assert numbers["ended"] == sum(text["ended"] for text in texts) / 5
+
+
+def test_weights_that_are_not_finite(subject):
+    model, spm, _ = subject
+    broken = Transformer(model.config).eval()
+    torch.nn.init.constant_(broken.head.weight, math.nan)
+    with pytest.raises(UserError, match="the logits are not finite"):
+        smoke(broken, spm, CONFIG)
 
 
 def test_smoke_counts_what_passed(subject):
     model, spm, _ = subject
     numbers, texts = smoke(model, spm, CONFIG)
-    assert [text["prompt"] for text in texts["smoke"]] == [prompt.text for prompt in SMOKE]
-    for prompt, text in zip(SMOKE, texts["smoke"], strict=True):
+    assert [text["prompt"] for text in texts] == [prompt.text for prompt in SMOKE]
+    for prompt, text in zip(SMOKE, texts, strict=True):
         assert text["rules"] == judge(prompt, text["answer"])
-    assert numbers["passed"] == sum(text["passed"] for text in texts["smoke"]) / 24
-    assert numbers["length"] == sum(text["rules"]["length"]["passed"] for text in texts["smoke"]) / 24
+    assert numbers["passed"] == sum(text["passed"] for text in texts) / 24
+    assert numbers["length"] == sum(text["rules"]["length"]["passed"] for text in texts) / 24
     assert sum(numbers["by_category"].values()) == pytest.approx(8 * numbers["passed"])

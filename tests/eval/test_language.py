@@ -10,8 +10,9 @@ import torch
 import checkpoint
 import data.pack
 import tokenizer
-from eval.language import articles, detokenized, token_nats, validation, wikitext2
+from eval.language import articles, detokenized, ratio, token_nats, validation, wikitext2
 from model import ModelConfig, Transformer
+from stage import UserError
 from tests.conftest import Place
 
 SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)
@@ -69,6 +70,24 @@ def test_windows_that_do_not_overlap(n):
         with torch.no_grad():
             log_p = torch.log_softmax(model(torch.tensor([stream[window : i + 1]]))[0, -1].double(), 0)
         assert found[i] == pytest.approx(-float(log_p[stream[i + 1]]), abs=1e-4)
+
+
+def test_weights_that_are_not_finite():
+    model = Transformer(SHAPE).eval()
+    torch.nn.init.constant_(model.head.weight, np.nan)
+    with pytest.raises(UserError, match="the logits are not finite"):
+        token_nats(model, np.arange(20), 1)
+
+
+def test_the_error_of_a_ratio():
+    """Of five documents, one left out at a time: the jackknife's error is near, and that of one document is unknown."""
+    bits, sizes = np.array([9.0, 22, 31, 38, 55]), np.array([10, 20, 30, 40, 50])
+    mean, error = ratio(bits, sizes)
+    others = [np.delete(bits, i).sum() / np.delete(sizes, i).sum() for i in range(5)]
+    jackknife = np.sqrt(4 / 5 * np.square(others - np.mean(others)).sum())
+    assert mean == bits.sum() / sizes.sum()
+    assert error == pytest.approx(jackknife, rel=0.15)
+    assert np.isnan(ratio(bits[:1], sizes[:1])[1])
 
 
 def test_of_many_held_out_documents_some_are_read(made: Place):

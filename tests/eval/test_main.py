@@ -11,7 +11,7 @@ from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
 from tests.eval.test_tasks import RECORDS
 
-TASKS = ["validation", "wikitext2", *RECORDS, "smoke", "prompts"]
+TASKS = ["validation", "wikitext2", *RECORDS, "smoke", "prompts", "continuations"]
 
 
 def results(place: Place) -> dict:
@@ -36,7 +36,8 @@ def test_all_tasks(trained: Place):
     manifest = json.loads((trained.runs / "mini/pretrain/final/manifest.json").read_text())
     spm = json.loads((trained.runs / "mini/tokenizer/manifest.json").read_text())["wrote"]["spm.model"]["sha256"]
     for name, entry in found.items():
-        assert {"stderr", "baseline", "n", "data"} <= entry.keys(), name
+        assert {"stderr", "n", "data"} <= entry.keys(), name
+        assert "baseline" in entry or name == "prompts"
         assert entry["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
         assert entry["tokenizer"] == spm
     last = trained.metrics()[-1]
@@ -45,6 +46,8 @@ def test_all_tasks(trained: Place):
     again = trained.run("-m", "eval", trained.config).stdout
     assert "is up to date" in again
     assert f"{found['boolq']['accuracy']:.4f} ± {found['boolq']['stderr']:.4f}" in again
+    seconds = json.loads((trained.runs / "mini/eval/seconds.json").read_text())
+    assert seconds.keys() == {f"pretrain-{name}" for name in TASKS}
     said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
     assert {name: len(texts) for name, texts in said.items()} == {"smoke": 24, "prompts": 5, "continuations": 2}
 
@@ -104,18 +107,18 @@ def test_damaged_data_is_said_before_anything_is_measured(trained: Place, conten
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_with_the_next_task(trained: Place, signum):
     put(trained, *RECORDS)
+    trained.edit(("new_tokens=8)", "new_tokens=8, answer_tokens=400)"))  # there is much to do after the signal
     whole = trained.path / "whole"
     shutil.copytree(trained.runs, whole)
     with trained.start("-m", "eval", trained.config) as run:
-        run.wait_for("boolq: ")
+        run.wait_for("validation: ")
         run.send_signal(signum)
         run.wait(60)
     assert not (trained.runs / "mini/eval/manifest.json").exists()
-    half = results(trained)
-    assert "boolq" in half
+    assert "validation" in results(trained)
     assert "is not there or unfinished" in trained.run("-m", "eval.report", trained.config, status=2).stderr
     out = trained.run("-m", "eval", trained.config).stdout
-    assert "boolq: " not in out
+    assert "validation: " not in out
     assert "prompts: " in out
     trained.env["RUNS"] = str(whole)
     trained.run("-m", "eval", trained.config)
@@ -149,7 +152,46 @@ def test_without_packed_tokens_the_rest_is_measured(trained: Place):
     shutil.rmtree(trained.runs / "mini/packed")
     out = trained.run("-m", "eval", trained.config).stdout
     assert f"validation skipped: no packed tokens; make them with: python -m data.pack {trained.config}" in out
-    assert results(trained)["prompts"]["baseline"] is None
+    assert "skipped" in results(trained)["continuations"]
+
+
+def test_what_was_measured_stands_when_its_data_has_gone(trained: Place):
+    put(trained, "piqa")
+    trained.run("-m", "eval", trained.config)
+    before = {name: (trained.runs / "mini/eval" / name).read_bytes() for name in ("results.json", "generations.json")}
+    shutil.rmtree(trained.runs / "mini/packed")
+    (trained.raw / "piqa_val.jsonl").unlink()
+    assert "is up to date" in trained.run("-m", "eval", trained.config).stdout
+    for name, content in before.items():
+        assert (trained.runs / "mini/eval" / name).read_bytes() == content
+
+
+def test_a_half_measured_evaluation_takes_nothing_of_another_config_or_model(trained: Place):
+    trained.run("-m", "eval", trained.config)
+    whole = results(trained)
+    (trained.runs / "mini/eval/manifest.json").unlink()
+    trained.edit(("EvalConfig(", "EvalConfig(validation_tokens=300, "))
+    out = trained.run("-m", "eval", trained.config).stdout
+    assert "validation: " in out
+    assert "smoke: " not in out
+    assert results(trained)["validation"]["n"] < whole["validation"]["n"]
+    (trained.runs / "mini/eval/manifest.json").unlink()
+    trained.edit(("steps=24", "steps=26"))
+    trained.run("train.py", trained.config)
+    shutil.rmtree(trained.runs / "mini/packed")
+    trained.run("-m", "eval", trained.config)
+    now = results(trained)
+    assert {name for name, entry in now.items() if "skipped" in entry} >= {"validation", "continuations"}
+    assert now["smoke"]["checkpoint"] != whole["smoke"]["checkpoint"]
+    said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
+    assert said.keys() == {"smoke", "prompts"}
+
+
+@pytest.mark.parametrize(("name", "hint"), [("pretrain", "did you mean"), ("packed", ""), ("nowhere", "")])
+def test_what_is_no_checkpoint(trained: Place, name, hint):
+    error = trained.run("-m", "eval", trained.config, "--checkpoint", trained.runs / "mini" / name, status=2).stderr
+    assert "is not a checkpoint" in error
+    assert hint in error
 
 
 def test_an_untrained_experiment_says_how_to_train_it(packed: Place):

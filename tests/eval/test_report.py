@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_files(trained: Place, monkeypatch):
     table = rows(page)
     for row in (
         ["validation", "bits per byte", "1.2345 ± 0.0135", "–", "–", "2.4690", "–"],
-        ["blimp", "accuracy", "0.5678 ± 0.0111", "0.4321 ± 0.0111", "–", "0.5000", "1,838"],
+        ["blimp", "accuracy", "0.5678 ± 0.0111 ↑", "0.4321 ± 0.0111 ↓", "–", "0.5000", "1,838"],
         ["preference", "win rate", "–", "–", "0.5432 ± 0.0200", "0.5000", "300"],
         ["unheard_of", "cleverness", "12.35 ± 0.5000", "–", "–", "–", "3"],
         ["accuracy norm", "0.5801 ± 0.0222", "0.5224 ± 0.0222"],

@@ -28,13 +28,20 @@ RECORDS = {
     },
     "winogrande": {"sentence": "Ann met Bea and _ smiled .", "option1": "Ann", "option2": "Bea", "answer": "2"},
 }  # fmt: skip
+ICE = "Ice is frozen water.\nQuestion: is ice cold?\nAnswer:"
 ASKED = {
-    "boolq": ((("Ice is frozen water.\nQuestion: is ice cold?\nAnswer:",), (" no", " yes")), 1),
-    "blimp": ((("",), ("Cats sleep.", "Cats sleeps.")), 0),
-    "arc_easy": ((("Question: What falls?\nAnswer:",), (" rain", " sun")), 0),
-    "piqa": ((("Question: cut bread\nAnswer:",), (" use a knife", " use a spoon")), 0),
-    "hellaswag": ((("Baking: A man bakes. He The oven",), (" opens.  it", " sings")), 1),
-    "winogrande": ((("Ann met Bea and Ann", "Ann met Bea and Bea"), (" smiled .",)), 1),
+    "boolq": (((ICE, " no"), (ICE, " yes")), 1),
+    "blimp": ((("", "Cats sleep."), ("", "Cats sleeps.")), 0),
+    "arc_easy": ((("Question: What falls?\nAnswer:", " rain"), ("Question: What falls?\nAnswer:", " sun")), 0),
+    "piqa": (
+        (("Question: cut bread\nAnswer:", " use a knife"), ("Question: cut bread\nAnswer:", " use a spoon")),
+        0,
+    ),
+    "hellaswag": (
+        (("Baking: A man bakes. He The oven", " opens. it"), ("Baking: A man bakes. He The oven", " sings")),
+        1,
+    ),
+    "winogrande": ((("Ann met Bea and Ann", " smiled ."), ("Ann met Bea and Bea", " smiled .")), 1),
 }
 
 
@@ -49,12 +56,7 @@ def test_what_is_asked(raw, name):
     path = raw / f"{name}.jsonl"
     path.write_text(json.dumps(RECORDS[name]) + "\n\n")
     [question] = PUBLISHED[name].load(path)
-    (contexts, endings), answer = ASKED[name]
-    assert {context for context, _ in question.choices} == set(contexts)
-    assert list(dict.fromkeys(ending for _, ending in question.choices)) == [
-        ending.replace("opens.  it", "opens. it") for ending in endings
-    ]
-    assert question.answer == answer
+    assert (question.choices, question.answer) == ASKED[name]
 
 
 def test_blimp_is_told_apart_by_field_and_term():
@@ -109,6 +111,13 @@ def test_a_damaged_archive(raw):
     path.write_bytes(lzma.compress(json.dumps(RECORDS["piqa"]).encode())[:-8])
     with pytest.raises(UserError, match="cannot be read"):
         PUBLISHED["piqa"].load(path)
+
+
+def test_blimp_wants_a_term(raw):
+    path = raw / "blimp.jsonl"
+    path.write_text(json.dumps(RECORDS["blimp"] | {"linguistics_term": None}))
+    with pytest.raises(UserError, match="line 1: not a record"):
+        PUBLISHED["blimp"].load(path)
 
 
 def test_boolq_wants_true_or_false():
