@@ -92,7 +92,7 @@ def score(
     read in windows that overlap by half."""
     length = model.config.context_length
     texts = [[encode(tokenizer, *choice) for choice in question.choices] for question in questions]
-    long = [i for i, each in enumerate(texts) if any(len(text.ids) - text.start > length for text in each)]
+    long = {i for i, each in enumerate(texts) if any(len(text.ids) - text.start > length for text in each)}
     cut = [[fit(text, length) for text in each] for each in texts]
     scores = log_likelihoods(model, [[] if i in long else each for i, each in enumerate(cut)], what)
     for i in long:
@@ -159,7 +159,7 @@ def _log_p(model: Transformer, hidden: Tensor, places: np.ndarray, targets: np.n
     """log p of each target, (N,) float64, at its row of `hidden`: (rows, D). A row's logits are computed once."""
     order = np.argsort(places, kind="stable")
     needed, first = np.unique(places[order], return_index=True)
-    ends, step = [*first, len(order)], max(1, LOGITS // model.config.vocab_size)
+    ends, step = [*first, len(order)], max(1, LOGITS[hidden.device.type] // model.config.vocab_size)
     found = np.empty(len(places))
     for start in range(0, len(needed), step):
         rows = needed[start : start + step]

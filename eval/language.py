@@ -15,7 +15,7 @@ from stage import UserError, progress
 from tokenizer import Tokenizer
 
 WINDOWS = 16  # read at once
-LOGITS = 1 << 22  # at most so many at once: 16 MiB in float32, which the next ones reuse
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # at most so many at once: 16 MiB, which a CPU's next ones reuse; 1 GiB
 
 
 def token_nats(
@@ -33,8 +33,8 @@ def token_nats(
     step = step or max(1, T // 2)
     starts = [0, *range(step, n - T, step), n - T] if n > T else [0]  # the last one ends where the stream does
     batches = [starts[i : i + WINDOWS] for i in range(0, len(starts), WINDOWS)]
-    rows = max(1, LOGITS // model.config.vocab_size)
     nats, scored, device = np.empty(n), 0, model.embed.weight.device
+    rows = max(1, LOGITS[device.type] // model.config.vocab_size)
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what) if what else batches:
             windows: Tensor = torch.stack([stream[s : s + T + 1] for s in batch]).to(device)  # (B, T + 1)

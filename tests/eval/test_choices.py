@@ -235,7 +235,7 @@ def test_an_ending_that_does_not_fit_is_scored_whole(made: Place, spm, text):
 
 
 def test_damaged_weights_are_said(model, monkeypatch):
-    monkeypatch.setattr(choices, "LOGITS", 31)
+    monkeypatch.setitem(choices.LOGITS, "cpu", 31)
     with torch.no_grad():
         broken = Transformer(SHAPE)
         broken.load_state_dict(model.state_dict())
