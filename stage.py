@@ -123,7 +123,8 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value) -> None:
     """Writes a JSON file as `write` does."""
-    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write(path, text.encode(errors="backslashreplace"))  # of a path that is not UTF-8, as JSON escapes it
 
 
 def write(path: Path, content: bytes) -> None:
@@ -285,9 +286,10 @@ def record_seconds(directory: Path, seconds: float) -> None:
 def read_seconds(run: Path) -> dict[str, float]:
     """How long each directory of a run took to make, as far as that was noted."""
     try:
-        return dict(json.loads((run / "seconds.json").read_text(encoding="utf-8")))
+        noted = dict(json.loads((run / "seconds.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+    return {name: taken for name, taken in noted.items() if isinstance(taken, (int, float)) and 0 <= taken < 1e12}
 
 
 def outputs(directory: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Evaluation of trained models: `python -m eval CONFIG` measures, `python -m eval.report CONFIG` tells."""
 
+import math
 from dataclasses import dataclass
 
 from stage import check_types
@@ -34,5 +35,5 @@ class EvalConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed is {self.seed}; expected 0 to 2^62 - 1")
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature is {self.temperature}, top_p {self.top_p}; expected ≥ 0, and 0 < top_p ≤ 1")

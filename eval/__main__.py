@@ -28,7 +28,7 @@ import machine
 import stage
 from configs import Experiment
 from data.pack import Packed
-from eval.generation import answers, continuations, smoke
+from eval.generation import answers, continuations, documents, smoke
 from eval.language import validation
 from eval.markdown import table
 from eval.prompts import LONGER, SMOKE
@@ -37,6 +37,8 @@ from eval.tasks import PUBLISHED
 from model import Transformer
 from stage import Stage, UserError, log
 from tokenizer import Tokenizer
+
+WRITTEN = ("smoke", "prompts", "continuations")  # the tasks whose texts are kept
 
 
 class Task(NamedTuple):
@@ -74,7 +76,11 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
     tasks["smoke"] = Task(asked, measure=lambda model, _: smoke(model, spm, config))
     tasks["prompts"] = Task(asked, measure=lambda model, _: answers(model, spm, config))
     tasks["continuations"] = Task(missing=str(held_out))
-    if isinstance(held_out, Packed):
+    length = config.prompt_tokens + config.new_tokens
+    if isinstance(held_out, Packed) and not documents(held_out, length, 1):
+        what = f"no held-out document has more than {length:,} tokens"
+        tasks["continuations"] = Task(missing=f"{what}; lower prompt_tokens or new_tokens of EvalConfig")
+    elif isinstance(held_out, Packed):
         tasks["continuations"] = Task(
             digest(packed, config.continuations, config.prompt_tokens, config.new_tokens, sampling),
             lambda: held_out,
@@ -90,15 +96,15 @@ def digest(*values) -> str:
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
     remake = f"python -m eval {experiment.path}"
-    if arguments.checkpoint:
-        final = Path(arguments.checkpoint)
+    if arguments.checkpoint is not None:
+        final = Path(os.path.abspath(arguments.checkpoint))
         trained, directory = {"pretrain": final}, final.parent / f"eval_{final.name}"
         remake += f" --checkpoint {shlex.quote(arguments.checkpoint)}"
     else:
         trained, directory = {"pretrain": experiment.trained("pretrain")}, experiment.directory("eval")
-    if arguments.data:
-        if not Path(arguments.data).is_dir():
-            raise UserError(f"no directory {arguments.data}; --data says where the tasks' files are")
+    if arguments.data is not None:
+        if not arguments.data or not Path(arguments.data).is_dir():
+            raise UserError(f"no directory {arguments.data!r}; --data says where the tasks' files are")
         os.environ["DATA"] = arguments.data
         remake += f" --data {shlex.quote(arguments.data)}"
     spm = experiment.load_tokenizer(next(iter(trained.values())))
@@ -169,17 +175,20 @@ def left(directory: Path, tasks: dict[str, Task], of: dict[str, dict]) -> tuple[
     """The results, and what was written for them, that an earlier run has left and that still stand: of the checkpoints
     and the tokenizer `of` each stage, and of the task's data, unless that has gone since."""
     results, texts = {}, {}
+    found, written = (read_json(directory / f"{file}.json") for file in ("results", "generations"))
     for name, digests in of.items():
+        texts[name] = {task: each for task, each in written.get(name, {}).items() if isinstance(each, list)}
         results[name] = {
             task: entry
-            for task, entry in read_json(directory / "results.json").get(name, {}).items()
+            for task, entry in found.get(name, {}).items()
             if task in tasks
-            and "skipped" not in entry
+            and isinstance(entry, dict)
+            and isinstance(entry.get("n"), int)
             and entry | digests == entry
-            and (tasks[task].missing or entry["data"] == tasks[task].data)
+            and (tasks[task].missing or entry.get("data") == tasks[task].data)
+            and (task not in WRITTEN or task in texts[name])
         }
-        written = read_json(directory / "generations.json").get(name, {})
-        texts[name] = {task: each for task, each in written.items() if task in results[name]}
+        texts[name] = {task: each for task, each in texts[name].items() if task in results[name]}
     return results, texts
 
 
@@ -190,11 +199,16 @@ def unmeasured(results: dict[str, dict], tasks: dict[str, Task]) -> dict[str, li
     }
 
 
-def read_json(path: Path) -> dict:
-    """A file of an earlier run; nothing if that is not there, or not whole."""
+def read_json(path: Path) -> dict[str, dict]:
+    """A file of an earlier run: an object for each stage; nothing of what is not there, or not whole."""
+
+    def refuse(constant: str):
+        raise ValueError(constant)  # NaN and Infinity, which are not JSON
+
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return {name: each for name, each in found.items() if isinstance(each, dict)}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

@@ -26,17 +26,19 @@ def main(arguments: argparse.Namespace) -> None:
     run = read(configs.load(arguments.config))
     pictures = draw(run)
     text = page(run, pictures)
-    if pictures:
-        (run.home / "plots").mkdir(exist_ok=True)
-    for name, png in (pictures or {}).items():
-        stage.write(run.home / "plots" / f"{name}.png", png)
-    stage.write(run.home / "REPORT.md", text.encode())  # last: until then the earlier page stands
+    with stage.locked(run.home):
+        if pictures:
+            (run.home / "plots").mkdir(exist_ok=True)
+        for name, png in (pictures or {}).items():
+            stage.write(run.home / "plots" / f"{name}.png", png)
+        stage.write(run.home / "REPORT.md", text.encode())  # last: until then the earlier page stands
     log.info("\n\n".join(opening(run, pictures)))
     log.info(f"\nNext:\n\n{following(run)}\n\n{run.home / 'REPORT.md'} has the whole report")
 
 
 def draw(run: Run) -> dict[str, bytes] | None:
     """The pictures by name, as PNG; None without matplotlib."""
+    os.environ.pop("MPLBACKEND", None)  # of screens, which matplotlib would want to have before it draws files
     try:
         from eval import plots
     except ImportError:

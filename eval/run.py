@@ -116,10 +116,10 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict]:
         try:
             record = json.loads(line)
             if type(record["step"]) is int and all(
-                number(record[k]) or record[k] is None for k in LOGGED if k in record
+                record[k] is None or (number(record[k]) and abs(record[k]) < 1e100) for k in LOGGED if k in record
             ):
                 records.append(record)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
     if damaged := len(lines) - len(records):
         notes.append(f"{plural(damaged, 'line')} of {path.parent.name}/metrics.jsonl cannot be read: left out.")

@@ -42,15 +42,22 @@ class Published:
         found = sorted(p for p in there if re.fullmatch(rf"{re.escape(name)}{end}(\.(xz|gz|bz2))?", p.name))
         if len(found) > 1:
             raise UserError(f"{' and '.join(map(str, found))}: which is it? Move all but one away")
+        if found and not found[0].is_file():
+            raise UserError(f"{found[0]} is not a file; expected the data of {self.dataset}, or nothing there")
         return found[0] if found else None
 
     def load(self, path: Path) -> str | list[Question]:
         """Its data. UserError, naming file and line, for what it should not be."""
-        text = read(path)
-        found = language.articles(text) if self.question is None else self.questions(text, path)
-        if not found:
+        text = read(path).replace("\r\n", "\n")
+        if not text.strip():
             raise UserError(f"{path} is empty; replace it, or move it away and do without the task")
-        return text if self.question is None else found
+        if self.question is not None:
+            return self.questions(text, path)
+        if not all(article.startswith(" = ") for article in language.articles(text)):
+            raise UserError(
+                f"{path} does not begin with a title, a line ' = Title = '; expected WikiText as it is, raw"
+            )
+        return text
 
     def measure(self, model: Transformer, tokenizer: Tokenizer, loaded: str | list[Question], name: str) -> dict:
         """Its numbers."""
@@ -70,6 +77,7 @@ class Published:
                         (context + ending).encode()  # half a surrogate pair is no text
                         if not ending.strip():
                             raise ValueError("a choice is empty")
+                    "".join(question.kind.values()).encode()
                     if not 0 <= question.answer < len(question.choices) or len(question.choices) < 2:
                         raise ValueError(f"answer {question.answer} of {len(question.choices)} choices")
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -99,6 +107,20 @@ def among(context: str, endings: list[str], answer: int) -> Question:
     return Question(tuple((context, " " + ending) for ending in endings), answer)
 
 
+def listed(choices) -> list:
+    """The choices of a record, which would be letters if they were a text."""
+    if not isinstance(choices, list):
+        raise TypeError(f"the choices are {choices!r}, not a list")
+    return choices
+
+
+def index(label) -> int:
+    """A label, which some datasets spell as text."""
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise TypeError(f"the label is {label!r}, not a whole number")
+    return int(label)
+
+
 def boolq(record: dict) -> Question:
     """BoolQ (arXiv:1905.10044): a passage, and a question to be answered by yes or no."""
     if not isinstance(record["answer"], bool):
@@ -116,13 +138,15 @@ def blimp(record: dict) -> Question:
 
 def arc_easy(record: dict) -> Question:
     """ARC-Easy (arXiv:1803.05457): science for school."""
-    labels, texts = record["choices"]["label"], record["choices"]["text"]
+    labels, texts = listed(record["choices"]["label"]), listed(record["choices"]["text"])
+    if len(labels) != len(texts) or len(set(labels)) != len(labels):
+        raise ValueError(f"labels {labels!r} for {len(texts)} choices")
     return among("Question: " + record["question"] + "\nAnswer:", texts, labels.index(record["answerKey"]))
 
 
 def piqa(record: dict) -> Question:
     """PIQA (arXiv:1911.11641): how things are done in the physical world."""
-    return among("Question: " + record["goal"] + "\nAnswer:", [record["sol1"], record["sol2"]], int(record["label"]))
+    return among("Question: " + record["goal"] + "\nAnswer:", [record["sol1"], record["sol2"]], index(record["label"]))
 
 
 def hellaswag(record: dict) -> Question:
@@ -130,7 +154,7 @@ def hellaswag(record: dict) -> Question:
     context = record["ctx"]
     if "activity_label" in record:
         context = record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
-    return among(tidy(context), [tidy(ending) for ending in record["endings"]], int(record["label"]))
+    return among(tidy(context), [tidy(ending) for ending in listed(record["endings"])], index(record["label"]))
 
 
 def tidy(text: str) -> str:
@@ -142,7 +166,9 @@ def winogrande(record: dict) -> Question:
     """WinoGrande (arXiv:1907.10641): who or what a blank stands for. The rest of the sentence is scored after both."""
     before, rest = record["sentence"].split("_", 1)
     options = record["option1"], record["option2"]
-    return Question(tuple((before + option, " " + rest.strip()) for option in options), int(record["answer"]) - 1)
+    if not all(option.strip() for option in options):
+        raise ValueError("an option is empty")
+    return Question(tuple((before + option, " " + rest.strip()) for option in options), index(record["answer"]) - 1)
 
 
 PUBLISHED = {

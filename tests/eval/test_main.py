@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import shutil
 import signal
 
@@ -74,7 +75,7 @@ def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
     shutil.rmtree(elsewhere)
     assert "is up to date" in trained.run("-m", "eval", trained.config).stdout  # what was measured stands
     assert results(trained)["piqa"]["n"] == 2
-    assert "no directory nowhere" in trained.run("-m", "eval", trained.config, "--data", "nowhere", status=2).stderr
+    assert "no directory 'nowhere'" in trained.run("-m", "eval", trained.config, "--data", "nowhere", status=2).stderr
 
 
 def test_other_data_and_other_weights_are_noticed(trained: Place):
@@ -125,6 +126,49 @@ def test_an_interrupted_run_goes_on_with_the_next_task(trained: Place, signum):
     for name in ("results.json", "generations.json"):
         undisturbed = (whole / "mini/eval" / name).read_bytes()
         assert (trained.runs / "mini/eval" / name).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "again"),
+    [
+        ("generations.json", "", {"smoke", "prompts", "continuations"}),
+        ("generations.json", '{"pretrain": {"smoke": null}}', {"smoke", "prompts", "continuations"}),
+        ("generations.json", "[]", {"smoke", "prompts", "continuations"}),
+        ("results.json", '{"pretrain": null}', {"validation", "smoke"}),
+        ("results.json", '{"pretrain": {"validation": 3, "smoke": {"n": "x"}}}', {"validation", "smoke"}),
+        ("results.json", '{"pretrain": {"validation": {"n": NaN}}}', {"validation", "smoke"}),
+        ("seconds.json", '{"pretrain-smoke": "x", "pretrain-prompts": NaN}', set()),
+    ],
+)
+def test_what_an_unfinished_run_left_damaged_is_measured_again(trained: Place, file, content, again):
+    trained.run("-m", "eval", trained.config)
+    directory = trained.runs / "mini/eval"
+    before = {name: (directory / name).read_bytes() for name in ("results.json", "generations.json")}
+    (directory / "manifest.json").unlink()
+    (directory / file).write_text(content)
+    out = trained.run("-m", "eval", trained.config).stdout
+    assert {name for name in TASKS if f"\n{name}: " in out} >= again
+    assert {name: (directory / name).read_bytes() for name in before} == before
+    assert "NaN" not in (trained.runs / "mini/seconds.json").read_text()
+
+
+def test_no_held_out_document_is_long_enough(trained: Place):
+    trained.edit(("prompt_tokens=8", "prompt_tokens=10_000"))
+    trained.run("-m", "eval", trained.config)
+    assert "lower prompt_tokens or new_tokens" in results(trained)["continuations"]["skipped"]
+
+
+def test_a_path_that_is_not_utf_8(trained: Place):
+    directory = os.fsdecode(b"caf\xe9")
+    shutil.copytree(trained.runs / "mini/pretrain/best", trained.path / directory)
+    trained.run("-m", "eval", trained.config, "--checkpoint", trained.path / directory)
+    found = json.loads((trained.path / f"eval_{directory}/results.json").read_text())["pretrain"]
+    assert found["validation"]["n"] > 0
+
+
+def test_an_empty_path_is_no_path(trained: Place):
+    for option in ("--checkpoint", "--data"):
+        trained.run("-m", "eval", trained.config, option, "", status=2)
 
 
 def test_a_checkpoint_by_path(trained: Place):

@@ -106,6 +106,47 @@ def test_data_that_is_not_what_it_should_be(raw, content, message):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("hellaswag", {"endings": "abcd"}),
+        ("hellaswag", {"endings": {"a": 1, "b": 2}}),
+        ("hellaswag", {"label": 0.9}),
+        ("hellaswag", {"label": True}),
+        ("hellaswag", {"label": float("inf")}),
+        ("arc_easy", {"choices": {"text": ["rain", "sun", "fog"], "label": ["A", "B"]}}),
+        ("arc_easy", {"choices": {"text": ["rain", "sun"], "label": ["A", "A"]}}),
+        ("arc_easy", {"answerKey": "E"}),
+        ("arc_easy", {"choices": {"text": "ab", "label": ["A", "B"]}}),
+        ("winogrande", {"option1": " "}),
+        ("winogrande", {"sentence": "No blank."}),
+        ("winogrande", {"answer": "3"}),
+        ("blimp", {"linguistics_term": "\ud800"}),
+        ("piqa", {"sol1": ["a"]}),
+    ],
+)
+def test_records_of_wrong_types(raw, name, change):
+    path = raw / f"{name}.jsonl"
+    path.write_text(json.dumps(RECORDS[name] | change))
+    with pytest.raises(UserError, match="line 1: not a record"):
+        PUBLISHED[name].load(path)
+
+
+def test_running_text_as_it_should_be(raw):
+    path = raw / "wiki.test.raw"
+    path.write_bytes(b" \r\n = Ice = \r\n \r\n Ice is frozen . \r\n")
+    assert PUBLISHED["wikitext2"].load(path) == " \n = Ice = \n \n Ice is frozen . \n"
+    path.write_text("= Ice =\nIce is frozen .\n")
+    with pytest.raises(UserError, match="does not begin with a title"):
+        PUBLISHED["wikitext2"].load(path)
+
+
+def test_what_is_no_file(raw):
+    (raw / "piqa_val.jsonl").symlink_to(raw / "nowhere")
+    with pytest.raises(UserError, match="is not a file"):
+        PUBLISHED["piqa"].find()
+
+
 def test_a_damaged_archive(raw):
     path = raw / "piqa_val.jsonl.xz"
     path.write_bytes(lzma.compress(json.dumps(RECORDS["piqa"]).encode())[:-8])
