@@ -147,8 +147,8 @@ def main(arguments: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur what is compared here
         for name, todo in unmeasured(results, tasks).items():
             final = trained[name]
-            log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
             model = checkpoint.load_model(final, str(device)) if todo else None
+            log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
             for task in todo:
                 started = time.perf_counter()
                 numbers, written = tasks[task].measure(model, loaded[task])

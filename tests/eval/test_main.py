@@ -1,6 +1,7 @@
 """`python -m eval` as a user runs it: what is there is measured, nothing is measured twice, nothing is lost."""
 
 import json
+import logging
 import lzma
 import os
 import shutil
@@ -8,6 +9,9 @@ import signal
 
 import pytest
 
+import stage
+from eval.__main__ import main
+from stage import UserError
 from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
 from tests.eval.test_tasks import RECORDS
@@ -24,6 +28,29 @@ def put(place: Place, *names: str) -> None:
     for name in names:
         end = "" if name == "blimp" else "_val"
         (place.raw / f"{name}{end}.jsonl").write_text(2 * (json.dumps(RECORDS[name]) + "\n"))
+
+
+def evaluate(place: Place, *options, status: int = 0) -> str:
+    """The command in this process, which has imported everything: what it logs, or for status 2 the user's mistake."""
+    p = stage.parser("", makes=True)
+    p.add_argument("--checkpoint")
+    p.add_argument("--data")
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATA", "RUNS"):
+            patch.setenv(name, place.env[name])
+        patch.setattr(stage.log, "level", logging.INFO)
+        patch.setattr(stage.log, "handlers", [handler])
+        patch.setattr(stage.log, "propagate", False)
+        arguments = p.parse_args(list(map(str, [place.config, *options])))
+        if status == 2:
+            with pytest.raises(UserError) as mistake:
+                main(arguments)
+            return str(mistake.value)
+        main(arguments)
+    return "\n".join(["", *lines, ""])
 
 
 def test_all_tasks(trained: Place):
@@ -54,7 +81,7 @@ def test_all_tasks(trained: Place):
 
 
 def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
-    out = trained.run("-m", "eval", trained.config).stdout
+    out = evaluate(trained)
     for name in [*RECORDS, "wikitext2"]:
         assert f"pretrain {name} skipped: no {trained.raw}" in out
         assert f"get it with: python -m eval.download {name}" in out
@@ -64,7 +91,7 @@ def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
     elsewhere.mkdir()
     put(trained, "piqa")
     shutil.move(trained.raw / "piqa_val.jsonl", elsewhere)
-    out = trained.run("-m", "eval", trained.config, "--data", elsewhere).stdout
+    out = evaluate(trained, "--data", elsewhere)
     assert "piqa: " in out
     assert "validation: " not in out  # it is not measured again
     now = results(trained)
@@ -73,36 +100,36 @@ def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
         before[name] for name in ("validation", "smoke", "prompts")
     ]
     shutil.rmtree(elsewhere)
-    assert "is up to date" in trained.run("-m", "eval", trained.config).stdout  # what was measured stands
+    assert "is up to date" in evaluate(trained)  # what was measured stands
     assert results(trained)["piqa"]["n"] == 2
-    assert "no directory 'nowhere'" in trained.run("-m", "eval", trained.config, "--data", "nowhere", status=2).stderr
+    assert "no directory 'nowhere'" in evaluate(trained, "--data", "nowhere", status=2)
 
 
 def test_other_data_and_other_weights_are_noticed(trained: Place):
     put(trained, "piqa")
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
     (trained.raw / "piqa_val.jsonl").write_text(json.dumps(RECORDS["piqa"] | {"goal": "cut cake"}) + "\n")
-    error = trained.run("-m", "eval", trained.config, status=2).stderr
+    error = evaluate(trained, status=2)
     assert "piqa_val was" in error
     assert f"python -m eval {trained.config} --force" in error
     assert results(trained)["piqa"]["n"] == 2
-    trained.run("-m", "eval", trained.config, "--force")
+    evaluate(trained, "--force")
     assert results(trained)["piqa"]["n"] == 1
     trained.edit(("steps=24", "steps=26"))
     trained.run("train.py", trained.config)
-    assert "pretrain/final/weights.pt was" in trained.run("-m", "eval", trained.config, status=2).stderr
+    assert "pretrain/final/weights.pt was" in evaluate(trained, status=2)
     assert "of another checkpoint" in trained.run("-m", "eval.report", trained.config).stdout
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("{}\n", "line 1: not a record"), ("[", "line 1")])
 def test_damaged_data_is_said_before_anything_is_measured(trained: Place, content, message):
     (trained.raw / "boolq_val.jsonl").write_text(content)
-    error = trained.run("-m", "eval", trained.config, status=2).stderr
+    error = evaluate(trained, status=2)
     assert message in error
     assert "boolq_val.jsonl" in error
     assert not (trained.runs / "mini/eval/results.json").exists()
     (trained.raw / "boolq_val.jsonl").unlink()
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
@@ -141,12 +168,12 @@ def test_an_interrupted_run_goes_on_with_the_next_task(trained: Place, signum):
     ],
 )
 def test_what_an_unfinished_run_left_damaged_is_measured_again(trained: Place, file, content, again):
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
     directory = trained.runs / "mini/eval"
     before = {name: (directory / name).read_bytes() for name in ("results.json", "generations.json")}
     (directory / "manifest.json").unlink()
     (directory / file).write_text(content)
-    out = trained.run("-m", "eval", trained.config).stdout
+    out = evaluate(trained)
     assert {name for name in TASKS if f"\n{name}: " in out} >= again
     assert {name: (directory / name).read_bytes() for name in before} == before
     assert "NaN" not in (trained.runs / "mini/seconds.json").read_text()
@@ -154,7 +181,7 @@ def test_what_an_unfinished_run_left_damaged_is_measured_again(trained: Place, f
 
 def test_no_held_out_document_is_long_enough(trained: Place):
     trained.edit(("prompt_tokens=8", "prompt_tokens=10_000"))
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
     assert "lower prompt_tokens or new_tokens" in results(trained)["continuations"]["skipped"]
 
 
@@ -168,12 +195,12 @@ def test_a_path_that_is_not_utf_8(trained: Place):
 
 def test_an_empty_path_is_no_path(trained: Place):
     for option in ("--checkpoint", "--data"):
-        trained.run("-m", "eval", trained.config, option, "", status=2)
+        evaluate(trained, option, "", status=2)
 
 
 def test_a_checkpoint_by_path(trained: Place):
     best = trained.runs / "mini/pretrain/best"
-    trained.run("-m", "eval", trained.config, "--checkpoint", best)
+    evaluate(trained, "--checkpoint", best)
     found = json.loads((trained.runs / "mini/pretrain/eval_best/results.json").read_text())["pretrain"]
     manifest = json.loads((best / "manifest.json").read_text())
     assert found["validation"]["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
@@ -187,35 +214,35 @@ def test_another_tokenizer(trained: Place):
     shutil.move(trained.runs / "mini/pretrain", trained.path)  # while it is there, no other tokenizer is made
     trained.run("-m", "tokenizer.train", trained.config)
     shutil.move(trained.path / "pretrain", trained.runs / "mini")
-    error = trained.run("-m", "eval", trained.config, status=2).stderr
+    error = evaluate(trained, status=2)
     assert "was trained with tokenizer" in error
     assert not (trained.runs / "mini/eval").exists()
 
 
 def test_without_packed_tokens_the_rest_is_measured(trained: Place):
     shutil.rmtree(trained.runs / "mini/packed")
-    out = trained.run("-m", "eval", trained.config).stdout
+    out = evaluate(trained)
     assert f"validation skipped: no packed tokens; make them with: python -m data.pack {trained.config}" in out
     assert "skipped" in results(trained)["continuations"]
 
 
 def test_what_was_measured_stands_when_its_data_has_gone(trained: Place):
     put(trained, "piqa")
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
     before = {name: (trained.runs / "mini/eval" / name).read_bytes() for name in ("results.json", "generations.json")}
     shutil.rmtree(trained.runs / "mini/packed")
     (trained.raw / "piqa_val.jsonl").unlink()
-    assert "is up to date" in trained.run("-m", "eval", trained.config).stdout
+    assert "is up to date" in evaluate(trained)
     for name, content in before.items():
         assert (trained.runs / "mini/eval" / name).read_bytes() == content
 
 
 def test_a_half_measured_evaluation_takes_nothing_of_another_config_or_model(trained: Place):
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
     whole = results(trained)
     (trained.runs / "mini/eval/manifest.json").unlink()
     trained.edit(("EvalConfig(", "EvalConfig(validation_tokens=300, "))
-    out = trained.run("-m", "eval", trained.config).stdout
+    out = evaluate(trained)
     assert "validation: " in out
     assert "smoke: " not in out
     assert results(trained)["validation"]["n"] < whole["validation"]["n"]
@@ -223,7 +250,7 @@ def test_a_half_measured_evaluation_takes_nothing_of_another_config_or_model(tra
     trained.edit(("steps=24", "steps=26"))
     trained.run("train.py", trained.config)
     shutil.rmtree(trained.runs / "mini/packed")
-    trained.run("-m", "eval", trained.config)
+    evaluate(trained)
     now = results(trained)
     assert {name for name, entry in now.items() if "skipped" in entry} >= {"validation", "continuations"}
     assert now["smoke"]["checkpoint"] != whole["smoke"]["checkpoint"]
@@ -233,7 +260,7 @@ def test_a_half_measured_evaluation_takes_nothing_of_another_config_or_model(tra
 
 @pytest.mark.parametrize(("name", "hint"), [("pretrain", "did you mean"), ("packed", ""), ("nowhere", "")])
 def test_what_is_no_checkpoint(trained: Place, name, hint):
-    error = trained.run("-m", "eval", trained.config, "--checkpoint", trained.runs / "mini" / name, status=2).stderr
+    error = evaluate(trained, "--checkpoint", trained.runs / "mini" / name, status=2)
     assert "is not a checkpoint" in error
     assert hint in error
 
