@@ -134,6 +134,8 @@ def main(arguments: argparse.Namespace) -> None:
     finished, job.read = job.up_to_date(arguments.force), was | read
     results = {name: {} for name in of} if arguments.force else left(directory, tasks, of)[0]
     if finished and not any(unmeasured(results, tasks).values()):
+        for each in results.values():
+            each |= {task: {"skipped": tasks[task].missing} for task in tasks if task not in each}
         log.info(f"{overview(results, stage.read_seconds(directory))}\n{directory} is up to date")
         return
     loaded = {

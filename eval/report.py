@@ -114,7 +114,7 @@ def summary(run: Run) -> str:
     if not run.results:
         return " ".join(said)
     latest = list(run.results)[-1]
-    sides = {"above its baseline": [], "below it": [], "not to be told from it": []}
+    sides = {"above the baseline": [], "below the baseline": [], "not to be told from the baseline": []}
     for task in run.tasks():
         e = measured(run.results[latest], task)
         if not e or not all(finite(e.get(key)) for key in ("accuracy", "baseline", "p_value")):
@@ -123,7 +123,7 @@ def summary(run: Run) -> str:
         list(sides.values())[side].append(f"{task} {value(e, 'accuracy', 'accuracy')} ({show(e['baseline'])})")
     told = [f"{side} in {', '.join(tasks)}" for side, tasks in sides.items() if tasks]
     if told:
-        said.append(f"After {latest} its accuracy is {'; '.join(told)} (the baseline in brackets; p < 0.05).")
+        said.append(f"After {latest} its accuracy is {'; '.join(told)} (the baseline in brackets; tested at 0.05).")
     if e := measured(run.results[latest], "smoke"):
         said.append(f"It passes {round(e['passed'] * e['n'])} of the {e['n']} short prompts.")
     return " ".join(said)

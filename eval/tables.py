@@ -60,9 +60,11 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
         return ["Nothing was measured.", *skipped(run)]
     said.append(table(["task", "metric", *stages, "baseline", "n"], rows))
     said.append(
-        "± is one standard error over the items of a task. The baseline is what needs no model: xz -9 for bits a "
-        "byte, the better of chance and the most frequent answer for accuracy, human text for repetition. An accuracy "
-        "is above it (↑) or below (↓) at p < 0.05, or not to be told from it (=)."
+        "± is one standard error over the items of a task; for bits per byte these are documents or articles, and n "
+        "counts tokens; where all items score the same, it is as if two 0s and two 1s had been among them. The "
+        "baseline is what needs no model: xz -9 for bits per byte, chance for accuracy, in boolq the commonest answer, "
+        "an empty answer for smoke, how the documents really go on for continuations. An accuracy is above it (↑) or "
+        "below (↓) at p < 0.05, or not to be told from it (=)."
     )
     if "evaluation" in pictures:
         said.append("![The same beside the baselines](plots/evaluation.png)")

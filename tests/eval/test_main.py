@@ -86,6 +86,7 @@ def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
         assert f"pretrain {name} skipped: no {trained.raw}" in out
         assert f"get it with: python -m eval.download {name}" in out
         assert results(trained)[name].keys() == {"skipped"}
+    assert "boolq skipped" in evaluate(trained)  # of a finished evaluation too
     before = results(trained)
     elsewhere = trained.path / "elsewhere"
     elsewhere.mkdir()
