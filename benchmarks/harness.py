@@ -35,7 +35,7 @@ from eval.tasks import PUBLISHED, read
 from stage import UserError
 
 RESULT = Path(__file__).parent / "results/harness.json"
-PLAIN = 1_000  # items a task that the harness is asked as it is
+PLAIN = 100  # items a task that the harness is asked as it is
 DEFINITIONS = {  # of the harness's tasks
     "wikitext2": "wikitext/wikitext.yaml",
     "boolq": "super_glue/boolq/default.yaml",
@@ -170,8 +170,9 @@ def main(arguments: argparse.Namespace) -> None:
         plain = harness(
             exported, [t for t in tasks if t != "wikitext2"], False, length, min(arguments.limit or PLAIN, PLAIN)
         )
+    limit = ["--limit", str(arguments.limit)] if arguments.limit else []
     found = {
-        "command": f"python -m benchmarks.harness {Path(arguments.config).name}",
+        "command": " ".join(["python -m benchmarks.harness", Path(arguments.config).name, *limit]),
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
@@ -181,8 +182,7 @@ def main(arguments: argparse.Namespace) -> None:
         "alike": {task: compare(task, model, spm, alike[task]) for task in tasks},
         "as_it_is": {task: {"items": len(each["samples"])} | each["results"] for task, each in plain.items()},
     }
-    if not arguments.limit:
-        stage.write_json(RESULT, found)
+    stage.write_json(RESULT, found)
     apart = []
     for task, each in found["alike"].items():
         for name, pair in each.items():
@@ -197,7 +197,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     p = stage.parser(__doc__)
     p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
-    p.add_argument(
-        "--limit", type=stage.positive, metavar="N", help="items a task at most, for a trial that is not kept (all)"
-    )
+    p.add_argument("--limit", type=stage.positive, metavar="N", help="items a task at most (all)")
     stage.run(main, p.parse_args())
