@@ -41,6 +41,7 @@ def evaluate(place: Place, *options, status: int = 0) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "RUNS"):
             patch.setenv(name, place.env[name])
+        patch.setattr(stage.log, "_cache", {})  # of what is logged at the level so far
         patch.setattr(stage.log, "level", logging.INFO)
         patch.setattr(stage.log, "handlers", [handler])
         patch.setattr(stage.log, "propagate", False)
