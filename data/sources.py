@@ -1,6 +1,7 @@
 """Where text comes from: files, a dataset on the Hugging Face Hub, the documentation that Python carries.
 
 A source yields its documents in an order that depends on nothing but the input, and says what it reads with digests.
+Files and datasets hold records, which are read here for sources of other things than documents too.
 """
 
 import ast
@@ -41,6 +42,20 @@ class Unreadable(str):
     """Why a record has no text, in the place of the text, where `unreadable` is "skip"."""
 
 
+class Record(NamedTuple):
+    """What a line of JSON, an element of a list or a row of a table holds."""
+
+    id: str
+    file: str
+    """The path of the file it is in, "" in a dataset."""
+    where: str
+    """For messages: "path, line 3"; "record 3" in a dataset."""
+    value: object
+    """As JSON has it, or Unreadable."""
+    read: float = 0.0
+    """Share of all the records that has been read with it, as far as that is known."""
+
+
 class Document(NamedTuple):
     """One text of a source."""
 
@@ -51,17 +66,50 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What every source can be told. Raises TypeError or ValueError, naming the field, for what cannot be."""
+class Records:
+    """What can be told of whatever is read. Raises TypeError or ValueError, naming the field, for what cannot be."""
 
     name: str = ""
-    """What the corpus calls it; unique among a corpus's sources."""
+    """What it is called in what is made of it; unique among the sources of one stage."""
     licence: str = "not stated"
     """For the data card."""
-    max_tokens: int | None = None
-    """Reading stops once about this many tokens are kept, at data.corpus.BYTES_PER_TOKEN."""
     max_documents: int | None = None
     """Reading stops after this many documents, kept or not."""
+    unreadable: str = "stop"
+    """At a record that is not what it should be: "stop" with an error, or "skip" it and count it."""
+
+    def __post_init__(self):
+        check_types(self)
+        self._at_least_1("max_documents")
+        if self.unreadable not in ("stop", "skip"):
+            raise ValueError(f'unreadable is {self.unreadable!r}; expected "stop" or "skip"')
+
+    def _at_least_1(self, *fields: str) -> None:
+        for each in fields:
+            if (value := getattr(self, each)) is not None and value < 1:
+                raise ValueError(f"{each} is {value}; expected at least 1")
+
+    def inputs(self) -> dict[str, str]:
+        """{what it reads: SHA-256}, for the manifest."""
+        raise NotImplementedError
+
+    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
+        """Its records, without the first `skip`."""
+        raise NotImplementedError
+
+    def refuse(self, message: str) -> Unreadable:
+        """What stands for a record that is not what it should be; UserError where `unreadable` is "stop"."""
+        if self.unreadable == "stop":
+            raise UserError(f'{message}; or set unreadable="skip"')
+        return Unreadable(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Records):
+    """What every source of a corpus can be told."""
+
+    max_tokens: int | None = None
+    """Reading stops once about this many tokens are kept, at data.corpus.BYTES_PER_TOKEN."""
     min_chars: int = 64
     """A document that is shorter once clean is dropped."""
     max_chars: int | None = None
@@ -69,20 +117,10 @@ class Source:
     cleaning: Cleaning = Cleaning()
     quality: Quality | None = None
     """The rules its texts must pass; None takes them as they are."""
-    unreadable: str = "stop"
-    """At a record that is not what it should be: "stop" with an error, or "skip" it and count it."""
 
     def __post_init__(self):
-        check_types(self)
-        for each in ("max_tokens", "max_documents", "min_chars", "max_chars"):
-            if (value := getattr(self, each)) is not None and value < 1:
-                raise ValueError(f"{each} is {value}; expected at least 1")
-        if self.unreadable not in ("stop", "skip"):
-            raise ValueError(f'unreadable is {self.unreadable!r}; expected "stop" or "skip"')
-
-    def inputs(self) -> dict[str, str]:
-        """{what it reads: SHA-256}, for the manifest."""
-        raise NotImplementedError
+        super().__post_init__()
+        self._at_least_1("max_tokens", "min_chars", "max_chars")
 
     def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
         """Its documents, without the first `skip`."""
@@ -139,19 +177,17 @@ OPEN = {
     ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
 }
 PLAIN = (".txt", ".md", ".raw", ".tokens")  # the last two are WikiText's
-FORMATS = (*PLAIN, ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files(Source):
-    """The user's own text. `.txt` and `.md`: a document a file; `.jsonl`: a document a line; `.json`: one an element
-    of its list; `.parquet` (with pyarrow): one a row. All but Parquet also as .gz, .bz2 or .xz. Encoded in UTF-8."""
+class FileRecords(Records):
+    """The user's own records. `.jsonl`: one a line; `.json`: one an element of its list; `.parquet` (with pyarrow): one
+    a row. All but Parquet also as .gz, .bz2 or .xz. Encoded in UTF-8."""
 
-    name: str = "files"
     paths: tuple[str, ...]
     """Paths or globs; relative ones are found under DATA in the environment, by default `data/raw/`."""
-    field: str = "text"
-    """Which field of a record is the text; "*" joins every string in the record, however deep."""
+
+    formats = (".jsonl", ".json", ".parquet")
 
     def __post_init__(self):
         super().__post_init__()
@@ -173,8 +209,9 @@ class Files(Source):
         for path in found:
             if not str(path).isprintable() or "\udc80" <= max(str(path)) <= "\udcff":
                 raise UserError(f"{str(path)!a} has characters that cannot be shown; rename the file")
-            if _format(path) not in FORMATS:
-                raise UserError(f"{path} is none of {', '.join(FORMATS)} (all but .parquet also as .gz, .bz2 or .xz)")
+            if _format(path) not in self.formats:
+                known = ", ".join(self.formats)
+                raise UserError(f"{path} is none of {known} (all but .parquet also as .gz, .bz2 or .xz)")
         once: dict[Path, Path] = {}  # a file that several links or patterns lead to is read once
         for path in found:
             once.setdefault(path.resolve(), path)
@@ -185,53 +222,53 @@ class Files(Source):
         names = {p: p.relative_to(raw()) if p.is_relative_to(raw()) else p for p in self.files()}
         return {str(name): sha256(path) for path, name in names.items()}
 
-    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
         files = self.files()
         total, before, number = sum(path.stat().st_size for path in files) or 1, 0, 0
         for path in files:
             with open(path, "rb") as file:
-                for id, text in self._read(path, file):
+                for id, where, value in self._read(path, file):
                     number += 1
                     if number > skip:
-                        yield Document(id, text, (before + file.tell()) / total)
+                        yield Record(id, str(path), where, value, (before + file.tell()) / total)
                 before += path.stat().st_size
 
-    def _read(self, path: Path, file) -> Iterator[tuple[str, str]]:
-        """(id, text) of each document of an open file."""
+    def _read(self, path: Path, file) -> Iterator[tuple[str, str, object]]:
+        """(id, where, value) of each record of an open file."""
         try:
             if _format(path) == ".parquet":
                 yield from self._rows(path, file)
                 return
             with OPEN[path.suffix](file) if path.suffix in OPEN else file as plain:
-                if _format(path) == ".jsonl":
-                    yield from self._lines(path, plain)
-                elif _format(path) == ".json":
-                    records = self._parse(plain.read().removeprefix(BOM), str(path))
-                    records = records if isinstance(records, list) else [records]
-                    for number, record in enumerate(records, start=1):
-                        yield f"{path.name}:{number}", self._text(record, f"{path}, element {number}")
-                else:
-                    yield path.name, self._decode(plain.read().removeprefix(BOM), str(path))
+                yield from self._lines(path, plain) if _format(path) == ".jsonl" else self._whole(path, plain)
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{path} cannot be read: {error}; replace the file") from None
 
-    def _lines(self, path: Path, file) -> Iterator[tuple[str, str]]:
+    def _whole(self, path: Path, file) -> Iterator[tuple[str, str, object]]:
+        records = self._parse(file.read().removeprefix(BOM), str(path))
+        for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
+            yield f"{path.name}:{number}", f"{path}, element {number}", record
+
+    def _lines(self, path: Path, file) -> Iterator[tuple[str, str, object]]:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(BOM)
             if line.strip():
                 where = f"{path}, line {number}"
-                yield f"{path.name}:{number}", self._text(self._parse(line, where), where)
+                yield f"{path.name}:{number}", where, self._parse(line, where)
 
-    def _rows(self, path: Path, file) -> Iterator[tuple[str, str]]:
+    def _columns(self) -> list[str] | None:
+        """Those of a table that are read; None: all."""
+        return None
+
+    def _rows(self, path: Path, file) -> Iterator[tuple[str, str, object]]:
         parquet = extra("pyarrow.parquet", "pyarrow", "a .parquet file")
         arrow = extra("pyarrow", "pyarrow", "a .parquet file")
         try:
-            columns = None if self.field == "*" else [self.field]
-            batches = parquet.ParquetFile(file).iter_batches(256, columns=columns)
+            batches = parquet.ParquetFile(file).iter_batches(256, columns=self._columns())
             records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, record in enumerate(records, start=1):
-                yield f"{path.name}:{number}", self._text(record, f"{path}, row {number}")
+                yield f"{path.name}:{number}", f"{path}, row {number}", record
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}; replace the file") from None
 
@@ -240,7 +277,7 @@ class Files(Source):
             return data.decode()
         except UnicodeDecodeError as error:
             found = f"byte {data[error.start]:#04x} at {error.start:,}"
-            return self._refuse(f"{where} is not UTF-8 ({found}); convert it, or leave it out if it is not text")
+            return self.refuse(f"{where} is not UTF-8 ({found}); convert it, or leave it out if it is not text")
 
     def _parse(self, line: bytes, where: str):
         if isinstance(text := self._decode(line, where), Unreadable):
@@ -248,7 +285,32 @@ class Files(Source):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            return self._refuse(f"{where}: not JSON ({error}); mend or remove it")
+            return self.refuse(f"{where}: not JSON ({error}); mend or remove it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(FileRecords, Source):
+    """The user's own text: a document a record, as FileRecords has them; of `.txt` and `.md`, a document a file."""
+
+    name: str = "files"
+    field: str = "text"
+    """Which field of a record is the text; "*" joins every string in the record, however deep."""
+
+    formats = (*PLAIN, *FileRecords.formats)
+
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+        for record in self.records(workers, skip):
+            yield Document(record.id, self._text(record.value, record.where), record.read)
+
+    def _whole(self, path: Path, file) -> Iterator[tuple[str, str, object]]:
+        if _format(path) not in PLAIN:
+            yield from super()._whole(path, file)
+        else:
+            text = self._decode(file.read().removeprefix(BOM), str(path))
+            yield path.name, str(path), text if isinstance(text, Unreadable) else {self.field: text}
+
+    def _columns(self) -> list[str] | None:
+        return None if self.field == "*" else [self.field]
 
     def _text(self, record, where: str) -> str:
         """The text of a record."""
@@ -258,17 +320,12 @@ class Files(Source):
         if isinstance(record, dict) and self.field != "*":
             text = record.get(self.field)
         if not isinstance(text, str):
-            return self._refuse(f"{where}: expected an object whose {self.field!r} is a string; set Files(field=…)")
+            return self.refuse(f"{where}: expected an object whose {self.field!r} is a string; set Files(field=…)")
         try:
             text.encode()
         except UnicodeEncodeError:
-            return self._refuse(f"{where}: {self.field!r} holds half a surrogate pair; mend it")
+            return self.refuse(f"{where}: {self.field!r} holds half a surrogate pair; mend it")
         return text
-
-    def _refuse(self, message: str) -> Unreadable:
-        if self.unreadable == "stop":
-            raise UserError(f'{message}; or set unreadable="skip"')
-        return Unreadable(message)
 
 
 BOM = b"\xef\xbb\xbf"
@@ -290,18 +347,16 @@ def _strings(value) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Source):
+class HubRecords(Records):
     """A dataset on the Hugging Face Hub, or a directory laid out like one, streamed by the package `datasets`.
 
-    Reading goes on after a failed read, from the document after the last good one.
+    Reading goes on after a failed read, from the record after the last good one.
     """
 
     dataset: str
-    """Such as "allenai/c4"; also its name in the corpus, unless `name` is given."""
+    """Such as "allenai/c4"; also what it is called, unless `name` is given."""
     subset: str | None = None
     split: str = "train"
-    field: str = "text"
-    """Which field of a record is the text; "*" joins every string in the record, however deep."""
     revision: str | None = None
     """Commit or tag; None takes the newest, and what that was is in the manifest."""
     retries: int = 5
@@ -357,22 +412,40 @@ class Hub(Source):
         digest = hashlib.sha256("\n".join(local.values() or files).encode()).hexdigest()
         return {f"{self.dataset}/{self.subset or 'default'}/{self.split}": digest}
 
-    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
         done = skip
 
-        def read() -> Iterator[Document]:
+        def read() -> Iterator[Record]:
             nonlocal done
-            for record in self._builder().as_streaming_dataset(split=self.split).skip(done):
-                text = "\n".join(_strings(record)) if self.field == "*" else record.get(self.field)
-                if not isinstance(text, str):
-                    why = f"record {done + 1}: expected a string {self.field!r} among {', '.join(record)}"
-                    if self.unreadable == "stop":
-                        raise UserError(f'{self._what()}, {why}; set Hub(field=…), or unreadable="skip"')
-                    text = Unreadable(why)
+            for value in self._builder().as_streaming_dataset(split=self.split).skip(done):
                 done += 1
-                yield Document(f"{self.name}:{done}", text)
+                yield Record(f"{self.name}:{done}", "", f"record {done}", value)
 
         yield from self._retrying(read)
+
+    def refuse(self, message: str) -> Unreadable:
+        return super().refuse(f"{self._what()}, {message}" if self.unreadable == "stop" else message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(HubRecords, Source):
+    """A dataset as HubRecords streams it: a document a record."""
+
+    field: str = "text"
+    """Which field of a record is the text; "*" joins every string in the record, however deep."""
+
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
+        for record in self.records(workers, skip):
+            yield Document(record.id, self._text(record.value, record.where))
+
+    def _text(self, record: dict, where: str) -> str:
+        text = "\n".join(_strings(record)) if self.field == "*" else record.get(self.field)
+        if isinstance(text, str):
+            return text
+        why = f"{where}: expected a string {self.field!r} among {', '.join(record)}"
+        if self.unreadable == "stop":
+            raise UserError(f'{self._what()}, {why}; set Hub(field=…), or unreadable="skip"')
+        return Unreadable(why)
 
 
 # ------------------------------------------------------------------------------------------------------- Python's own
