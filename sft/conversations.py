@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def _content(value, name: str) -> str:
 def _short(value) -> str:
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    return json.dumps(value, default=str)
+    return textwrap.shorten(json.dumps(value, default=str), 80)
 
 
 def _field(record: dict, *names: str, required: bool = True) -> str:
@@ -137,6 +138,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
     ("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"
 )
+ROW = ("message_id", "message_tree_id", "text", "role")  # of OASST1, a message a row
 SHAREGPT, ANSWERS = ("conversations", "conversation"), ("response", "completion", "answer")
 
 
@@ -204,9 +206,9 @@ FORMATS = {
     ),
     "messages": Format("messages (a list of role, content)", lambda r: _has(r, "messages"), _messages),
     "sharegpt": Format("conversations (a list of from, value)", lambda r: _has_one(r, SHAREGPT), _sharegpt),
-    "openorca": Format("system_prompt, question, response", lambda r: _has(r, "question", "response"), _openorca),
+    "openorca": Format("question, response (and system_prompt)", lambda r: _has(r, "question", "response"), _openorca),
     "dolly": Format(
-        "instruction, context, response (or instruction, category, input, output)",
+        "instruction, response (or category, output)",
         lambda r: _has(r, "instruction") and (_has(r, "response") or _has(r, "category", "output")),
         _dolly,
     ),
@@ -221,7 +223,6 @@ FORMATS = {
         _wizardlm,
     ),
 }
-ROW = ("message_id", "message_tree_id", "text", "role")  # of OASST1, a message a row
 
 
 def recognise(record: dict) -> str | None:
@@ -232,23 +233,21 @@ def recognise(record: dict) -> str | None:
 def in_turn(messages: list[Message]) -> tuple[Message, ...]:
     """The messages without blank system messages and without what a user says last. Refused if the roles are out of
     order, a user says nothing or no one answers."""
-    messages = [m for m in messages if m.role != "system" or m.content]
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    for number, (message, expected) in enumerate(zip(turns, itertools.cycle(("user", "assistant"))), start=1):
+    numbered = [(n, m) for n, m in enumerate(messages, start=1) if m.role != "system" or m.content]
+    turns = numbered[1:] if numbered and numbered[0][1].role == "system" else numbered
+    for (number, message), expected in zip(turns, itertools.cycle(("user", "assistant"))):
         if message.role != expected:
-            after = "after the system message " if turns is not messages else ""
             raise Refused(
-                f"roles out of order: {after}message {number} is {message.role}'s, expected {expected}'s; user and "
-                "assistant take turns after one system message at most"
+                f"roles out of order: message {number} is of role {message.role}, expected {expected}; user and "
+                "assistant take turns, after one system message at most"
             )
-    if len(turns) % 2:
-        messages = messages[:-1]
     if len(turns) < 2:
         raise Refused("no answer: it has no message of the assistant's")
-    for number, message in enumerate(messages, start=1):
+    kept = numbered[:-1] if len(turns) % 2 else numbered
+    for number, message in kept:
         if message.role == "user" and not message.content and not message.input:
             raise Refused(f"message {number}, the user's, is empty")
-    return tuple(messages)
+    return tuple(message for _, message in kept)
 
 
 # ------------------------------------------------------------------------------------------------------- the sources
@@ -335,7 +334,9 @@ class ChatRecords(ChatSource):
 
 
 def _fields(value) -> str:
-    return (", ".join(value) or "no field") if isinstance(value, dict) else _short(value)
+    if not isinstance(value, dict):
+        return _short(value)
+    return textwrap.shorten(", ".join(value), 200).encode(errors="replace").decode() or "no field"
 
 
 def _conversation(rows: list[Record], format: Format) -> Conversation:
@@ -390,7 +391,7 @@ QUESTIONS = (
     "What is the purpose of {}?",
     "Describe {} briefly.",
     "What can you tell me about {}?",
-    "In Python, what is {}?",
+    "I came across {} in Python. What is it for?",
 )
 
 
@@ -425,8 +426,9 @@ class DocQuestions(ChatSource):
 
 
 NO_PROSE = re.compile(
-    r">>>|::|->|\.\.$|[\\|$@{}]|https?:|:\w[\w:+-]*:`|\]_|`_|==|--|~|__|"
-    r"\b(?:TODO|FIXME|XXX|[Dd]eprecated|[Ii]nternal|[Pp]rivate)\b|^\W|^[\w.]+\("
+    r">>>|::|->|\.\.|[\\|$@{}]|https?:|:\w[\w:+-]*:`|\]_|`_|==|--| - |~|__|\*{3}|^[\w.]+\(|"
+    r"^(?:We|I|If|See|Same|Like|As|Also|But|Note|Usage|Overrid\w*|Copyright|Author|Written|Based)\b|"
+    r"\b(?:TODO|XXX|[Dd]eprecated|[Ii]nternal|[Pp]rivate|[Tt]his file|generated from|[Bb]ackwards?[ -]compat\w*)\b"
 )
 LIST = re.compile(r"^\s*(?:[-*+•]|\(?\w[.)])\s|:\s*$", re.MULTILINE)
 
@@ -437,4 +439,5 @@ def first_sentences(text: str) -> str | None:
     answer = " ".join(paragraph.split()).replace("``", "`")
     if not 20 <= len(answer) <= 300 or not answer.endswith(".") or not answer[0].isupper() or answer.count(" ") < 3:
         return None
-    return None if NO_PROSE.search(answer) or LIST.search(paragraph) else answer
+    paired = answer.count("(") == answer.count(")") and answer.count("`") % 2 == 0  # else it breaks off, or is odd code
+    return answer if paired and not NO_PROSE.search(answer) and not LIST.search(paragraph) else None
