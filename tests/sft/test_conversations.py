@@ -281,7 +281,7 @@ CONTENT = st.text(max_size=20).map(lambda text: clean(text, Cleaning(html=False,
 EXCHANGE = st.tuples(CONTENT.filter(bool), CONTENT)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(CONTENT, st.lists(EXCHANGE, min_size=1, max_size=4)), min_size=1, max_size=4))
 def test_what_is_written_is_read_back(tmp_path_factory, examples):
     directory = tmp_path_factory.mktemp("written")
@@ -298,6 +298,28 @@ def test_what_is_written_is_read_back(tmp_path_factory, examples):
         path = directory / "a.jsonl"
         path.write_text(lines(*records))
         assert [c.messages for c in Chats(paths=(str(path),)).conversations(1)] == expected
+
+
+KEYS = """prompt message_id message_tree_id parent_id text role replies rank messages content conversations from value type
+question response completion instruction input output context"""
+KEY = st.sampled_from(KEYS.split())
+WORD = st.sampled_from(["user", "gpt", "prompter", "", "\ud800", "text"])
+SCALAR = st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | WORD
+JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY, inner, max_size=6))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.dictionaries(KEY, JSON, max_size=8) | JSON, max_size=5), st.sampled_from(["auto", *FORMATS]))
+def test_whatever_json_holds_is_a_conversation_or_says_why_not(tmp_path_factory, records, format):
+    path = tmp_path_factory.mktemp("odd") / "a.jsonl"
+    path.write_text(lines(*records))
+    for found in Chats(paths=(str(path),), format=format, unreadable="skip").conversations(1):
+        if isinstance(found, Unreadable):
+            assert found.startswith(f"{path}, line ")
+            assert found.isprintable()
+        else:
+            assert [m.role for m in found.messages if m.role != "system"][:2] == ["user", "assistant"]
+            assert found.messages[-1].role == "assistant"
 
 
 def test_a_dataset_is_read_as_its_files_are(raw):
