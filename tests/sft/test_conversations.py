@@ -300,8 +300,8 @@ def test_what_is_written_is_read_back(tmp_path_factory, examples):
         assert [c.messages for c in Chats(paths=(str(path),)).conversations(1)] == expected
 
 
-KEYS = """prompt message_id message_tree_id parent_id text role replies rank messages content conversations from value type
-question response completion instruction input output context"""
+KEYS = """prompt message_id message_tree_id parent_id text role replies rank messages content conversations
+from value type question response completion instruction input output context"""
 KEY = st.sampled_from(KEYS.split())
 WORD = st.sampled_from(["user", "gpt", "prompter", "", "\ud800", "text"])
 SCALAR = st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | WORD
