@@ -15,6 +15,8 @@ pipeline: $(VENV)/core
 	$(RUN) -m tokenizer.train $(CONFIG)
 	$(RUN) -m data.pack       $(CONFIG)
 	$(RUN) train.py           $(CONFIG)
+	$(RUN) -m sft.data        $(CONFIG)
+	$(RUN) -m sft.train       $(CONFIG)
 	$(RUN) -m eval            $(CONFIG)
 	$(RUN) -m eval.report     $(CONFIG)
 

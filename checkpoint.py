@@ -1,7 +1,8 @@
 """Checkpoints: saved whole or not at all, verified before they are read, and never able to run code.
 
 A checkpoint is a directory with `weights.pt` (float32, by parameter name), `state.pt` (what resuming needs beside them)
-and `manifest.json` with the digests of both. It is written under a temporary name, flushed to disk, and renamed.
+and `manifest.json` with the digests of both. It is written under a temporary name, flushed to disk, and renamed. Of a
+model that is frozen in part, `adapter.pt` has the rest, and the manifest says where its base is and with what digest.
 """
 
 import os
@@ -19,17 +20,17 @@ from model import ModelConfig, Transformer
 from stage import UserError, log
 
 
-def save(directory: Path, weights: dict, state: dict, about: dict) -> None:
+def save(directory: Path, files: dict[str, dict], about: dict) -> None:
     """Writes a checkpoint directory, atomically, in place of one of the same name.
 
-    weights, state: what `torch.load(weights_only=True)` reads: tensors, numbers, strings, and containers of them.
+    files: by name, what `torch.load(weights_only=True)` reads: tensors, numbers, strings, and containers of them.
     about: the rest of the manifest: config, read, counts.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
     remove(temporary)
     temporary.mkdir(parents=True)
     try:
-        for name, content in (("weights.pt", weights), ("state.pt", state)):
+        for name, content in files.items():
             with open(temporary / name, "wb") as file:
                 torch.save(_interned(content), file)
         wrote = stage.digests(temporary, temporary.glob("*.pt"))
@@ -106,11 +107,23 @@ def read(directory: Path, file: str) -> dict:
         raise UserError(f"{directory / file} {what}; use another checkpoint") from None
 
 
+def weights(model: torch.nn.Module) -> tuple[str, dict]:
+    """What a checkpoint keeps of a model, and in which file: all of it, or, if part of it is frozen, the rest."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return "adapter.pt" if frozen else "weights.pt", kept
+
+
 def load_weights(directory: Path, model: torch.nn.Module) -> None:
-    """Puts a checkpoint's weights into a model. UserError if they are missing, damaged, or another model's."""
+    """Puts into a model what `weights` has kept of it. UserError if that is missing, damaged, or another model's."""
+    file, expected = weights(model)
+    found = read(directory, file)
     try:
-        model.load_state_dict(read(directory, "weights.pt"))
-    except (RuntimeError, TypeError) as error:
+        if missing := sorted(expected.keys() - found.keys()):
+            raise RuntimeError(f"it has no {missing[0]}")
+        if unexpected := model.load_state_dict(found, strict=False).unexpected_keys:
+            raise RuntimeError(f"the model has no {unexpected[0]}")
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
 
 
@@ -148,10 +161,46 @@ def must_match(directory: Path, tokenizer_sha256: str) -> None:
 
 
 def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
-    """The trained model in a checkpoint directory, ready to generate. UserError if it is missing or damaged."""
+    """The trained model in a checkpoint directory, ready to generate; an adapter merged into its base. UserError if one
+    of them is missing, damaged, or not what the other was trained with."""
     directory = Path(directory)
-    shape = dict(read_manifest(directory)["config"]["model"])
-    del shape["type"], shape["kernels"]  # the kernels are those of this machine
-    model = Transformer(ModelConfig(**shape))
-    load_weights(directory, model)
+    config = read_manifest(directory)["config"]
+    if adapts(directory):
+        from sft import lora  # a stage, which stands above this module: only its models need it
+
+        model = load_model(base(directory))
+        fields = {name: value for name, value in config["lora"].items() if name != "type"}
+        lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}))
+        load_weights(directory, model)
+        lora.fold(model)
+    else:
+        shape = dict(config["model"])
+        del shape["type"], shape["kernels"]  # the kernels are those of this machine
+        model = Transformer(ModelConfig(**shape))
+        load_weights(directory, model)
     return model.eval().to(device)
+
+
+def template(directory: Path) -> str | None:
+    """How a checkpoint's model was taught to answer; None: it was not, and goes on with a text."""
+    return read_manifest(directory)["config"].get("template")
+
+
+def adapts(directory: Path) -> bool:
+    """Whether a checkpoint holds an adapter only."""
+    return "adapter.pt" in read_manifest(directory)["wrote"]
+
+
+def base(directory: Path) -> Path:
+    """The checkpoint that an adapter was trained on. UserError if it is not there, or not what it was."""
+    manifest = read_manifest(directory)
+    found = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))
+    if (own := stage.read_manifest(found)) is None:
+        raise UserError(f"{directory} holds an adapter of the model in {found}, which is not there; put it back there")
+    digest = next(file["sha256"] for name, file in own["wrote"].items() if name in ("weights.pt", "adapter.pt"))
+    if digest not in manifest["read"].values():
+        raise UserError(
+            f"{directory} holds an adapter of another model than the one that is now in {found} ({digest[:12]}…); put "
+            "that back, or train the adapter anew"
+        )
+    return found

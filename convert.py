@@ -23,13 +23,10 @@ import checkpoint
 import stage
 import tokenizer.train
 from model import ModelConfig, Transformer
+from sft import templates
 from stage import UserError, log
 from tokenizer import Tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
 UNIGRAM, BPE = 1, 2  # in a SentencePiece model, trainer_spec.model_type
@@ -126,12 +123,13 @@ def to_hf(arguments: argparse.Namespace) -> None:
     import configs
 
     experiment = configs.load(arguments.config)
-    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
+    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
     out, files = Path(arguments.out), safetensors()
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
-    chat = {"<|im_start|>", "<|im_end|>"} <= spm.control.keys()
-    ends = {"bos_token_id": spm.bos, "eos_token_id": [spm.eos, spm.control["<|im_end|>"]] if chat else spm.eos}
+    template = checkpoint.template(directory)
+    if template is None and set(templates.TEMPLATES["chatml"].needs) <= spm.control.keys():
+        template = "chatml"  # what its control pieces are for, should someone fine-tune it
     with writing(out, arguments.force, directory) as temporary:
         model = checkpoint.load_model(directory)
         weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
@@ -139,15 +137,17 @@ def to_hf(arguments: argparse.Namespace) -> None:
             del weights["lm_head.weight"]
         saving(files.save_file, weights, temporary / "model.safetensors", {"format": "pt"})
         stage.write_json(temporary / "config.json", llama_config(model.config, spm))
+        stop = list(templates.ends(template, spm)) if template else [spm.eos]
+        ends = {"bos_token_id": spm.bos, "eos_token_id": stop if len(stop) > 1 else spm.eos}
         stage.write_json(temporary / "generation_config.json", ends)
-        stage.write_json(temporary / "tokenizer.json", fast_tokenizer(spm))
+        stage.write_json(temporary / "tokenizer.json", fast_tokenizer(spm, checkpoint.template(directory)))
         marks = {"bos_token": spm.pieces.id_to_piece(spm.bos), "eos_token": spm.pieces.id_to_piece(spm.eos)}
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.context_length,
             "clean_up_tokenization_spaces": False,
             **marks,
-            **({"chat_template": CHATML} if chat else {}),
+            **({"chat_template": templates.TEMPLATES[template].jinja} if template else {}),
         }
         stage.write_json(temporary / "tokenizer_config.json", settings)
         stage.write_json(temporary / "special_tokens_map.json", marks)
@@ -205,8 +205,9 @@ def protobuf(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield number, message[at - size : at]
 
 
-def fast_tokenizer(spm: Tokenizer) -> dict:
-    """tokenizer.json: ids as SentencePiece gives them, control pieces parsed where a text spells them.
+def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
+    """tokenizer.json: ids as SentencePiece gives them, control pieces parsed where a text spells them; cut before
+    answers as the template cuts.
 
     Pieces are spelt with the space itself, so nothing has to be replaced, and a U+2581 in a text is spelt in bytes.
     UserError, naming what, for a model that this cannot reproduce exactly.
@@ -231,20 +232,16 @@ def fast_tokenizer(spm: Tokenizer) -> dict:
             "cannot reproduce exactly; only tokenizers without can be converted"
         )
     spelt = [pieces.id_to_piece(i).replace("▁", " ") if kind[i] == NORMAL else pieces.id_to_piece(i) for i in ids]
-    cuts = None
+    places = [templates.TEMPLATES[template].cut] if template else []
     if algorithm == UNIGRAM:
         body = {"type": "Unigram", "unk_id": pieces.unk_id(), "byte_fallback": True}
         body["vocab"] = [[piece, pieces.get_score(i)] for i, piece in enumerate(spelt)]
-        cuts = {
-            "type": "Split",
-            "pattern": {"Regex": never_whole(spelt, kind)},
-            "behavior": "Isolated",
-            "invert": False,
-        }
+        places.append(never_whole(spelt, kind))
     else:
         body = {"type": "BPE", "unk_token": spelt[pieces.unk_id()], "fuse_unk": True, "byte_fallback": True}
         body["vocab"] = {piece: i for i, piece in enumerate(spelt)}
         body["merges"] = merges({piece: pieces.get_score(i) for i, piece in enumerate(spelt) if kind[i] == NORMAL})
+    cuts = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in places]
     prefix = bool(normalizer[3])  # a space before every text
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -254,7 +251,7 @@ def fast_tokenizer(spm: Tokenizer) -> dict:
         "padding": None,
         "added_tokens": [{"id": i, "content": spelt[i]} | plain for i in ids if kind[i] == CONTROL],
         "normalizer": {"type": "Prepend", "prepend": " "} if prefix else None,
-        "pre_tokenizer": cuts,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": body,

@@ -22,7 +22,7 @@ from model import ModelConfig, Transformer, triton
 from stage import UserError, log
 
 if TYPE_CHECKING:
-    from train import TrainConfig
+    from train import Task, TrainConfig
 
 CHINCHILLA = 20  # tokens a parameter at which a given number of FLOPs trains the best model (arXiv:2203.15556)
 
@@ -333,18 +333,14 @@ def smaller(model: ModelConfig, config: "TrainConfig", processes: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def page(
-    model: Transformer, config: "TrainConfig", dtype: torch.dtype, steps: int, epoch: float, processes: int = 1
-) -> list[str]:
-    """What is about to happen, before step 1: lines of a label and a value, at most 80 columns wide.
-
-    epoch: steps that a pass over the data takes. Warns if memory will not suffice.
-    """
-    device = pick_device()
+def page(model: Transformer, config: "TrainConfig", dtype: torch.dtype, task: "Task", processes: int = 1) -> list[str]:
+    """What is about to happen, before step 1: lines of a label and a value, at most 80 columns wide. Warns if memory
+    will not suffice."""
+    device, steps, epoch = pick_device(), task.steps, task.epoch
     c, total = model.config, model.num_parameters()
     trained = numbers(p for p in model.parameters() if p.requires_grad)
     held, share = rows_held(config, processes), max(1, config.batch_size // processes)
-    seen, flops = steps * config.batch_size * c.context_length, c.flops_per_token(c.context_length)
+    seen = steps * config.batch_size * c.context_length
     memory = memory_estimate(model, config, dtype, processes)
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # that share the memory
     needed, available = sum(memory.values()), memory_available(device) // here
@@ -375,10 +371,10 @@ def page(
         ),
         (
             "tokens",
-            f"{seen:,} in {steps / epoch:.2f} epochs; {seen / total:.2f} a parameter, "
-            f"{seen / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}",
+            f"{seen:,} in {steps / epoch:.2f} epochs; {seen / total:.2f} a parameter"
+            + (f", {seen / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}" if trained == total else ""),
         ),
-        ("FLOPs", f"{flops:.1e} a token, {seen * flops:.1e} in all"),
+        ("FLOPs", f"{task.flops * steps / seen:.1e} a token, {task.flops * steps:.1e} in all"),
         ("memory", f"about {_bytes(needed)} a process, of {_bytes(available)} available"),
         ("", ", ".join(kinds[:3])),
         ("", ", ".join(kinds[3:])),

@@ -145,6 +145,48 @@ class KVCache:
         self.used[target] = used
 
 
+class Texts:
+    """Where the texts of packed rows lie, for attention that keeps each to itself.
+
+    Texts of similar length are one batch: padded at their ends, which a causal query never sees, they need no mask, and
+    so keep the fast kernels; nor is anything computed for pairs of texts, which would be most of a row's square.
+
+    positions: (B, T) int64 on the CPU, from 0 in each text. Raises ValueError if a row does not begin with a text.
+    """
+
+    def __init__(self, positions: Tensor, device: torch.device):
+        if positions[:, 0].any():
+            raise ValueError("positions of a row do not begin with 0; expected those of whole texts")
+        starts = (positions.flatten() == 0).nonzero()[:, 0].tolist()
+        texts = sorted(((b - a, a) for a, b in itertools.pairwise([*starts, positions.numel()])), reverse=True)
+        groups: list[list[tuple[int, int]]] = []
+        for length, start in texts:
+            if not groups or length < 0.8 * groups[-1][0][0]:
+                groups.append([])
+            groups[-1].append((length, start))
+        # groups: for each (texts, longest) int64, which of the B · T tokens stand there, the last one again as padding.
+        # places: (B · T,) int64, where in all groups, one after another, each token stands.
+        self.groups, self.places, before = [], torch.empty(positions.numel(), dtype=torch.int64), 0
+        for group in groups:
+            lengths, first = torch.tensor(group).T[..., None]  # (texts, 1)
+            at = torch.arange(group[0][0])  # (longest,)
+            index, real = first + at.minimum(lengths - 1), at < lengths
+            self.places[index[real]] = before + real.flatten().nonzero()[:, 0]
+            self.groups.append(index.to(device, non_blocking=True))
+            before += index.numel()
+        self.places = self.places.to(device, non_blocking=True)
+
+    @torch.compiler.disable  # shapes differ from one batch to the next
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention in each text. q: (B, H, T, E), k and v: (B, K, T, E). Returns (B, T, H, E)."""
+        rows, found = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)], []
+        for index in self.groups:
+            own = (x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2) for x in rows)
+            y = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+            found.append(y.transpose(1, 2).flatten(0, 1))
+        return torch.cat(found).index_select(0, self.places).view(q.transpose(1, 2).shape)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -182,7 +224,13 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        texts: Texts | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, E)
@@ -191,6 +239,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
         shared = self.n_kv_heads < self.n_heads
+        if texts is not None:
+            return self.o(texts.attend(q, k, v).reshape(B, T, -1))
         causal = mask is None and k.shape[2] == T
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))  # from (B, H, T, E)
@@ -228,10 +278,11 @@ class Block(nn.Module):
         sin: Tensor,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
+        texts: Texts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: the stream, (B, T, D); delta: what the block before adds to it. Returns both for the block behind."""
         x, y = self.attn_norm(x, delta)
-        x, y = self.mlp_norm(x, self.attn(y, cos, sin, cache, mask))
+        x, y = self.mlp_norm(x, self.attn(y, cos, sin, cache, mask, texts))
         return x, self.mlp(y)
 
 
@@ -272,8 +323,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`.
 
-        positions: (B, T) int64, and mask: (B, 1, T, T), True where a query sees a key, for rows that are more than one
-        text: with them, and without a cache, a row may be longer than context_length. No position may.
+        positions: (B, T) int64, for rows that are more than one text. Alone, they count from 0 in each of several texts
+        that stand one after another, and no text sees another; they have to be on the CPU. With a mask, (B, 1, T, T),
+        True where a query sees a key, they may be any; without a cache, a row may then be longer than context_length.
+        No position may.
         """
         T = tokens.shape[1]
         used = [0] if cache is None else cache.used.tolist()
@@ -281,8 +334,10 @@ class Transformer(nn.Module):
         if positions is None and max(used) + T > room:
             raise ValueError(f"{max(used) + T} tokens; context_length is {room}")
         # Where every text holds as many tokens, their positions are the same, and one new token may see all of them.
-        cos, sin = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T]
+        cos, sin, texts = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T], None
         if positions is not None:
+            texts = Texts(positions, tokens.device) if mask is None else None
+            positions = positions.to(tokens.device, non_blocking=True)
             cos, sin = self.cos[positions], self.sin[positions]  # (B, T, 1, E)
         elif min(used) < max(used) or (T > 1 and used[0] > 0):
             at = (cache.used[:, None] + torch.arange(T)).to(tokens.device)  # (B, T)
@@ -292,22 +347,29 @@ class Transformer(nn.Module):
         x, delta = self.embed(tokens), None  # (B, T, D)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, delta = checkpoint(block, x, delta, cos, sin, cache, mask, use_reentrant=False)
+                x, delta = checkpoint(block, x, delta, cos, sin, cache, mask, texts, use_reentrant=False)
             else:
-                x, delta = block(x, delta, cos, sin, cache, mask)
+                x, delta = block(x, delta, cos, sin, cache, mask, texts)
         if cache is not None:
             cache.used += T
         return self.norm(x, delta)[1]
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or with `targets` the mean loss.
 
         tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`, or
         −100 to ignore the position: the caller shifts, once; nothing is shifted here. cache: keys and values of earlier
-        tokens, extended by these. Returns logits (B, T, V), or a scalar: mean cross-entropy in nats, without the logits
-        ever being there at once. Raises ValueError past the context.
+        tokens, extended by these. positions: (B, T) int64 on the CPU, where a row is several texts: from 0 in each, and
+        no text sees another. Returns logits (B, T, V), or a scalar: mean cross-entropy in nats, without the logits ever
+        being there at once. Raises ValueError past the context.
         """
-        x = self.hidden(tokens, cache)
+        x = self.hidden(tokens, cache, positions)
         if targets is None:
             return self.head(x)  # (B, T, V)
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), kernels=self.config.kernels)

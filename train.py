@@ -65,7 +65,9 @@ class TrainConfig:
     decay_fraction: float = 0.2
     """Share of the steps that "wsd" falls in."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0;"""
+    warmup_fraction: float | None = None
+    """or, instead, what share of all steps."""
     optimizer: str = "adamw"
     """"adamw" (arXiv:1711.05101), or "muon" (arXiv:2502.16982) for the matrices of the blocks, AdamW for the rest."""
     momentum: float = 0.95
@@ -131,6 +133,10 @@ class TrainConfig:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        if self.warmup_fraction is not None and not (0 <= self.warmup_fraction <= 1 and self.warmup_steps == 0):
+            raise ValueError(
+                f"warmup_fraction is {self.warmup_fraction}, warmup_steps {self.warmup_steps}; expected 0 to 1, and 0"
+            )
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; expected one of them, the other None")
         if not 0 <= self.min_lr <= self.learning_rate:
@@ -412,6 +418,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
     does not suffice, or if the gradient stays not finite; Stopped, everything saved, on Ctrl-C or SIGTERM.
     """
     directory, steps, ranks = job.directory, task.steps, parallel.ranks()
+    if config.warmup_fraction is not None:
+        config = replace(config, warmup_steps=round(config.warmup_fraction * steps), warmup_fraction=None)
     if config.batch_size % ranks:
         parallel.refuse(
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
@@ -437,7 +445,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
 
     real = replace(config, compile=config.compile and machine.compile_blocks(model, device))
-    for text in machine.page(model, real, dtype, steps, task.epoch, ranks):
+    for text in machine.page(model, real, dtype, task, ranks):
         log.info(text)
     used = {"machine": machine.used(real, dtype, ranks), "command": parallel.command(job.remake)}
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -470,7 +478,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
         state |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         if device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        weights, state = parallel.whole(model.state_dict()), parallel.whole(state)
+        file, weights = checkpoint.weights(model)
+        files = parallel.whole({file: weights, "state.pt": state})
 
         def write() -> None:
             seconds = round(job.seconds(), 1)
@@ -478,7 +487,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             if report.path.exists():
                 stage.sync(report.path)  # a checkpoint never reaches the disk before the log of its steps
             about = {"config": job.config, "read": job.read, "counts": counts}
-            checkpoint.save(directory / name, weights, state, about)
+            checkpoint.save(directory / name, files, about)
             numbered = [path for at, path in checkpoint.steps(directory) if path.name != "final" and at != stable]
             for path in numbered[config.keep_checkpoints :]:
                 checkpoint.remove(path)
@@ -578,7 +587,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
     if progress.skipped:
         log.warning(f"{progress.skipped} of {steps} steps were skipped: their gradient was not finite")
     counts = {"step": progress.step, "parameters": model.num_parameters(), "record": record} | used
-    files = [directory / "final" / name for name in ("weights.pt", "state.pt", "manifest.json")]
+    files = [directory / "final" / name for name in (checkpoint.weights(model)[0], "state.pt", "manifest.json")]
     parallel.lead(lambda: job.finish(counts, files))
 
 
@@ -725,7 +734,7 @@ def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainCo
 def main(arguments: argparse.Namespace) -> None:
     import configs
 
-    experiment = configs.load(arguments.config)
+    experiment = configs.load(arguments.config).owner("pretrain")
     config = experiment.pretrain
 
     def make() -> Transformer:

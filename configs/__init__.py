@@ -27,12 +27,20 @@ from data.quality import C4, Gopher, Quality
 from data.sources import Files, Hub, PythonDocs
 from eval import EvalConfig
 from model import ModelConfig
+from sft.conversations import Chats, DocQuestions, HubChats
+from sft.data import ConversationConfig
+from sft.filters import Filters
+from sft.lora import LoRAConfig
+from sft.train import SFTConfig
 from stage import UserError
 from tokenizer import Tokenizer
 from tokenizer.train import TokenizerConfig
 from train import TrainConfig
 
-DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "pretrain": "pretrain", "eval": "eval"}
+DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "pretrain": "pretrain"}
+DIRECTORIES |= {"sft_data": "sft_data", "sft": "sft", "eval": "eval"}
+TRAINED = {"pretrain": "train.py", "sft": "-m sft.train"}  # the stages that train, in order, and how
+SHARED = ("corpus", "tokenizer", "pack", "pretrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +54,11 @@ class Experiment:
     tokenizer: TokenizerConfig
     pack: PackConfig
     pretrain: TrainConfig
+    sft: SFTConfig = field(default_factory=SFTConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
-    """Stages (corpus, tokenizer, pack) whose directory is another experiment's, for sizes that are to be compared."""
+    """Stages (corpus, tokenizer, pack, pretrain) whose directory is another experiment's: for sizes that are to be
+    compared, or to fine-tune one model in several ways."""
     mixture: tuple[Phase, ...] = ()
     """What training batches are drawn from, by weight and from which step on; empty: all of the packed tokens."""
     beside: tuple["Experiment", ...] = field(default=(), repr=False)
@@ -69,10 +79,15 @@ class Experiment:
                 "they must be equal"
             )
         for stage_name, other in self.shared.items():
-            if stage_name not in ("corpus", "tokenizer", "pack"):
-                raise ValueError(f"shared names {stage_name!r}; expected corpus, tokenizer or pack")
+            if stage_name not in SHARED:
+                raise ValueError(f"shared names {stage_name!r}; expected one of {', '.join(SHARED)}")
             if getattr(self, stage_name) != getattr(other, stage_name):
                 raise ValueError(f"{stage_name} is shared with {other.name}, but differs from its {stage_name}")
+        if other := self.shared.get("pretrain"):
+            if (self.model, self.mixture) != (other.model, other.mixture):
+                raise ValueError(f"pretrain is shared with {other.name}, but model or mixture differ from its")
+            if lacks := [name for name in SHARED[:3] if self.owner(name).name != other.owner(name).name]:
+                raise ValueError(f"pretrain is shared with {other.name}; share {', '.join(lacks)} with it too")
 
         known = [*(source.name for source in self.corpus.sources), *(other.name for other in self.beside)]
         if len(set(known)) < len(known):
@@ -115,13 +130,24 @@ class Experiment:
         if stage.read_manifest(final) is None:
             if self.imported and stage_name == "pretrain":
                 return self.imported
-            raise UserError(f"{self.name} is not trained: no {final}; train it with: python train.py {self.path}")
+            make = f"python {TRAINED[stage_name]} {self.owner(stage_name).path}"
+            raise UserError(f"{self.name} is not trained: no {final}; train it with: {make}")
         return final
+
+    def all_trained(self) -> dict[str, Path]:
+        """The final checkpoints of the stages that are trained, in order. UserError while not even the first is."""
+        later = [name for name in TRAINED if stage.read_manifest(self.directory(name) / "final") is not None]
+        return {name: self.trained(name) for name in dict.fromkeys(["pretrain", *later])}
+
+    def latest(self) -> Path:
+        """The final checkpoint of the latest stage that is trained. UserError while none is."""
+        return list(self.all_trained().values())[-1]
 
 
 CONFIGS = (
     *(Experiment, ModelConfig, CorpusConfig, Files, Hub, PythonDocs, Cleaning, Quality, C4, Gopher, Deduplication),
     *(TokenizerConfig, PackConfig, Phase, TrainConfig, EvalConfig),
+    *(SFTConfig, ConversationConfig, Chats, HubChats, DocQuestions, Filters, LoRAConfig),
 )
 
 

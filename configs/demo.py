@@ -5,6 +5,7 @@ from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import PythonDocs
 from model import ModelConfig
+from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
 from train import TrainConfig
 
@@ -26,5 +27,18 @@ experiment = Experiment(
         eval_every=500,
         eval_rows=128,
         save_every=500,
+    ),
+    sft=SFTConfig(
+        train=TrainConfig(
+            epochs=1,
+            compile=False,
+            batch_size=8,
+            learning_rate=1e-3,
+            warmup_fraction=0.1,
+            schedule="linear",
+            weight_decay=0.0,
+            eval_every=100,
+            save_every=500,
+        ),
     ),
 )

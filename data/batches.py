@@ -14,7 +14,22 @@ from data.pack import Packed
 from stage import UserError, check_types
 
 
-class Windows:
+class Shuffled:
+    """Numbered things, of which each epoch sees every one once, in an order of its own."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._order = lru_cache(maxsize=2)(self._order)  # the epoch's permutation, and at its edge the next one's
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+    def drawn(self, sample: int) -> int:
+        """Which one the sample of that number is, counted from 0 over all epochs."""
+        return int(self._order(sample // self.count)[sample % self.count])
+
+
+class Windows(Shuffled):
     """Packed tokens cut into windows of `length` inputs; each epoch sees every window once, in an order of its own.
 
     Window w is tokens w·length … w·length + length: one more than the inputs, because the targets are the inputs moved
@@ -22,21 +37,13 @@ class Windows:
     """
 
     def __init__(self, packed: Packed, length: int, seed: int = 0):
-        self.packed, self.tokens, self.length, self.seed = packed, packed.tokens, length, seed
-        self.count = (len(self.tokens) - 1) // length
+        self.packed, self.tokens, self.length, self.file = packed, packed.tokens, length, packed.file
+        super().__init__((len(self.tokens) - 1) // length, seed)
         if self.count < 1:
             raise UserError(
                 f"{packed.name} holds {len(self.tokens):,} tokens; one window of context_length {length:,} takes "
                 f"{length + 1:,}. Add text, or shorten the context"
             )
-        self._order = lru_cache(maxsize=2)(self._order)  # the epoch's permutation, and at its edge the next one's
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
-
-    def drawn(self, sample: int) -> int:
-        """Which window the sample of that number is, counted from 0 over all epochs."""
-        return int(self._order(sample // self.count)[sample % self.count])
 
     def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the windows named, (windows, length) int64."""
@@ -143,8 +150,7 @@ class Mixture:
         """
         rows = range(step * self.size + self.size * rank // ranks, step * self.size + self.size * (rank + 1) // ranks)
         if not rows:  # more ranks than rows
-            empty = torch.empty(0, next(iter(self.sets.values())).length, dtype=torch.int64)
-            return empty, empty
+            return tuple(part[:0] for part in next(iter(self.sets.values())).read([0]))
         read = [self.sets[name].read([window]) for name, window in map(self.drawn, rows)]
         return tuple(torch.cat(part) for part in zip(*read, strict=True))
 
@@ -154,7 +160,7 @@ class Mixture:
         found: dict[str, set[int]] = {}
         for name, window in map(self.drawn, range(step * self.size, (step + 1) * self.size)):
             windows = self.sets[name]
-            found.setdefault(windows.packed.file, set()).update(windows.documents(window))
+            found.setdefault(windows.file, set()).update(windows.documents(window))
         return [f"{file}: documents {ranges(numbers)}" for file, numbers in found.items()]
 
 

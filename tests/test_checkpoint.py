@@ -23,7 +23,9 @@ ABOUT = {"config": {"model": stage.describe(SHAPE)}, "read": {}, "counts": {"ste
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    checkpoint.save(tmp_path / "final", Transformer(SHAPE).state_dict(), {"x": torch.arange(5)}, ABOUT)
+    checkpoint.save(
+        tmp_path / "final", {"weights.pt": Transformer(SHAPE).state_dict(), "state.pt": {"x": torch.arange(5)}}, ABOUT
+    )
     return tmp_path / "final"
 
 
@@ -40,7 +42,9 @@ def test_model_comes_back_bit_for_bit(saved):
 
 def test_the_same_weights_give_the_same_bytes(saved, tmp_path):
     torch.manual_seed(0)
-    checkpoint.save(tmp_path / "again", Transformer(SHAPE).state_dict(), {"x": torch.arange(5)}, ABOUT)
+    checkpoint.save(
+        tmp_path / "again", {"weights.pt": Transformer(SHAPE).state_dict(), "state.pt": {"x": torch.arange(5)}}, ABOUT
+    )
     for name in ("weights.pt", "state.pt"):
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -72,7 +76,9 @@ def two(tmp_path: Path) -> Path:
     """A directory with checkpoints of steps 1 and 2, every file of them longer than a page."""
     for step in (1, 2):
         about = ABOUT | {"read": {"long": "-" * 2 * PAGE}, "counts": {"step": step}}
-        checkpoint.save(tmp_path / f"step_{step}", {"w": TENSOR}, {"x": TENSOR, "step": step}, about)
+        checkpoint.save(
+            tmp_path / f"step_{step}", {"weights.pt": {"w": TENSOR}, "state.pt": {"x": TENSOR, "step": step}}, about
+        )
     return tmp_path
 
 
@@ -127,7 +133,7 @@ def test_what_stands_at_a_checkpoints_name_is_passed_over_and_replaced(two, what
             elsewhere.mkdir()
         there.symlink_to(elsewhere)
     assert [p.name for p in checkpoint.newest(two)] == ["step_2", "step_1"]
-    checkpoint.save(there, {"w": TENSOR}, {"step": 3}, ABOUT)
+    checkpoint.save(there, {"weights.pt": {"w": TENSOR}, "state.pt": {"step": 3}}, ABOUT)
     assert [p.name for p in checkpoint.newest(two)] == ["step_3", "step_2", "step_1"]
     assert not there.is_symlink()
     assert elsewhere.exists() == (what == "link")
@@ -204,7 +210,11 @@ def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(saved, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(failing, fail)
         with contextlib.suppress(OSError):  # not every function is called three times
-            checkpoint.save(saved, Transformer(SHAPE).state_dict(), {"x": torch.zeros(5, dtype=torch.long)}, ABOUT)
+            checkpoint.save(
+                saved,
+                {"weights.pt": Transformer(SHAPE).state_dict(), "state.pt": {"x": torch.zeros(5, dtype=torch.long)}},
+                ABOUT,
+            )
     checkpoint.recover(saved.parent)
     state = checkpoint.read(saved, "state.pt")["x"].tolist()
     assert state in (before["x"].tolist(), [0, 0, 0, 0, 0])

@@ -116,7 +116,7 @@ def exported(made: Place, tmp_path_factory):
                     p.mul_(10) if p.dim() == 2 else p.uniform_(0.5, 1.5)
             read = {"mini/tokenizer/spm.model": sha256}
             about = {"config": {"model": stage.describe(config)}, "read": read, "counts": {"step": 1}}
-            checkpoint.save(place / "step", model.state_dict(), {}, about)
+            checkpoint.save(place / "step", {"weights.pt": model.state_dict(), "state.pt": {}}, about)
             command("to-hf", made.config, place / "hf", "--checkpoint", place / "step")
             pairs[name] = place / "step", place / "hf"
     return pairs
@@ -307,7 +307,7 @@ def test_chats_are_rendered_as_chatml(exported, made: Place):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1 + 1?\n"}]
     rendered = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 1 + 1?\n<|im_end|>\n<|im_start|>assistant\n"
+        "</s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 1 + 1?\n<|im_end|>\n<|im_start|>assistant\n"
     )
     assert not hf.apply_chat_template(messages, tokenize=False).endswith("assistant\n")
     ids = hf.apply_chat_template(messages, return_dict=False)

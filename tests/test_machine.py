@@ -19,12 +19,18 @@ import machine
 import stage
 from model import ModelConfig, Transformer
 from tests.conftest import ROOT, Place
-from train import TrainConfig
+from train import Task, TrainConfig
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(vocab_size=96, context_length=32, n_layers=3, d_model=64, n_heads=4, kernels="torch")
 GROUPED = dataclasses.replace(SHAPE, context_length=48, n_layers=2, n_kv_heads=1, d_ff=80, tie_embeddings=True)
 CONFIG = TrainConfig(steps=10, batch_size=4, learning_rate=1e-2, compile=False)
+
+
+def task(steps: int, epoch: float) -> Task:
+    """Of pretraining, as far as the page reads it."""
+    flops = CONFIG.batch_size * SHAPE.context_length * SHAPE.flops_per_token(SHAPE.context_length)
+    return Task(None, None, None, None, steps=steps, epoch=epoch, flops=flops)
 
 
 @pytest.fixture
@@ -300,7 +306,7 @@ def test_the_page(no_gpu, warnings, monkeypatch):
     monkeypatch.setattr(machine, "memory_available", lambda where: 10 * 2**30)
     config = dataclasses.replace(CONFIG, micro_batch_size=2, gradient_checkpointing=True, warmup_steps=1)
     model = Transformer(SHAPE)
-    lines = machine.page(model, config, torch.float32, 1_000, 400)
+    lines = machine.page(model, config, torch.float32, task(1_000, 400))
     text, n = "\n".join(lines), model.num_parameters()
     each, flops = 128_000 / n, SHAPE.flops_per_token(32)
     assert max(map(len, lines)) <= 80
@@ -321,7 +327,7 @@ def test_the_page(no_gpu, warnings, monkeypatch):
 def test_the_page_of_a_stage_that_trains_a_part(no_gpu, monkeypatch):
     model = Transformer(SHAPE)
     model.embed.requires_grad_(False)
-    lines = machine.page(model, CONFIG, torch.float32, 1, 1)
+    lines = machine.page(model, CONFIG, torch.float32, task(1, 1))
     assert lines[0].endswith(f" {model.num_parameters():,}, {model.num_parameters() - 96 * 64:,} of them trained")
 
 
@@ -329,7 +335,7 @@ def test_the_page_warns_of_what_will_not_fit(no_gpu, warnings, monkeypatch):
     needed = sum(machine.memory_estimate(meta(SHAPE), CONFIG, torch.float32, processes=2).values())
     for spare, count in ((2, 0), (-2, 1)):  # on one machine, both processes take of the same memory
         monkeypatch.setattr(machine, "memory_available", lambda where, free=2 * needed + spare: free)
-        lines = machine.page(meta(SHAPE), CONFIG, torch.float32, 1, 1, processes=2)
+        lines = machine.page(meta(SHAPE), CONFIG, torch.float32, task(1, 1), processes=2)
         assert "2 processes by ddp" in "\n".join(lines)
         assert len(warnings) == count
 

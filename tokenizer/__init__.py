@@ -53,20 +53,24 @@ class Tokenizer:
         pieces = map(self.pieces.id_to_piece, range(self.vocab_size))
         self._cuts = not any(SPACE.decode() in piece.lstrip(SPACE.decode()) for piece in pieces)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without an end token. UserError for half a surrogate pair, which no file can hold."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """The ids of a text, without an end token. UserError for half a surrogate pair, which no file can hold.
+
+        begins: whether a text begins here, or goes on: where the model puts a space before every text, a beginning has
+        one.
+        """
         try:
-            return self.encode_array(text.encode()).tolist()
+            return self.encode_array(text.encode(), begins).tolist()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start}"
             ) from None
 
-    def encode_array(self, text: bytes) -> np.ndarray:
-        """The ids of a text in UTF-8, int32, made without a Python number for each."""
+    def encode_array(self, text: bytes, begins: bool = True) -> np.ndarray:
+        """The same of a text in UTF-8, int32, made without a Python number for each."""
         if self._whole:
             return self.pieces.encode(text, return_type="numpy")
-        if self._prefix and text:
+        if self._prefix and text and begins:
             text = b" " + text
         parts = re.split(b"(%s)" % SPACE, text) if SPACE in text else [text]
         ids = []

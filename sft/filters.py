@@ -1,0 +1,122 @@
+"""Which conversations are worth learning from. Every rule has a name, under which what it drops is counted."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from data import words
+from data.dedup import Deduplication, Index, MinHash
+from data.quality import ENGLISH
+from sft.conversations import Conversation
+from stage import check_types
+
+JUDGED = 20  # words that it takes to say something of a text's language or of its loops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """The rules. Raises TypeError or ValueError, naming the field, for what cannot be."""
+
+    min_answer_chars: int = 1
+    """A conversation with a shorter answer is dropped ("empty_answer", "short_answer")."""
+    max_chars: int | None = 50_000
+    """A conversation that is longer in all is dropped ("too_long")."""
+    language: str | None = "en"
+    """Where the data says which language a conversation is in, this is kept; elsewhere, for "en", what has at least
+    `min_english` of frequent English words ("other_language"). None keeps all."""
+    min_english: float = 0.05
+    """Share of words, in a conversation of 20 or more."""
+    max_repetition: float = 0.5
+    """An answer of 20 words or more is dropped if a greater share of its four-word runs has stood in it before
+    ("repeats_itself")."""
+    max_same_answers: int | None = 20
+    """So many conversations may give the same answer of 20 words or more; later ones are dropped ("same_answer")."""
+    near_duplicates: Deduplication | None = Deduplication()
+    """What counts as a copy of an earlier conversation ("duplicate" where it is exact, "near_duplicate")."""
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("min_answer_chars", "max_chars", "max_same_answers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        for name in ("min_english", "max_repetition"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
+
+
+class Judge:
+    """Applies the rules to one conversation after another, of which it remembers what later ones may repeat."""
+
+    def __init__(self, filters: Filters):
+        self.filters, self.exact, self.answers = filters, set(), Counter()
+        self.minhash = MinHash(filters.near_duplicates) if filters.near_duplicates else None
+
+    def __enter__(self) -> "Judge":
+        with ExitStack() as held:
+            directory = held.enter_context(TemporaryDirectory())
+            self.index = held.enter_context(Index(self.filters.near_duplicates, Path(directory)))
+            self.held = held.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.held.close()
+
+    def rule(self, conversation: Conversation) -> str | None:
+        """The name of the first rule that a conversation fails; None, and it is remembered, if it passes all."""
+        rules: tuple[Callable[[Conversation], str | None], ...] = (self._answers, self._language, self._copies)
+        return next(filter(None, (rule(conversation) for rule in rules)), None)
+
+    def _answers(self, conversation: Conversation) -> str | None:
+        f = self.filters
+        answers = [m.content for m in conversation.messages if m.role == "assistant"]
+        if not all(answers):
+            return "empty_answer"
+        if min(map(len, answers)) < f.min_answer_chars:
+            return "short_answer"
+        if f.max_chars and sum(len(m.content) + len(m.input) for m in conversation.messages) > f.max_chars:
+            return "too_long"
+        for answer in answers:
+            found = words.words(answer)
+            if len(found) >= JUDGED:
+                runs = words.ngrams(words.hashes(found), 4)
+                if 1 - len(np.unique(runs)) / len(runs) > f.max_repetition:
+                    return "repeats_itself"
+                if f.max_same_answers and self.answers[words.fingerprint(found).item()] >= f.max_same_answers:
+                    return "same_answer"
+        return None
+
+    def _language(self, conversation: Conversation) -> str | None:
+        f = self.filters
+        if f.language is None:
+            return None
+        if conversation.language is not None:
+            return None if conversation.language == f.language else "other_language"
+        found = words.words(_text(conversation))
+        foreign = len(found) >= JUDGED and sum(map(ENGLISH.__contains__, found)) < f.min_english * len(found)
+        return "other_language" if f.language == "en" and foreign else None
+
+    def _copies(self, conversation: Conversation) -> str | None:
+        digest = hashlib.sha256(repr(conversation.messages).encode(errors="surrogatepass")).digest()
+        if digest in self.exact:
+            return "duplicate"
+        found = words.words(_text(conversation))
+        if self.minhash and found:
+            shingles = self.minhash.shingles(words.hashes(found))
+            keys = np.concatenate([words.fingerprint(found), self.minhash.keys(shingles)])
+            if self.index.duplicate(keys, shingles):
+                return "near_duplicate"
+        self.exact.add(digest)
+        for message in conversation.messages:
+            if message.role == "assistant" and len(found := words.words(message.content)) >= JUDGED:
+                self.answers[words.fingerprint(found).item()] += 1
+        return None
+
+
+def _text(conversation: Conversation) -> str:
+    return "\n".join(f"{message.content}\n{message.input}" for message in conversation.messages)

@@ -1,0 +1,206 @@
+"""Supervised fine-tuning: a pretrained model learns to answer.
+
+    python -m sft.train configs/tiny.py   ->  runs/tiny/sft
+
+The loop is that of train.py. Trained is an adapter (LoRA) over the frozen model, or, with lora=None, the model itself;
+the loss is of what the assistant says. Rows hold many conversations, none of which sees another.
+"""
+
+import argparse
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import machine
+import parallel
+import sft.data
+import stage
+from data.batches import Mixture, Phase
+from model import ModelConfig, Transformer
+from sft import lora
+from sft.data import IGNORED, ConversationConfig, Rows
+from sft.lora import LoRAConfig
+from stage import Stage, UserError, check_types, log
+from tokenizer import Tokenizer
+from train import FREE, Task, TrainConfig, run
+
+SAMPLES, SAMPLE_TOKENS = 2, 48  # answers shown at each evaluation, and their length
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """How a model is fine-tuned. Raises TypeError or ValueError, naming the field, for what cannot be."""
+
+    data: ConversationConfig = ConversationConfig()
+    lora: LoRAConfig | None = LoRAConfig()
+    """The adapter that is trained; None trains every weight of the model."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of the sources of `data` that rows are drawn from, in any unit; empty: every row once an epoch."""
+    train: TrainConfig = TrainConfig(
+        epochs=3,
+        batch_size=32,
+        micro_batch_size=4,
+        learning_rate=8e-5,
+        warmup_fraction=0.1,
+        weight_decay=0.0,
+        eval_every=50,
+        save_every=50,
+    )
+    """A row of a batch is a row of packed conversations."""
+
+    def __post_init__(self):
+        check_types(self)
+        if self.weights:
+            Phase(start=0, weights=self.weights)
+            if unknown := set(self.weights) - {source.name for source in self.data.sources}:
+                raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
+
+
+def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
+    """The task of learning the conversations in a finished directory of sft.data."""
+    config, length = experiment.sft.train, experiment.model.context_length
+    counts = sft.data.load(directory, spm.sha256, f"python -m sft.data {experiment.path}")
+    weights = dict(experiment.sft.weights) or {"": 1}  # "": all sources together
+    sets = {name: Rows(directory, "train", counts, length, config.seed, name) for name in weights}
+    if empty := [name for name, rows in sets.items() if not rows.count]:
+        raise UserError(f"weights names {', '.join(empty)}, of which no training conversation is left")
+    mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
+    held_out = Rows(directory, "val", counts, length)
+    count = min(config.eval_rows, held_out.count)
+    chosen = [i * held_out.count // count for i in range(count)]
+    total = int((held_out.read(chosen)[1] != IGNORED).sum())
+    rank, ranks = parallel.rank(), parallel.ranks()
+    rows = machine.rows_held(config, ranks)
+
+    def batch(step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
+        size = config.batch_size // ranks
+        samples = torch.arange(size) + step * config.batch_size + rank * size
+        return *mixture.batch(step, rank, ranks), samples
+
+    def loss(model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
+        # What dropout draws depends on what is trained on, not on what was drawn before: a resumed run draws the same.
+        torch.manual_seed(((config.seed << 32) + int(samples[0])) % 2**63)
+        device = next(model.parameters()).device
+        return model(tokens.to(device, non_blocking=True), targets, positions=positions)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        device = next(model.parameters()).device
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        for i in range(0, count, rows * ranks):
+            own = chosen[i + rank * rows : min(count, i + (rank + 1) * rows)]
+            # Sharded models are called by all processes together, those with no row left among them.
+            tokens, targets, positions = held_out.read(own or chosen[:1])
+            mean = model(tokens.to(device), targets, positions=positions)
+            nats += mean.double() * int((targets != IGNORED).sum()) * bool(own)
+        mean = float(parallel.add_up(nats)) / total
+        if rank == 0 and (ranks == 1 or config.parallel == "ddp"):
+            show_samples(model, held_out, spm)
+        return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
+
+    epoch = sum(rows.count for rows in sets.values()) / config.batch_size
+    return Task(
+        batch=batch,
+        loss=loss,
+        targets=lambda tokens, targets, positions, samples: int((targets != IGNORED).sum()),
+        evaluate=evaluate,
+        steps=config.steps or max(1, round(config.epochs * epoch)),
+        epoch=epoch,
+        flops=config.batch_size * length * flops_per_token(experiment.model, experiment.sft.lora, held_out),
+        seen=lambda step: (
+            {name: n * length for name, n in mixture.seen(step).items()} if weights.get("") is None else {}
+        ),
+        documents=lambda step: "; ".join(mixture.documents(step)),
+    )
+
+
+def flops_per_token(model: ModelConfig, adapter: LoRAConfig | None, rows: Rows) -> float:
+    """Of a training step, as `ModelConfig.flops_per_token` counts them, but: logits are made where a token is trained,
+    attention reaches as far as a conversation does, and a frozen matrix has no gradient of its own (4, not 6)."""
+    lengths, trained = np.diff(rows.starts) - 1.0, rows.trained.mean()
+    head = model.vocab_size * model.d_model
+    blocks = model.flops_per_token(0) / 6 - head
+    attention = 12 * model.n_layers * model.d_model * np.square(lengths).sum() / lengths.sum()
+    with torch.device("meta"):
+        adapted = adapt(Transformer(model), adapter)
+    extra = machine.numbers(p for p in adapted.parameters() if p.requires_grad) if adapter else 0
+    return (4 if adapter else 6) * (blocks + trained * head) + attention + 6 * extra
+
+
+def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
+    """The model with a new adapter, if there is to be one."""
+    if adapter:
+        lora.attach(model, adapter)
+    return model
+
+
+def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
+    """Logs how the model answers the same few held-out questions."""
+    count = len(held_out.starts) - 1
+    with torch.autocast(model.embed.weight.device.type, enabled=False):
+        for number in range(0, count, max(1, count // SAMPLES))[:SAMPLES]:
+            ids, trained = held_out.conversation(number)
+            first = int(trained.argmax())
+            new = model.generate(ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stops(spm))
+            question, answer = (
+                " ".join(spm.decode(part, begins=False).split()) for part in (ids[1:first].tolist(), new)
+            )
+            log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
+
+
+def stops(spm: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: that of a text's end, and every control piece, which no answer has in it."""
+    return spm.eos, *spm.control.values()
+
+
+def prepare(experiment, base: Path, workers: int) -> tuple[Task, dict[str, str]]:
+    """The task and the digests of what it reads. Makes the rows of conversations it needs."""
+    directory = sft.data.build(experiment, workers)
+    spm = experiment.load_tokenizer(base)
+    checkpoint.must_match(base, spm.sha256)
+    read = stage.outputs(directory) | stage.outputs(base)
+    return fine_tuning(experiment, directory, spm), read | {"tokenizer/spm.model": spm.sha256}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import configs
+
+    experiment = configs.load(arguments.config)
+    config, remake = experiment.sft, f"python -m sft.train {experiment.path}"
+    base = experiment.trained("pretrain")
+    if arguments.checkpoint:
+        base, remake = Path(arguments.checkpoint), f"{remake} --checkpoint {shlex.quote(arguments.checkpoint)}"
+    checkpoint.read_manifest(base)
+
+    def make() -> Transformer:
+        with torch.device("meta"):
+            machine.must_fit(adapt(Transformer(experiment.model), config.lora), config.train, parallel.ranks())
+        model = checkpoint.load_model(base)
+        if model.config != experiment.model:
+            raise UserError(f"{base} holds another model than {experiment.path} describes")
+        return adapt(model, config.lora)
+
+    with parallel.joined(config.train.timeout):
+        parallel.lead(lambda: prepare(experiment, base, stage.workers(arguments)) and None, timeout=parallel.DAY)
+        task, read = prepare(experiment, base, stage.workers(arguments))
+        directory = experiment.directory("sft")
+        settings = {"model": experiment.model, "sft": config.train, "weights": dict(config.weights)}
+        settings |= {"template": config.data.template, "lora": config.lora}
+        settings["base"] = os.path.relpath(base, directory / "final")  # as every checkpoint beside it
+        run(Stage(directory, settings, read, remake, free=FREE), make, task, config.train, arguments)
+
+
+if __name__ == "__main__":
+    from sft.train import main  # the module that configs import, not this second copy of it
+
+    p = stage.parser(__doc__, makes=True, many=True)
+    p.add_argument("--checkpoint", metavar="DIR", help="the model to fine-tune by path, instead of the pretrained one")
+    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to go on from; default: newest")
+    stage.run(main, p.parse_args())
