@@ -37,13 +37,18 @@ class Windows(Shuffled):
     """
 
     def __init__(self, packed: Packed, length: int, seed: int = 0):
-        self.packed, self.tokens, self.length, self.file = packed, packed.tokens, length, packed.file
+        self.packed, self.tokens, self.length = packed, packed.tokens, length
         super().__init__((len(self.tokens) - 1) // length, seed)
         if self.count < 1:
             raise UserError(
                 f"{packed.name} holds {len(self.tokens):,} tokens; one window of context_length {length:,} takes "
                 f"{length + 1:,}. Add text, or shorten the context"
             )
+
+    @property
+    def file(self) -> str:
+        """The packed file that they are in."""
+        return self.packed.file
 
     def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the windows named, (windows, length) int64."""
