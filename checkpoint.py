@@ -166,9 +166,11 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     directory = Path(directory)
     config = read_manifest(directory)["config"]
     if adapts(directory):
-        from sft import lora  # a stage, which stands above this module: only its models need it
+        from sft import lora, templates  # a stage, which stands above this module: only its models need it
 
         model = load_model(base(directory))
+        if pieces := config.get("begin"):
+            templates.begin(model, **pieces)
         fields = {name: value for name, value in config["lora"].items() if name != "type"}
         lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}))
         load_weights(directory, model)
@@ -186,6 +188,15 @@ def template(directory: Path) -> str | None:
     return read_manifest(directory)["config"].get("template")
 
 
+def digest(directory: Path) -> str:
+    """The SHA-256 of a checkpoint's weights or adapter. UserError if it has neither."""
+    wrote = read_manifest(directory)["wrote"]
+    if not (found := [file["sha256"] for name, file in wrote.items() if name in ("weights.pt", "adapter.pt")]):
+        meant = f"; did you mean {directory / 'final'}?" if (directory / "final").is_dir() else ""
+        raise UserError(f"{directory} is not a checkpoint: it has no weights.pt and no adapter.pt{meant}")
+    return found[0]
+
+
 def adapts(directory: Path) -> bool:
     """Whether a checkpoint holds an adapter only."""
     return "adapter.pt" in read_manifest(directory)["wrote"]
@@ -195,12 +206,11 @@ def base(directory: Path) -> Path:
     """The checkpoint that an adapter was trained on. UserError if it is not there, or not what it was."""
     manifest = read_manifest(directory)
     found = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))
-    if (own := stage.read_manifest(found)) is None:
+    if stage.read_manifest(found) is None:
         raise UserError(f"{directory} holds an adapter of the model in {found}, which is not there; put it back there")
-    digest = next(file["sha256"] for name, file in own["wrote"].items() if name in ("weights.pt", "adapter.pt"))
-    if digest not in manifest["read"].values():
+    if digest(found) not in manifest["read"].values():
         raise UserError(
-            f"{directory} holds an adapter of another model than the one that is now in {found} ({digest[:12]}…); put "
-            "that back, or train the adapter anew"
+            f"{directory} holds an adapter of another model than the one that is now in {found} "
+            f"({digest(found)[:12]}…); put that back, or train the adapter anew"
         )
     return found

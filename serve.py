@@ -15,6 +15,8 @@ import stage
 import tokenizer
 from machine import pick_device
 from model import Sampling
+from sft.conversations import Message
+from sft.templates import render
 from stage import UserError
 
 
@@ -43,7 +45,7 @@ def read_input() -> str:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Continues a prompt, from the argument or standard input, on standard output."""
+    """Continues a prompt, from the argument or standard input, on standard output; a fine-tuned model answers it."""
     import configs
 
     options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
@@ -52,21 +54,26 @@ def generate(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     experiment = configs.load(arguments.config)
-    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
+    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
     model = checkpoint.load_model(directory, str(pick_device()))
     prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt
-    ids = [spm.bos, *spm.encode(prompt)]
+    ids, shown, stop = [spm.bos, *spm.encode(prompt)], prompt, (spm.eos,)
+    if template := checkpoint.template(directory):
+        if not (asked := prompt.strip()):
+            raise UserError("the prompt is empty; this model was taught to answer: ask it something")
+        ids, shown = render(template, [Message("user", asked)], spm, ask=True)[0], ""
+        stop = (spm.eos, *spm.control.values())  # no answer has a control piece in it
     for i in range(arguments.samples):
         new = model.stream(
             [ids],
             arguments.max_tokens,
             seed=None if arguments.seed is None else arguments.seed + i,
-            stop=(spm.eos,),
+            stop=stop,
             **options,
         )
-        print(prompt, end="", flush=True)
+        print(shown, end="", flush=True)
         try:
             for text in text_stream(spm, (token for step in new for _, token in step)):
                 print(text, end="", flush=True)

@@ -21,6 +21,8 @@ class EvalConfig:
     """Length of the continuation."""
     answer_tokens: int = 128
     """The most that an answer to a prompt may have."""
+    answers: int = 8
+    """Held-out conversations whose question is answered."""
     temperature: float = 0.7
     """Of sampling; 0 is greedy."""
     top_p: float = 0.9
@@ -30,7 +32,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("validation_tokens", "continuations", "prompt_tokens", "new_tokens", "answer_tokens"):
+        for name in ("validation_tokens", "continuations", "prompt_tokens", "new_tokens", "answer_tokens", "answers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**62:

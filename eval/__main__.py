@@ -25,30 +25,34 @@ import configs
 import data.pack
 import data.sources
 import machine
+import sft.data
 import stage
 from configs import Experiment
-from data.pack import Packed
-from eval.generation import answers, continuations, documents, smoke
+from data.pack import SPLITS, Packed
+from eval.answers import answers
+from eval.generation import continuations, documents, prompts, smoke
 from eval.language import validation
 from eval.markdown import table
 from eval.prompts import LONGER, SMOKE
 from eval.tables import MAIN
 from eval.tasks import PUBLISHED
 from model import Transformer
+from sft.data import Rows
 from stage import Stage, UserError, log
 from tokenizer import Tokenizer
 
-WRITTEN = ("smoke", "prompts", "continuations")  # the tasks whose texts are kept
+WRITTEN = ("answers", "smoke", "prompts", "continuations")  # the tasks whose texts are kept
 
 
 class Task(NamedTuple):
     """data: a digest of what its numbers depend on but for model and tokenizer. load: reads that, as far as it is in a
-    file. measure(model, loaded): its numbers, and what the model has written, if that is to be kept. missing: instead
-    of these, why it cannot be measured, and the way to get what it needs."""
+    file. measure(model, loaded, template): its numbers, and what the model has written, if that is to be kept; the
+    template is the one by which the model was taught to answer, if it was. missing: instead of these, why it cannot be
+    measured, and the way to get what it needs."""
 
     data: str = ""
     load: Callable[[], object] = lambda: None
-    measure: Callable[[Transformer, object], tuple[dict, list | None]] | None = None
+    measure: Callable[[Transformer, object, str | None], tuple[dict, list | None]] | None = None
     missing: str | None = None
 
 
@@ -60,7 +64,7 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
     if isinstance(held_out, Packed):
         most = config.validation_tokens
         tasks["validation"] = Task(
-            digest(packed, most), lambda: held_out, lambda model, x: (validation(model, x, spm, most), None)
+            digest(packed, most), lambda: held_out, lambda model, x, _: (validation(model, x, spm, most), None)
         )
     for name, published in PUBLISHED.items():
         if (path := published.find()) is None:
@@ -70,11 +74,22 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
             tasks[name] = Task(
                 stage.sha256(path),
                 lambda published=published, path=path: published.load(path),
-                lambda model, x, published=published, name=name: (published.measure(model, spm, x, name), None),
+                lambda model, x, _, published=published, name=name: (published.measure(model, spm, x, name), None),
             )
+    make = f"python -m sft.data {experiment.path}"
+    tasks["answers"] = Task(missing=f"no conversations; make them with: {make}")
+    directory, context = experiment.directory("sft_data"), experiment.model.context_length
+    if stage.read_manifest(directory):
+        counts, template = sft.data.load(directory, spm.sha256, make), experiment.sft.data.template
+        splits = [Rows(directory, split, counts, context) for split in SPLITS]
+        tasks["answers"] = Task(
+            digest(stage.outputs(directory), config.answers, config.answer_tokens, sampling),
+            lambda: splits,
+            lambda model, x, _: answers(model, *x, template, spm, config),
+        )
     asked = digest(stage.describe(SMOKE), LONGER, config.answer_tokens, sampling)
-    tasks["smoke"] = Task(asked, measure=lambda model, _: smoke(model, spm, config))
-    tasks["prompts"] = Task(asked, measure=lambda model, _: answers(model, spm, config))
+    tasks["smoke"] = Task(asked, measure=lambda model, _, template: smoke(model, spm, template, config))
+    tasks["prompts"] = Task(asked, measure=lambda model, _, template: prompts(model, spm, template, config))
     tasks["continuations"] = Task(missing=str(held_out))
     length = config.prompt_tokens + config.new_tokens
     if isinstance(held_out, Packed) and not documents(held_out, length, 1):
@@ -84,7 +99,7 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
         tasks["continuations"] = Task(
             digest(packed, config.continuations, config.prompt_tokens, config.new_tokens, sampling),
             lambda: held_out,
-            lambda model, x: continuations(model, spm, x, config),
+            lambda model, x, _: continuations(model, spm, x, config),
         )
     return tasks
 
@@ -98,10 +113,11 @@ def main(arguments: argparse.Namespace) -> None:
     remake = f"python -m eval {experiment.path}"
     if arguments.checkpoint is not None:
         final = Path(os.path.abspath(arguments.checkpoint))
-        trained, directory = {"pretrain": final}, final.parent / f"eval_{final.name}"
+        name = "pretrain" if checkpoint.template(final) is None else "sft"
+        trained, directory = {name: final}, final.parent / f"eval_{final.name}"
         remake += f" --checkpoint {shlex.quote(arguments.checkpoint)}"
     else:
-        trained, directory = {"pretrain": experiment.trained("pretrain")}, experiment.directory("eval")
+        trained, directory = experiment.all_trained(), experiment.directory("eval")
     if arguments.data is not None:
         if not arguments.data or not Path(arguments.data).is_dir():
             raise UserError(f"no directory {arguments.data!r}; --data says where the tasks' files are")
@@ -111,10 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
     of, read = {}, {}
     for name, final in trained.items():
         checkpoint.must_match(final, spm.sha256)
-        if (weights := checkpoint.read_manifest(final)["wrote"].get("weights.pt")) is None:
-            meant = f"; did you mean {final / 'final'}?" if (final / "final").is_dir() else ""
-            raise UserError(f"{final} is not a checkpoint: it has no weights.pt{meant}")
-        of[name] = {"checkpoint": weights["sha256"], "tokenizer": spm.sha256}
+        of[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
         read |= stage.outputs(final)
     packed = experiment.directory("pack")
     held_out = f"no packed tokens; make them with: python -m data.pack {experiment.path}"
@@ -153,7 +166,7 @@ def main(arguments: argparse.Namespace) -> None:
             log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
             for task in todo:
                 started = time.perf_counter()
-                numbers, written = tasks[task].measure(model, loaded[task])
+                numbers, written = tasks[task].measure(model, loaded[task], checkpoint.template(final))
                 seconds = time.perf_counter() - started
                 results[name][task] = finite(numbers) | of[name] | {"data": tasks[task].data}
                 if written is not None:

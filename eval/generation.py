@@ -10,26 +10,34 @@ from eval import EvalConfig
 from eval.choices import standard_error
 from eval.prompts import LONGER, SMOKE, distinct, judge, repetition, words
 from model import Transformer
+from sft.conversations import Message
+from sft.templates import ends, render
 from stage import UserError
 from tokenizer import Tokenizer
 
 
-def write(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], new_tokens: int, config: EvalConfig
+def sampled(
+    model: Transformer, prompts: list[list[int]], new_tokens: int, stop: tuple[int, ...], config: EvalConfig
 ) -> list[list[int]]:
-    """The ids that follow each prompt, until its text ends, sampled with seeds that count up from the config's."""
+    """The ids that follow each prompt, until one of `stop`, sampled with seeds that count up from the config's."""
     options = {"temperature": config.temperature, "top_p": config.top_p}
     seeds = [config.seed + i for i in range(len(prompts))]
     try:
-        return model.generate(prompts, new_tokens, seed=seeds, stop=(tokenizer.eos,), **options)
+        return model.generate(prompts, new_tokens, seed=seeds, stop=stop, **options)
     except ValueError as error:  # weights that are not finite
         raise UserError(str(error)) from None
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], config: EvalConfig) -> list[dict]:
-    """For each prompt its `seed`, the `answer`, and whether it `ended` before it had to."""
-    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    new = write(model, tokenizer, ids, config.answer_tokens, config)
+def answer(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], template: str | None, config: EvalConfig
+) -> list[dict]:
+    """For each prompt its `seed`, the `answer`, and whether it `ended` before it had to. template: of a model that was
+    taught to answer, which is asked; None: a model that goes on with the prompt."""
+    ids, stop = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], (tokenizer.eos,)
+    if template:
+        ids = [render(template, [Message("user", prompt)], tokenizer, ask=True)[0] for prompt in prompts]
+        stop = ends(template, tokenizer)
+    new = sampled(model, ids, config.answer_tokens, stop, config)
     return [
         {
             "prompt": prompt,
@@ -41,10 +49,12 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], config:
     ]
 
 
-def smoke(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple[dict, list[dict]]:
+def smoke(
+    model: Transformer, tokenizer: Tokenizer, template: str | None, config: EvalConfig
+) -> tuple[dict, list[dict]]:
     """The task `smoke`: the share of short prompts whose answer passes every rule, and of those that pass each; and the
     answers. The baseline is an empty answer, which passes none."""
-    texts = answer(model, tokenizer, [prompt.text for prompt in SMOKE], config)
+    texts = answer(model, tokenizer, [prompt.text for prompt in SMOKE], template, config)
     for prompt, text in zip(SMOKE, texts, strict=True):
         text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
         text["passed"] = all(rule["passed"] for rule in text["rules"].values())
@@ -61,9 +71,11 @@ def smoke(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple
     return numbers, texts
 
 
-def answers(model: Transformer, tokenizer: Tokenizer, config: EvalConfig) -> tuple[dict, list[dict]]:
+def prompts(
+    model: Transformer, tokenizer: Tokenizer, template: str | None, config: EvalConfig
+) -> tuple[dict, list[dict]]:
     """The task `prompts`: how much the answers to the longer prompts repeat themselves; and the answers."""
-    texts = answer(model, tokenizer, list(LONGER), config)
+    texts = answer(model, tokenizer, list(LONGER), template, config)
     tokens = [words(text["answer"]) for text in texts]
     for text, own in zip(texts, tokens, strict=True):
         text |= {f"distinct_{n}": distinct([own], n) for n in (1, 2, 3)} | {"repetition": repetition(own)}
@@ -76,8 +88,8 @@ def continuations(
     """The task `continuations`: `seed`, `prompt`, `continuation` and `truth` for held-out documents that are long
     enough, and how much the continuations repeat themselves. The baseline is how the documents really go on."""
     beginnings = documents(held_out, config.prompt_tokens + config.new_tokens, config.continuations)
-    prompts = [[tokenizer.bos, *ids[: config.prompt_tokens]] for ids in beginnings]  # a document begins here
-    new = write(model, tokenizer, prompts, config.new_tokens, config)
+    begun = [[tokenizer.bos, *ids[: config.prompt_tokens]] for ids in beginnings]  # a document begins here
+    new = sampled(model, begun, config.new_tokens, (tokenizer.eos,), config)
     texts = [
         {
             "seed": config.seed + i,

@@ -19,6 +19,15 @@ from eval.tables import evaluation, main_metric, value
 from model import ModelConfig, Transformer
 from stage import log
 
+WRITTEN = {
+    "answers": "Questions held out from fine-tuning",
+    "prompts": "Longer prompts",
+    "smoke": "Short prompts, and the rules that their answers are to keep",
+    "continuations": "Held-out beginnings, continued",
+}  # the tasks whose texts are kept, and as what
+LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits a byte", "passed": "share of prompts passed"}
+LABELS |= {"loss": "nats a token of an answer"}
+FLAGS = ("seed", "ended", "marked")  # of a text, what is no measurement
 SHOWN = ("spm.model", "train.bin", "val.bin", "weights.pt", "adapter.pt", "results.json", "generations.json")
 
 
@@ -58,7 +67,7 @@ def draw(run: Run) -> dict[str, bytes] | None:
             for name, e in found.items()
             if e and finite(e.get(key))
         }
-        label = {"accuracy": "accuracy", "bits_per_byte": "bits a byte", "passed": "share of prompts passed"}.get(key)
+        label = LABELS.get(key)
         if bars and label:
             panel = panels.setdefault(key, {"label": label, "tasks": {}})
             panel["tasks"][task] = {"baseline": first.get("baseline"), "stages": bars}
@@ -79,8 +88,8 @@ def page(run: Run, pictures: dict[str, bytes] | None) -> str:
         if name in run.manifests or name in run.metrics:
             parts += [f"## Training: {name}", *training(run, name, pictures)]
     parts += ["## Evaluation", *evaluation(run, pictures)]
-    for name, texts in run.generations.items():
-        parts += [f"## What it says: {name}", *samples(run, texts)]
+    if any(run.generations.values()):
+        parts += ["## What it says", *samples(run)]
     parts += ["## How it was made", *provenance(run), "## What the numbers do not show", *limits(run)]
     parts += ["## Next", following(run)]
     laid = (part if part.lstrip("\n").startswith(("|", "    ")) else wrapped(part) for part in parts if part)
@@ -173,9 +182,8 @@ def cards(run: Run) -> list[str]:
             for name, c in corpus["counts"]["sources"].items()
         ]
         said.append(table(["source", "licence", "read", "kept", "MB kept"], rows))
-        dropped = ", ".join(f"{n:,} {rule}" for rule, n in corpus["counts"]["dropped"].items())
         card = os.path.relpath(run.directories["corpus"] / "DATA_CARD.md", run.home)
-        said.append(f"Left out: {dropped or 'nothing'}. Examples of each: `{card}`.")
+        said.append(f"Left out: {listed(corpus['counts']['dropped'])}. Examples of each: `{card}`.")
     if pack := run.manifests.get("pack"):
         rows = [
             [name, *(show(pack["counts"][split][key]) for key in ("documents", "tokens", "bytes"))]
@@ -187,7 +195,27 @@ def cards(run: Run) -> list[str]:
         algorithm = tokens["config"].get("tokenizer", {}).get("algorithm", "SentencePiece")
         rows = [["algorithm", algorithm], *([name, show(n)] for name, n in numbers.items())]
         said.append(table(["tokenizer", "on a sample of the corpus"], rows))
+    if chats := run.manifests.get("sft_data"):
+        counts = chats["counts"]
+        rows = [
+            [name, *(show(c[key]) for key in ("read", "kept", "cut", "tokens")), listed(c["dropped"])]
+            for name, c in counts["sources"].items()
+        ]
+        said.append(table(["conversations", "read", "kept", "cut", "tokens", "dropped"], rows))
+        rows = [
+            [
+                name,
+                *(show(c[key]) for key in ("conversations", "tokens", "trained", "rows")),
+                f"{c['packing_efficiency']:.2%}",
+            ]
+            for name, c in (("to train on", counts["train"]), ("held out", counts["val"]))
+        ]
+        said.append(table(["packed", "conversations", "tokens", "trained tokens", "rows", "used"], rows))
     return said or ["The model came without them."]
+
+
+def listed(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {rule}" for rule, n in dropped.items()) or "nothing"
 
 
 def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
@@ -222,45 +250,56 @@ def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- samples
 
 
-def samples(run: Run, texts: dict[str, list]) -> list[str]:
+def samples(run: Run) -> list[str]:
+    """What each stage has written, side by side: none of it selected."""
     config = run.manifests["eval"]["config"].get("eval", {})
     settings = ", ".join(f"{key} {given}" for key, given in config.items() if key != "type")
     said = [f"All that was generated, none of it selected. Settings: {settings}."]
-    if found := texts.get("continuations"):
-        said.append("### Held-out beginnings, continued")
-        for i, each in enumerate(found, start=1):
-            said += [f"Beginning {i}:", block(each["prompt"]), "The model goes on:", block(each["continuation"])]
-            said += ["The author:", block(each["truth"])]
-    if found := texts.get("smoke"):
-        said += ["### Short prompts, and the rules that their answers are to keep", *smoke(found)]
-    if found := texts.get("prompts"):
-        said.append("### Longer prompts")
-        for i, each in enumerate(found, start=1):
-            known = {k.replace("_", " "): show(v) for k, v in each.items() if number(v) and k != "seed"}
-            numbers = ", ".join(f"{name} {text}" for name, text in known.items())
-            ended = "ended by itself" if each.get("ended") else "cut at the greatest length"
-            said += [f"Prompt {i}, seed {each['seed']}:", block(each["prompt"])]
-            said += [f"The model goes on ({numbers}; {ended}):", block(each["answer"])]
+    for task, head in WRITTEN.items():
+        found = {name: texts[task] for name, texts in run.generations.items() if texts.get(task)}
+        if not found:
+            continue
+        said.append(f"### {head}")
+        if task == "smoke":
+            said += smoke(found)
+            continue
+        for i, each in enumerate(next(iter(found.values()))):
+            said += [f"{i + 1}, seed {each['seed']}:", block(each["prompt"])]
+            for name, texts in found.items():
+                own = texts[i]
+                known = {k.replace("_", " "): show(v) for k, v in own.items() if number(v) and k not in FLAGS}
+                notes = [f"{key} {text}" for key, text in known.items()]
+                if "ended" in own:
+                    notes.append("ended by itself" if own["ended"] else "cut at the greatest length")
+                notes += ["with a mark of the template"] * own.get("marked", False)
+                said.append(f"After {name}" + f" ({', '.join(notes)})" * bool(notes) + ":")
+                said.append(block(own.get("answer", own.get("continuation"))))
+            if "truth" in each:
+                said += ["What stands there:", block(each["truth"])]
     return said
 
 
-def smoke(found: list[dict]) -> list[str]:
-    """A table of which rule each answer keeps, then all of the answers."""
-    rules = list(dict.fromkeys(rule for each in found for rule in each["rules"]))
-    word = {True: "pass", False: "FAIL", None: "–"}
-    rows, lines = [], []
-    for i, each in enumerate(found, start=1):
-        kept = [each["rules"].get(rule, {}).get("passed") for rule in rules]
-        rows.append([str(i), each["category"], *(word[k] for k in (*kept, each["passed"]))])
-        lines += [f"{i}. {each['category']}, seed {each['seed']}: {word[each['passed']]}"]
-        lines += [f"? {each['prompt']}", "> " + (each["answer"] or "(nothing)").replace("\n", "\n  ")]
-        lines += [f"{rule}: {r['rule']}; found {r['found']}" for rule, r in each["rules"].items() if not r["passed"]]
+def smoke(found: dict[str, list[dict]]) -> list[str]:
+    """For each stage a table of which rule each answer keeps, then all of the answers."""
+    first, word = next(iter(found.values())), {True: "pass", False: "FAIL", None: "–"}
+    said, lines = [], []
+    for name, texts in found.items():
+        rules = list(dict.fromkeys(rule for each in texts for rule in each["rules"]))
+        rows = []
+        for i, each in enumerate(texts, start=1):
+            kept = [each["rules"].get(rule, {}).get("passed") for rule in rules]
+            rows.append([str(i), each["category"], *(word[k] for k in (*kept, each["passed"]))])
+        said.append(table([name, "category", *rules, "all"], rows))
+    for i, prompt in enumerate(first):
+        lines += [f"{i + 1}. {prompt['category']}, seed {prompt['seed']}", f"? {prompt['prompt']}"]
+        for name, texts in found.items():
+            each = texts[i]
+            lines += [f"{name}: {word[each['passed']]}", "> " + (each["answer"] or "(nothing)").replace("\n", "\n  ")]
+            broken = {rule: r for rule, r in each["rules"].items() if not r["passed"]}
+            lines += [f"{rule}: {r['rule']}; found {r['found']}" for rule, r in broken.items()]
         lines.append("")
-    return [
-        table(["", "category", *rules, "all"], rows),
-        "Each prompt (?) with the model's answer (>), and the rules that it breaks with what was found:",
-        block("\n".join(lines[:-1])),
-    ]
+    said.append("Each prompt (?) with every stage's answer (>), and the rules that it breaks with what was found:")
+    return [*said, block("\n".join(lines[:-1]))]
 
 
 # ------------------------------------------------------------------------------------------------------ the small print

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from model import Transformer
 from sft.conversations import Message
 from stage import UserError
 from tokenizer import Tokenizer
@@ -148,6 +151,18 @@ def render(
         ids += new
         trained += [learnt] * len(new)
     return ids, trained
+
+
+def begin(model: Transformer, end: int, start: int, eos: int) -> None:
+    """Gives a model that has never seen a template's control pieces an end that it can learn to use.
+
+    Pieces that no text is spelt with have all been pushed the same way in the output projection, and while that is
+    frozen they cannot be told apart: with LoRA alone the demo gave <|im_end|> a probability of 0.02 where every answer
+    ends. Its row becomes that of the piece that ends a text, plus what tells two unseen pieces apart.
+    """
+    with torch.no_grad():
+        rows = model.head.weight
+        rows[end] = rows[eos] + (rows[end] - rows[start])
 
 
 def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from model import ModelConfig, Transformer
 from sft import lora
 from sft.data import IGNORED, ConversationConfig, Rows
 from sft.lora import LoRAConfig
+from sft.templates import END, START, TEMPLATES, begin
 from stage import Stage, UserError, check_types, log
 from tokenizer import Tokenizer
 from train import FREE, Task, TrainConfig, run
@@ -143,21 +144,25 @@ def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
 
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
     """Logs how the model answers the same few held-out questions."""
-    count = len(held_out.starts) - 1
+    count, stop = len(held_out.starts) - 1, (spm.eos, *spm.control.values())
     with torch.autocast(model.embed.weight.device.type, enabled=False):
         for number in range(0, count, max(1, count // SAMPLES))[:SAMPLES]:
             ids, trained = held_out.conversation(number)
             first = int(trained.argmax())
-            new = model.generate(ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stops(spm))
+            new = model.generate(ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stop)
             question, answer = (
                 " ".join(spm.decode(part, begins=False).split()) for part in (ids[1:first].tolist(), new)
             )
             log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
 
 
-def stops(spm: Tokenizer) -> tuple[int, ...]:
-    """The ids that end an answer: that of a text's end, and every control piece, which no answer has in it."""
-    return spm.eos, *spm.control.values()
+def unseen(experiment, base: Path) -> dict[str, int] | None:
+    """The pieces that `begin` needs, if the template has control pieces and the model has not seen them: pretraining
+    here shows a model none, but an imported model may have been shown some."""
+    spm, template = experiment.load_tokenizer(base), experiment.sft.data.template
+    if experiment.imported or checkpoint.template(base) or START not in TEMPLATES[template].needs:
+        return None
+    return {"end": spm.control[END], "start": spm.control[START], "eos": spm.eos}
 
 
 def prepare(experiment, base: Path, workers: int) -> tuple[Task, dict[str, str]]:
@@ -185,6 +190,8 @@ def main(arguments: argparse.Namespace) -> None:
         model = checkpoint.load_model(base)
         if model.config != experiment.model:
             raise UserError(f"{base} holds another model than {experiment.path} describes")
+        if settings["begin"]:
+            begin(model, **settings["begin"])
         return adapt(model, config.lora)
 
     with parallel.joined(config.train.timeout):
@@ -194,6 +201,7 @@ def main(arguments: argparse.Namespace) -> None:
         settings = {"model": experiment.model, "sft": config.train, "weights": dict(config.weights)}
         settings |= {"template": config.data.template, "lora": config.lora}
         settings["base"] = os.path.relpath(base, directory / "final")  # as every checkpoint beside it
+        settings["begin"] = unseen(experiment, base)
         run(Stage(directory, settings, read, remake, free=FREE), make, task, config.train, arguments)
 
 
