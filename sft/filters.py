@@ -17,6 +17,13 @@ from sft.conversations import Conversation
 from stage import check_types
 
 JUDGED = 20  # words that it takes to say something of a text's language or of its loops
+# Frequent words of French, German, Spanish, Italian, Portuguese and Dutch that are no English words.
+FOREIGN = frozenset(
+    """de la le les et des un une du que est pour qui dans au sur pas avec ce il sont cette der und das den von zu mit
+    ist nicht ein eine auch auf für sich dem es im wie als el los las por con del se como una su lo más esta hay il
+    di che della sono gli nel anche più alla um uma não os dos da em mais ao pelo het een ik niet zijn voor
+    met maar ook wat deze""".encode().split()
+) - {b"as", b"in", b"me", b"do", b"so", b"no"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +35,9 @@ class Filters:
     max_chars: int | None = 50_000
     """A conversation that is longer in all is dropped ("too_long")."""
     language: str | None = "en"
-    """Where the data says which language a conversation is in, this is kept; elsewhere, for "en", what has at least
-    `min_english` of frequent English words ("other_language"). None keeps all."""
-    min_english: float = 0.05
-    """Share of words, in a conversation of 20 or more."""
+    """Where the data says which language a conversation is in, only this is kept. Elsewhere, for "en", one of 20 words
+    or more is dropped if most of its letters are not ASCII, or if it has more frequent words of other European
+    languages than of English ("other_language"). None keeps all."""
     max_repetition: float = 0.5
     """An answer of 20 words or more is dropped if a greater share of its four-word runs has stood in it before
     ("repeats_itself")."""
@@ -45,9 +51,8 @@ class Filters:
         for name in ("min_answer_chars", "max_chars", "max_same_answers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
-        for name in ("min_english", "max_repetition"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
+        if not 0 <= self.max_repetition <= 1:
+            raise ValueError(f"max_repetition is {self.max_repetition}; expected 0 to 1")
 
 
 class Judge:
@@ -98,8 +103,12 @@ class Judge:
         if conversation.language is not None:
             return None if conversation.language == f.language else "other_language"
         found = words.words(_text(conversation))
-        foreign = len(found) >= JUDGED and sum(map(ENGLISH.__contains__, found)) < f.min_english * len(found)
-        return "other_language" if f.language == "en" and foreign else None
+        if f.language != "en" or len(found) < JUDGED:
+            return None
+        english, foreign = (sum(map(known.__contains__, found)) for known in (ENGLISH, FOREIGN))
+        letters = b"".join(found)
+        other = sum(byte > 127 for byte in letters) > len(letters) / 2 or foreign > max(english, len(found) // 20)
+        return "other_language" if other else None
 
     def _copies(self, conversation: Conversation) -> str | None:
         digest = hashlib.sha256(repr(conversation.messages).encode(errors="surrogatepass")).digest()
