@@ -53,6 +53,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight.requires_grad_(False), None
+        self.training = linear.training
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()  # by the adapter's name
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
@@ -94,7 +95,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     whole = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = whole.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(bits >= round(p * 65_536) - 32_768, x, 0.0) * (1 / (1 - p))
+    dropped = min(round(p * 65_536), 65_535)  # of 65,536; int16 holds no bound that would drop all
+    return torch.where(bits >= dropped - 32_768, x, 0.0) * (1 / (1 - p))
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model

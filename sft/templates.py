@@ -101,7 +101,7 @@ TEMPLATES = {
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}\
 {% if message['input'] %}{{ '\n\n' + message['input'] }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-        r"(?<=\Aassistant\n)",
+        r"(?<=\Aassistant\n)|(?<=\A assistant\n)",  # transformers has put the space there, for a model that wants one
         (START, END),
         (START, END),
     ),
@@ -139,15 +139,16 @@ def render(
         )
     said = [message for message in messages if message.role != "system" or message.content.strip()]
     ids, trained = [tokenizer.bos], [False]
-    begins = True  # whether a text does, as transformers sees it: from one control piece to the next
+    seen = ""  # since the last control piece: as transformers sees it, a text begins there, and there a cut may look to
     for (learnt, control), parts in itertools.groupby(form.parts(said, ask), key=lambda part: part[1:]):
-        text, new = "".join(part.text for part in parts), []
+        text = "".join(part.text for part in parts)
         if control:
-            new, begins = [tokenizer.control[text] if text else tokenizer.eos], True
+            new, seen = [tokenizer.control[text] if text else tokenizer.eos], ""
         else:
-            for piece in re.split(form.cut, text):
-                new += tokenizer.encode(piece, begins)
-                begins = False
+            start, seen = len(seen), seen + text
+            places = [start, *(match.start() for match in re.compile(form.cut).finditer(seen, start)), len(seen)]
+            cuts = itertools.pairwise(places)
+            new = [i for a, b in cuts for i in tokenizer.encode(seen[a:b], begins=a == 0)]
         ids += new
         trained += [learnt] * len(new)
     return ids, trained
