@@ -72,9 +72,11 @@ class LoRALinear(nn.Linear):
         if self.active is None or self.base is not None:
             return y
         config = self.configs[self.active]
+        scale = config.alpha / config.rank
         if self.training and config.dropout:
-            x = dropout(x, config.dropout)
-        return y + config.alpha / config.rank * F.linear(F.linear(x, self.a[self.active]), self.b[self.active])
+            x, scale = dropped(x, config.dropout), scale / (1 - config.dropout)
+        z = scale * F.linear(x, self.a[self.active]).flatten(0, -2)  # (N, rank): the narrowest place to scale
+        return torch.addmm(y.flatten(0, -2), z, self.b[self.active].T).view(y.shape)
 
     def merge(self) -> None:
         """Puts the adapter in use into the weight. The weight without it is kept: to subtract would be to round."""
@@ -88,15 +90,15 @@ class LoRALinear(nn.Linear):
             self.weight.data, self.base = self.base, None
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Sets elements to 0 with probability p, to the nearest 1/65,536, and divides the others by 1 - p.
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Dropout, but for the division of what is left by 1 - p: elements are 0 with probability p, to the nearest 1/65,536.
 
     Drawn from 16 random bits an element: on a CPU a fifth of the time of PyTorch's, which would be a quarter of a step.
     """
     whole = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = whole.view(torch.int16)[: x.numel()].view(x.shape)
-    dropped = min(round(p * 65_536), 65_535)  # of 65,536; int16 holds no bound that would drop all
-    return torch.where(bits >= dropped - 32_768, x, 0.0) * (1 / (1 - p))
+    least = min(round(p * 65_536), 65_535) - 32_768  # int16 holds no bound that would drop all
+    return torch.where(bits >= least, x, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model
