@@ -55,7 +55,7 @@ experiment = Experiment(
 """
 
 
-NOUNS = "apple bridge candle dragon engine forest garden hammer island jacket kettle ladder".split()
+NOUNS = ["apple", "bridge", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle"]
 CHATS = [{"prompt": f"Say {a} {b}.", "response": f"{a} {b}"} for a in NOUNS for b in NOUNS[:4]]
 
 
