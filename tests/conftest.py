@@ -55,8 +55,8 @@ experiment = Experiment(
 """
 
 
-NOUNS = ["apple", "bridge", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle"]
-CHATS = [{"prompt": f"Say {a} {b}.", "response": f"{a} {b}"} for a in NOUNS for b in NOUNS[:4]]
+WORDS = ["a", "in", "is", "on", "or", "to", "if", "of", "as", "at", "it"]
+CHATS = [{"prompt": f"Say {a} {b}.", "response": f"{a} {b}"} for a in WORDS for b in WORDS[:4]]
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
