@@ -29,6 +29,7 @@ from sft.data import Rows
 from sft.lora import LoRAConfig
 from stage import Stage, UserError
 from tests.conftest import MINI, ROOT, Place, write_lines
+from tests.sft.test_data import HELD
 from tests.test_train import digest, tree
 from train import TrainConfig, learning_rate
 
@@ -310,7 +311,7 @@ def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatc
     monkeypatch.setenv("RUNS", str(directory / "runs"))
     (directory / "raw").mkdir()
     write_lines(directory / "raw/text.jsonl", ({"text": part} for part in text))
-    write_lines(directory / "raw/chats.jsonl", ({"prompt": q, "response": a} for q, a in PAIRS))
+    write_lines(directory / "raw/chats.jsonl", [HELD, *({"prompt": q, "response": a} for q, a in PAIRS)])
     (directory / "mini.py").write_text(MINI)
     found = configs.load(directory / "mini.py")
     shape = ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=64, n_heads=2)
@@ -331,11 +332,11 @@ def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatc
     return model, spm, Rows(rows, "train", stage.read_manifest(rows)["counts"], 64), log
 
 
-@pytest.mark.parametrize("adapter", [LoRAConfig(rank=16, alpha=32.0), None])
+@pytest.mark.parametrize("adapter", [LoRAConfig(rank=16, alpha=32.0, dropout=0.0), None])
 def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter):
     """Greedily, from the question as it is put when answering, and the end of the answer too."""
     model, spm, rows, log = learning(tmp_path, adapter, 150, monkeypatch, text)
-    assert log[-1]["loss"] < 0.1 < 1 < log[0]["loss"]
+    assert log[-1]["loss"] < 0.1 < 3 < log[0]["loss"]
     model.eval()
     right = 0
     for number in range(len(rows.starts) - 1):
@@ -343,7 +344,7 @@ def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter)
         first = int(np.flatnonzero(trained)[0])
         found = model.generate(ids[:first].tolist(), 20, temperature=0, stop=sft.train.stops(spm))
         right += found == ids[first:-1].tolist()
-    assert right == len(rows.starts) - 1 >= 12
+    assert right == len(PAIRS) == 20
 
 
 # ------------------------------------------------------------------------------------------------------ learning rate
