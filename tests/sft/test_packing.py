@@ -47,8 +47,8 @@ def test_by_hand():
     # 7, 6, then 4 beside 6 and 3 beside 7, which fills both rows; 2 and 1 share a new one.
     assert best_fit([4, 7, 2, 6, 3, 1], 10) == [[1, 4], [3, 0], [2, 5]]
     assert best_fit([5, 5, 5], 10) == [[0, 1], [2]]
-    # 3 goes beside 6, where 4 are left, rather than to a row of more room; 8 has room for 2 only.
-    assert best_fit([3, 6, 5, 5, 8], 10) == [[4], [1, 0], [2, 3]]
+    # 2 goes where it leaves nothing, not into the first row, where it would leave 6.
+    assert best_fit([12, 9, 9, 2], 20) == [[0], [1, 2, 3]]
     assert best_fit([10], 10) == [[0]]
     assert best_fit([], 10) == []
 
