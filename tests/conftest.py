@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more, and tests often share a machine
@@ -24,6 +25,10 @@ from data.pack import PackConfig
 from data.sources import Files
 from eval import EvalConfig
 from model import ModelConfig
+from sft.conversations import Chats
+from sft.data import ConversationConfig
+from sft.lora import LoRAConfig
+from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
 from train import TrainConfig
 
@@ -37,9 +42,26 @@ experiment = Experiment(
         steps=24, batch_size=12, micro_batch_size=4, learning_rate=3e-3, warmup_steps=4, compile=False,
         precision="float32", deterministic=True, log_every=1, eval_every=8, eval_rows=8, save_every=5,
     ),
+    sft=SFTConfig(
+        data=ConversationConfig(sources=(Chats(paths=("chats.jsonl",)),), val_fraction=0.2),
+        lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1),
+        train=TrainConfig(
+            steps=10, batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup_fraction=0.2, compile=False,
+            precision="float32", deterministic=True, log_every=1, eval_every=4, eval_rows=8, save_every=3,
+        ),
+    ),
     eval=EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8),
 )
 """
+
+
+WORDS = ["a", "in", "is", "on", "or", "to", "if", "of", "as", "at", "it"]
+CHATS = [{"prompt": f"Say {a} {b}.", "response": f"{a} {b}"} for a in WORDS for b in WORDS[:4]]
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """JSON Lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 class Command(subprocess.Popen):
@@ -84,9 +106,9 @@ class Place:
         self.config.write_text(text)
         return self.config
 
-    def metrics(self) -> list[dict]:
+    def metrics(self, stage: str = "pretrain") -> list[dict]:
         """What training logged, but for the clock."""
-        lines = (self.runs / "mini/pretrain/metrics.jsonl").read_text().splitlines()
+        lines = (self.runs / "mini" / stage / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
 
@@ -100,7 +122,8 @@ def text() -> list[str]:
 def place(tmp_path: Path, text: list[str]) -> Place:
     """A fresh directory: text and config, nothing made yet."""
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text))
+    write_lines(tmp_path / "raw/text.jsonl", ({"text": part} for part in text))
+    write_lines(tmp_path / "raw/chats.jsonl", CHATS)
     (tmp_path / "mini.py").write_text(MINI)
     return Place(tmp_path)
 
@@ -110,7 +133,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> Place:
     """One with corpus, tokenizer and packed tokens, and a model trained without a disturbance."""
     path = tmp_path_factory.mktemp("made")
     (path / "raw").mkdir()
-    (path / "raw/text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text))
+    write_lines(path / "raw/text.jsonl", ({"text": part} for part in text))
+    write_lines(path / "raw/chats.jsonl", CHATS)
     (path / "mini.py").write_text(MINI)
     place = Place(path)
     place.output = place.run("train.py", place.config).stdout

@@ -491,6 +491,155 @@ def test_more_tokens_than_the_context_are_refused():
         build()(torch.zeros(1, 25, dtype=torch.long))
 
 
+# -------------------------------------------------------------------------------------------------------- packed rows
+
+
+def packed_row(lengths: list[int], seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Texts of these lengths; the row that holds them, and its positions, (1, T) each."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(SMALL.vocab_size, (1, n), generator=generator) for n in lengths]
+    return texts, torch.cat(texts, 1), torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+HEADS = {"one a query": dataclasses.replace(SMALL, n_kv_heads=None), "grouped": SMALL}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=6), min_size=1, max_size=3))
+def test_a_text_in_a_packed_row_gets_the_logits_it_gets_alone(heads, dtype, near, lengths):
+    """Rows may be longer than the context; several of them are filled up to one length with a text more."""
+    model, longest = build(HEADS[heads], scale=3.0).to(dtype), max(map(sum, lengths))
+    rows = [packed_row([*row, *[1] * (longest - sum(row))], seed) for seed, row in enumerate(lengths)]
+    with torch.no_grad():
+        found = model(torch.cat([row[1] for row in rows]), positions=torch.cat([row[2] for row in rows]))
+        for logits, (texts, _, _) in zip(found, rows, strict=True):
+            alone = torch.cat([model(text)[0] for text in texts])
+            assert float((logits - alone).abs().max()) < near * float(alone.abs().max())
+
+
+def test_positions_that_count_through_change_nothing():
+    model, (_, tokens, positions) = build(), packed_row([20])
+    assert relative(model(tokens, positions=positions).detach(), model(tokens).detach().double()) < 1e-6
+
+
+def conversations(lengths: list[int], seed: int = 0, trained: float = 0.6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets of texts, (1, T) each, of which a part is trained: their last target at least."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for n in lengths:
+        tokens = torch.randint(SMALL.vocab_size, (1, n + 1), generator=generator)
+        targets = tokens[:, 1:].clone()
+        targets[:, :-1][torch.rand(1, n - 1, generator=generator) > trained] = -100
+        found.append((tokens[:, :-1], targets))
+    return found
+
+
+def together(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The row that holds conversations: inputs, targets, positions."""
+    inputs, targets = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    return inputs, targets, torch.cat([torch.arange(part.shape[1]) for part, _ in parts])[None]
+
+
+def gradients(model: Transformer, inputs, targets, positions=None) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    loss = model(inputs, targets, positions=positions)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_loss_of_a_packed_batch_is_that_of_its_conversations_by_tokens(heads, kernels, recomputed):
+    """And its gradient, with a block's activations kept or computed again."""
+    model = build(dataclasses.replace(HEADS[heads], kernels=kernels), scale=3.0).to(device)
+    model.gradient_checkpointing = recomputed
+    rows = [conversations([9, 1, 6, 7], 1), conversations([23], 2), conversations([2, 18, 1, 1, 1], 3)]
+    batch = [torch.cat(column) for column in zip(*map(together, rows), strict=True)]
+    loss, gradient = gradients(model, batch[0].to(device), *batch[1:])
+    model.gradient_checkpointing, total, mean, expected = False, 0, 0.0, 0.0
+    for inputs, targets in (part for row in rows for part in row):
+        count = int((targets != -100).sum())
+        alone, own = gradients(model, inputs.to(device), targets)
+        total, mean, expected = total + count, mean + count * alone, expected + count * own.double()
+    assert total < 23 * 3  # something is masked
+    assert loss == pytest.approx(mean / total, rel=1e-5)
+    assert relative(gradient, expected / total) < 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=7), data=st.data())
+def test_the_order_of_conversations_in_a_row_changes_nothing(lengths, data):
+    model, parts = build(scale=3.0).double(), conversations(lengths)
+    order = data.draw(st.permutations(range(len(parts))))
+    loss, gradient = gradients(model, *together(parts))
+    other, other_gradient = gradients(model, *together([parts[i] for i in order]))
+    assert other == pytest.approx(loss, rel=1e-12)
+    assert relative(other_gradient, gradient) < 1e-12
+
+
+def test_no_conversation_learns_from_another():
+    """The loss of one has no gradient at all with respect to the tokens of the others, and one for each of its own."""
+    model, lengths = build(), [5, 1, 8, 5, 3]
+    parts = conversations(lengths)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    for which, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+        masked = [(inputs, targets if i == which else targets.new_full(targets.shape, -100))
+                  for i, (inputs, targets) in enumerate(parts)]  # fmt: skip
+        inputs, targets, positions = together(masked)
+        embedded = model.embed(inputs).detach().requires_grad_()
+        handle = model.embed.register_forward_hook(lambda *_, embedded=embedded: embedded)
+        (gradient,) = torch.autograd.grad(model(inputs, targets, positions=positions), embedded)
+        handle.remove()
+        own = slice(end - length, end)
+        assert gradient[0, own].abs().sum(-1).all()
+        gradient[0, own] = 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("first", [1, 7])
+def test_a_row_that_does_not_begin_with_a_text_is_refused(first):
+    _, tokens, positions = packed_row([4, 5])
+    broken = positions.clone()
+    broken[0, 0] = first
+    with pytest.raises(ValueError, match="do not begin with 0"):
+        build()(torch.cat((tokens, tokens)), positions=torch.cat((positions, broken)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other library
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_packed_row_agrees_with_transformers(heads):
+    """Given the same positions and a mask that shows each query the keys of its own text up to itself."""
+    model = build(HEADS[heads], scale=3.0)
+    _, tokens, positions = packed_row([7, 1, 11, 4])
+    text = (positions[0] == 0).cumsum(0)
+    seen = (text[:, None] == text[None]) & torch.ones(23, 23).tril().bool()
+    mask = torch.zeros(1, 1, 23, 23).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        ours = model(tokens, positions=positions)
+        theirs = to_transformers(model)(tokens, position_ids=positions, attention_mask=mask).logits
+        assert relative(ours, theirs.double()) < 1e-5
+        masked = model.head(model.hidden(tokens, positions=positions, mask=seen[None, None]))
+        assert relative(masked, ours.double()) < 1e-5
+        assert relative(model(tokens), ours.double()) > 1e-2  # as one text it is another
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_compiled_blocks_take_packed_rows():
+    """Of changing make-up, as batches have it."""
+    torch.compiler.reset()
+    model, compiled = build(scale=3.0), build(scale=3.0)
+    for block in compiled.blocks:
+        block.compile()
+    for lengths in ([9, 4, 3], [16], [1, 1, 7, 7]):
+        row = together(conversations(lengths))
+        (a, da), (b, db) = gradients(model, *row), gradients(compiled, *row)
+        assert b == pytest.approx(a, rel=1e-5)
+        assert relative(db, da.double()) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------- generation
 
 

@@ -1,0 +1,407 @@
+"""Fine-tuning: what is trained and saved, what the base keeps, and that a run cannot be harmed by killing it."""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configs
+import sft.data
+import sft.train
+import stage
+import train
+from model import ModelConfig, Transformer
+from sft import lora
+from sft.data import Rows
+from sft.lora import LoRAConfig
+from stage import Stage, UserError
+from tests.conftest import MINI, ROOT, Place, write_lines
+from tests.sft.test_data import HELD
+from tests.test_train import digest, tree
+from train import TrainConfig, learning_rate
+
+# Runs sft.train in a process that sends itself a signal at the n-th forward pass of training.
+KILL = """
+import os, signal, sys
+import model, sft.train, stage
+forward, calls = model.Transformer.forward, [0]
+def killing(*a, **k):
+    calls[0] += a[0].training
+    if calls[0] == {at} and a[0].training:
+        os.kill(os.getpid(), signal.{signal})
+    return forward(*a, **k)
+model.Transformer.forward = killing
+p = stage.parser("", makes=True, many=True)
+p.add_argument("--checkpoint")
+p.add_argument("--resume", default="auto")
+stage.run(sft.train.main, p.parse_args())
+"""
+
+
+class Crash(Exception):
+    """Ends a run in this process as a kill would: nothing is saved any more."""
+
+
+def tuned(place: Place, crash: int | None = None, main: Callable = sft.train.main, **options) -> Path:
+    """Fine-tunes as the command does, in this process; crashes in the n-th forward pass. Returns the directory."""
+    arguments = {"checkpoint": None, "resume": "auto", "force": False, "workers": 1, "log_level": "info"}
+    calls, forward = itertools.count(1), Transformer.forward
+
+    def crashing(*inputs, **named):
+        if next(calls) == crash:
+            raise Crash
+        return forward(*inputs, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA", str(place.raw))
+        patch.setenv("RUNS", str(place.runs))
+        if crash:
+            patch.setattr(Transformer, "forward", crashing)
+        main(argparse.Namespace(config=place.config, **arguments | options))
+    return place.runs / "mini/sft"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(made: Place, tmp_path_factory) -> Place:
+    """The experiment, fine-tuned without a disturbance."""
+    place = Place(shutil.copytree(made.path, tmp_path_factory.mktemp("tuned"), dirs_exist_ok=True))
+    place.output = place.run("-m", "sft.train", place.config).stdout
+    return place
+
+
+@pytest.fixture
+def ready(undisturbed: Place, tmp_path: Path) -> Place:
+    """A copy of it that has its rows of conversations, and is not fine-tuned."""
+    shutil.copytree(undisturbed.path, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/mini/sft")
+    return Place(tmp_path)
+
+
+def assert_same_run(place: Place, other: Place) -> None:
+    """The same bytes of the adapter and of everything that resuming needs, and the same log."""
+    for name in ("final", "best", "step_0000009"):
+        for file in ("adapter.pt", "state.pt"):
+            ours, theirs = (p.runs / "mini/sft" / name / file for p in (place, other))
+            assert digest(ours) == digest(theirs), (name, file)
+    assert place.metrics("sft") == other.metrics("sft")
+
+
+# ------------------------------------------------------------------------------------------------- what is left behind
+
+
+def test_only_the_adapter_is_trained_and_saved(undisturbed: Place, made: Place):
+    directory, base = undisturbed.runs / "mini/sft", undisturbed.runs / "mini/pretrain"
+    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"final", "best", "step_0000006", "step_0000009"}
+    for name in ("final", "best", "step_0000006", "step_0000009"):
+        assert {p.name for p in (directory / name).iterdir()} == {"adapter.pt", "state.pt", "manifest.json"}
+        adapter = checkpoint.read(directory / name, "adapter.pt")
+        assert len(adapter) == 2 * 7 * 2  # A and B of seven projections in two blocks
+        assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+        assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
+    assert tree(base) == tree(made.runs / "mini/pretrain")
+
+
+def test_the_run_logs_what_it_should(undisturbed: Place):
+    log = undisturbed.metrics("sft")
+    assert [m["step"] for m in log] == list(range(1, 11))
+    assert [m["step"] for m in log if "val_loss" in m] == [4, 8, 10]
+    assert log[-1]["val_loss"] < log[3]["val_loss"] < log[0]["loss"]
+    config = configs.load(undisturbed.config).sft.train
+    by_hand = replace(config, warmup_fraction=None, warmup_steps=2)
+    assert [m["lr"] for m in log] == pytest.approx([learning_rate(by_hand, step, 10) for step in range(10)])
+    for text in (undisturbed.output, (undisturbed.runs / "mini/sft/log.txt").read_text()):
+        assert text.count("asked: ") == text.count("said:  ") == 3 * 2  # the same two questions at each evaluation
+        assert len(set(re.findall("asked: .*", text))) == 2
+
+
+def test_the_validation_loss_is_that_of_every_held_out_token(undisturbed: Place):
+    """Conversation by conversation, without packing, by the model that is loaded."""
+    directory = undisturbed.runs / "mini/sft_data"
+    counts = stage.read_manifest(directory)["counts"]
+    assert 2 <= counts["val"]["rows"] <= 8  # all of them are read
+    assert counts["val"]["conversations"] > counts["val"]["rows"]
+    rows, nats = Rows(directory, "val", counts, 64), 0.0
+    model = checkpoint.load_model(undisturbed.runs / "mini/sft/final")
+    for number in range(counts["val"]["conversations"]):
+        ids, trained = map(torch.from_numpy, rows.conversation(number))
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
+        nats += float(losses[trained[1:]].sum())
+    assert undisturbed.metrics("sft")[-1]["val_loss"] == pytest.approx(nats / counts["val"]["trained"], rel=1e-5)
+
+
+def test_the_final_model_answers(undisturbed: Place):
+    final = undisturbed.runs / "mini/sft/final"
+    model, base = checkpoint.load_model(final), checkpoint.load_model(undisturbed.runs / "mini/pretrain/final")
+    assert not lora.layers(model)
+    assert model.num_parameters() == base.num_parameters()
+    assert not torch.equal(model.blocks[0].attn.q.weight, base.blocks[0].attn.q.weight)
+    assert torch.equal(model.head.weight, base.head.weight)
+    assert len(model.generate([1, 2, 3], 5, temperature=0)) == 5
+    assert checkpoint.template(final) == "chatml"
+    assert checkpoint.template(undisturbed.runs / "mini/pretrain/final") is None
+
+
+def test_the_same_command_again_finds_it_done(undisturbed: Place):
+    before = tree(undisturbed.runs / "mini/sft")
+    tuned(undisturbed)
+    assert tree(undisturbed.runs / "mini/sft") == before
+
+
+# ------------------------------------------------------------------------------------------------- killed and resumed
+
+
+# A step takes two forward passes, one a micro-batch; an evaluation one for two rows, and then those of its samples.
+@pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 1, 2 * 4 + 5, -3])
+def test_killed_and_restarted_equals_undisturbed(ready: Place, undisturbed: Place, crash):
+    """With dropout, which draws the same in a run that is gone on with."""
+    assert configs.load(ready.config).sft.lora.dropout == 0.1
+    if crash < 0:  # counted from the end: the last evaluation
+        whole, forward = itertools.count(1), Transformer.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Transformer, "forward", lambda *a, **k: (next(whole), forward(*a, **k))[1])
+            tuned(ready)
+        shutil.rmtree(ready.runs / "mini/sft")
+        crash += next(whole)
+    with pytest.raises(Crash):
+        tuned(ready, crash)
+    tuned(ready)
+    assert_same_run(ready, undisturbed)
+
+
+@pytest.mark.parametrize(("name", "status"), [pytest.param("SIGKILL", -9, marks=pytest.mark.slow), ("SIGTERM", 143)])
+def test_a_signal_in_the_middle_of_a_step(ready: Place, undisturbed: Place, name, status):
+    """SIGTERM has the step finished and saved; the line says how to go on."""
+    killed = ready.start("-c", KILL.format(at=2 * 5 + 2, signal=name), ready.config)
+    _, err = killed.communicate(timeout=120)
+    assert killed.returncode == status, err
+    steps = [step for step, _ in checkpoint.steps(ready.runs / "mini/sft")]
+    assert steps == ([3] if name == "SIGKILL" else [6, 3])
+    if name == "SIGTERM":
+        assert f"saved at step 6 of 10; go on with: python -m sft.train {ready.config}" in err
+    tuned(ready)
+    for file in ("adapter.pt", "state.pt"):
+        ours, theirs = (p.runs / "mini/sft/final" / file for p in (ready, undisturbed))
+        assert digest(ours) == digest(theirs)
+    assert ready.metrics("sft") == undisturbed.metrics("sft")
+
+
+def test_dropout_does_not_depend_on_what_was_drawn_before(ready: Place, undisturbed: Place):
+    """Not on how often is evaluated, say. And it is there."""
+    ready.edit(("eval_every=4", "eval_every=10"))
+    tuned(ready)
+    expected = [m["loss"] for m in undisturbed.metrics("sft")]
+    assert [m["loss"] for m in ready.metrics("sft")] == expected
+    ready.edit(("dropout=0.1", "dropout=0.0"))
+    tuned(ready, force=True)
+    assert [m["loss"] for m in ready.metrics("sft")] != expected
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+def test_full_fine_tuning_writes_the_weights(ready: Place, made: Place):
+    ready.edit(("lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1)", "lora=None"))
+    directory = tuned(ready)
+    for name in ("final", "best", "step_0000009"):
+        assert {p.name for p in (directory / name).iterdir()} == {"weights.pt", "state.pt", "manifest.json"}
+    base = checkpoint.read(made.runs / "mini/pretrain/final", "weights.pt")
+    final = checkpoint.read(directory / "final", "weights.pt")
+    assert final.keys() == base.keys()
+    assert not any(torch.equal(final[name], base[name]) for name in base)
+    assert tree(ready.runs / "mini/pretrain") == tree(made.runs / "mini/pretrain")
+    shutil.rmtree(ready.runs / "mini/pretrain")  # it stands by itself
+    assert len(checkpoint.load_model(directory / "final").generate([1], 3)) <= 3
+    assert ready.metrics("sft")[-1]["val_loss"] < ready.metrics("sft")[0]["loss"]
+
+
+def test_without_a_pretrained_model_nothing_is_made(place: Place):
+    error = place.run("-m", "sft.train", place.config, status=2).stderr
+    assert f"train it with: python train.py {place.config}" in error
+    assert not place.runs.exists()
+
+
+def test_a_checkpoint_of_a_step_can_be_fine_tuned(ready: Place):
+    start = ready.runs / "mini/pretrain/step_0000015"
+    directory = tuned(ready, checkpoint=str(start))
+    manifest = stage.read_manifest(directory / "final")
+    assert checkpoint.base(directory / "final") == start
+    assert digest(start / "weights.pt") in manifest["read"].values()
+    expected = checkpoint.load_model(start).head.weight
+    assert torch.equal(checkpoint.load_model(directory / "final").head.weight, expected)
+    with pytest.raises(UserError, match=r"was made from something else: .*base was"):
+        tuned(ready)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(ready: Place):
+    with pytest.raises(UserError, match="nowhere is not a checkpoint"):
+        tuned(ready, checkpoint="nowhere")
+    assert not (ready.runs / "mini/sft").exists()
+
+
+def test_a_base_that_was_trained_anew_is_refused(ready: Place):
+    """For its adapter, and for going on with it."""
+    directory = tuned(ready)
+    before = tree(directory)
+    ready.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
+    tuned(ready, main=train.main, force=True)
+    for call in (lambda: checkpoint.load_model(directory / "final"), lambda: checkpoint.base(directory / "final")):
+        with pytest.raises(UserError, match="holds an adapter of another model than the one that is now in") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"was made from something else: .*pretrain/final/weights\.pt was .*--force"):
+        tuned(ready)
+    assert tree(directory) == before
+    tuned(ready, force=True)
+    checkpoint.load_model(directory / "final")
+
+
+def test_a_base_that_is_gone_is_named(undisturbed: Place, tmp_path: Path):
+    shutil.copytree(undisturbed.runs / "mini/sft", tmp_path / "runs/mini/sft")
+    with pytest.raises(UserError, match=r"an adapter of the model in .*pretrain/final, which is not there"):
+        checkpoint.load_model(tmp_path / "runs/mini/sft/final")
+    shutil.copytree(undisturbed.runs / "mini/pretrain", tmp_path / "runs/mini/pretrain")
+    checkpoint.load_model(tmp_path / "runs/mini/sft/final")  # both were moved together
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("rank=4", "rank=5", "lora.rank was 4, is now 5"),
+        ("learning_rate=1e-2", "learning_rate=2e-2", "sft.learning_rate was 0.01, is now 0.02"),
+        ("warmup_fraction=0.2", "warmup_fraction=0.3", "sft.warmup_fraction was 0.2, is now 0.3"),
+    ],
+)
+def test_another_config_is_refused(undisturbed: Place, ready: Place, before, after, named):
+    shutil.copytree(undisturbed.runs / "mini/sft", ready.runs / "mini/sft")
+    ready.edit((before, after))
+    with pytest.raises(UserError, match=re.escape(named)):
+        tuned(ready)
+
+
+def test_more_steps_go_on_from_the_end(undisturbed: Place, ready: Place):
+    shutil.copytree(undisturbed.runs / "mini/sft", ready.runs / "mini/sft")
+    ready.edit(("steps=10", "steps=12"))
+    tuned(ready)
+    assert [m["step"] for m in ready.metrics("sft")] == list(range(1, 13))
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+PAIRS = [(f"What is {a} {b}?", f"{b} {a}") for a, b in itertools.product(("red", "up", "one", "far"), "vwxyz")]
+
+
+def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatch, text) -> tuple:
+    """Trains on 20 questions until they are known by heart. Returns the model, its tokenizer and what was logged."""
+    monkeypatch.setenv("DATA", str(directory / "raw"))
+    monkeypatch.setenv("RUNS", str(directory / "runs"))
+    (directory / "raw").mkdir()
+    write_lines(directory / "raw/text.jsonl", ({"text": part} for part in text))
+    write_lines(directory / "raw/chats.jsonl", [HELD, *({"prompt": q, "response": a} for q, a in PAIRS)])
+    (directory / "mini.py").write_text(MINI)
+    found = configs.load(directory / "mini.py")
+    shape = ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=64, n_heads=2)
+    config = TrainConfig(steps=steps, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, compile=False,
+                         precision="float32", eval_every=steps, log_every=1, save_every=steps)  # fmt: skip
+    found = replace(found, model=shape, sft=replace(found.sft, lora=adapter, train=config))
+    rows = sft.data.build(found)
+    spm = found.load_tokenizer()
+    torch.manual_seed(0)
+    model = Transformer(shape)
+    with torch.no_grad():
+        model.head.weight.mul_(20), model.embed.weight.mul_(20)  # as far apart as training makes them
+    task = sft.train.fine_tuning(found, rows, spm)
+    job = Stage(directory / "out", {"model": shape, "sft": config}, {}, "")
+    with job.making():
+        train.train(sft.train.adapt(model, adapter), task, config, job, "auto")
+    log = [json.loads(line) for line in (directory / "out/metrics.jsonl").read_text().splitlines()]
+    return model, spm, Rows(rows, "train", stage.read_manifest(rows)["counts"], 64), log
+
+
+@pytest.mark.parametrize("adapter", [LoRAConfig(rank=16, alpha=32.0, dropout=0.0), None])
+def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter):
+    """Greedily, from the question as it is put when answering, and the end of the answer too."""
+    model, spm, rows, log = learning(tmp_path, adapter, 150, monkeypatch, text)
+    assert log[-1]["loss"] < 0.1 < 3 < log[0]["loss"]
+    model.eval()
+    right = 0
+    for number in range(len(rows.starts) - 1):
+        ids, trained = rows.conversation(number)
+        first = int(np.flatnonzero(trained)[0])
+        found = model.generate(ids[:first].tolist(), 20, temperature=0, stop=sft.train.stops(spm))
+        right += found == ids[first:-1].tolist()
+    assert right == len(PAIRS) == 20
+
+
+# ------------------------------------------------------------------------------------------------------ learning rate
+
+
+def test_warmup_as_a_share_of_the_steps_by_hand(tmp_path):
+    """0.25 of 8 steps are 2: half of the peak, the peak, and then down, linearly, to 0 after the eighth."""
+    from tests.test_train import CONFIG, run_counting
+
+    config = replace(CONFIG, steps=8, learning_rate=1.0e-2, warmup_fraction=0.25, schedule="linear", log_every=1)
+    _, log = run_counting(tmp_path / "share", config)
+    sixths = [6, 5, 4, 3, 2, 1]
+    assert [m["lr"] for m in log] == pytest.approx([0.5e-2, 1e-2, *(n / 6 * 1e-2 for n in sixths)])
+    _, other = run_counting(tmp_path / "steps", replace(config, warmup_fraction=None, warmup_steps=2))
+    assert [m["loss"] for m in log] == [m["loss"] for m in other]
+
+
+@pytest.mark.parametrize("changes", [{"warmup_fraction": 0.1, "warmup_steps": 5}, {"warmup_fraction": 1.1},
+                                     {"warmup_fraction": -0.1}, {"warmup_fraction": float("nan")}])  # fmt: skip
+def test_warmup_that_cannot_be_is_refused(changes):
+    with pytest.raises(ValueError, match=r"^warmup_fraction is "):
+        TrainConfig(steps=10, batch_size=1, learning_rate=1e-3, **changes)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def with_two(place: Place) -> str:
+    """Fine-tunes in two processes; what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sft.train"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(
+        [*command, str(place.config)], cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes
+    )
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", ["", 'parallel="fsdp", ', "full"])
+def test_two_processes_train_as_one(undisturbed: Place, ready: Place, changes):
+    """With dropout too: each draws for its rows what one process draws for them as a micro-batch."""
+    if changes == "full":
+        ready.edit(("lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1)", "lora=None"))
+        undisturbed = Place(shutil.copytree(ready.path, ready.path.parent / "alone"))
+        tuned(undisturbed)
+    else:
+        ready.edit(("deterministic=True", f"{changes}deterministic=True"))
+    with_two(ready)
+    ours, theirs = ready.metrics("sft"), undisturbed.metrics("sft")
+    for name in ("loss", "grad_norm", "lr", "tokens"):
+        assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=1e-4), name
+    found = [[m["val_loss"] for m in log if "val_loss" in m] for log in (ours, theirs)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    ours, theirs = (checkpoint.load_model(p.runs / "mini/sft/final").state_dict() for p in (ready, undisturbed))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
