@@ -210,10 +210,10 @@ def memory_estimate(
 
     weights, gradients: float32. optimizer: AdamW keeps two numbers a parameter, Muon one for matrices of the blocks.
     activations: what autograd keeps of a micro-batch for the backward pass, counted below. loss: a chunk of logits, and
-    the output projection's gradient twice, before and after it is scaled. For full rows; for compiled blocks it is an
-    upper bound. Muon's working copies are left out: they come when the activations are gone. It is of tensors: a
-    process on a CPU was seen to take 400 MiB for Python and its libraries besides, and up to half of the estimate for
-    gaps that the C library's allocator cannot use.
+    the output projection's gradient twice, before and after it is scaled, if it is trained. For full rows; for compiled
+    blocks, and for frozen ones, it is an upper bound. Muon's working copies are left out: they come when activations
+    are gone. It is of tensors: a process on a CPU was seen to take 400 MiB for Python and its libraries besides, and up
+    to half of the estimate for gaps that the C library's allocator cannot use.
     """
     c, half = model.config, dtype.itemsize
     D, KV, V, d_ff = c.d_model, (c.n_kv_heads or c.n_heads) * c.head_dim, c.vocab_size, c.d_ff or 4 * c.d_model
@@ -232,6 +232,9 @@ def memory_estimate(
         attention += 4 * c.n_heads * c.context_length  # the probabilities
     mlp = half * d_ff * (3 if kernel else 4)  # gate, up, their product and, without the kernel, silu(gate)
     block = 2 * norm + attention + mlp
+    # Of an adapter: its input with zeros in it, which elements those are, and what is between its two matrices.
+    adapters = [p for name, p in model.blocks.named_parameters() if ".a." in name]
+    block += sum((half + 1) * p.shape[1] + half * p.shape[0] for p in adapters) // c.n_layers
     blocks = c.n_layers * block
     if config.gradient_checkpointing:  # the stream and the delta that go into each (the first has no delta), and one
         blocks = c.n_layers * (4 + half) * D - half * D + block
@@ -242,12 +245,13 @@ def memory_estimate(
     if half < 4:  # and the same in float32, and the weights' copy
         logits += logits // half * 4 + half * V * D
     shares = processes if config.parallel == "fsdp" else 1
+    learnt = 4 * V * D * model.head.weight.requires_grad
     return {
         "weights": 4 * model.num_parameters() // shares,
         "gradients": 4 * numbers(trained) // shares,
         "optimizer": state // shares,
         "activations": tokens * (blocks + ends) + copies,
-        "loss": 4 * V * D + max(4 * V * D, logits),
+        "loss": learnt + max(learnt, logits),
     }
 
 

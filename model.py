@@ -164,24 +164,27 @@ class Texts:
             if not groups or length < 0.8 * groups[-1][0][0]:
                 groups.append([])
             groups[-1].append((length, start))
-        # groups: for each (texts, longest) int64, which of the B · T tokens stand there, the last one again as padding.
-        # places: (B · T,) int64, where in all groups, one after another, each token stands.
-        self.groups, self.places, before = [], torch.empty(positions.numel(), dtype=torch.int64), 0
+        # index: which of the B · T tokens stands in each place of the groups, (places,) int64; a shorter text is filled
+        # up with its last token. places: (B · T,) int64, in which of them each token stands. shapes: texts, longest.
+        index, self.places, self.shapes, before = [], torch.empty(positions.numel(), dtype=torch.int64), [], 0
         for group in groups:
             lengths, first = torch.tensor(group).T[..., None]  # (texts, 1)
             at = torch.arange(group[0][0])  # (longest,)
-            index, real = first + at.minimum(lengths - 1), at < lengths
-            self.places[index[real]] = before + real.flatten().nonzero()[:, 0]
-            self.groups.append(index.to(device, non_blocking=True))
-            before += index.numel()
+            own, real = first + at.minimum(lengths - 1), at < lengths
+            self.places[own[real]] = before + real.flatten().nonzero()[:, 0]
+            index.append(own.flatten())
+            self.shapes.append(own.shape)
+            before += own.numel()
+        self.index = torch.cat(index).to(device, non_blocking=True)
         self.places = self.places.to(device, non_blocking=True)
 
     @torch.compiler.disable  # shapes differ from one batch to the next
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention in each text. q: (B, H, T, E), k and v: (B, K, T, E). Returns (B, T, H, E)."""
-        rows, found = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)], []
-        for index in self.groups:
-            own = (x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2) for x in rows)
+        sizes, found = [n * longest for n, longest in self.shapes], []
+        rows = [x.transpose(1, 2).flatten(0, 1).index_select(0, self.index).split(sizes) for x in (q, k, v)]
+        for shape, *own in zip(self.shapes, *rows, strict=True):
+            own = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in own)  # (texts, H or K, longest, E)
             y = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
             found.append(y.transpose(1, 2).flatten(0, 1))
         return torch.cat(found).index_select(0, self.places).view(q.transpose(1, 2).shape)

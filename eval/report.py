@@ -366,7 +366,8 @@ def limits(run: Run) -> list[str]:
 
 
 def following(run: Run) -> str:
-    return f"""    python serve.py {run.experiment.path} generate "Return the"
+    prompt = "What does math.sqrt do?" if "sft" in run.finals else "Return the"
+    return f"""    python serve.py {run.experiment.path} generate "{prompt}"
     python train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command goes on
     python train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
 

@@ -186,10 +186,10 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
             log.info(f"{name}: {tally['kept']:,} of {tally['read']:,} conversations kept (dropped: {dropped}){cut}")
         for split in SPLITS:
             if not sum(len(each.ids) for each in found[split].values()):
-                kept = sum(tally["kept"] for tally in tallies.values())
+                read, kept = (sum(tally[key] for tally in tallies.values()) for key in ("read", "kept"))
                 raise UserError(
-                    f"of {kept:,} conversations none is left for {split} at val_fraction = {config.val_fraction}; add "
-                    "conversations, or change val_fraction or the filters"
+                    f"of {read:,} conversations {kept:,} were kept, and none is left for {split} at val_fraction = "
+                    f"{config.val_fraction}; add conversations, or change val_fraction or what drops the others"
                 )
         counts = {split: write(directory, split, found[split], context) for split in SPLITS}
         train = counts["train"]

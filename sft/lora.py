@@ -91,7 +91,7 @@ class LoRALinear(nn.Linear):
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
-    """Dropout, but for the division of what is left by 1 - p: elements are 0 with probability p, to the nearest 1/65,536.
+    """Dropout without the division by 1 - p: elements are 0 with probability p, to the nearest 1/65,536.
 
     Drawn from 16 random bits an element: on a CPU a fifth of the time of PyTorch's, which would be a quarter of a step.
     """

@@ -154,3 +154,18 @@ def trained(made: Place, tmp_path: Path) -> Place:
     """A copy of it with the trained model."""
     shutil.copytree(made.path, tmp_path, dirs_exist_ok=True)
     return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """One whose model is fine-tuned too, without a disturbance."""
+    place = Place(shutil.copytree(made.path, tmp_path_factory.mktemp("tuned"), dirs_exist_ok=True))
+    place.output = place.run("-m", "sft.train", place.config).stdout
+    return place
+
+
+@pytest.fixture
+def tuned(fine_tuned: Place, tmp_path: Path) -> Place:
+    """A copy of it."""
+    shutil.copytree(fine_tuned.path, tmp_path, dirs_exist_ok=True)
+    return Place(tmp_path)

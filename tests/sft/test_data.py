@@ -278,7 +278,7 @@ def test_two_runs_give_the_same_bytes(here: Place):
 @pytest.mark.parametrize(("split", "left"), [("val", "train"), ("train", "val")])
 def test_a_split_without_conversations_is_one_clear_error(here: Place, split, left):
     records = [pair(question(left, i), f"Answer {i}.") for i in range(3)]
-    expected = f"of 3 conversations none is left for {split} at val_fraction = 0.2"
+    expected = f"of 3 conversations 3 were kept, and none is left for {split} at val_fraction = 0.2"
     with pytest.raises(UserError, match=expected):
         made(here, *records)
     assert stage.read_manifest(here.runs / "mini/sft_data") is None

@@ -27,6 +27,7 @@ from model import ModelConfig, Transformer
 from sft import lora
 from sft.data import Rows
 from sft.lora import LoRAConfig
+from sft.train import fine_tuning
 from stage import Stage, UserError
 from tests.conftest import MINI, ROOT, Place, write_lines
 from tests.sft.test_data import HELD
@@ -74,18 +75,10 @@ def tuned(place: Place, crash: int | None = None, main: Callable = sft.train.mai
     return place.runs / "mini/sft"
 
 
-@pytest.fixture(scope="session")
-def undisturbed(made: Place, tmp_path_factory) -> Place:
-    """The experiment, fine-tuned without a disturbance."""
-    place = Place(shutil.copytree(made.path, tmp_path_factory.mktemp("tuned"), dirs_exist_ok=True))
-    place.output = place.run("-m", "sft.train", place.config).stdout
-    return place
-
-
 @pytest.fixture
-def ready(undisturbed: Place, tmp_path: Path) -> Place:
+def ready(fine_tuned: Place, tmp_path: Path) -> Place:
     """A copy of it that has its rows of conversations, and is not fine-tuned."""
-    shutil.copytree(undisturbed.path, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(fine_tuned.path, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "runs/mini/sft")
     return Place(tmp_path)
 
@@ -102,8 +95,8 @@ def assert_same_run(place: Place, other: Place) -> None:
 # ------------------------------------------------------------------------------------------------- what is left behind
 
 
-def test_only_the_adapter_is_trained_and_saved(undisturbed: Place, made: Place):
-    directory, base = undisturbed.runs / "mini/sft", undisturbed.runs / "mini/pretrain"
+def test_only_the_adapter_is_trained_and_saved(fine_tuned: Place, made: Place):
+    directory, base = fine_tuned.runs / "mini/sft", fine_tuned.runs / "mini/pretrain"
     assert {p.name for p in directory.iterdir() if p.is_dir()} == {"final", "best", "step_0000006", "step_0000009"}
     for name in ("final", "best", "step_0000006", "step_0000009"):
         assert {p.name for p in (directory / name).iterdir()} == {"adapter.pt", "state.pt", "manifest.json"}
@@ -114,51 +107,51 @@ def test_only_the_adapter_is_trained_and_saved(undisturbed: Place, made: Place):
     assert tree(base) == tree(made.runs / "mini/pretrain")
 
 
-def test_the_run_logs_what_it_should(undisturbed: Place):
-    log = undisturbed.metrics("sft")
+def test_the_run_logs_what_it_should(fine_tuned: Place):
+    log = fine_tuned.metrics("sft")
     assert [m["step"] for m in log] == list(range(1, 11))
     assert [m["step"] for m in log if "val_loss" in m] == [4, 8, 10]
     assert log[-1]["val_loss"] < log[3]["val_loss"] < log[0]["loss"]
-    config = configs.load(undisturbed.config).sft.train
+    config = configs.load(fine_tuned.config).sft.train
     by_hand = replace(config, warmup_fraction=None, warmup_steps=2)
     assert [m["lr"] for m in log] == pytest.approx([learning_rate(by_hand, step, 10) for step in range(10)])
-    for text in (undisturbed.output, (undisturbed.runs / "mini/sft/log.txt").read_text()):
+    for text in (fine_tuned.output, (fine_tuned.runs / "mini/sft/log.txt").read_text()):
         assert text.count("asked: ") == text.count("said:  ") == 3 * 2  # the same two questions at each evaluation
         assert len(set(re.findall("asked: .*", text))) == 2
 
 
-def test_the_validation_loss_is_that_of_every_held_out_token(undisturbed: Place):
+def test_the_validation_loss_is_that_of_every_held_out_token(fine_tuned: Place):
     """Conversation by conversation, without packing, by the model that is loaded."""
-    directory = undisturbed.runs / "mini/sft_data"
+    directory = fine_tuned.runs / "mini/sft_data"
     counts = stage.read_manifest(directory)["counts"]
     assert 2 <= counts["val"]["rows"] <= 8  # all of them are read
     assert counts["val"]["conversations"] > counts["val"]["rows"]
     rows, nats = Rows(directory, "val", counts, 64), 0.0
-    model = checkpoint.load_model(undisturbed.runs / "mini/sft/final")
+    model = checkpoint.load_model(fine_tuned.runs / "mini/sft/final")
     for number in range(counts["val"]["conversations"]):
         ids, trained = map(torch.from_numpy, rows.conversation(number))
         with torch.no_grad():
             losses = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
         nats += float(losses[trained[1:]].sum())
-    assert undisturbed.metrics("sft")[-1]["val_loss"] == pytest.approx(nats / counts["val"]["trained"], rel=1e-5)
+    assert fine_tuned.metrics("sft")[-1]["val_loss"] == pytest.approx(nats / counts["val"]["trained"], rel=1e-5)
 
 
-def test_the_final_model_answers(undisturbed: Place):
-    final = undisturbed.runs / "mini/sft/final"
-    model, base = checkpoint.load_model(final), checkpoint.load_model(undisturbed.runs / "mini/pretrain/final")
+def test_the_final_model_answers(fine_tuned: Place):
+    final = fine_tuned.runs / "mini/sft/final"
+    model, base = checkpoint.load_model(final), checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
     assert not lora.layers(model)
     assert model.num_parameters() == base.num_parameters()
     assert not torch.equal(model.blocks[0].attn.q.weight, base.blocks[0].attn.q.weight)
     assert torch.equal(model.head.weight, base.head.weight)
     assert len(model.generate([1, 2, 3], 5, temperature=0)) == 5
     assert checkpoint.template(final) == "chatml"
-    assert checkpoint.template(undisturbed.runs / "mini/pretrain/final") is None
+    assert checkpoint.template(fine_tuned.runs / "mini/pretrain/final") is None
 
 
-def test_the_same_command_again_finds_it_done(undisturbed: Place):
-    before = tree(undisturbed.runs / "mini/sft")
-    tuned(undisturbed)
-    assert tree(undisturbed.runs / "mini/sft") == before
+def test_the_same_command_again_finds_it_done(fine_tuned: Place):
+    before = tree(fine_tuned.runs / "mini/sft")
+    tuned(fine_tuned)
+    assert tree(fine_tuned.runs / "mini/sft") == before
 
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
@@ -166,7 +159,7 @@ def test_the_same_command_again_finds_it_done(undisturbed: Place):
 
 # A step takes two forward passes, one a micro-batch; an evaluation one for two rows, and then those of its samples.
 @pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 1, 2 * 4 + 5, -3])
-def test_killed_and_restarted_equals_undisturbed(ready: Place, undisturbed: Place, crash):
+def test_killed_and_restarted_equals_fine_tuned(ready: Place, fine_tuned: Place, crash):
     """With dropout, which draws the same in a run that is gone on with."""
     assert configs.load(ready.config).sft.lora.dropout == 0.1
     if crash < 0:  # counted from the end: the last evaluation
@@ -179,11 +172,11 @@ def test_killed_and_restarted_equals_undisturbed(ready: Place, undisturbed: Plac
     with pytest.raises(Crash):
         tuned(ready, crash)
     tuned(ready)
-    assert_same_run(ready, undisturbed)
+    assert_same_run(ready, fine_tuned)
 
 
 @pytest.mark.parametrize(("name", "status"), [pytest.param("SIGKILL", -9, marks=pytest.mark.slow), ("SIGTERM", 143)])
-def test_a_signal_in_the_middle_of_a_step(ready: Place, undisturbed: Place, name, status):
+def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name, status):
     """SIGTERM has the step finished and saved; the line says how to go on."""
     killed = ready.start("-c", KILL.format(at=2 * 5 + 2, signal=name), ready.config)
     _, err = killed.communicate(timeout=120)
@@ -194,20 +187,26 @@ def test_a_signal_in_the_middle_of_a_step(ready: Place, undisturbed: Place, name
         assert f"saved at step 6 of 10; go on with: python -m sft.train {ready.config}" in err
     tuned(ready)
     for file in ("adapter.pt", "state.pt"):
-        ours, theirs = (p.runs / "mini/sft/final" / file for p in (ready, undisturbed))
+        ours, theirs = (p.runs / "mini/sft/final" / file for p in (ready, fine_tuned))
         assert digest(ours) == digest(theirs)
-    assert ready.metrics("sft") == undisturbed.metrics("sft")
+    assert ready.metrics("sft") == fine_tuned.metrics("sft")
 
 
-def test_dropout_does_not_depend_on_what_was_drawn_before(ready: Place, undisturbed: Place):
-    """Not on how often is evaluated, say. And it is there."""
-    ready.edit(("eval_every=4", "eval_every=10"))
-    tuned(ready)
-    expected = [m["loss"] for m in undisturbed.metrics("sft")]
-    assert [m["loss"] for m in ready.metrics("sft")] == expected
-    ready.edit(("dropout=0.1", "dropout=0.0"))
-    tuned(ready, force=True)
-    assert [m["loss"] for m in ready.metrics("sft")] != expected
+def test_dropout_depends_on_what_is_trained_on_not_on_what_was_drawn_before(ready: Place, fine_tuned: Place):
+    experiment = configs.load(ready.config)
+    task = fine_tuning(experiment, fine_tuned.runs / "mini/sft_data", experiment.load_tokenizer())
+    model = checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
+    lora.attach(model, LoRAConfig(rank=4, dropout=0.5))
+    for layer in lora.layers(model).values():
+        torch.nn.init.normal_(layer.b["default"])
+    tokens, targets, positions, samples = task.batch(0, 0, 1)
+    losses = []
+    for training, first in ((True, 0), (True, 0), (True, 1), (False, 0)):
+        torch.rand(3)
+        model.train(training)
+        losses.append(task.loss(model, tokens, targets, positions, samples + first).item())
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
@@ -269,11 +268,11 @@ def test_a_base_that_was_trained_anew_is_refused(ready: Place):
     checkpoint.load_model(directory / "final")
 
 
-def test_a_base_that_is_gone_is_named(undisturbed: Place, tmp_path: Path):
-    shutil.copytree(undisturbed.runs / "mini/sft", tmp_path / "runs/mini/sft")
+def test_a_base_that_is_gone_is_named(fine_tuned: Place, tmp_path: Path):
+    shutil.copytree(fine_tuned.runs / "mini/sft", tmp_path / "runs/mini/sft")
     with pytest.raises(UserError, match=r"an adapter of the model in .*pretrain/final, which is not there"):
         checkpoint.load_model(tmp_path / "runs/mini/sft/final")
-    shutil.copytree(undisturbed.runs / "mini/pretrain", tmp_path / "runs/mini/pretrain")
+    shutil.copytree(fine_tuned.runs / "mini/pretrain", tmp_path / "runs/mini/pretrain")
     checkpoint.load_model(tmp_path / "runs/mini/sft/final")  # both were moved together
 
 
@@ -285,15 +284,15 @@ def test_a_base_that_is_gone_is_named(undisturbed: Place, tmp_path: Path):
         ("warmup_fraction=0.2", "warmup_fraction=0.3", "sft.warmup_fraction was 0.2, is now 0.3"),
     ],
 )
-def test_another_config_is_refused(undisturbed: Place, ready: Place, before, after, named):
-    shutil.copytree(undisturbed.runs / "mini/sft", ready.runs / "mini/sft")
+def test_another_config_is_refused(fine_tuned: Place, ready: Place, before, after, named):
+    shutil.copytree(fine_tuned.runs / "mini/sft", ready.runs / "mini/sft")
     ready.edit((before, after))
     with pytest.raises(UserError, match=re.escape(named)):
         tuned(ready)
 
 
-def test_more_steps_go_on_from_the_end(undisturbed: Place, ready: Place):
-    shutil.copytree(undisturbed.runs / "mini/sft", ready.runs / "mini/sft")
+def test_more_steps_go_on_from_the_end(fine_tuned: Place, ready: Place):
+    shutil.copytree(fine_tuned.runs / "mini/sft", ready.runs / "mini/sft")
     ready.edit(("steps=10", "steps=12"))
     tuned(ready)
     assert [m["step"] for m in ready.metrics("sft")] == list(range(1, 13))
@@ -388,20 +387,20 @@ def with_two(place: Place) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", ["", 'parallel="fsdp", ', "full"])
-def test_two_processes_train_as_one(undisturbed: Place, ready: Place, changes):
+def test_two_processes_train_as_one(fine_tuned: Place, ready: Place, changes):
     """With dropout too: each draws for its rows what one process draws for them as a micro-batch."""
     if changes == "full":
         ready.edit(("lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1)", "lora=None"))
-        undisturbed = Place(shutil.copytree(ready.path, ready.path.parent / "alone"))
-        tuned(undisturbed)
+        fine_tuned = Place(shutil.copytree(ready.path, ready.path.parent / "alone"))
+        tuned(fine_tuned)
     else:
         ready.edit(("deterministic=True", f"{changes}deterministic=True"))
     with_two(ready)
-    ours, theirs = ready.metrics("sft"), undisturbed.metrics("sft")
+    ours, theirs = ready.metrics("sft"), fine_tuned.metrics("sft")
     for name in ("loss", "grad_norm", "lr", "tokens"):
         assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=1e-4), name
     found = [[m["val_loss"] for m in log if "val_loss" in m] for log in (ours, theirs)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-    ours, theirs = (checkpoint.load_model(p.runs / "mini/sft/final").state_dict() for p in (ready, undisturbed))
+    ours, theirs = (checkpoint.load_model(p.runs / "mini/sft/final").state_dict() for p in (ready, fine_tuned))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,128 @@
+"""The task `answers`, and models that were taught to answer, measured beside those that were not."""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configs
+import stage
+from eval import EvalConfig
+from eval.answers import answers, nats_by_conversation
+from sft.data import Rows
+from sft.templates import render
+from tests.conftest import Place
+from tests.eval.test_main import evaluate
+
+
+@pytest.fixture
+def loaded(fine_tuned: Place):
+    """(model, training rows, held-out rows, tokenizer)"""
+    directory = fine_tuned.runs / "mini/sft_data"
+    counts = stage.read_manifest(directory)["counts"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS", str(fine_tuned.runs))
+        spm = configs.load(fine_tuned.config).load_tokenizer()
+    model = checkpoint.load_model(fine_tuned.runs / "mini/sft/final")
+    return model, *(Rows(directory, split, counts, 64) for split in ("train", "val")), spm
+
+
+def test_every_conversation_costs_what_it_costs_alone(loaded):
+    model, _, held_out, _ = loaded
+    nats, counts = nats_by_conversation(model, held_out)
+    for number in range(len(held_out.starts) - 1):
+        ids, trained = (torch.from_numpy(part) for part in held_out.conversation(number))
+        log_p = torch.log_softmax(model(ids[None, :-1])[0].double(), 1)
+        own = -log_p[torch.arange(len(ids) - 1), ids[1:]][trained[1:]]
+        assert nats[number] == pytest.approx(own.sum().item(), rel=1e-5)
+        assert counts[number] == len(own)
+
+
+def test_loss_error_and_baseline_by_hand(loaded):
+    model, train, held_out, spm = loaded
+    numbers, _ = answers(model, train, held_out, "chatml", spm, EvalConfig(answers=2, answer_tokens=4))
+    nats, counts = nats_by_conversation(model, held_out)
+    assert numbers["loss"] == pytest.approx(nats.sum() / counts.sum())
+    assert numbers["perplexity"] == pytest.approx(math.exp(numbers["loss"]))
+    rest = nats - numbers["loss"] * counts
+    n = len(counts)
+    assert numbers["stderr"] == pytest.approx(math.sqrt(n / (n - 1) * (rest**2).sum()) / counts.sum())
+    seen = Counter(int(i) for i, learnt in zip(train.tokens, train.trained, strict=True) if learnt)
+    wanted = [int(i) for i, learnt in zip(held_out.tokens, held_out.trained, strict=True) if learnt]
+    total = seen.total() + spm.vocab_size
+    assert numbers["baseline"] == pytest.approx(np.mean([-math.log((seen[i] + 1) / total) for i in wanted]))
+    assert (numbers["n"], numbers["conversations"]) == (len(wanted), n)
+
+
+def test_the_same_questions_are_answered_whatever_the_model(loaded):
+    model, train, held_out, spm = loaded
+    config = EvalConfig(answers=3, answer_tokens=6, seed=7)
+    texts = answers(model, train, held_out, "chatml", spm, config)[1]
+    other = answers(model.train().eval(), train, held_out, "chatml", spm, config)[1]
+    assert texts == other
+    assert [text["seed"] for text in texts] == [7, 8, 9]
+    for text in texts:
+        assert text["prompt"].startswith("<|im_start|>user\nSay ")
+        assert text["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
+        asked = text["prompt"].split("\n")[1].removesuffix("<|im_end|>")
+        assert asked == f"Say {text['truth']}."
+
+
+def test_a_mark_of_the_template_in_an_answer_is_counted(loaded):
+    model, train, held_out, spm = loaded
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[spm.control["<|im_start|>"]] = 50 * torch.sign(model.norm.weight)
+        model.norm.weight.abs_()
+    found = answers(model, train, held_out, "chatml", spm, EvalConfig(answers=4, answer_tokens=40, temperature=1.0))
+    texts = found[1]
+    assert found[0]["marked"] == sum("<|im_start|>" in text["answer"] for text in texts) / 4 > 0
+
+
+def test_both_stages_are_measured_and_the_report_sets_them_side_by_side(tuned: Place):
+    out = evaluate(tuned)
+    found = json.loads((tuned.runs / "mini/eval/results.json").read_text())
+    assert list(found) == ["pretrain", "sft"]
+    assert found["sft"]["answers"]["loss"] < found["pretrain"]["answers"]["loss"]
+    assert found["sft"]["answers"]["baseline"] == found["pretrain"]["answers"]["baseline"]
+    adapter = stage.read_manifest(tuned.runs / "mini/sft/final")["wrote"]["adapter.pt"]["sha256"]
+    assert {entry["checkpoint"] for entry in found["sft"].values() if "n" in entry} == {adapter}
+    assert "sft        | answers" in out or "sft      | answers" in out
+    texts = json.loads((tuned.runs / "mini/eval/generations.json").read_text())
+    for task in ("answers", "smoke", "prompts"):
+        before, after = texts["pretrain"][task], texts["sft"][task]
+        assert [(text["prompt"], text["seed"]) for text in before] == [(text["prompt"], text["seed"]) for text in after]
+    assert "is up to date" in evaluate(tuned)
+    page = tuned.run("-m", "eval.report", tuned.config) and (tuned.runs / "mini/REPORT.md").read_text()
+    for text in texts["pretrain"]["answers"]:
+        at = page.index(text["prompt"].splitlines()[1])
+        assert page.index("After pretrain", at) < page.index("After sft", at)
+
+
+def test_a_fine_tuned_model_is_asked_by_its_template(tuned: Place, loaded):
+    evaluate(tuned)
+    texts = json.loads((tuned.runs / "mini/eval/generations.json").read_text())["sft"]["prompts"]
+    model, _, _, spm = loaded
+    from sft.conversations import Message
+
+    ids = render("chatml", [Message("user", texts[0]["prompt"])], spm, ask=True)[0]
+    stop = (spm.eos, spm.control["<|im_end|>"])
+    new = model.generate(ids, 128, temperature=0.7, top_p=0.9, seed=0, stop=stop)
+    assert texts[0]["answer"] == spm.decode(new, begins=False)
+
+
+def test_a_checkpoint_by_path_is_the_stage_that_it_is_of(tuned: Place):
+    evaluate(tuned, "--checkpoint", tuned.runs / "mini/sft/best")
+    assert list(json.loads((tuned.runs / "mini/sft/eval_best/results.json").read_text())) == ["sft"]
+    evaluate(tuned, "--checkpoint", tuned.runs / "mini/pretrain/best")
+    assert list(json.loads((tuned.runs / "mini/pretrain/eval_best/results.json").read_text())) == ["pretrain"]
+
+
+def test_without_conversations_the_task_is_skipped(trained: Place):
+    evaluate(trained)
+    entry = json.loads((trained.runs / "mini/eval/results.json").read_text())["pretrain"]["answers"]
+    assert entry["skipped"] == f"no conversations; make them with: python -m sft.data {trained.config}"
