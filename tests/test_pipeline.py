@@ -28,24 +28,24 @@ def test_every_stage_by_command(place: Place):
         ["-m", "tokenizer.train"],
         ["-m", "data.pack"],
         ["train.py"],
+        ["-m", "sft.data"],
+        ["-m", "sft.train"],
         ["-m", "eval"],
         ["-m", "eval.report"],
     ]
     for command in commands:
         place.run(*command)
-    for directory in ("corpus", "tokenizer", "packed", "pretrain", "eval"):
+    for directory in ("corpus", "tokenizer", "packed", "pretrain", "sft_data", "sft", "eval"):
         manifest = json.loads((place.runs / "mini" / directory / "manifest.json").read_text())
         assert {"config", "read", "wrote", "counts", "versions"} <= manifest.keys()
         assert (place.runs / "mini" / directory / "log.txt").read_text()
     for command in commands[:-1]:
         assert "is up to date" in place.run(*command).stdout
-    generated = [
-        place.run("serve.py", place.config, "generate", "def ", "--seed", "1", "--max-tokens", "9").stdout
-        for _ in range(2)
-    ]
+    plain = "serve.py", place.config, "--checkpoint", place.runs / "mini/pretrain/final", "generate"
+    generated = [place.run(*plain, "def ", "--seed", "1", "--max-tokens", "9").stdout for _ in range(2)]
     assert generated[0] == generated[1]
     assert generated[0].startswith("def ")
-    piped = place.run("serve.py", place.config, "generate", "--seed", "1", "--max-tokens", "9", stdin="def ").stdout
+    piped = place.run(*plain, "--seed", "1", "--max-tokens", "9", stdin="def ").stdout
     assert piped == generated[0]
 
 

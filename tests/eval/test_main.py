@@ -16,7 +16,7 @@ from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
 from tests.eval.test_tasks import RECORDS
 
-TASKS = ["validation", "wikitext2", *RECORDS, "smoke", "prompts", "continuations"]
+TASKS = ["validation", "wikitext2", *RECORDS, "answers", "smoke", "prompts", "continuations"]
 
 
 def results(place: Place) -> dict:
@@ -58,6 +58,7 @@ def test_all_tasks(trained: Place):
     put(trained, *RECORDS)
     (trained.raw / "wikitext-2").mkdir()
     (trained.raw / "wikitext-2/wiki.test.raw.xz").write_bytes(lzma.compress(RAW.encode()))
+    trained.run("-m", "sft.data", trained.config)
     out = trained.run("-m", "eval", trained.config).stdout
     found = results(trained)
     assert list(found) == TASKS
@@ -78,7 +79,7 @@ def test_all_tasks(trained: Place):
     seconds = json.loads((trained.runs / "mini/eval/seconds.json").read_text())
     assert seconds.keys() == {f"pretrain-{name}" for name in TASKS}
     said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
-    assert {name: len(texts) for name, texts in said.items()} == {"smoke": 24, "prompts": 5, "continuations": 2}
+    assert {name: len(texts) for name, texts in said.items()} == {"answers": 8, "smoke": 24, "prompts": 5, "continuations": 2}
 
 
 def test_what_is_missing_is_listed_and_added_when_it_comes(trained: Place):
