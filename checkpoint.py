@@ -114,10 +114,15 @@ def weights(model: torch.nn.Module) -> tuple[str, dict]:
     return "adapter.pt" if frozen else "weights.pt", kept
 
 
-def load_weights(directory: Path, model: torch.nn.Module) -> None:
-    """Puts into a model what `weights` has kept of it. UserError if that is missing, damaged, or another model's."""
+def load_weights(directory: Path, model: torch.nn.Module, name: str = "default") -> None:
+    """Puts into a model what `weights` has kept of it. UserError if that is missing, damaged, or another model's.
+
+    name: of the adapter, if it is one; on disk it is always "default".
+    """
     file, expected = weights(model)
     found = read(directory, file)
+    if file == "adapter.pt":
+        found = {key.removesuffix("default") + name: tensor for key, tensor in found.items()}
     try:
         if missing := sorted(expected.keys() - found.keys()):
             raise RuntimeError(f"it has no {missing[0]}")
@@ -164,23 +169,38 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     """The trained model in a checkpoint directory, ready to generate; an adapter merged into its base. UserError if one
     of them is missing, damaged, or not what the other was trained with."""
     directory = Path(directory)
-    config = read_manifest(directory)["config"]
     if adapts(directory):
-        from sft import lora, templates  # a stage, which stands above this module: only its models need it
+        from sft import lora  # a stage, which stands above this module: only its models need it
 
         model = load_model(base(directory))
-        if pieces := config.get("begin"):
-            templates.begin(model, **pieces)
-        fields = {name: value for name, value in config["lora"].items() if name != "type"}
-        lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}))
-        load_weights(directory, model)
+        load_adapter(directory, model)
         lora.fold(model)
     else:
-        shape = dict(config["model"])
+        shape = dict(read_manifest(directory)["config"]["model"])
         del shape["type"], shape["kernels"]  # the kernels are those of this machine
         model = Transformer(ModelConfig(**shape))
         load_weights(directory, model)
+    model.digest = digest(directory)
     return model.eval().to(device)
+
+
+def load_adapter(directory: Path | str, model: Transformer, name: str = "default") -> None:
+    """Puts the adapter in a checkpoint directory on its base, beside those that are there, and in use.
+
+    model: as `load_model` gives it for `base(directory)`. The row of a control piece in its output projection may
+    change (`sft.templates.begin`). UserError for an adapter of another model.
+    """
+    from sft import lora, templates
+
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if getattr(model, "digest", "none") not in manifest["read"].values():
+        raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
+    if pieces := manifest["config"].get("begin"):
+        templates.begin(model, **pieces)
+    fields = {key: value for key, value in manifest["config"]["lora"].items() if key != "type"}
+    lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}), name)
+    load_weights(directory, model, name)
 
 
 def template(directory: Path) -> str | None:
@@ -205,7 +225,7 @@ def adapts(directory: Path) -> bool:
 def base(directory: Path) -> Path:
     """The checkpoint that an adapter was trained on. UserError if it is not there, or not what it was."""
     manifest = read_manifest(directory)
-    found = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))
+    found = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))  # which may be absolute
     if stage.read_manifest(found) is None:
         raise UserError(f"{directory} holds an adapter of the model in {found}, which is not there; put it back there")
     if digest(found) not in manifest["read"].values():

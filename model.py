@@ -151,14 +151,16 @@ class Texts:
     Texts of similar length are one batch: padded at their ends, which a causal query never sees, they need no mask, and
     so keep the fast kernels; nor is anything computed for pairs of texts, which would be most of a row's square.
 
-    positions: (B, T) int64 on the CPU, from 0 in each text. Raises ValueError if a row does not begin with a text.
+    positions: (B, T) int64 on the CPU, from 0 in each text. Raises ValueError for others.
     """
 
     def __init__(self, positions: Tensor, device: torch.device):
-        if positions[:, 0].any():
-            raise ValueError("positions of a row do not begin with 0; expected those of whole texts")
-        starts = (positions.flatten() == 0).nonzero()[:, 0].tolist()
-        texts = sorted(((b - a, a) for a, b in itertools.pairwise([*starts, positions.numel()])), reverse=True)
+        flat = positions.flatten()
+        starts = (flat == 0).nonzero()[:, 0]
+        lengths = torch.cat([starts, torch.tensor([len(flat)])]).diff()
+        if positions[:, 0].any() or not torch.equal(flat, torch.arange(len(flat)) - starts.repeat_interleave(lengths)):
+            raise ValueError("positions of a row do not count from 0 in each text; expected those of whole texts")
+        texts = sorted(zip(lengths.tolist(), starts.tolist(), strict=True), reverse=True)
         groups: list[list[tuple[int, int]]] = []
         for length, start in texts:
             if not groups or length < 0.8 * groups[-1][0][0]:
@@ -339,7 +341,9 @@ class Transformer(nn.Module):
         # Where every text holds as many tokens, their positions are the same, and one new token may see all of them.
         cos, sin, texts = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T], None
         if positions is not None:
-            texts = Texts(positions, tokens.device) if mask is None else None
+            if mask is None and cache is not None:
+                raise ValueError("positions without a mask are those of whole texts; a cache holds earlier tokens")
+            texts = Texts(positions.cpu(), tokens.device) if mask is None else None
             positions = positions.to(tokens.device, non_blocking=True)
             cos, sin = self.cos[positions], self.sin[positions]  # (B, T, 1, E)
         elif min(used) < max(used) or (T > 1 and used[0] > 0):

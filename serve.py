@@ -15,7 +15,7 @@ import stage
 import tokenizer
 from machine import pick_device
 from model import Sampling
-from sft.conversations import Message
+from sft.conversations import Message, cleaned
 from sft.templates import render
 from stage import UserError
 
@@ -61,10 +61,12 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt
     ids, shown, stop = [spm.bos, *spm.encode(prompt)], prompt, (spm.eos,)
     if template := checkpoint.template(directory):
-        if not (asked := prompt.strip()):
+        if not (asked := cleaned(prompt)):
             raise UserError("the prompt is empty; this model was taught to answer: ask it something")
         ids, shown = render(template, [Message("user", asked)], spm, ask=True)[0], ""
         stop = (spm.eos, *spm.control.values())  # no answer has a control piece in it
+        if len(ids) >= model.config.context_length:
+            raise UserError(f"the prompt takes {len(ids):,} tokens; the model sees {model.config.context_length:,}")
     for i in range(arguments.samples):
         new = model.stream(
             [ids],

@@ -128,8 +128,8 @@ class Experiment:
         """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
         final = self.directory(stage_name) / "final"
         if stage.read_manifest(final) is None:
-            if self.imported and stage_name == "pretrain":
-                return self.imported
+            if stage_name == "pretrain" and (imported := self.owner("pretrain").imported):
+                return imported
             make = f"python {TRAINED[stage_name]} {self.owner(stage_name).path}"
             raise UserError(f"{self.name} is not trained: no {final}; train it with: {make}")
         return final

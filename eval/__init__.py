@@ -21,7 +21,7 @@ class EvalConfig:
     """Length of the continuation."""
     answer_tokens: int = 128
     """The most that an answer to a prompt may have."""
-    answers: int = 8
+    answers: int = 16
     """Held-out conversations whose question is answered."""
     temperature: float = 0.7
     """Of sampling; 0 is greedy."""

@@ -80,7 +80,7 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
     tasks["answers"] = Task(missing=f"no conversations; make them with: {make}")
     directory, context = experiment.directory("sft_data"), experiment.model.context_length
     if stage.read_manifest(directory):
-        counts, template = sft.data.load(directory, spm.sha256, make), experiment.sft.data.template
+        counts, template = sft.data.load(directory, spm.sha256, make), sft.data.template(directory)
         splits = [Rows(directory, split, counts, context) for split in SPLITS]
         tasks["answers"] = Task(
             digest(stage.outputs(directory), config.answers, config.answer_tokens, sampling),

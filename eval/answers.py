@@ -22,18 +22,23 @@ def answers(
     model: Transformer, train: Rows, held_out: Rows, template: str, tokenizer: Tokenizer, config: EvalConfig
 ) -> tuple[dict, list[dict]]:
     """The task `answers`: the loss, in nats a token, of what the assistant says in held-out conversations, the end of
-    each answer included; and for some of them, evenly spaced, what the model says to the same question.
+    each answer included, and apart from the words (`loss_words`, `loss_ends`): a pretrained model has never seen the
+    piece that ends one. And for some of them, evenly spaced, what the model says to the same question.
 
     The standard error is over conversations. The baseline needs no model: each token as frequent as it is in the
     answers of the training conversations. marked: the share of the model's answers with a mark of the template in them.
     """
-    nats, counts = nats_by_conversation(model, held_out)
-    loss, stderr = ratio(nats, counts)
+    nats, counts = nats_by_conversation(model, held_out, ends(template, tokenizer))
+    loss, stderr = ratio(nats.sum(1), counts.sum(1))
+    of_words, stderr_words = ratio(nats[:, 0], counts[:, 0])
     texts = written(model, held_out, template, tokenizer, config)
     numbers = {
         "loss": loss,
         "perplexity": perplexity(loss),
         "stderr": stderr,
+        "loss_words": of_words,
+        "stderr_words": stderr_words,
+        "loss_ends": float(nats[:, 1].sum() / max(1, counts[:, 1].sum())),
         "baseline": unigram(train, held_out, tokenizer.vocab_size),
         "marked": sum(text["marked"] for text in texts) / len(texts),
         "ended": sum(text["ended"] for text in texts) / len(texts),
@@ -43,8 +48,9 @@ def answers(
     return numbers, texts
 
 
-def nats_by_conversation(model: Transformer, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """−log p of each conversation's trained tokens together, in nats, and how many they are: (conversations,) each."""
+def nats_by_conversation(model: Transformer, rows: Rows, ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """−log p of each conversation's trained tokens together, in nats, and how many they are: (conversations, 2) each,
+    for words and for the ends of answers."""
     device, most = model.embed.weight.device, max(1, LOGITS[model.embed.weight.device.type] // model.config.vocab_size)
     batches = [range(i, min(i + BATCH, rows.count)) for i in range(0, rows.count, BATCH)]
     found = []
@@ -55,12 +61,12 @@ def nats_by_conversation(model: Transformer, rows: Rows) -> tuple[np.ndarray, np
             hidden = model.hidden(tokens.to(device), positions=positions).flatten(0, 1)[live.to(device)]
             wanted = targets.flatten()[live].to(device)
             pairs = zip(hidden.split(most), wanted.split(most), strict=True)
-            losses = [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pairs]
+            losses = torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pairs])
             text = (positions.flatten() == 0).cumsum(0)[live]  # which text of the batch each is of
-            nats = torch.zeros(int(text[-1]) + 1, dtype=torch.float64)
-            nats.index_add_(0, text, torch.cat(losses).double().cpu())
-            counts = text.bincount()
-            found.append((nats[counts > 0].numpy(), counts[counts > 0].numpy()))
+            place = 2 * text + torch.isin(targets.flatten()[live], torch.tensor(ends))
+            counts = place.bincount(minlength=2 * int(text[-1]) + 2)
+            nats = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, losses.double().cpu())
+            found.append([each.view(-1, 2)[counts.view(-1, 2).sum(1) > 0].numpy() for each in (nats, counts)])
     nats, counts = (np.concatenate(part) for part in zip(*found, strict=True))
     if not np.isfinite(nats).all():
         raise UserError("the logits are not finite; the weights are damaged, or their training diverged")

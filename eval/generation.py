@@ -10,7 +10,7 @@ from eval import EvalConfig
 from eval.choices import standard_error
 from eval.prompts import LONGER, SMOKE, distinct, judge, repetition, words
 from model import Transformer
-from sft.conversations import Message
+from sft.conversations import Message, cleaned
 from sft.templates import ends, render
 from stage import UserError
 from tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def answer(
     taught to answer, which is asked; None: a model that goes on with the prompt."""
     ids, stop = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], (tokenizer.eos,)
     if template:
-        ids = [render(template, [Message("user", prompt)], tokenizer, ask=True)[0] for prompt in prompts]
+        ids = [render(template, [Message("user", cleaned(prompt))], tokenizer, ask=True)[0] for prompt in prompts]
         stop = ends(template, tokenizer)
     new = sampled(model, ids, config.answer_tokens, stop, config)
     return [

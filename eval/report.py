@@ -264,7 +264,8 @@ def samples(run: Run) -> list[str]:
             said += smoke(found)
             continue
         for i, each in enumerate(next(iter(found.values()))):
-            said += [f"{i + 1}, seed {each['seed']}:", block(each["prompt"])]
+            seed = f", seed {each['seed']}" if "seed" in each else ""
+            said += [f"{i + 1}{seed}:", block(each["prompt"])]
             for name, texts in found.items():
                 own = texts[i]
                 known = {k.replace("_", " "): show(v) for k, v in own.items() if number(v) and k not in FLAGS}

@@ -55,6 +55,11 @@ class Refused(Exception):
 CLEANING = Cleaning(html=False, repeated_line_chars=0)  # an answer may be about HTML, and may repeat itself
 
 
+def cleaned(text: str) -> str:
+    """What a message says, as a model is shown it."""
+    return clean(text, CLEANING).strip()
+
+
 def _content(value, name: str) -> str:
     """The text of a field, clean. Refused, naming the field, if it is none."""
     if not isinstance(value, str):
@@ -63,7 +68,7 @@ def _content(value, name: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise Refused(f"{name} holds half a surrogate pair; mend it") from None
-    return clean(value, CLEANING).strip()
+    return cleaned(value)
 
 
 def _short(value) -> str:

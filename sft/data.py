@@ -108,13 +108,11 @@ def gather(config: ConversationConfig, spm: Tokenizer, context: int, workers: in
                     dropped["unreadable"] += 1
                     log.debug(str(conversation))
                     continue
-                if rule := judge.rule(conversation):
-                    dropped[rule] += 1
-                    continue
                 whole = render(config.template, conversation.messages, spm)
                 fits = fitted(*whole, context, config.too_long)
-                if isinstance(fits, str):
-                    dropped[fits] += 1
+                # What does not fit is not remembered: a later copy may be shorter.
+                if rule := fits if isinstance(fits, str) else judge.rule(conversation):
+                    dropped[rule] += 1
                     continue
                 ids, trained = fits
                 counts.update(kept=1, tokens=len(ids), cut=sum(whole[1]) > sum(trained))
@@ -266,6 +264,11 @@ def load(directory: Path, tokenizer_sha256: str, make: str) -> dict:
     if tokenizer_sha256 not in manifest["read"].values():
         raise UserError(f"{directory} was made with another tokenizer; make it anew: {make} --force")
     return manifest["counts"]
+
+
+def template(directory: Path) -> str:
+    """By which the conversations in a finished directory are spelt."""
+    return stage.read_manifest(directory)["config"]["sft_data"]["template"]
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"── {number:,} [{at:,} to {at + len(ids) - 1:,}) {origins[number]}")
             for learnt, part in itertools.groupby(zip(ids.tolist(), trained, strict=True), key=lambda pair: pair[1]):
                 text = shown([id for id, _ in part], spm)
+                text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
                 print(f"{green}{text}{plain}" if learnt else text, end="")
             print()
             at += len(ids) - 1

@@ -57,7 +57,7 @@ class LoRALinear(nn.Linear):
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()  # by the adapter's name
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
-        self.base: Tensor | None = None  # while an adapter is merged: the weight without it
+        self.register_buffer("base", None, persistent=False)  # while an adapter is merged: the weight without it
 
     def add(self, name: str, config: LoRAConfig) -> None:
         """A new adapter, float32, drawn from torch's global generator as `nn.Linear` draws its weight; now in use."""
@@ -69,25 +69,34 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
         y = F.linear(x, self.weight)
+        if self.base is not None and self.training:
+            raise RuntimeError("an adapter is merged into the weights; lora.unmerge the model before training goes on")
         if self.active is None or self.base is not None:
             return y
-        config = self.configs[self.active]
+        config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
         scale = config.alpha / config.rank
         if self.training and config.dropout:
             x, scale = dropped(x, config.dropout), scale / (1 - config.dropout)
-        z = scale * F.linear(x, self.a[self.active]).flatten(0, -2)  # (N, rank): the narrowest place to scale
-        return torch.addmm(y.flatten(0, -2), z, self.b[self.active].T).view(y.shape)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(a.dtype)  # of a model in another dtype
+        # Scaled last, as peft does it: elsewhere it would round otherwise.
+        return y + (scale * F.linear(F.linear(x, a), b)).to(y.dtype)
 
     def merge(self) -> None:
         """Puts the adapter in use into the weight. The weight without it is kept: to subtract would be to round."""
         if self.active is not None and self.base is None:
             config, self.base = self.configs[self.active], self.weight.data
             product = self.b[self.active].data @ self.a[self.active].data  # (out, in)
-            self.weight.data = self.base + config.alpha / config.rank * product
+            self.weight.data = (self.base + config.alpha / config.rank * product).to(self.base.dtype)
 
     def unmerge(self) -> None:
         if self.base is not None:
             self.weight.data, self.base = self.base, None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base is not None:  # merged weights beside the adapter would be the adapter twice
+            destination[f"{prefix}weight"] = self.base
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
@@ -95,10 +104,20 @@ def dropped(x: Tensor, p: float) -> Tensor:
 
     Drawn from 16 random bits an element: on a CPU a fifth of the time of PyTorch's, which would be a quarter of a step.
     """
+    return torch.where(_kept(x, p), x, 0.0)
+
+
+@torch.library.custom_op("lumi::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _kept(x: Tensor, p: float) -> Tensor:
+    """Which elements are kept: an operator that torch.compile leaves alone, for it cannot draw from all of int64."""
     whole = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = whole.view(torch.int16)[: x.numel()].view(x.shape)
-    least = min(round(p * 65_536), 65_535) - 32_768  # int16 holds no bound that would drop all
-    return torch.where(bits >= least, x, 0.0)
+    return bits >= min(round(p * 65_536), 65_535) - 32_768  # int16 holds no bound that would drop all
+
+
+@_kept.register_fake
+def _(x, p):
+    return torch.empty_like(x, dtype=torch.bool)
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model
@@ -110,7 +129,11 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> None:
-    """Adds an adapter, which is then in use and alone is trained: everything else is frozen."""
+    """Adds an adapter, which is then in use and alone is trained: everything else is frozen. ValueError for a name that
+    is taken or has a dot in it."""
+    if "." in name or not name or any(name in layer.configs for layer in layers(model).values()):
+        raise ValueError(f"the adapter's name is {name!r}; expected one without a dot that no other adapter has")
+    unmerge(model)
     model.requires_grad_(False)
     for block in model.blocks:
         for target in config.targets:
@@ -122,12 +145,15 @@ def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> Non
 
 
 def use(model: nn.Module, name: str | None) -> None:
-    """Which adapter a model uses; None: none, as if there were none. Raises KeyError for one that it does not have."""
+    """Which adapter a model uses, and trains; None: none, as if there were none. KeyError for one that it lacks."""
     if name is not None and not any(name in layer.configs for layer in layers(model).values()):
         raise KeyError(f"the model has no adapter {name!r}")
     unmerge(model)
     for layer in layers(model).values():
         layer.active = name if name in layer.configs else None
+        for each in layer.configs if name else ():
+            layer.a[each].requires_grad_(each == name)
+            layer.b[each].requires_grad_(each == name)
 
 
 @contextmanager

@@ -161,9 +161,11 @@ def begin(model: Transformer, end: int, start: int, eos: int) -> None:
     frozen they cannot be told apart: with LoRA alone the demo gave <|im_end|> a probability of 0.02 where every answer
     ends. Its row becomes that of the piece that ends a text, plus what tells two unseen pieces apart.
     """
-    with torch.no_grad():
-        rows = model.head.weight
-        rows[end] = rows[eos] + (rows[end] - rows[start])
+    if end not in getattr(model, "begun", ()):  # else another adapter has needed it already
+        with torch.no_grad():
+            rows = model.head.weight
+            rows[end] = rows[eos] + (rows[end] - rows[start])
+        model.begun = {end}
 
 
 def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -87,7 +87,8 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
         return *mixture.batch(step, rank, ranks), samples
 
     def loss(model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
-        # What dropout draws depends on what is trained on, not on what was drawn before: a resumed run draws the same.
+        # What dropout draws depends on the first row of a micro-batch, not on what was drawn before: a resumed run, and
+        # one of several processes, draws the same wherever its micro-batches are the same.
         torch.manual_seed(((config.seed << 32) + int(samples[0])) % 2**63)
         device = next(model.parameters()).device
         return model(tokens.to(device, non_blocking=True), targets, positions=positions)
@@ -114,7 +115,9 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
-        flops=config.batch_size * length * flops_per_token(experiment.model, experiment.sft.lora, held_out),
+        flops=config.batch_size
+        * length
+        * flops_per_token(experiment.model, experiment.sft.lora, next(iter(sets.values()))),
         seen=lambda step: (
             {name: n * length for name, n in mixture.seen(step).items()} if weights.get("") is None else {}
         ),
@@ -156,11 +159,23 @@ def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
             log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
 
 
+def place(base: Path, checkpoint: Path) -> str:
+    """Where a checkpoint's base is: from there, where both are in runs/ and move together, else from the root."""
+    base, checkpoint = base.resolve(), checkpoint.resolve()
+    return os.path.relpath(base, checkpoint) if base.is_relative_to(stage.runs().resolve()) else str(base)
+
+
 def unseen(experiment, base: Path) -> dict[str, int] | None:
-    """The pieces that `begin` needs, if the template has control pieces and the model has not seen them: pretraining
-    here shows a model none, but an imported model may have been shown some."""
-    spm, template = experiment.load_tokenizer(base), experiment.sft.data.template
-    if experiment.imported or checkpoint.template(base) or START not in TEMPLATES[template].needs:
+    """The pieces that `begin` needs, if the template has control pieces and the model has not seen them. Pretraining
+    here shows a model none, fine-tuning those of its template; what an imported model was shown is not known."""
+    spm, needs = experiment.load_tokenizer(base), TEMPLATES[experiment.sft.data.template].needs
+    while (template := checkpoint.template(base)) is not None and END not in TEMPLATES[template].needs:
+        if not checkpoint.adapts(base):
+            break
+        base = checkpoint.base(base)
+    config = checkpoint.read_manifest(base)["config"]
+    known = not experiment.imported and ("pretrain" in config or "sft" in config)
+    if END not in needs or not known or (template is not None and END in TEMPLATES[template].needs):
         return None
     return {"end": spm.control[END], "start": spm.control[START], "eos": spm.eos}
 
@@ -179,10 +194,11 @@ def main(arguments: argparse.Namespace) -> None:
 
     experiment = configs.load(arguments.config)
     config, remake = experiment.sft, f"python -m sft.train {experiment.path}"
-    base = experiment.trained("pretrain")
     if arguments.checkpoint:
         base, remake = Path(arguments.checkpoint), f"{remake} --checkpoint {shlex.quote(arguments.checkpoint)}"
-    checkpoint.read_manifest(base)
+        checkpoint.digest(base)
+    else:
+        base = experiment.trained("pretrain")
 
     def make() -> Transformer:
         with torch.device("meta"):
@@ -200,9 +216,9 @@ def main(arguments: argparse.Namespace) -> None:
         directory = experiment.directory("sft")
         settings = {"model": experiment.model, "sft": config.train, "weights": dict(config.weights)}
         settings |= {"template": config.data.template, "lora": config.lora}
-        settings["base"] = os.path.relpath(base, directory / "final")  # as every checkpoint beside it
+        settings["base"] = place(base, directory / "final")  # as every checkpoint beside it
         settings["begin"] = unseen(experiment, base)
-        run(Stage(directory, settings, read, remake, free=FREE), make, task, config.train, arguments)
+        run(Stage(directory, settings, read, remake, free=FREE | {"base"}), make, task, config.train, arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ def test_shipped_config_loads(name, monkeypatch):
     monkeypatch.delenv("RUNS", raising=False)
     experiment = configs.load(f"configs/{name}.py")
     assert experiment.name == name
-    assert experiment.directory("pretrain") == Path("runs") / name / "pretrain"
+    owner = {"alpaca": "prose_tiny", "dolly": "prose_tiny", "oasst1": "tiny_web", "chat_mix": "tiny_web"}.get(
+        name, name
+    )
+    assert experiment.directory("pretrain") == Path("runs") / owner / "pretrain"
+    assert experiment.directory("sft") == Path("runs") / name / "sft"
     assert experiment.model.head_dim == 64
 
 

@@ -598,12 +598,12 @@ def test_no_conversation_learns_from_another():
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("first", [1, 7])
-def test_a_row_that_does_not_begin_with_a_text_is_refused(first):
+@pytest.mark.parametrize(("at", "wrong"), [(0, 1), (0, 7), (2, 7), (5, 3)])
+def test_positions_that_are_not_those_of_whole_texts_are_refused(at, wrong):
     _, tokens, positions = packed_row([4, 5])
     broken = positions.clone()
-    broken[0, 0] = first
-    with pytest.raises(ValueError, match="do not begin with 0"):
+    broken[0, at] = wrong
+    with pytest.raises(ValueError, match="do not count from 0 in each text"):
         build()(torch.cat((tokens, tokens)), positions=torch.cat((positions, broken)))
 
 

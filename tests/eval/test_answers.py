@@ -32,20 +32,24 @@ def loaded(fine_tuned: Place):
 
 
 def test_every_conversation_costs_what_it_costs_alone(loaded):
-    model, _, held_out, _ = loaded
-    nats, counts = nats_by_conversation(model, held_out)
+    model, _, held_out, spm = loaded
+    nats, counts = nats_by_conversation(model, held_out, (spm.control["<|im_end|>"],))
     for number in range(len(held_out.starts) - 1):
         ids, trained = (torch.from_numpy(part) for part in held_out.conversation(number))
         log_p = torch.log_softmax(model(ids[None, :-1])[0].double(), 1)
         own = -log_p[torch.arange(len(ids) - 1), ids[1:]][trained[1:]]
-        assert nats[number] == pytest.approx(own.sum().item(), rel=1e-5)
-        assert counts[number] == len(own)
+        assert nats[number].sum() == pytest.approx(own.sum().item(), rel=1e-5)
+        assert nats[number, 1] == pytest.approx(own[-1].item(), rel=1e-5)
+        assert counts[number].tolist() == [len(own) - 1, 1]
 
 
 def test_loss_error_and_baseline_by_hand(loaded):
     model, train, held_out, spm = loaded
     numbers, _ = answers(model, train, held_out, "chatml", spm, EvalConfig(answers=2, answer_tokens=4))
-    nats, counts = nats_by_conversation(model, held_out)
+    split, counted = nats_by_conversation(model, held_out, (spm.control["<|im_end|>"],))
+    nats, counts = split.sum(1), counted.sum(1)
+    assert numbers["loss_words"] == pytest.approx(split[:, 0].sum() / counted[:, 0].sum())
+    assert numbers["loss_ends"] == pytest.approx(split[:, 1].mean())
     assert numbers["loss"] == pytest.approx(nats.sum() / counts.sum())
     assert numbers["perplexity"] == pytest.approx(math.exp(numbers["loss"]))
     rest = nats - numbers["loss"] * counts

@@ -10,7 +10,7 @@ import checkpoint
 import data.pack
 import tokenizer
 from eval import EvalConfig
-from eval.generation import answers, continuations, smoke
+from eval.generation import continuations, prompts, smoke
 from eval.prompts import LONGER, SMOKE, Prompt, distinct, judge, repetition, words
 from model import Transformer
 from stage import UserError
@@ -87,7 +87,7 @@ def test_continuations_are_of_held_out_documents_and_fixed(subject):
 
 def test_answers_are_what_generate_gives(subject):
     model, spm, _ = subject
-    numbers, texts = answers(model, spm, CONFIG)
+    numbers, texts = prompts(model, spm, None, CONFIG)
     for i, (prompt, text) in enumerate(zip(LONGER, texts, strict=True)):
         options = {"temperature": CONFIG.temperature, "top_p": CONFIG.top_p, "seed": 3 + i, "stop": (spm.eos,)}
         new = model.generate([spm.bos, *spm.encode(prompt)], 12, **options)
@@ -102,12 +102,12 @@ def test_weights_that_are_not_finite(subject):
     broken = Transformer(model.config).eval()
     torch.nn.init.constant_(broken.head.weight, math.nan)
     with pytest.raises(UserError, match="the logits are not finite"):
-        smoke(broken, spm, CONFIG)
+        smoke(broken, spm, None, CONFIG)
 
 
 def test_smoke_counts_what_passed(subject):
     model, spm, _ = subject
-    numbers, texts = smoke(model, spm, CONFIG)
+    numbers, texts = smoke(model, spm, None, CONFIG)
     assert [text["prompt"] for text in texts] == [prompt.text for prompt in SMOKE]
     for prompt, text in zip(SMOKE, texts, strict=True):
         assert text["rules"] == judge(prompt, text["answer"])

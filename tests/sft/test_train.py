@@ -22,9 +22,10 @@ import configs
 import sft.data
 import sft.train
 import stage
+import tokenizer
 import train
 from model import ModelConfig, Transformer
-from sft import lora
+from sft import lora, templates
 from sft.data import Rows
 from sft.lora import LoRAConfig
 from sft.train import fine_tuning
@@ -142,7 +143,12 @@ def test_the_final_model_answers(fine_tuned: Place):
     assert not lora.layers(model)
     assert model.num_parameters() == base.num_parameters()
     assert not torch.equal(model.blocks[0].attn.q.weight, base.blocks[0].attn.q.weight)
-    assert torch.equal(model.head.weight, base.head.weight)
+    changed = (model.head.weight != base.head.weight).any(1).nonzero().flatten().tolist()
+    end, start, eos = (stage.read_manifest(final)["config"]["begin"][name] for name in ("end", "start", "eos"))
+    assert changed == [end]  # which pretraining has never shown: it begins as the end of a text
+    rows = base.head.weight
+    assert torch.equal(model.head.weight[end], rows[eos] + (rows[end] - rows[start]))
+    assert torch.equal(model.embed.weight, base.embed.weight)
     assert len(model.generate([1, 2, 3], 5, temperature=0)) == 5
     assert checkpoint.template(final) == "chatml"
     assert checkpoint.template(fine_tuned.runs / "mini/pretrain/final") is None
@@ -194,7 +200,8 @@ def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name,
 
 def test_dropout_depends_on_what_is_trained_on_not_on_what_was_drawn_before(ready: Place, fine_tuned: Place):
     experiment = configs.load(ready.config)
-    task = fine_tuning(experiment, fine_tuned.runs / "mini/sft_data", experiment.load_tokenizer())
+    spm = tokenizer.load(fine_tuned.runs / "mini/tokenizer")
+    task = fine_tuning(experiment, fine_tuned.runs / "mini/sft_data", spm)
     model = checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
     lora.attach(model, LoRAConfig(rank=4, dropout=0.5))
     for layer in lora.layers(model).values():
@@ -239,8 +246,8 @@ def test_a_checkpoint_of_a_step_can_be_fine_tuned(ready: Place):
     manifest = stage.read_manifest(directory / "final")
     assert checkpoint.base(directory / "final") == start
     assert digest(start / "weights.pt") in manifest["read"].values()
-    expected = checkpoint.load_model(start).head.weight
-    assert torch.equal(checkpoint.load_model(directory / "final").head.weight, expected)
+    expected = checkpoint.load_model(start).embed.weight
+    assert torch.equal(checkpoint.load_model(directory / "final").embed.weight, expected)
     with pytest.raises(UserError, match=r"was made from something else: .*base was"):
         tuned(ready)
 
@@ -341,7 +348,7 @@ def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter)
     for number in range(len(rows.starts) - 1):
         ids, trained = rows.conversation(number)
         first = int(np.flatnonzero(trained)[0])
-        found = model.generate(ids[:first].tolist(), 20, temperature=0, stop=sft.train.stops(spm))
+        found = model.generate(ids[:first].tolist(), 20, temperature=0, stop=templates.ends("chatml", spm))
         right += found == ids[first:-1].tolist()
     assert right == len(PAIRS) == 20
 
