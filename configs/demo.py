@@ -30,14 +30,14 @@ experiment = Experiment(
     ),
     sft=SFTConfig(
         train=TrainConfig(
-            epochs=1,
+            epochs=1.5,
             compile=False,
-            batch_size=8,
-            learning_rate=3e-3,
+            batch_size=4,
+            learning_rate=4e-3,
             warmup_fraction=0.1,
             schedule="linear",
             weight_decay=0.0,
-            eval_every=100,
+            eval_every=250,
             save_every=500,
         ),
     ),

@@ -107,7 +107,7 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
             show_samples(model, held_out, spm)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
-    epoch = sum(rows.count for rows in sets.values()) / config.batch_size
+    epoch, first = sum(rows.count for rows in sets.values()) / config.batch_size, next(iter(sets.values()))
     return Task(
         batch=batch,
         loss=loss,
@@ -115,9 +115,7 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
-        flops=config.batch_size
-        * length
-        * flops_per_token(experiment.model, experiment.sft.lora, next(iter(sets.values()))),
+        flops=config.batch_size * length * flops_per_token(experiment.model, experiment.sft.lora, first),
         seen=lambda step: (
             {name: n * length for name, n in mixture.seen(step).items()} if weights.get("") is None else {}
         ),

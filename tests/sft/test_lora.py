@@ -137,8 +137,11 @@ def test_merged_it_computes_the_same_and_unmerged_the_base_is_back_bit_for_bit(t
         for _ in range(times):
             lora.merge(model)
         assert relative(logits(model), apart) < 1e-5
-        names = {name for name, content in contents(model).items() if content != before[name]}
-        assert names == {f"{name}.weight" for name in lora.layers(model)}
+        changed = {
+            name for name, p in model.named_parameters() if before.get(name, b"") != p.detach().numpy().tobytes()
+        }
+        assert changed & before.keys() == {f"{name}.weight" for name in lora.layers(model)}
+        assert contents(model) == before  # what would be saved: the adapter is beside it
         for _ in range(times):
             lora.unmerge(model)
         assert contents(model) == before
