@@ -513,3 +513,75 @@ def test_an_adapter_of_another_models_shape_is_refused(saved):
     save(place / "adapter", adapted(model=wide), place / "base")
     with pytest.raises(UserError, match=f"{place}/adapter does not hold the model its manifest describes"):
         checkpoint.load_model(place / "adapter")
+
+
+def test_several_saved_adapters_over_one_base(saved):
+    place, expected = saved
+    save(place / "second", adapted(9), place / "base")
+    model = checkpoint.load_model(place / "base")
+    plain, before = logits(model), contents(model)
+    checkpoint.load_adapter(place / "adapter", model, "one")
+    checkpoint.load_adapter(place / "second", model, "two")
+    assert torch.equal(logits(model), logits(adapted(9)))
+    lora.use(model, "one")
+    assert torch.equal(logits(model), expected)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"one"}
+    lora.merge(model)
+    assert relative(logits(model), expected) < 1e-5
+    lora.use(model, None)
+    assert torch.equal(logits(model), plain)
+    assert contents(model) == before
+    with pytest.raises(ValueError, match="name is 'one'; expected one without a dot that no other adapter has"):
+        checkpoint.load_adapter(place / "second", model, "one")
+
+
+def test_a_saved_adapter_is_refused_by_another_model(saved):
+    save(saved[0] / "other", base(7))
+    for model in (base(), checkpoint.load_model(saved[0] / "other")):
+        with pytest.raises(UserError, match=r"adapter holds an adapter of another model; load the one in .*base"):
+            checkpoint.load_adapter(saved[0] / "adapter", model)
+        assert not lora.layers(model)
+
+
+# ------------------------------------------------------------------------------------------- what is easily done wrong
+
+
+def test_a_merged_model_is_not_trained():
+    model = adapted().train()
+    lora.merge(model)
+    with pytest.raises(RuntimeError, match=r"lora\.unmerge the model before"):
+        model(TOKENS)
+
+
+def test_merged_it_can_change_its_dtype_and_back():
+    model = adapted()
+    lora.merge(model)
+    model.double()
+    lora.unmerge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert relative(logits(model), logits(adapted().double())) < 1e-14
+
+
+def test_an_adapter_of_float32_on_a_base_of_bfloat16():
+    model = adapted(model=base().bfloat16())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    found = logits(model)
+    assert found.dtype == torch.bfloat16
+    assert relative(found.float(), logits(adapted())) < 0.05
+    lora.merge(model)
+    assert model.blocks[0].attn.q.weight.dtype == torch.bfloat16
+
+
+def test_compiled_only_attention_of_packed_rows_breaks_the_graph():
+    """Dropout does not, and two layers that read the same input do not drop the same of it."""
+    part = adapted(config=LoRAConfig(rank=4, alpha=6.0, dropout=0.5)).train().blocks[0].mlp
+    x = torch.randn(2, 24, 16, requires_grad=True)
+    assert torch._dynamo.explain(part)(x).graph_break_count == 0
+    compiled = torch.compile(
+        lambda x: (lora.dropped(x, 0.5), lora.dropped(x, 0.5)), fullgraph=True, backend="aot_eager"
+    )
+    torch.manual_seed(0)
+    first, second = compiled(torch.ones(64, 64))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(lora.dropped(torch.ones(64, 64), 0.5), first)

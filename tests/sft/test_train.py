@@ -248,8 +248,26 @@ def test_a_checkpoint_of_a_step_can_be_fine_tuned(ready: Place):
     assert digest(start / "weights.pt") in manifest["read"].values()
     expected = checkpoint.load_model(start).embed.weight
     assert torch.equal(checkpoint.load_model(directory / "final").embed.weight, expected)
-    with pytest.raises(UserError, match=r"was made from something else: .*base was"):
+    with pytest.raises(UserError, match=r"was made from something else: pretrain/step_0000015/state\.pt was"):
         tuned(ready)
+
+
+def test_a_base_from_elsewhere_stays_there_when_runs_move(ready: Place, tmp_path_factory):
+    """Without a pretrained model of its own, and with `runs` as a link."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(ready.runs / "mini/pretrain/final", elsewhere / "base")
+    shutil.rmtree(ready.runs / "mini/pretrain")
+    (elsewhere / "deep/er").mkdir(parents=True)
+    shutil.move(ready.runs, elsewhere / "deep/er/runs")
+    ready.runs.symlink_to(elsewhere / "deep/er/runs")
+    directory = tuned(ready, checkpoint=str(elsewhere / "base"))
+    assert checkpoint.base(directory / "final") == elsewhere / "base"
+    expected = checkpoint.load_model(directory / "final").state_dict()
+    ready.runs.unlink()
+    shutil.move(elsewhere / "deep/er/runs", ready.runs)
+    found = checkpoint.load_model(directory / "final").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    tuned(ready, checkpoint=str(elsewhere / "base"))  # is up to date
 
 
 def test_a_checkpoint_that_is_not_there_is_named(ready: Place):
