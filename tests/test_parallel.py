@@ -232,7 +232,7 @@ def test_many_in_a_row_stop_the_run_and_name_the_documents(packed: Place):
     assert "step_0000010" in [p.name for p in (packed.runs / "mini/pretrain").iterdir()]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_all_after_the_same_step(packed: Place, signum):
     packed.edit(("steps=24", "steps=100_000"))
     process = start(packed, 2)

@@ -547,7 +547,7 @@ def test_a_damaged_checkpoint_is_passed_over(interrupted: Place, made: Place, fi
     assert_same_run(interrupted, made)
 
 
-@pytest.mark.parametrize("name", ["final", "best"])
+@pytest.mark.parametrize("name", ["final", pytest.param("best", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("file", ["weights.pt", "manifest.json"])
 def test_a_damaged_model_is_not_put_to_use(trained: Place, name, file):
     directory = trained.runs / "mini/pretrain" / name
@@ -578,7 +578,12 @@ def disk(packed: Place) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("room", "whole"), [(0, set()), (500_000, set()), (2_000_000, {"step_0000005", "best"})], ids=["log", "first", "10"]
+    ("room", "whole"),
+    [
+        pytest.param(0, set(), id="log", marks=pytest.mark.slow),
+        pytest.param(500_000, set(), id="first"),
+        pytest.param(2_000_000, {"step_0000005", "best"}, id="10", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_loses_nothing(packed: Place, made: Place, disk: Path, room, whole):
     """A checkpoint takes 830 kB. With room made, the same command goes on to the same end."""
@@ -595,6 +600,7 @@ def test_a_full_disk_loses_nothing(packed: Place, made: Place, disk: Path, room,
     assert_same_run(packed, made)
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_is_named(packed: Place, made: Place, disk: Path):
     """As a system remounts a failing one. Read it can be all the while."""
     remount = ["mount", "-o", "remount,ro", disk]
@@ -731,7 +737,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(packed: Place):
     assert "Lower learning_rate" in error
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_two_runs_give_the_same_bytes(packed: Place, threads, tmp_path_factory: pytest.TempPathFactory):
     """Of a model wide enough that threads share its sums."""
     packed.edit(("d_model=32", "d_model=192"), ("steps=24", "steps=4"), ("micro_batch_size=4", "micro_batch_size=12"))
@@ -760,6 +766,7 @@ def test_too_little_memory_is_answered_with_what_to_change(packed: Place):
     )
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
     """And forgets, as they do, what a killed run had logged past its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
