@@ -29,6 +29,7 @@ test-all: $(VENV)/dev
 bench: $(VENV)/dev
 	$(RUN) -m benchmarks.cpu
 	test -z "$$DATA" || $(RUN) -m benchmarks.data
+	test -z "$$DATA" || $(RUN) -m benchmarks.sft configs/alpaca.py
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -43,7 +43,7 @@ def preparation(experiment) -> dict[str, float]:
     spm = experiment.load_tokenizer()
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
-        found, tallies = sft.data.gather(config, spm, context, workers=2)
+        found, tallies = sft.data.gather(config, spm, context, Path(directory), workers=2)
         counts = {split: sft.data.write(Path(directory), split, found[split], context) for split in found}
         seconds = time.perf_counter() - started
     greedy, room = 0, 0

@@ -120,6 +120,13 @@ def summary(run: Run) -> str:
                 f"After {name} it takes {value(e, 'bits_per_byte', 'bits_per_byte')} bits for a byte of held-out text, "
                 f"{e['bits_per_byte'] / e['baseline']:.3f} of what xz -9 takes ({show(e['baseline'])})."
             )
+    costs = [(name, e) for name, entries in run.results.items() if (e := measured(entries, "answers"))]
+    if len(costs) > 1 and all(finite(e.get("loss")) and finite(e.get("loss_words")) for _, e in costs):
+        told = ", ".join(
+            f"{value(e, 'loss', 'loss')} after {name} (their words alone {value(e, 'loss_words', 'loss')})"
+            for name, e in costs
+        )
+        said.append(f"Held-out answers cost, in nats a token: {told}.")
     if not run.results:
         return " ".join(said)
     latest = list(run.results)[-1]
@@ -134,7 +141,7 @@ def summary(run: Run) -> str:
     if told:
         said.append(f"After {latest} its accuracy is {'; '.join(told)} (the baseline in brackets; tested at 0.05).")
     if e := measured(run.results[latest], "smoke"):
-        said.append(f"It passes {round(e['passed'] * e['n'])} of the {e['n']} short prompts.")
+        said.append(f"After {latest} it passes {round(e['passed'] * e['n'])} of the {e['n']} short prompts.")
     return " ".join(said)
 
 

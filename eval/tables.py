@@ -63,8 +63,10 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
         "± is one standard error over the items of a task; for bits per byte these are documents or articles, and n "
         "counts tokens; where all items score the same, it is as if two 0s and two 1s had been among them. The "
         "baseline is what needs no model: xz -9 for bits per byte, chance for accuracy, in boolq the commonest answer, "
-        "an empty answer for smoke, how the documents really go on for continuations. An accuracy is above it (↑) or "
-        "below (↓) at p < 0.05, or not to be told from it (=)."
+        "an empty answer for smoke, how the documents really go on for continuations, for answers each token as "
+        "frequent as in the training answers. Of answers, loss words and loss ends are the loss of their words and of "
+        "the piece that ends them, marked the share of the model's own with a mark of the template in them. An "
+        "accuracy is above its baseline (↑) or below (↓) at p < 0.05, or not to be told from it (=)."
     )
     if "evaluation" in pictures:
         said.append("![The same beside the baselines](plots/evaluation.png)")

@@ -116,7 +116,7 @@ def _turns(record: dict, names: tuple[str, ...], role: str, content: str, roles:
         raise Refused(f"{name} is {_short(record[name])}; expected a list of objects with the fields {role}, {content}")
     found = []
     for number, turn in enumerate(record[name], start=1):
-        if not isinstance(turn, dict) or role not in turn:
+        if not isinstance(turn, dict) or not {role, content} <= turn.keys():
             has = ", ".join(turn) if isinstance(turn, dict) else _short(turn)
             raise Refused(f"message {number}: expected an object with the fields {role}, {content}; found {has}")
         if not isinstance(turn[role], str) or turn[role] not in roles:
@@ -180,7 +180,7 @@ def _oasst1(record: dict) -> list[Message]:
 def _rank(message: dict) -> float:
     """0 is the best; a message without a rank comes last."""
     rank = message.get("rank")
-    return rank if isinstance(rank, (int, float)) and not math.isnan(rank) else math.inf
+    return rank if isinstance(rank, (int, float)) and rank == rank else math.inf  # NaN is not itself
 
 
 def _has(record: dict, *names: str) -> bool:

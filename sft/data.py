@@ -91,12 +91,15 @@ def fitted(ids: list[int], trained: list[bool], context: int, too_long: str) -> 
     return ids[:end], trained[:end]
 
 
-def gather(config: ConversationConfig, spm: Tokenizer, context: int, workers: int) -> tuple[dict, dict]:
-    """The conversations that are kept, {split: {source: Split}}, and by source what was read and dropped."""
+def gather(
+    config: ConversationConfig, spm: Tokenizer, context: int, directory: Path, workers: int
+) -> tuple[dict, dict]:
+    """The conversations that are kept, {split: {source: Split}}, and by source what was read and dropped. directory:
+    for what does not stay."""
     dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
     found: dict[str, dict[str, Split]] = {split: {} for split in SPLITS}
     tallies = {}
-    with Judge(config.filters) as judge:
+    with Judge(config.filters, directory) as judge:
         for source in config.sources:
             splits = {split: found[split].setdefault(source.name, Split()) for split in SPLITS}
             counts = Counter(read=0, kept=0, cut=0, tokens=0)
@@ -177,7 +180,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
         return directory
     spm = experiment.load_tokenizer()
     with job.making():
-        found, tallies = gather(config, spm, context, workers)
+        found, tallies = gather(config, spm, context, directory, workers)
         for name, tally in tallies.items():
             dropped = ", ".join(f"{n:,} {rule}" for rule, n in tally["dropped"].items()) or "none"
             cut = f"; {tally['cut']:,} cut at {context:,} tokens" * (tally["cut"] > 0)
@@ -187,7 +190,8 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                 read, kept = (sum(tally[key] for tally in tallies.values()) for key in ("read", "kept"))
                 raise UserError(
                     f"of {read:,} conversations {kept:,} were kept, and none is left for {split} at val_fraction = "
-                    f"{config.val_fraction}; add conversations, or change val_fraction or what drops the others"
+                    f"{config.val_fraction}: it takes two at least that begin differently, better hundreds; add some, "
+                    "or change val_fraction or what drops the others"
                 )
         counts = {split: write(directory, split, found[split], context) for split in SPLITS}
         train = counts["train"]

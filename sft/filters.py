@@ -58,13 +58,15 @@ class Filters:
 class Judge:
     """Applies the rules to one conversation after another, of which it remembers what later ones may repeat."""
 
-    def __init__(self, filters: Filters):
+    def __init__(self, filters: Filters, directory: Path):
+        """directory: where its index may be while it is in use."""
+        self.directory = directory
         self.filters, self.exact, self.answers = filters, set(), Counter()
         self.minhash = MinHash(filters.near_duplicates) if filters.near_duplicates else None
 
     def __enter__(self) -> "Judge":
         with ExitStack() as held:
-            directory = held.enter_context(TemporaryDirectory())
+            directory = held.enter_context(TemporaryDirectory(dir=self.directory))
             self.index = held.enter_context(Index(self.filters.near_duplicates, Path(directory)))
             self.held = held.pop_all()
         return self

@@ -28,7 +28,7 @@ from model import ModelConfig, Transformer
 from sft import lora
 from sft.data import IGNORED, ConversationConfig, Rows
 from sft.lora import LoRAConfig
-from sft.templates import END, START, TEMPLATES, begin
+from sft.templates import END, START, TEMPLATES, begin, shown
 from stage import Stage, UserError, check_types, log
 from tokenizer import Tokenizer
 from train import FREE, Task, TrainConfig, run
@@ -49,7 +49,7 @@ class SFTConfig:
         epochs=3,
         batch_size=32,
         micro_batch_size=4,
-        learning_rate=8e-5,
+        learning_rate=1e-3,
         warmup_fraction=0.1,
         weight_decay=0.0,
         eval_every=50,
@@ -107,6 +107,11 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
             show_samples(model, held_out, spm)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
+    if sum(rows.count for rows in sets.values()) < config.batch_size:
+        log.warning(
+            f"a batch of {config.batch_size} rows is more than there are ({counts['train']['rows']}): each step sees "
+            "all of them, some twice; lower batch_size"
+        )
     epoch, first = sum(rows.count for rows in sets.values()) / config.batch_size, next(iter(sets.values()))
     return Task(
         batch=batch,
@@ -151,9 +156,7 @@ def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
             ids, trained = held_out.conversation(number)
             first = int(trained.argmax())
             new = model.generate(ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stop)
-            question, answer = (
-                " ".join(spm.decode(part, begins=False).split()) for part in (ids[1:first].tolist(), new)
-            )
+            question, answer = (" ".join(shown(part, spm).split()) for part in (ids[1:first].tolist(), new))
             log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
 
 
@@ -192,7 +195,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     experiment = configs.load(arguments.config)
     config, remake = experiment.sft, f"python -m sft.train {experiment.path}"
-    if arguments.checkpoint:
+    if arguments.checkpoint is not None:
         base, remake = Path(arguments.checkpoint), f"{remake} --checkpoint {shlex.quote(arguments.checkpoint)}"
         checkpoint.digest(base)
     else:

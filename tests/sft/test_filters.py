@@ -1,5 +1,8 @@
 """Filters: for each rule a conversation that fails it and one that just passes."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +21,7 @@ def talk(*contents: str, language: str | None = None, id: str = "x", input: str 
 
 
 def rules(*conversations: Conversation, **options) -> list[str | None]:
-    with Judge(Filters(**options)) as judge:
+    with TemporaryDirectory() as directory, Judge(Filters(**options), Path(directory)) as judge:
         return [judge.rule(each) for each in conversations]
 
 
