@@ -272,7 +272,7 @@ def samples(run: Run) -> list[str]:
             continue
         for i, each in enumerate(next(iter(found.values()))):
             seed = f", seed {each['seed']}" if "seed" in each else ""
-            said += [f"{i + 1}{seed}:", block(each["prompt"])]
+            said += [f"{i + 1}{seed}:", block(each["prompt"].rstrip("\n"))]
             for name, texts in found.items():
                 own = texts[i]
                 known = {k.replace("_", " "): show(v) for k, v in own.items() if number(v) and k not in FLAGS}
