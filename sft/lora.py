@@ -76,7 +76,7 @@ class LoRALinear(nn.Linear):
         config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
         scale = config.alpha / config.rank
         if self.training and config.dropout:
-            x, scale = dropped(x, config.dropout), scale / (1 - config.dropout)
+            x, scale = dropped(x, config.dropout, a), scale / (1 - config.dropout)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(a.dtype)  # of a model in another dtype
         # Scaled last, as peft does it: elsewhere it would round otherwise.
@@ -99,16 +99,17 @@ class LoRALinear(nn.Linear):
             destination[f"{prefix}weight"] = self.base
 
 
-def dropped(x: Tensor, p: float) -> Tensor:
+def dropped(x: Tensor, p: float, reader: Tensor | None = None) -> Tensor:
     """Dropout without the division by 1 - p: elements are 0 with probability p, to the nearest 1/65,536.
 
+    reader: what reads the result, and tells one call from another: of equal ones torch.compile would make only one.
     Drawn from 16 random bits an element: on a CPU a fifth of the time of PyTorch's, which would be a quarter of a step.
     """
-    return torch.where(_kept(x, p), x, 0.0)
+    return torch.where(_kept(x, p, reader), x, 0.0)
 
 
 @torch.library.custom_op("lumi::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _kept(x: Tensor, p: float) -> Tensor:
+def _kept(x: Tensor, p: float, reader: Tensor | None) -> Tensor:
     """Which elements are kept: an operator that torch.compile leaves alone, for it cannot draw from all of int64."""
     whole = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = whole.view(torch.int16)[: x.numel()].view(x.shape)
@@ -116,7 +117,7 @@ def _kept(x: Tensor, p: float) -> Tensor:
 
 
 @_kept.register_fake
-def _(x, p):
+def _(x, p, reader):
     return torch.empty_like(x, dtype=torch.bool)
 
 
