@@ -572,6 +572,7 @@ def test_an_adapter_of_float32_on_a_base_of_bfloat16():
     assert model.blocks[0].attn.q.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # PyTorch's own use
 def test_compiled_only_attention_of_packed_rows_breaks_the_graph():
     """Dropout does not, and two layers that read the same input do not drop the same of it."""
     part = adapted(config=LoRAConfig(rank=4, alpha=6.0, dropout=0.5)).train().blocks[0].mlp
