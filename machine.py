@@ -204,9 +204,10 @@ def rows_held(config: "TrainConfig", processes: int) -> int:
 
 
 def memory_estimate(
-    model: Transformer, config: "TrainConfig", dtype: torch.dtype, processes: int = 1
+    model: Transformer, config: "TrainConfig", dtype: torch.dtype, processes: int = 1, length: float | None = None
 ) -> dict[str, int]:
     """Bytes that training takes in one process, by kind. dtype: of matrix products. model: on any device, "meta" too.
+    length: of a row, in tokens; None: context_length.
 
     weights, gradients: float32. optimizer: AdamW keeps two numbers a parameter, Muon one for matrices of the blocks.
     activations: what autograd keeps of a micro-batch for the backward pass, counted below. loss: a chunk of logits, and
@@ -217,7 +218,7 @@ def memory_estimate(
     """
     c, half = model.config, dtype.itemsize
     D, KV, V, d_ff = c.d_model, (c.n_kv_heads or c.n_heads) * c.head_dim, c.vocab_size, c.d_ff or 4 * c.d_model
-    tokens, kernel = rows_held(config, processes) * c.context_length, runs_triton(c, config)
+    tokens, kernel = round(rows_held(config, processes) * (length or c.context_length)), runs_triton(c, config)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     trained = [p for p in model.parameters() if p.requires_grad]
     state = 8 * numbers(trained)
@@ -344,8 +345,9 @@ def page(model: Transformer, config: "TrainConfig", dtype: torch.dtype, task: "T
     c, total = model.config, model.num_parameters()
     trained = numbers(p for p in model.parameters() if p.requires_grad)
     held, share = rows_held(config, processes), max(1, config.batch_size // processes)
-    seen = steps * config.batch_size * c.context_length
-    memory = memory_estimate(model, config, dtype, processes)
+    row, length = task.row or ("row", c.context_length)
+    seen = round(steps * config.batch_size * length)
+    memory = memory_estimate(model, config, dtype, processes, length)
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # that share the memory
     needed, available = sum(memory.values()), memory_available(device) // here
     if needed > available:
@@ -370,8 +372,8 @@ def page(model: Transformer, config: "TrainConfig", dtype: torch.dtype, task: "T
         ("parameters", f"{total:,}" + (f", {trained:,} of them trained" if trained < total else "")),
         (
             "steps",
-            f"{steps:,} of {_count(config.batch_size, 'row')} × {c.context_length:,} tokens"
-            + (f", {_count(held, 'row')} at a time" if held < share else ""),
+            f"{steps:,} of {_count(config.batch_size, row)} × {length:,.0f} tokens"
+            + (f", {_count(held, row)} at a time" if held < share else ""),
         ),
         (
             "tokens",

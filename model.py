@@ -151,28 +151,32 @@ class Texts:
     Texts of similar length are one batch: padded at their ends, which a causal query never sees, they need no mask, and
     so keep the fast kernels; nor is anything computed for pairs of texts, which would be most of a row's square.
 
-    positions: (B, T) int64 on the CPU, from 0 in each text. Raises ValueError for others.
+    positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0, another ending begins: a
+    text that shares the first p tokens of the one before, which are there once. Raises ValueError for others.
     """
 
     def __init__(self, positions: Tensor, device: torch.device):
         flat = positions.flatten()
-        starts = (flat == 0).nonzero()[:, 0]
-        lengths = torch.cat([starts, torch.tensor([len(flat)])]).diff()
-        if positions[:, 0].any() or not torch.equal(flat, torch.arange(len(flat)) - starts.repeat_interleave(lengths)):
+        starts = torch.cat([torch.tensor([True]), flat.diff() != 1]).nonzero()[:, 0]
+        counts = torch.cat([starts, torch.tensor([len(flat)])]).diff()
+        shared, whole = flat[starts], flat[starts] == 0
+        text = whole.cumsum(0) - 1  # which whole text each is an ending of
+        if positions[:, 0].any() or (shared > counts[whole][text]).any() or (shared < 0).any():
             raise ValueError("positions of a row do not count from 0 in each text; expected those of whole texts")
-        texts = sorted(zip(lengths.tolist(), starts.tolist(), strict=True), reverse=True)
-        groups: list[list[tuple[int, int]]] = []
-        for length, start in texts:
-            if not groups or length < 0.8 * groups[-1][0][0]:
+        texts = zip(*(x.tolist() for x in (shared + counts, shared, starts, starts[whole][text])), strict=True)
+        groups: list[list[tuple[int, ...]]] = []
+        for each in sorted(texts, reverse=True):
+            if not groups or each[0] < 0.8 * groups[-1][0][0]:
                 groups.append([])
-            groups[-1].append((length, start))
+            groups[-1].append(each)
         # index: which of the B · T tokens stands in each place of the groups, (places,) int64; a shorter text is filled
         # up with its last token. places: (B · T,) int64, in which of them each token stands. shapes: texts, longest.
         index, self.places, self.shapes, before = [], torch.empty(positions.numel(), dtype=torch.int64), [], 0
         for group in groups:
-            lengths, first = torch.tensor(group).T[..., None]  # (texts, 1)
+            lengths, shared, start, first = torch.tensor(group).T[..., None]  # (texts, 1)
             at = torch.arange(group[0][0])  # (longest,)
-            own, real = first + at.minimum(lengths - 1), at < lengths
+            inside = at.minimum(lengths - 1)
+            own, real = inside + torch.where(inside < shared, first, start - shared), (at >= shared) & (at < lengths)
             self.places[own[real]] = before + real.flatten().nonzero()[:, 0]
             index.append(own.flatten())
             self.shapes.append(own.shape)
@@ -329,7 +333,8 @@ class Transformer(nn.Module):
         """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`.
 
         positions: (B, T) int64, for rows that are more than one text. Alone, they count from 0 in each of several texts
-        that stand one after another, and no text sees another; they have to be on the CPU. With a mask, (B, 1, T, T),
+        that stand one after another, and no text sees another; where they fall back to p > 0, another ending of the
+        text begins, after its first p tokens. They have to be on the CPU. With a mask, (B, 1, T, T),
         True where a query sees a key, they may be any; without a cache, a row may then be longer than context_length.
         No position may.
         """
@@ -367,19 +372,23 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
-        """Logits, or with `targets` the mean loss.
+        """Logits, or with `targets` the loss.
 
         tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`, or
         −100 to ignore the position: the caller shifts, once; nothing is shifted here. cache: keys and values of earlier
         tokens, extended by these. positions: (B, T) int64 on the CPU, where a row is several texts: from 0 in each, and
-        no text sees another. Returns logits (B, T, V), or a scalar: mean cross-entropy in nats, without the logits ever
-        being there at once. Raises ValueError past the context.
+        no text sees another (more in `hidden`). Returns logits (B, T, V), or a scalar: mean cross-entropy in nats,
+        without the logits ever being there at once; or, with the reduction "none", that of each target, (B, T), 0 where
+        it is ignored. Raises ValueError past the context.
         """
         x = self.hidden(tokens, cache, positions)
         if targets is None:
             return self.head(x)  # (B, T, V)
-        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), kernels=self.config.kernels)
+        options = {"kernels": self.config.kernels, "reduction": reduction}
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), **options)
+        return loss if reduction == "mean" else loss.view(targets.shape)
 
     # ----------------------------------------------------------------------------------------------------- generation
 
@@ -562,14 +571,18 @@ def _linear_cross_entropy(
     targets: Tensor,
     ignore_index: int,
     dtype: torch.dtype,
+    each: bool,
+    factors: Tensor | None,
     learn_x: bool,
     learn_weight: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_t −log softmax(x_t · Wᵀ)[target_t], and its gradients, without ever holding all N × V logits.
+    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `each` its terms; and its gradients, without ever holding all N × V
+    logits.
 
     A chunk of rows at a time: logits, loss, at once the gradient that these logits have, carried on to x and W. One
     buffer serves all chunks: at 32,768 pieces, fresh memory costs a CPU more in page faults than in arithmetic.
+    factors: (N,), of the terms in the sum whose gradients these are.
     """
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
@@ -578,11 +591,12 @@ def _linear_cross_entropy(
         if not live.all():
             keep = live.nonzero()[:, 0]
             targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
-            x = x[keep]
+            x, factors = x[keep], None if factors is None else factors[keep]
         targets = targets.to(x.device, non_blocking=True)
     chunk = 512 if x.device.type == "cpu" else 4096
     buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
-    loss, dx, dw = _linear_cross_entropy_fake(x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels)
+    settings = ignore_index, dtype, each, factors, learn_x, learn_weight, kernels
+    loss, dx, dw = _linear_cross_entropy_fake(x, weight, targets, *settings)
     loss.zero_()
     if len(x) == 0:
         dw.zero_()
@@ -590,10 +604,16 @@ def _linear_cross_entropy(
         rows = slice(first, min(first + chunk, len(x)))
         xc, logits = x[rows].to(dtype), buffer[: rows.stop - first]
         torch.mm(xc, w.T, out=logits)
-        loss += cross_entropy(logits, targets[rows], ignore_index, kernels).sum()
+        losses = cross_entropy(logits, targets[rows], ignore_index, kernels)
+        if each:
+            loss[rows] = losses
+        else:
+            loss += losses.sum()
+        if factors is not None:
+            logits *= factors[rows, None]
         if learn_x:
             dx[rows] = logits @ w
-        if learn_weight:
+        if learn_weight and not each:
             if x.is_cuda and dtype != wide:
                 product = torch.mm(logits.T, xc, out_dtype=wide)
                 dw = dw.add_(product) if first else product
@@ -601,19 +621,25 @@ def _linear_cross_entropy(
                 dw.addmm_(logits.T.to(wide), xc.to(wide), beta=float(first > 0))
     if learn_x and keep is not None:
         dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx)
+    if each and keep is not None:
+        loss = loss.new_zeros(n).index_copy_(0, keep, loss)
     return loss, dx, dw
 
 
 @_linear_cross_entropy.register_fake
-def _linear_cross_entropy_fake(x, weight, targets, ignore_index, dtype, learn_x, learn_weight, kernels):
+def _linear_cross_entropy_fake(x, weight, targets, ignore_index, dtype, each, factors, learn_x, learn_weight, kernels):
     wide = torch.promote_types(dtype, torch.float32)
     dx = x.new_empty(x.shape if learn_x else 0)
-    return x.new_empty((), dtype=wide), dx, weight.new_empty(weight.shape if learn_weight else 0, dtype=wide)
+    dw = weight.new_empty(weight.shape if learn_weight and not each else 0, dtype=wide)
+    return x.new_empty(len(x) if each else (), dtype=wide), dx, dw
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.learn, ctx.dtype = inputs[5:7], inputs[1].dtype
+    x, weight, targets, *settings, ctx.learn_x, ctx.learn_weight, ctx.kernels = inputs
+    ctx.ignore_index, ctx.matmul_dtype, ctx.each, _ = settings
+    again = ctx.each and ctx.learn_weight
+    ctx.save_for_backward(*output[1:], *((x, weight, targets) if again else ()))
+    ctx.dtype = weight.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -621,32 +647,48 @@ def _linear_cross_entropy_gradients(ctx, dloss, *_):
     if torch.is_grad_enabled():  # create_graph: dx and dw would pass for constants
         raise RuntimeError("linear_cross_entropy can be differentiated once only")
     if dloss is None:
-        return (None,) * 8
-    dx, dw = ctx.saved_tensors
-    dx = (dx.to(dw.dtype) * dloss).to(dx.dtype) if ctx.learn[0] else None
-    return dx, (dw * dloss).to(ctx.dtype) if ctx.learn[1] else None, *[None] * 6
+        return (None,) * 10
+    dx, dw, *inputs = ctx.saved_tensors
+    if ctx.learn_x:
+        dx = (dx.to(dloss.dtype) * (dloss[:, None] if ctx.each else dloss)).to(dx.dtype)
+    if inputs:  # a term's share in dw is only now known: the logits are made again
+        options = ctx.ignore_index, ctx.matmul_dtype, False, dloss, False, True, ctx.kernels
+        dw = _linear_cross_entropy(*inputs, *options)[2].to(ctx.dtype)
+    elif ctx.learn_weight:
+        dw = (dw * dloss).to(ctx.dtype)
+    return dx if ctx.learn_x else None, dw if ctx.learn_weight else None, *[None] * 8
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_gradients, setup_context=_linear_cross_entropy_setup)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, kernels: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    kernels: str = "auto",
+    reduction: str = "mean",
 ) -> Tensor:
-    """Mean cross-entropy, in nats, of `F.linear(x, weight)` against those `targets` that are not `ignore_index`.
+    """Cross-entropy, in nats, of `F.linear(x, weight)` against those `targets` that are not `ignore_index`.
 
     x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Ignored rows are dropped before the
     projection if `targets` is on the CPU, wherever x is; targets on a GPU are masked, because to count them there
-    would be to wait for it. Returns a scalar, float32 or wider: 0 if nothing is left. It can be differentiated once, in
-    reverse mode. Raises ValueError for targets of another length or type.
+    would be to wait for it. Returns the mean, a scalar, float32 or wider: 0 if nothing is left; with the reduction
+    "none" the losses themselves, (N,), 0 where ignored: if the weight is learnt, their logits are made once more for
+    its gradient. It can be differentiated once, in reverse mode. Raises ValueError for targets of another length or
+    type, and for another reduction.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
     if x.dim() != 2 or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}; expected (N, D) and (N,) int64"
         )
     learn = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
-    total = _linear_cross_entropy(x, weight, targets, ignore_index, _matmul_dtype(x), *learn, kernels)[0]
-    return total / (targets != ignore_index).sum().clamp_min(1)
+    settings = ignore_index, _matmul_dtype(x), reduction == "none", None, *learn, kernels
+    loss = _linear_cross_entropy(x, weight, targets, *settings)[0]
+    return loss if reduction == "none" else loss / (targets != ignore_index).sum().clamp_min(1)
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels

@@ -157,11 +157,12 @@ class Task:
     batch: Callable[[int, int, int], tuple[Tensor, ...]]
     """batch(step, rank, ranks): a process's part of the global batch of a step, both counted from 0; a pure function.
     The parts are of one size, and one after another they are the same global batch for any number of processes."""
-    loss: Callable[..., Tensor]
-    """loss(model, *batch): the mean over the batch's targets. The batch is still on the CPU: what the model reads has
-    to be moved. It calls the model as a function, and none of its methods: so one that is shared out comes together."""
+    loss: Callable[..., dict[str, Tensor]]
+    """loss(model, *batch): means over the batch's targets by name: `loss`, which is trained, and what is to be logged
+    beside it. The batch is still on the CPU: what the model reads has to be moved. It calls the model as a function,
+    and none of its methods: so one that is shared out comes together."""
     targets: Callable[..., int]
-    """targets(*batch): how many that mean is over, so that micro-batches can be weighed."""
+    """targets(*batch): how many those means are over, so that micro-batches can be weighed."""
     evaluate: Callable[[nn.Module], dict[str, float]]
     """Metrics of held-out data by name, `val_loss` among them, the same on every process; the model is in eval mode and
     no gradient is kept."""
@@ -171,6 +172,10 @@ class Task:
     """Steps that one pass over the data takes."""
     flops: float
     """Floating-point operations that a step takes, of all processes together."""
+    tokens: Callable[..., int] | None = None
+    """tokens(*batch): how many are trained, if those are not its targets."""
+    row: tuple[str, float] | None = None
+    """What a row is called, and how many tokens one has on average; None: a row of context_length."""
     seen: Callable[[int], dict[str, int]] = lambda step: {}
     """seen(step): how many tokens the steps before it have drawn from each set of a mixture."""
     documents: Callable[[int], str] = lambda step: ""
@@ -189,20 +194,21 @@ def accumulate_gradient(
     scale: float,
     autocast: AbstractContextManager,
     exchange: parallel.Exchange | None,
-) -> Tensor:
+) -> dict[str, Tensor]:
     """Adds the gradient of scale × the mean loss over a global batch to the parameters', `rows` rows at a time.
 
-    batch: this process's part of it. targets: of all parts. Returns the part's share of the loss, not scaled. A
-    micro-batch counts by its targets, so that the sum does not depend on how the batch was cut.
+    batch: this process's part of it. targets: of all parts. Returns the part's share of the means that the task's loss
+    gives, not scaled. A micro-batch counts by its targets, so that the sum does not depend on how the batch was cut.
     """
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total: dict[str, Tensor] = {}
     micro_batches = list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
     for i, micro in enumerate(micro_batches, start=1):
+        share = task.targets(*micro) / max(1, targets)
         with autocast:
-            loss = task.loss(model, *micro) * (task.targets(*micro) / max(1, targets))
+            means = {name: mean * share for name, mean in task.loss(model, *micro).items()}
         with exchange.exchanging() if exchange and i == len(micro_batches) else nullcontext():
-            (loss * scale).backward()
-        total += loss.detach()
+            (means["loss"] * scale).backward()
+        total = {name: total.get(name, 0.0) + mean.detach() for name, mean in means.items()}
     return total
 
 
@@ -267,7 +273,7 @@ class Progress:
     step: int = 0
     """Steps made, those skipped among them."""
     tokens: int = 0
-    """Targets of those steps."""
+    """Trained in those steps."""
     best_loss: float = math.inf
     """The lowest validation loss so far,"""
     best_step: int = 0
@@ -322,12 +328,12 @@ class Report:
         if progress.step <= self.first + 1:
             self.began, self.since = self.tick, progress.step
 
-    def measure(self, progress: Progress, loss: float, lr: float, norm: float) -> dict:
-        """What is to be known of a step just made, shown now and logged later."""
+    def measure(self, progress: Progress, means: dict[str, float], lr: float, norm: float) -> dict:
+        """What is to be known of a step just made, shown now and logged later. means: what the task's loss gave."""
         now = time.perf_counter()
         record = {
             "step": progress.step,
-            "loss": loss,
+            **means,
             "lr": lr,
             "grad_norm": norm,
             "tokens": progress.tokens,
@@ -360,10 +366,8 @@ class Report:
 
     def line(self, record: dict) -> str:
         text = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}"
-        for name in ("val_loss", "val_perplexity", "val_bits_per_byte"):
-            if name in record:
-                text += f", {name.replace('_', ' ')} {record[name]:.4f}"
-        return text
+        measured = {name: value for name, value in record.items() if name.startswith("val_")}
+        return text + "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
 
     def evaluated(self, record: dict) -> None:
         """A line for every evaluation, and one about a mixture as it was drawn."""
@@ -546,7 +550,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             for group in groups:
                 group["lr"] = lr
             targets = parallel.total(task.targets(*batch))
-            loss = accumulate_gradient(model, task, batch, rows, targets, scale.value, autocast, exchange)
+            tokens = parallel.total(task.tokens(*batch)) if task.tokens else targets
+            means = accumulate_gradient(model, task, batch, rows, targets, scale.value, autocast, exchange)
             if progress.step + 1 < steps:
                 batch = read(progress.step + 1)  # while a GPU is still busy with this one
             norm = clip_gradient(parameters, config.grad_clip, scale.value)
@@ -556,7 +561,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=exchange is None)  # else they are parts of what is exchanged
             progress.step += 1
-            progress.tokens += targets
+            progress.tokens += tokens
             progress.skipped += not finite
             progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + (scale.value <= 1)
             scale.update(finite)
@@ -575,7 +580,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             saving = due(config.save_every) or progress.step == stable
             saving = stopping or last or (saving and not progress.skipped_in_a_row)
             if saving or due(config.eval_every) or due(config.log_every) or progress.step == first + 1:
-                record = report.measure(progress, float(parallel.add_up(loss)), lr, norm)
+                means = {name: float(parallel.add_up(mean)) for name, mean in means.items()}
+                record = report.measure(progress, means, lr, norm)
                 if saving:  # before the evaluation, which may fail
                     save("final" if last else f"step_{progress.step:07d}")
                 finish_step()
@@ -648,9 +654,9 @@ def pretraining(experiment, packed: dict, others: dict | None = None) -> Task:
     rows = machine.rows_held(config, ranks)
     bits = len(packed["val"].tokens) / packed["val"].bytes / math.log(2)  # a nat a token, in bits a byte
 
-    def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         device = next(model.parameters()).device
-        return model(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        return {"loss": model(tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True))}
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device

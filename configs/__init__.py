@@ -25,6 +25,11 @@ from data.dedup import Deduplication
 from data.pack import PackConfig
 from data.quality import C4, Gopher, Quality
 from data.sources import Files, Hub, PythonDocs
+from dpo.data import PairConfig
+from dpo.filters import PairFilters
+from dpo.loss import LossConfig
+from dpo.pairs import DocPairs, HubPairs, Pairs
+from dpo.train import DPOConfig
 from eval import EvalConfig
 from model import ModelConfig
 from sft.conversations import Chats, DocQuestions, HubChats
@@ -38,9 +43,9 @@ from tokenizer.train import TokenizerConfig
 from train import TrainConfig
 
 DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "pretrain": "pretrain"}
-DIRECTORIES |= {"sft_data": "sft_data", "sft": "sft", "eval": "eval"}
-TRAINED = {"pretrain": "train.py", "sft": "-m sft.train"}  # the stages that train, in order, and how
-SHARED = ("corpus", "tokenizer", "pack", "pretrain")
+DIRECTORIES |= {name: name for name in ("sft_data", "sft", "dpo_data", "dpo_reference", "dpo", "eval")}
+TRAINED = {"pretrain": "train.py", "sft": "-m sft.train", "dpo": "-m dpo.train"}  # the stages that train, in order
+SHARED = ("corpus", "tokenizer", "pack", "pretrain", "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +60,10 @@ class Experiment:
     pack: PackConfig
     pretrain: TrainConfig
     sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
-    """Stages (corpus, tokenizer, pack, pretrain) whose directory is another experiment's: for sizes that are to be
+    """Stages (corpus, tokenizer, pack, pretrain, sft) whose directory is another experiment's: for sizes that are to be
     compared, or to fine-tune one model in several ways."""
     mixture: tuple[Phase, ...] = ()
     """What training batches are drawn from, by weight and from which step on; empty: all of the packed tokens."""
@@ -88,6 +94,8 @@ class Experiment:
                 raise ValueError(f"pretrain is shared with {other.name}, but model or mixture differ from its")
             if lacks := [name for name in SHARED[:3] if self.owner(name).name != other.owner(name).name]:
                 raise ValueError(f"pretrain is shared with {other.name}; share {', '.join(lacks)} with it too")
+        if (other := self.shared.get("sft")) and self.owner("pretrain").name != other.owner("pretrain").name:
+            raise ValueError(f"sft is shared with {other.name}; share pretrain with it too")
 
         known = [*(source.name for source in self.corpus.sources), *(other.name for other in self.beside)]
         if len(set(known)) < len(known):
@@ -105,7 +113,8 @@ class Experiment:
         return shlex.quote(str(self.file or Path("configs") / f"{self.name}.py"))
 
     def owner(self, stage_name: str) -> "Experiment":
-        """The experiment whose directory a stage's is: itself, or the one it shares."""
+        """The experiment whose directory a stage's is: itself, or the one it shares, of sft with its data."""
+        stage_name = "sft" if stage_name == "sft_data" else stage_name
         return self.shared[stage_name].owner(stage_name) if stage_name in self.shared else self
 
     def directory(self, stage_name: str) -> Path:
@@ -148,6 +157,7 @@ CONFIGS = (
     *(Experiment, ModelConfig, CorpusConfig, Files, Hub, PythonDocs, Cleaning, Quality, C4, Gopher, Deduplication),
     *(TokenizerConfig, PackConfig, Phase, TrainConfig, EvalConfig),
     *(SFTConfig, ConversationConfig, Chats, HubChats, DocQuestions, Filters, LoRAConfig),
+    *(DPOConfig, PairConfig, Pairs, HubPairs, DocPairs, PairFilters, LossConfig),
 )
 
 

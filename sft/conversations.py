@@ -11,7 +11,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,15 +77,15 @@ def _short(value) -> str:
     return textwrap.shorten(json.dumps(value, default=str), 80)
 
 
-def _field(record: dict, *names: str, required: bool = True) -> str:
-    """The text of the first of these fields that the record has; "" if it has none, or null, and needs none."""
+def text_field(record: dict, *names: str, required: bool = True) -> str:
+    """The text of the first of these fields that the record has, clean; "" if it has none, or null, and needs none."""
     name = next((name for name in names if name in record), names[0])
     return _content(record.get(name), name) if required or record.get(name) is not None else ""
 
 
 def _instruction(record: dict, input: tuple[str, ...], output: tuple[str, ...]) -> list[Message]:
-    asked = Message("user", _field(record, "instruction"), _field(record, *input, required=False))
-    return [asked, Message("assistant", _field(record, *output))]
+    asked = Message("user", text_field(record, "instruction"), text_field(record, *input, required=False))
+    return [asked, Message("assistant", text_field(record, *output))]
 
 
 def _alpaca(record: dict) -> list[Message]:
@@ -98,18 +98,18 @@ def _dolly(record: dict) -> list[Message]:
 
 def _openorca(record: dict) -> list[Message]:
     return [
-        Message("system", _field(record, "system_prompt", required=False)),
-        Message("user", _field(record, "question")),
-        Message("assistant", _field(record, "response")),
+        Message("system", text_field(record, "system_prompt", required=False)),
+        Message("user", text_field(record, "question")),
+        Message("assistant", text_field(record, "response")),
     ]
 
 
 def _prompt(record: dict) -> list[Message]:
-    asked, answer = _field(record, "prompt"), _field(record, *ANSWERS)
+    asked, answer = text_field(record, "prompt"), text_field(record, *ANSWERS)
     return [Message("user", asked), Message("assistant", answer)]
 
 
-def _turns(record: dict, names: tuple[str, ...], role: str, content: str, roles: dict[str, str]) -> list[Message]:
+def message_list(record: dict, names: tuple[str, ...], role: str, content: str, roles: dict[str, str]) -> list[Message]:
     """The messages of a list of objects; role, content: their fields; roles: what each role is to us."""
     name = next(name for name in names if name in record)
     if not isinstance(record[name], list):
@@ -148,11 +148,11 @@ SHAREGPT, ANSWERS = ("conversations", "conversation"), ("response", "completion"
 
 
 def _messages(record: dict) -> list[Message]:
-    return _turns(record, ("messages",), "role", "content", ROLES)
+    return message_list(record, ("messages",), "role", "content", ROLES)
 
 
 def _sharegpt(record: dict) -> list[Message]:
-    return _turns(record, SHAREGPT, "from", "value", SPEAKERS)
+    return message_list(record, SHAREGPT, "from", "value", SPEAKERS)
 
 
 def _wizardlm(record: dict) -> list[Message]:
@@ -198,8 +198,8 @@ class Format(NamedTuple):
     """Those that a record must have, for messages."""
     fits: Callable[[dict], bool]
     """Whether a record has them."""
-    messages: Callable[[dict], list[Message]]
-    """What a record that fits says. Refused if a field is not what it should be."""
+    read: Callable[[dict], object]
+    """What a record that fits says: of a conversation, its messages. Refused if a field is not what it should be."""
 
 
 # In the order in which "auto" tries them: each comes before those whose fields are among its own.
@@ -230,9 +230,9 @@ FORMATS = {
 }
 
 
-def recognise(record: dict) -> str | None:
+def recognise(record: dict, formats: Mapping[str, Format] = FORMATS) -> str | None:
     """The name of the first format that fits, or None."""
-    return next((name for name, format in FORMATS.items() if format.fits(record)), None)
+    return next((name for name, format in formats.items() if format.fits(record)), None)
 
 
 def in_turn(messages: list[Message]) -> tuple[Message, ...]:
@@ -279,18 +279,24 @@ class ChatSource(Records):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRecords(ChatSource):
-    """Records that are conversations, or rows of one."""
+class Formatted(Records):
+    """Records in one of several formats."""
 
     format: str = "auto"
-    """One of FORMATS; "auto" takes, file by file, the one that the first readable record has, for all of the file."""
+    """One of `formats`; "auto" takes, file by file, the one that the first readable record has, for all of the file."""
+    formats = FORMATS  # no field: which there are
 
     def __post_init__(self):
         super().__post_init__()
-        if self.format != "auto" and self.format not in FORMATS:
-            raise ValueError(f'format is {self.format!r}; expected "auto" or one of {", ".join(FORMATS)}')
+        if self.format != "auto" and self.format not in self.formats:
+            raise ValueError(f'format is {self.format!r}; expected "auto" or one of {", ".join(self.formats)}')
 
-    def _conversations(self, workers: int) -> Iterator[Conversation | Unreadable]:
+    def example(self, rows: list[Record], format: Format):
+        """What a record says, or several that belong together. Refused if it is not what it should be."""
+        raise NotImplementedError
+
+    def examples(self, workers: int) -> Iterator:
+        """What `example` makes of every record; in the place of one that cannot be read, an Unreadable."""
         file, name, basis = None, None, ""
         for rows in self._together(self.records(workers)):
             record = rows[0]
@@ -306,8 +312,8 @@ class ChatRecords(ChatSource):
                     name = self._recognised(record.value)
                     basis = f"as in {record.where.removeprefix(f'{record.file}, ')}, {name}"
                 elif found := self._mismatch(record.value, name):
-                    raise Refused(f"expected the fields {FORMATS[name].fields} ({basis}); found {found}")
-                yield _conversation(rows, FORMATS[name])
+                    raise Refused(f"expected the fields {self.formats[name].fields} ({basis}); found {found}")
+                yield self.example(rows, self.formats[name])
             except Refused as error:
                 yield self.refuse(f"{error.where or record.where}: {error}")
 
@@ -316,7 +322,8 @@ class ChatRecords(ChatSource):
 
         def tree(record: Record):
             value = record.value
-            if self.format in ("auto", "oasst1") and isinstance(value, dict) and _has(value, *ROW):
+            oasst1 = self.format in ("auto", "oasst1") and "oasst1" in self.formats
+            if oasst1 and isinstance(value, dict) and _has(value, *ROW):
                 return record.file, value["message_tree_id"]
             return record.id, record.where
 
@@ -324,16 +331,16 @@ class ChatRecords(ChatSource):
             yield list(rows)
 
     def _recognised(self, value) -> str:
-        if isinstance(value, dict) and (name := recognise(value)):
+        if isinstance(value, dict) and (name := recognise(value, self.formats)):
             return name
-        known = "; ".join(f"{name}: {format.fields}" for name, format in FORMATS.items())
+        known = "; ".join(f"{name}: {format.fields}" for name, format in self.formats.items())
         raise Refused(f"found {_fields(value)}, which fits no format; expected the fields of one ({known})")
 
     def _mismatch(self, value, name: str) -> str | None:
         """What a record is, unless it is of the format."""
-        if not isinstance(value, dict) or not FORMATS[name].fits(value):
+        if not isinstance(value, dict) or not self.formats[name].fits(value):
             return _fields(value)
-        if self.format == "auto" and (other := recognise(value)) != name:
+        if self.format == "auto" and (other := recognise(value, self.formats)) != name:
             return f"{_fields(value)} ({other})"
         return None
 
@@ -344,17 +351,28 @@ def _fields(value) -> str:
     return textwrap.shorten(", ".join(value), 200).encode(errors="replace").decode() or "no field"
 
 
-def _conversation(rows: list[Record], format: Format) -> Conversation:
-    """What a record says, or all rows of a tree."""
-    first, record, language = rows[0], rows[0].value, None
-    if format is FORMATS["oasst1"]:
-        if not isinstance(record.get("prompt"), dict):
-            record = {"prompt": _tree(rows)}
-        language = record["prompt"].get("lang")
-    messages = in_turn(format.messages(record))
+@dataclass(frozen=True, kw_only=True)
+class ChatRecords(Formatted, ChatSource):
+    """Records that are conversations, or rows of one."""
+
+    def _conversations(self, workers: int) -> Iterator[Conversation | Unreadable]:
+        return self.examples(workers)
+
+    def example(self, rows: list[Record], format: Format) -> Conversation:
+        first, record, language = rows[0], rows[0].value, None
+        if format is FORMATS["oasst1"]:
+            if not isinstance(record.get("prompt"), dict):
+                record = {"prompt": _tree(rows)}
+            language = record["prompt"].get("lang")
+        messages = in_turn(format.read(record))
+        language = language if isinstance(language, str) else None
+        return Conversation(first.id, messages, first_question(messages), language, first.where)
+
+
+def first_question(messages: Sequence[Message]) -> str:
+    """What the user says first."""
     asked = next(message for message in messages if message.role == "user")
-    key = "\n\n".join(filter(None, (asked.content, asked.input)))
-    return Conversation(first.id, messages, key, language if isinstance(language, str) else None, first.where)
+    return "\n\n".join(filter(None, (asked.content, asked.input)))
 
 
 def _tree(rows: list[Record]) -> dict:

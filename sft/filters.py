@@ -99,18 +99,8 @@ class Judge:
         return None
 
     def _language(self, conversation: Conversation) -> str | None:
-        f = self.filters
-        if f.language is None:
-            return None
-        if conversation.language is not None:
-            return None if conversation.language == f.language else "other_language"
         found = words.words(_text(conversation))
-        if f.language != "en" or len(found) < JUDGED:
-            return None
-        english, foreign = (sum(map(known.__contains__, found)) for known in (ENGLISH, FOREIGN))
-        letters = b"".join(found)
-        other = sum(byte > 127 for byte in letters) > len(letters) / 2 or foreign > max(english, len(found) // 20)
-        return "other_language" if other else None
+        return "other_language" if other_language(found, conversation.language, self.filters.language) else None
 
     def _copies(self, conversation: Conversation) -> str | None:
         digest = hashlib.sha256(repr(conversation.messages).encode(errors="surrogatepass")).digest()
@@ -127,6 +117,17 @@ class Judge:
             if message.role == "assistant" and len(found := words.words(message.content)) >= JUDGED:
                 self.answers[words.fingerprint(found).item()] += 1
         return None
+
+
+def other_language(found: list[bytes], stated: str | None, wanted: str | None) -> bool:
+    """Whether a text, of whose words the language may be stated, is in another than is wanted; None: none is."""
+    if wanted is None or stated is not None:
+        return wanted not in (None, stated)
+    if wanted != "en" or len(found) < JUDGED:
+        return False
+    english, foreign = (sum(map(known.__contains__, found)) for known in (ENGLISH, FOREIGN))
+    letters = b"".join(found)
+    return sum(byte > 127 for byte in letters) > len(letters) / 2 or foreign > max(english, len(found) // 20)
 
 
 def _text(conversation: Conversation) -> str:

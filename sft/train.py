@@ -10,7 +10,7 @@ import argparse
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,12 +86,14 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
         samples = torch.arange(size) + step * config.batch_size + rank * size
         return *mixture.batch(step, rank, ranks), samples
 
-    def loss(model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
+    def loss(
+        model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, samples: Tensor
+    ) -> dict[str, Tensor]:
         # What dropout draws depends on the first row of a micro-batch, not on what was drawn before: a resumed run, and
         # one of several processes, draws the same wherever its micro-batches are the same.
         torch.manual_seed(((config.seed << 32) + int(samples[0])) % 2**63)
         device = next(model.parameters()).device
-        return model(tokens.to(device, non_blocking=True), targets, positions=positions)
+        return {"loss": model(tokens.to(device, non_blocking=True), targets, positions=positions)}
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
@@ -185,41 +187,59 @@ def prepare(experiment, base: Path, workers: int) -> tuple[Task, dict[str, str]]
     """The task and the digests of what it reads. Makes the rows of conversations it needs."""
     directory = sft.data.build(experiment, workers)
     spm = experiment.load_tokenizer(base)
-    checkpoint.must_match(base, spm.sha256)
-    read = stage.outputs(directory) | stage.outputs(base)
-    return fine_tuning(experiment, directory, spm), read | {"tokenizer/spm.model": spm.sha256}
+    read = stage.outputs(directory) | {"tokenizer/spm.model": spm.sha256}
+    return fine_tuning(experiment, directory, spm), read
+
+
+def tune(name: str, after: str, prepare: Callable, own: dict, experiment, arguments: argparse.Namespace) -> None:
+    """A stage that trains a trained model further, or an adapter on it, as a command.
+
+    after: the stage whose model it takes, unless `arguments.checkpoint` names one. prepare(experiment, base, workers):
+    the task, and the digests of what it reads but for the base. own: settings to be recorded beside those that every
+    such stage has.
+    """
+    config, remake = getattr(experiment, name), f"python -m {name}.train {experiment.path}"
+    if arguments.checkpoint is not None:
+        base, remake = Path(arguments.checkpoint), f"{remake} --checkpoint {shlex.quote(arguments.checkpoint)}"
+        checkpoint.digest(base)
+    else:
+        base = experiment.trained(after)
+
+    def make() -> Transformer:
+        with torch.device("meta"):
+            machine.must_fit(adapt(Transformer(experiment.model), config.lora), config.train, parallel.ranks())
+        return adapt(load_base(experiment, base), config.lora)
+
+    def prepared() -> tuple[Task, dict[str, str]]:
+        checkpoint.must_match(base, experiment.load_tokenizer(base).sha256)
+        return prepare(experiment, base, stage.workers(arguments))
+
+    with parallel.joined(config.train.timeout):
+        parallel.lead(lambda: prepared() and None, timeout=parallel.DAY)
+        task, read = prepared()
+        directory = experiment.directory(name)
+        settings = {"model": experiment.model, name: config.train, "weights": dict(config.weights)} | own
+        settings |= {"template": experiment.sft.data.template, "lora": config.lora}
+        settings["base"] = place(base, directory / "final")  # as every checkpoint beside it
+        settings["begin"] = unseen(experiment, base)
+        job = Stage(directory, settings, read | stage.outputs(base), remake, free=FREE | {"base", "reference"})
+        run(job, make, task, config.train, arguments)
+
+
+def load_base(experiment, base: Path) -> Transformer:
+    """The model in a checkpoint, as training begins with it. UserError if it is not of the shape in the config."""
+    model = checkpoint.load_model(base)
+    if model.config != experiment.model:
+        raise UserError(f"{base} holds another model than {experiment.path} describes")
+    if pieces := unseen(experiment, base):
+        begin(model, **pieces)
+    return model
 
 
 def main(arguments: argparse.Namespace) -> None:
     import configs
 
-    experiment = configs.load(arguments.config)
-    config, remake = experiment.sft, f"python -m sft.train {experiment.path}"
-    if arguments.checkpoint is not None:
-        base, remake = Path(arguments.checkpoint), f"{remake} --checkpoint {shlex.quote(arguments.checkpoint)}"
-        checkpoint.digest(base)
-    else:
-        base = experiment.trained("pretrain")
-
-    def make() -> Transformer:
-        with torch.device("meta"):
-            machine.must_fit(adapt(Transformer(experiment.model), config.lora), config.train, parallel.ranks())
-        model = checkpoint.load_model(base)
-        if model.config != experiment.model:
-            raise UserError(f"{base} holds another model than {experiment.path} describes")
-        if settings["begin"]:
-            begin(model, **settings["begin"])
-        return adapt(model, config.lora)
-
-    with parallel.joined(config.train.timeout):
-        parallel.lead(lambda: prepare(experiment, base, stage.workers(arguments)) and None, timeout=parallel.DAY)
-        task, read = prepare(experiment, base, stage.workers(arguments))
-        directory = experiment.directory("sft")
-        settings = {"model": experiment.model, "sft": config.train, "weights": dict(config.weights)}
-        settings |= {"template": config.data.template, "lora": config.lora}
-        settings["base"] = place(base, directory / "final")  # as every checkpoint beside it
-        settings["begin"] = unseen(experiment, base)
-        run(Stage(directory, settings, read, remake, free=FREE | {"base"}), make, task, config.train, arguments)
+    tune("sft", "pretrain", prepare, {}, configs.load(arguments.config).owner("sft"), arguments)
 
 
 if __name__ == "__main__":

@@ -247,7 +247,19 @@ def test_operators_keep_the_rules_of_torch():
     targets = torch.randint(9, (24,), device=device)
     head = torch.randn(9, 32, device=device, requires_grad=True)
     flat = x.detach().flatten(0, 1).requires_grad_()
-    check(torch.ops.lumi.linear_cross_entropy.default, flat, head, targets, -100, torch.float32, True, True, "auto")
+    check(
+        torch.ops.lumi.linear_cross_entropy.default,
+        flat,
+        head,
+        targets,
+        -100,
+        torch.float32,
+        False,
+        None,
+        True,
+        True,
+        "auto",
+    )
 
 
 def test_twins_pass_gradcheck():

@@ -130,7 +130,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
 def test_gradient_norm_is_logged_as_it_was_before_clipping(tmp_path):
     config = replace(CONFIG, steps=1, grad_clip=1e-3)
     model, task = counting(config)
-    task.loss(model, *task.batch(0)).backward()
+    task.loss(model, *task.batch(0))["loss"].backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
     assert run_counting(tmp_path, config)[1][0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
