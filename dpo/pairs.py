@@ -148,7 +148,7 @@ class PairSource(Records):
 class PairRecords(Formatted, PairSource):
     """Records that are pairs."""
 
-    formats = FORMATS
+    layouts = FORMATS
 
     def pairs(self, workers: int) -> Iterator[Pair | Unreadable]:
         for number, pair in enumerate(self.examples(workers)):

@@ -283,13 +283,13 @@ class Formatted(Records):
     """Records in one of several formats."""
 
     format: str = "auto"
-    """One of `formats`; "auto" takes, file by file, the one that the first readable record has, for all of the file."""
-    formats = FORMATS  # no field: which there are
+    """One of `layouts`; "auto" takes, file by file, the one that the first readable record has, for all of the file."""
+    layouts = FORMATS  # which there are; not a field
 
     def __post_init__(self):
         super().__post_init__()
-        if self.format != "auto" and self.format not in self.formats:
-            raise ValueError(f'format is {self.format!r}; expected "auto" or one of {", ".join(self.formats)}')
+        if self.format != "auto" and self.format not in self.layouts:
+            raise ValueError(f'format is {self.format!r}; expected "auto" or one of {", ".join(self.layouts)}')
 
     def example(self, rows: list[Record], format: Format):
         """What a record says, or several that belong together. Refused if it is not what it should be."""
@@ -312,8 +312,8 @@ class Formatted(Records):
                     name = self._recognised(record.value)
                     basis = f"as in {record.where.removeprefix(f'{record.file}, ')}, {name}"
                 elif found := self._mismatch(record.value, name):
-                    raise Refused(f"expected the fields {self.formats[name].fields} ({basis}); found {found}")
-                yield self.example(rows, self.formats[name])
+                    raise Refused(f"expected the fields {self.layouts[name].fields} ({basis}); found {found}")
+                yield self.example(rows, self.layouts[name])
             except Refused as error:
                 yield self.refuse(f"{error.where or record.where}: {error}")
 
@@ -322,7 +322,7 @@ class Formatted(Records):
 
         def tree(record: Record):
             value = record.value
-            oasst1 = self.format in ("auto", "oasst1") and "oasst1" in self.formats
+            oasst1 = self.format in ("auto", "oasst1") and "oasst1" in self.layouts
             if oasst1 and isinstance(value, dict) and _has(value, *ROW):
                 return record.file, value["message_tree_id"]
             return record.id, record.where
@@ -331,16 +331,16 @@ class Formatted(Records):
             yield list(rows)
 
     def _recognised(self, value) -> str:
-        if isinstance(value, dict) and (name := recognise(value, self.formats)):
+        if isinstance(value, dict) and (name := recognise(value, self.layouts)):
             return name
-        known = "; ".join(f"{name}: {format.fields}" for name, format in self.formats.items())
+        known = "; ".join(f"{name}: {format.fields}" for name, format in self.layouts.items())
         raise Refused(f"found {_fields(value)}, which fits no format; expected the fields of one ({known})")
 
     def _mismatch(self, value, name: str) -> str | None:
         """What a record is, unless it is of the format."""
-        if not isinstance(value, dict) or not self.formats[name].fits(value):
+        if not isinstance(value, dict) or not self.layouts[name].fits(value):
             return _fields(value)
-        if self.format == "auto" and (other := recognise(value, self.formats)) != name:
+        if self.format == "auto" and (other := recognise(value, self.layouts)) != name:
             return f"{_fields(value)} ({other})"
         return None
 
