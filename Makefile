@@ -17,6 +17,8 @@ pipeline: $(VENV)/core
 	$(RUN) train.py           $(CONFIG)
 	$(RUN) -m sft.data        $(CONFIG)
 	$(RUN) -m sft.train       $(CONFIG)
+	$(RUN) -m dpo.data        $(CONFIG)
+	$(RUN) -m dpo.train       $(CONFIG)
 	$(RUN) -m eval            $(CONFIG)
 	$(RUN) -m eval.report     $(CONFIG)
 

@@ -24,24 +24,29 @@ import checkpoint
 import configs
 import data.pack
 import data.sources
+import dpo.data
 import machine
 import sft.data
 import stage
 from configs import Experiment
 from data.pack import SPLITS, Packed
+from dpo.data import PairRows
+from dpo.reference import of_pairs
 from eval.answers import answers
 from eval.generation import continuations, documents, prompts, smoke
 from eval.language import validation
 from eval.markdown import table
-from eval.prompts import LONGER, SMOKE
+from eval.preference import preference
+from eval.prompts import EVERYDAY, LONGER, SMOKE
 from eval.tables import MAIN
 from eval.tasks import PUBLISHED
 from model import Transformer
 from sft.data import Rows
+from sft.train import load_base
 from stage import Stage, UserError, log
 from tokenizer import Tokenizer
 
-WRITTEN = ("answers", "smoke", "prompts", "continuations")  # the tasks whose texts are kept
+WRITTEN = ("answers", "smoke", "prompts", "everyday", "continuations")  # the tasks whose texts are kept
 
 
 class Task(NamedTuple):
@@ -56,8 +61,9 @@ class Task(NamedTuple):
     missing: str | None = None
 
 
-def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed: str) -> dict[str, Task]:
-    """Every task by name. held_out: documents, whose digest is `packed`, or why there are none."""
+def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed: str, final: Path) -> dict[str, Task]:
+    """Every task by name. held_out: documents, whose digest is `packed`, or why there are none. final: the checkpoint
+    of the latest stage."""
     config = experiment.eval
     sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "seed")}
     tasks = {"validation": Task(missing=str(held_out))}
@@ -87,9 +93,14 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
             lambda: splits,
             lambda model, x, _: answers(model, *x, template, spm, config),
         )
+    tasks["preference"] = pairs(experiment, spm, final)
     asked = digest(stage.describe(SMOKE), LONGER, config.answer_tokens, sampling)
     tasks["smoke"] = Task(asked, measure=lambda model, _, template: smoke(model, spm, template, config))
     tasks["prompts"] = Task(asked, measure=lambda model, _, template: prompts(model, spm, template, config))
+    tasks["everyday"] = Task(
+        digest(EVERYDAY, config.answer_tokens, sampling),
+        measure=lambda model, _, template: prompts(model, spm, template, config, EVERYDAY),
+    )
     tasks["continuations"] = Task(missing=str(held_out))
     length = config.prompt_tokens + config.new_tokens
     if isinstance(held_out, Packed) and not documents(held_out, length, 1):
@@ -104,6 +115,26 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
     return tasks
 
 
+def pairs(experiment: Experiment, spm: Tokenizer, final: Path) -> Task:
+    """The task `preference`, beside the model that `final` began from if it has learnt preferences, else beside the
+    fine-tuned one, which would begin it."""
+    directory, make = experiment.directory("dpo_data"), f"python -m dpo.data {experiment.path}"
+    if not stage.read_manifest(directory):
+        return Task(missing=f"no pairs; make them with: {make}")
+    try:
+        learnt = "dpo" in checkpoint.read_manifest(final)["config"]
+        base = checkpoint.base(final) if learnt else experiment.trained("sft")
+    except UserError as error:
+        return Task(missing=f"no model to compare with: {error}")
+    held_out = PairRows(directory, "val", dpo.data.load(directory, spm.sha256, make))
+    beta = experiment.dpo.loss.beta
+    return Task(
+        digest(stage.outputs(directory), checkpoint.digest(base), beta),
+        lambda: of_pairs(load_base(experiment, base).to(machine.pick_device()).eval(), held_out, "reference"),
+        lambda model, reference, _: (preference(model, held_out, reference, beta), None),
+    )
+
+
 def digest(*values) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -113,7 +144,8 @@ def main(arguments: argparse.Namespace) -> None:
     remake = f"python -m eval {experiment.path}"
     if arguments.checkpoint is not None:
         final = Path(os.path.abspath(arguments.checkpoint))
-        name = "pretrain" if checkpoint.template(final) is None else "sft"
+        config = checkpoint.read_manifest(final)["config"]
+        name = "dpo" if "dpo" in config else "pretrain" if checkpoint.template(final) is None else "sft"
         trained, directory = {name: final}, final.parent / f"eval_{final.name}"
         remake += f" --checkpoint {shlex.quote(arguments.checkpoint)}"
     else:
@@ -137,7 +169,7 @@ def main(arguments: argparse.Namespace) -> None:
         else:
             held_out = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")["val"]
             read |= stage.outputs(packed)
-    tasks = plan(experiment, spm, held_out, read.get(f"{packed.parent.name}/{packed.name}/val.bin", ""))
+    tasks = plan(experiment, spm, held_out, read.get(f"{packed.parent.name}/{packed.name}/val.bin", ""), final)
     read |= {PUBLISHED[name].file: task.data for name, task in tasks.items() if name in PUBLISHED and task.measure}
 
     # What was read before is compared, as far as it is still there; what has come since is measured now.

@@ -3,6 +3,8 @@
 Nothing is chosen by what it says: prompts, documents and seeds are fixed beforehand.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data.pack import Packed
@@ -72,10 +74,10 @@ def smoke(
 
 
 def prompts(
-    model: Transformer, tokenizer: Tokenizer, template: str | None, config: EvalConfig
+    model: Transformer, tokenizer: Tokenizer, template: str | None, config: EvalConfig, asked: Sequence[str] = LONGER
 ) -> tuple[dict, list[dict]]:
-    """The task `prompts`: how much the answers to the longer prompts repeat themselves; and the answers."""
-    texts = answer(model, tokenizer, list(LONGER), template, config)
+    """The tasks `prompts` and `everyday`: how much the answers to what is asked repeat themselves; and the answers."""
+    texts = answer(model, tokenizer, list(asked), template, config)
     tokens = [words(text["answer"]) for text in texts]
     for text, own in zip(texts, tokens, strict=True):
         text |= {f"distinct_{n}": distinct([own], n) for n in (1, 2, 3)} | {"repetition": repetition(own)}

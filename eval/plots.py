@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-INK, GREY = "#1f5fa8", "#777777"
+INK, GREY, RED = "#1f5fa8", "#777777", "#c0392b"
 COLOURS = {"pretrain": "#1f5fa8", "sft": "#d9822b", "dpo": "#3a8f5c"}
 
 
@@ -27,7 +27,8 @@ def draw(width: float, height: float, fill) -> bytes:
 
 
 def curves(records: list[dict], title: str, unit: str) -> bytes:
-    """Loss, learning rate, gradient norm and speed over the steps, as logged; a null leaves a gap. unit: of the loss.
+    """Loss, learning rate, gradient norm and speed over the steps, as logged, and of preferences rewards and the share
+    of pairs that are right; a null leaves a gap. unit: of the loss.
 
     Only the axes are fitted: those of gradient norm and speed leave out the highest hundredth, the first step often.
     """
@@ -36,16 +37,30 @@ def curves(records: list[dict], title: str, unit: str) -> bytes:
         known = [(r["step"], r[key]) for r in records if key in r]
         return [s for s, _ in known], [math.nan if y is None else y for _, y in known]
 
+    pairs = any("margin" in r for r in records)
+
+    def preferences(reward, right) -> None:
+        shown = {"reward_chosen": (reward, COLOURS["dpo"], "chosen"), "reward_rejected": (reward, RED, "rejected")}
+        for key, (axes, colour, label) in (shown | {"accuracy": (right, INK, "")}).items():
+            axes.plot(*series(key), color=colour, linewidth=0.8, alpha=0.6)
+            axes.plot(*series(f"val_{key}"), "o-", color=colour, markersize=4, linewidth=1.2, label=label)
+        reward.set_ylabel("reward (● validation)")
+        reward.legend(frameon=False)
+        right.set_ylabel("share of pairs right (● validation)")
+        right.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
+
     def fill(figure: Figure) -> None:
         figure.suptitle(title)
-        (loss, lr), (norm, speed) = figure.subplots(2, 2, sharex=True)
+        (loss, lr), (norm, speed), *more = figure.subplots(3 if pairs else 2, 2, sharex=True)
+        if pairs:
+            preferences(*more[0])
         loss.plot(*series("loss"), color=INK, linewidth=0.8, alpha=0.6, label="training, the batch of a step")
         loss.set_ylabel(f"loss ({unit})")
         steps, found = series("val_loss")
         if finite := [(y, s) for s, y in zip(steps, found, strict=True) if math.isfinite(y)]:
             best, at = min(finite)
             loss.plot(steps, found, "o-", color="black", markersize=4, linewidth=1.2, label="validation")
-            loss.plot([at], [best], "*", color="#c0392b", markersize=13, label=f"best: {best:.4f} at step {at:,}")
+            loss.plot([at], [best], "*", color=RED, markersize=13, label=f"best: {best:.4f} at step {at:,}")
         loss.legend(frameon=False)
         lr.plot(*series("lr"), color=INK)
         lr.set_ylabel("learning rate")
@@ -59,12 +74,12 @@ def curves(records: list[dict], title: str, unit: str) -> bytes:
             if known := sorted(y for y in found if math.isfinite(y)):
                 axes.set_ylim(0, 1.15 * known[int(0.99 * (len(known) - 1))] or 1)
         speed.yaxis.set_major_formatter(EngFormatter(sep=""))
-        for axes in (loss, lr, norm, speed):
+        for axes in figure.axes:
             axes.grid(alpha=0.25)
-        for axes in (norm, speed):
+        for axes in more[0] if pairs else (norm, speed):
             axes.set_xlabel("step")
 
-    return draw(11, 7, fill)
+    return draw(11, 10 if pairs else 7, fill)
 
 
 def bars(groups: list[dict]) -> bytes:
@@ -86,9 +101,7 @@ def bars(groups: list[dict]) -> bytes:
             axes.errorbar(at, found, whiskers, fmt="none", ecolor="black", capsize=3, label="± 2 standard errors")
         marked = [(x, task["baseline"]) for x, task in enumerate(tasks.values()) if task["baseline"] is not None]
         for x, y in marked:
-            axes.plot(
-                [x - 0.45, x + 0.45], [y, y], "--", color="#c0392b", linewidth=1.5, clip_on=False, label="baseline"
-            )
+            axes.plot([x - 0.45, x + 0.45], [y, y], "--", color=RED, linewidth=1.5, clip_on=False, label="baseline")
         axes.set_xticks(range(len(tasks)), list(tasks), rotation=25 if len(tasks) > 4 else 0)
         axes.set_xlim(-0.6, len(tasks) - 0.4)
         axes.set_ylim(0, 1 if label.startswith("share") else None)

@@ -118,6 +118,24 @@ LONGER = (
     "Describe the process of photosynthesis.",
 )
 
+EVERYDAY = (
+    "Good morning! What should I have for breakfast?",
+    "How do I boil an egg?",
+    "What is a good name for a cat?",
+    "I cannot sleep at night. What can I do?",
+    "Write a short thank-you note to a neighbour who watered my plants.",
+    "What should I pack for a weekend by the sea?",
+    "How can I remember people's names?",
+    "Explain to a child why the sky is blue.",
+    "My friend is sad. What can I say to her?",
+    "How do I remove a coffee stain from a shirt?",
+    "Suggest three things to do on a rainy Sunday.",
+    "What is the difference between weather and climate?",
+    "How much water should I drink in a day?",
+    "Help me to say no to an invitation politely.",
+    "What makes a good teacher?",
+)
+
 
 def words(text: str) -> list[str]:
     """The words of a text in small letters, without punctuation."""

@@ -22,11 +22,12 @@ from stage import log
 WRITTEN = {
     "answers": "Questions held out from fine-tuning",
     "prompts": "Longer prompts",
+    "everyday": "Everyday prompts",
     "smoke": "Short prompts, and the rules that their answers are to keep",
     "continuations": "Held-out beginnings, continued",
 }  # the tasks whose texts are kept, and as what
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits a byte", "passed": "share of prompts passed"}
-LABELS |= {"loss": "nats a token of an answer"}
+LABELS |= {"loss": "nats a token of an answer", "win_rate": "share of pairs won"}
 FLAGS = ("seed", "ended", "marked")  # of a text, what is no measurement
 SHOWN = ("spm.model", "train.bin", "val.bin", "weights.pt", "adapter.pt", "results.json", "generations.json")
 
@@ -127,6 +128,7 @@ def summary(run: Run) -> str:
             for name, e in costs
         )
         said.append(f"Held-out answers cost, in nats a token: {told}.")
+    said += alignment(run)
     if not run.results:
         return " ".join(said)
     latest = list(run.results)[-1]
@@ -143,6 +145,30 @@ def summary(run: Run) -> str:
     if e := measured(run.results[latest], "smoke"):
         said.append(f"After {latest} it passes {round(e['passed'] * e['n'])} of the {e['n']} short prompts.")
     return " ".join(said)
+
+
+def alignment(run: Run) -> list[str]:
+    """What dpo has brought, and what it has cost beside the stage before it."""
+    names = list(run.results)
+    if "dpo" not in names:
+        return []
+    said, after = [], run.results["dpo"]
+    if (e := measured(after, "preference")) and finite(e.get("win_rate")):
+        said.append(
+            f"Of {e['n']:,} held-out pairs dpo wins {value(e, 'win_rate', 'win_rate')}, and with lengths matched "
+            f"{value(e, 'win_rate_length_matched', 'win_rate')}; always to take the longer answer would win "
+            f"{show(e['longer_wins'])}."
+        )
+    if names.index("dpo"):
+        before, told = names[names.index("dpo") - 1], []
+        for task, key in (("validation", "bits_per_byte"), ("boolq", "accuracy"), ("blimp", "accuracy")):
+            pair = [measured(run.results[name], task) for name in (before, "dpo")]
+            if all(e and finite(e.get(key)) for e in pair):
+                change = pair[1][key] / pair[0][key] - 1
+                told.append(f"{task} {' -> '.join(value(e, key, key) for e in pair)} ({change:+.1%})")
+        if told:
+            said.append(f"What that has cost, from {before} to dpo: {', '.join(told)}.")
+    return said
 
 
 def model(run: Run) -> str:
@@ -218,6 +244,18 @@ def cards(run: Run) -> list[str]:
             for name, c in (("to train on", counts["train"]), ("held out", counts["val"]))
         ]
         said.append(table(["packed", "conversations", "tokens", "trained tokens", "rows", "used"], rows))
+    if pairs := run.manifests.get("dpo_data"):
+        counts = pairs["counts"]
+        rows = [
+            [name, *(show(c[key]) for key in ("read", "kept", "cut", "tokens")), listed(c["dropped"])]
+            for name, c in counts["sources"].items()
+        ]
+        said.append(table(["pairs", "read", "kept", "cut", "tokens", "dropped"], rows))
+        rows = [
+            [name, *(show(c[key]) for key in ("pairs", "prompts", "tokens")), listed(c["kinds"])]
+            for name, c in (("to train on", counts["train"]), ("held out", counts["val"]))
+        ]
+        said.append(table(["", "pairs", "prompts", "tokens", "kinds"], rows))
     return said or ["The model came without them."]
 
 
@@ -367,6 +405,8 @@ def limits(run: Run) -> list[str]:
         "A p-value is of one task alone: of twenty without any effect one falls below 0.05." * choices,
         f"Items longer than the context lost their beginning: {', '.join(cut)}." if cut else "",
         "The short prompts are few, and their rules look at form more than at truth." * ("smoke" in entries),
+        "A pair is won by what the model finds likelier than before, not by what it writes."
+        * ("preference" in entries),
         "Distinct n-grams and repetition count words; they do not see sense." * ("prompts" in entries),
         "Times and tokens a second are of this machine, with whatever else ran on it.",
     ]

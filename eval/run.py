@@ -18,6 +18,7 @@ COMMANDS = {
     "sft_data": "python -m sft.data",
     "sft": "python -m sft.train",
     "dpo_data": "python -m dpo.data",
+    "dpo_reference": "python -m dpo.reference",
     "dpo": "python -m dpo.train",
     "eval": "python -m eval",
 }
@@ -28,6 +29,8 @@ LOGGED = {
     "val_loss": "validation",
     "val_bits_per_byte": "bits per byte",
 }
+LOGGED |= {"val_reward_chosen": "chosen", "val_reward_rejected": "rejected", "val_margin": "margin"}  # rewards
+LOGGED |= {"val_accuracy": "pairs right", "val_kl": "KL a token"}
 LOGGED |= {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}  # and as it is headed
 NEEDED = ("corpus", "tokenizer", "pack", "pretrain", "eval")
 TRAINED = ("pretrain", "sft", "dpo")

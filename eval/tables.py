@@ -8,6 +8,7 @@ MAIN |= {
     "prompts": "repetition",
     "continuations": "repetition",
     "preference": "win_rate",
+    "everyday": "repetition",
     "answers": "loss",
 }  # the metric that `stderr` and `baseline` are of, if not accuracy
 
@@ -65,7 +66,11 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
         "baseline is what needs no model: xz -9 for bits per byte, chance for accuracy, in boolq the commonest answer, "
         "an empty answer for smoke, how the documents really go on for continuations, for answers each token as "
         "frequent as in the training answers. Of answers, loss words and loss ends are the loss of their words and of "
-        "the piece that ends them, marked the share of the model's own with a mark of the template in them. An "
+        "the piece that ends them, marked the share of the model's own with a mark of the template in them. A pair of "
+        "preference is won by the reward that a model implies beside the one that dpo begins from, for which all pairs "
+        "are ties, 0.5; its errors are over prompts. Length matched weighs pairs so that the chosen answer is the "
+        "longer one as often as not among those that differ as much; longer wins is what always taking the longer "
+        "answer wins. An "
         "accuracy is above its baseline (↑) or below (↓) at p < 0.05, or not to be told from it (=)."
     )
     if "evaluation" in pictures:

@@ -181,5 +181,5 @@ PUBLISHED = {
     "winogrande": Published("winogrande_val", "allenai/winogrande", "winogrande_xl", "validation", winogrande),
 }
 
-TASKS = ("validation", *PUBLISHED, "answers", "smoke", "prompts", "continuations")
+TASKS = ("validation", *PUBLISHED, "answers", "preference", "smoke", "prompts", "everyday", "continuations")
 """Every task, in the order of results.json."""

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +229,7 @@ def tune(name: str, after: str, prepare: Callable, own: dict, experiment, argume
 def load_base(experiment, base: Path) -> Transformer:
     """The model in a checkpoint, as training begins with it. UserError if it is not of the shape in the config."""
     model = checkpoint.load_model(base)
-    if model.config != experiment.model:
+    if replace(model.config, kernels=experiment.model.kernels) != experiment.model:
         raise UserError(f"{base} holds another model than {experiment.path} describes")
     if pieces := unseen(experiment, base):
         begin(model, **pieces)
