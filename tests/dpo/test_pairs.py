@@ -368,7 +368,7 @@ def test_whatever_json_holds_is_a_pair_or_says_why_not(tmp_path_factory, records
 # ------------------------------------------------------------------------------------------------------ Python's own
 
 DOCS = PythonDocs(packages=())
-COUNT = 300
+COUNT = 200
 
 
 @pytest.fixture(scope="module")
