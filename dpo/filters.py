@@ -40,18 +40,18 @@ class Judge:
     def rule(self, pair: Pair) -> str | None:
         """The name of the first rule that a pair fails; None, and it is remembered, if it passes all."""
         f, answers = self.filters, (pair.chosen, pair.rejected)
-        text = "\n".join([*(f"{m.role}\n{m.content}\n{m.input}" for m in pair.prompt), *answers])
+        texts = [*(text for m in pair.prompt for text in (m.content, m.input)), *answers]
         if min(map(len, answers)) < f.min_answer_chars:
             return "short_answer"
-        if f.max_chars and len(text) > f.max_chars:
+        if f.max_chars and sum(map(len, texts)) > f.max_chars:
             return "too_long"
         if pair.chosen == pair.rejected:
             return "identical"
-        if other_language(words.words(text), pair.language, f.language):
+        if other_language(words.words("\n".join(texts)), pair.language, f.language):
             return "other_language"
         own, turned = (
-            hashlib.sha256(repr((pair.prompt, *texts)).encode(errors="surrogatepass")).digest()
-            for texts in (answers, answers[::-1])
+            hashlib.sha256(repr((pair.prompt, *order)).encode(errors="surrogatepass")).digest()
+            for order in (answers, answers[::-1])
         )
         if own in self.seen:
             return "duplicate"

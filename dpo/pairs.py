@@ -5,6 +5,7 @@ A source yields its pairs in an order that depends on nothing but the input.
 """
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def parted(chosen: list[Message], rejected: list[Message]) -> Said:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1].role != "assistant":
             raise Refused(f"{name} does not end with an answer of the assistant's")
+    for messages in (chosen, rejected):
         if len(messages) > shared + 1:
             raise Refused(
                 f"chosen and rejected part at message {shared + 1}; expected two answers to the same messages"
@@ -67,17 +69,26 @@ def parted(chosen: list[Message], rejected: list[Message]) -> Said:
     return chosen[:shared], chosen[-1].content, rejected[-1].content
 
 
+def _listed(record: dict, name: str) -> list[Message]:
+    try:
+        return message_list(record, (name,), "role", "content", ROLES)
+    except Refused as error:
+        raise Refused(f"{name}: {error}") from None
+
+
 def _preference(record: dict) -> Said:
     """Prompt, chosen and rejected, each a string or messages; of messages the prompt may be a part."""
     prompt = []
     if isinstance(record.get("prompt"), list):
-        prompt = message_list(record, ("prompt",), "role", "content", ROLES)
+        prompt = _listed(record, "prompt")
     elif "prompt" in record:
         prompt = [Message("user", text_field(record, "prompt"))]
     answers = []
     for name in ("chosen", "rejected"):
         if isinstance(record[name], list):
-            said = message_list(record, (name,), "role", "content", ROLES)
+            said = _listed(record, name)
+            if len(said) > 1 and isinstance(record.get("prompt"), list) and said[: len(prompt)] != prompt:
+                raise Refused(f"{name} does not begin with the messages of prompt")
             answers.append(said if len(said) > 1 else prompt + said)
         else:
             answers.append([*prompt, Message("assistant", text_field(record, name))])
@@ -108,19 +119,25 @@ def _hh(record: dict) -> Said:
 SIDES = ("chosen", "rejected")
 
 
-def _sides(record: dict, kind: type) -> bool:
-    return all(isinstance(record.get(name), kind) for name in SIDES)
+def _both(record: dict) -> bool:
+    return all(name in record for name in SIDES)
+
+
+def _lists(record: dict) -> bool:
+    return any(isinstance(record.get(name), list) for name in SIDES)
 
 
 # In the order in which "auto" tries them.
 FORMATS = {
-    "orca": Format("question, chosen, rejected (and system)", lambda r: "question" in r and _sides(r, str), _orca),
+    "orca": Format(
+        "question, chosen, rejected (and system)", lambda r: _both(r) and "question" in r and not _lists(r), _orca
+    ),
     "preference": Format(
         "prompt, chosen, rejected (each a string, or a list of role, content; without prompt, lists that begin alike)",
-        lambda r: all(name in r for name in SIDES) and ("prompt" in r or _sides(r, list)),
+        lambda r: _both(r) and ("prompt" in r or _lists(r)),
         _preference,
     ),
-    "hh": Format('chosen, rejected (transcripts of "\\n\\nHuman:", "\\n\\nAssistant:")', lambda r: _sides(r, str), _hh),
+    "hh": Format('chosen, rejected (transcripts of "\\n\\nHuman:", "\\n\\nAssistant:")', _both, _hh),
 }
 
 
@@ -151,10 +168,7 @@ class PairRecords(Formatted, PairSource):
     layouts = FORMATS
 
     def pairs(self, workers: int) -> Iterator[Pair | Unreadable]:
-        for number, pair in enumerate(self.examples(workers)):
-            if number == self.max_documents:
-                return
-            yield pair
+        return itertools.islice(self.examples(workers), self.max_documents)
 
     def example(self, rows: list[Record], format: Format) -> Pair:
         [record] = rows
