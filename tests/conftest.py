@@ -23,6 +23,10 @@ from configs import Experiment
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import Files
+from dpo.data import PairConfig
+from dpo.filters import PairFilters
+from dpo.pairs import Pairs
+from dpo.train import DPOConfig
 from eval import EvalConfig
 from model import ModelConfig
 from sft.conversations import Chats
@@ -50,6 +54,17 @@ experiment = Experiment(
             precision="float32", deterministic=True, log_every=1, eval_every=4, eval_rows=8, save_every=3,
         ),
     ),
+    dpo=DPOConfig(
+        data=PairConfig(
+            sources=(Pairs(paths=("pairs.jsonl",)),), filters=PairFilters(language=None), val_fraction=0.25,
+        ),
+        lora=LoRAConfig(rank=3, alpha=6.0, dropout=0.0),
+        train=TrainConfig(
+            steps=9, batch_size=6, micro_batch_size=3, learning_rate=5e-3, warmup_fraction=0.25, schedule="linear",
+            weight_decay=0.0, compile=False, precision="float32", deterministic=True, log_every=1, eval_every=4,
+            eval_rows=64, save_every=3,
+        ),
+    ),
     eval=EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8),
 )
 """
@@ -57,6 +72,9 @@ experiment = Experiment(
 
 WORDS = ["a", "in", "is", "on", "or", "to", "if", "of", "as", "at", "it"]
 CHATS = [{"prompt": f"Say {a} {b}.", "response": f"{a} {b}"} for a in WORDS for b in WORDS[:4]]
+PREFERENCES = [
+    {"prompt": f"Say {a} {b}.", "chosen": f"{a} {b}", "rejected": f"No, {b}!"} for a in WORDS for b in WORDS[:4]
+]
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
@@ -124,6 +142,7 @@ def place(tmp_path: Path, text: list[str]) -> Place:
     (tmp_path / "raw").mkdir()
     write_lines(tmp_path / "raw/text.jsonl", ({"text": part} for part in text))
     write_lines(tmp_path / "raw/chats.jsonl", CHATS)
+    write_lines(tmp_path / "raw/pairs.jsonl", PREFERENCES)
     (tmp_path / "mini.py").write_text(MINI)
     return Place(tmp_path)
 
@@ -135,6 +154,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> Place:
     (path / "raw").mkdir()
     write_lines(path / "raw/text.jsonl", ({"text": part} for part in text))
     write_lines(path / "raw/chats.jsonl", CHATS)
+    write_lines(path / "raw/pairs.jsonl", PREFERENCES)
     (path / "mini.py").write_text(MINI)
     place = Place(path)
     place.output = place.run("train.py", place.config).stdout
@@ -169,3 +189,11 @@ def tuned(fine_tuned: Place, tmp_path: Path) -> Place:
     """A copy of it."""
     shutil.copytree(fine_tuned.path, tmp_path, dirs_exist_ok=True)
     return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def preferring(fine_tuned: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """One whose fine-tuned model has learnt preferences too, without a disturbance."""
+    place = Place(shutil.copytree(fine_tuned.path, tmp_path_factory.mktemp("preferring"), dirs_exist_ok=True))
+    place.output = place.run("-m", "dpo.train", place.config).stdout
+    return place

@@ -260,6 +260,10 @@ def test_operators_keep_the_rules_of_torch():
         True,
         "auto",
     )
+    factors = torch.rand(24, device=device)
+    for each, by, learn in ((True, None, True), (False, factors, True), (False, factors, False)):
+        options = -100, torch.float32, each, by, learn, True, "auto"
+        check(torch.ops.lumi.linear_cross_entropy.default, flat, head, targets, *options)
 
 
 def test_twins_pass_gradcheck():
@@ -421,6 +425,129 @@ def test_a_target_that_is_no_piece_is_never_taken_silently(target):
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             lumi.linear_cross_entropy(x, weight, targets, kernels="torch")
     assert math.isnan(lumi.linear_cross_entropy(x, weight, targets, kernels="triton").item())
+
+
+@pytest.mark.parametrize(
+    ("rows", "pieces", "kernels"),
+    [
+        *((rows, pieces, "torch") for rows, pieces in [(1, 53), (512, 53), (513, 2), (1100, 97), (3, 8191)]),
+        *((rows, pieces, "triton") for rows, pieces in [(1, 53), (40, 97), (3, 8191)]),
+        pytest.param(1100, 97, "triton", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+def test_each_loss_equals_that_of_cross_entropy_in_float64(rows, pieces, ignored, kernels):
+    """And the gradients, where every term counts by another factor: negative, 0, or large."""
+    x, weight, targets = loss_case(rows, pieces)
+    targets[torch.rand(rows, device=device) < ignored] = -100
+    targets[0] = 1  # one is left
+    factors = 3 * torch.randn(rows, device=device)
+    factors[2::3] = 0
+    exact_x, exact_w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = F.cross_entropy(F.linear(exact_x, exact_w), targets, reduction="none")
+    exact.backward(factors.double())
+    for place in {"cpu", device}:  # of the targets
+        x.grad = weight.grad = None
+        losses = lumi.linear_cross_entropy(x, weight, targets.to(place), kernels=kernels, reduction="none")
+        losses.backward(factors)
+        assert losses.shape == (rows,)
+        assert losses.dtype == torch.float32
+        assert relative(losses.detach(), exact.detach()) < 1e-6
+        assert losses[targets == -100].abs().sum() == 0
+        assert relative(x.grad, exact_x.grad) < 1e-6
+        assert relative(weight.grad, exact_w.grad) < 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 700), ignored=st.floats(0, 1), at=st.integers(0, 3), seed=st.integers(0, 9))
+def test_each_loss_in_float64(rows, ignored, at, seed):
+    """To the last digits; what is ignored may be any number, and of the two inputs any may be frozen."""
+    draw = torch.Generator().manual_seed(seed)
+    x, weight, factors = (
+        torch.randn(*shape, dtype=torch.float64, generator=draw) for shape in ((rows, 7), (19, 7), (rows,))
+    )
+    targets = torch.randint(19, (rows,), generator=draw)
+    targets[torch.rand(rows, generator=draw) < ignored] = -7
+    learning = [tensor.requires_grad_() for i, tensor in enumerate((x, weight)) if at in (i, 2)]
+    found = lumi.linear_cross_entropy(x, weight, targets, ignore_index=-7, reduction="none")
+    exact = F.cross_entropy(F.linear(x, weight), targets, ignore_index=-7, reduction="none")
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    assert found.requires_grad == bool(learning)
+    if learning:
+        ours, theirs = (torch.autograd.grad(losses, learning, factors) for losses in (found, exact))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_each_loss_passes_gradcheck():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    targets = torch.tensor([3, 6, -100, 0, 1])
+    check = lambda x, w: lumi.linear_cross_entropy(x, w, targets, reduction="none")  # noqa: E731
+    assert torch.autograd.gradcheck(check, (x.requires_grad_(), weight.requires_grad_()))
+
+
+def test_the_mean_is_that_of_each_loss():
+    x, weight, targets = loss_case(700)
+    targets[5:400] = -100
+    mean = lumi.linear_cross_entropy(x, weight, targets)
+    each = lumi.linear_cross_entropy(x, weight, targets, reduction="none").sum() / 305
+    assert mean.item() == pytest.approx(each.item(), rel=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(mean, (x, weight)), torch.autograd.grad(each, (x, weight)), strict=True
+    ):
+        assert relative(ours, theirs.double()) < 1e-6
+
+
+def test_each_loss_of_rows_that_are_ignored_or_not_there():
+    x, weight, targets = loss_case(6)
+    targets = targets.cpu()
+    targets[[1, 4]] = 7
+    with torch.no_grad():
+        x[[1, 4]] = math.nan
+    losses = lumi.linear_cross_entropy(x, weight, targets, ignore_index=7, reduction="none")
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert (losses != 0).tolist() == (targets != 7).tolist()
+    assert x.grad[[1, 4]].abs().sum() == 0
+    assert torch.isfinite(weight.grad).all()
+    for rows in (0, 4):
+        x, weight, targets = loss_case(rows)
+        losses = lumi.linear_cross_entropy(x, weight, targets.fill_(-100), reduction="none")
+        losses.sum().backward()
+        assert torch.equal(losses, losses.new_zeros(rows))
+        assert x.grad.shape == x.shape
+        assert x.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+def test_a_second_derivative_of_each_loss_is_refused():
+    x, weight, targets = loss_case(5)
+    losses = lumi.linear_cross_entropy(x, weight, targets, reduction="none")
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(losses.sum() ** 2, x, create_graph=True)
+
+
+def test_each_loss_of_a_model_is_that_of_its_logits():
+    model, tokens = build(scale=3.0).double(), torch.randint(SMALL.vocab_size, (3, 21))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[torch.rand(targets.shape) < 0.4] = -100
+    factors = torch.randn(targets.shape, dtype=torch.float64)
+    found = model(inputs, targets, reduction="none")
+    exact = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none").view(3, 20)
+    assert found.shape == (3, 20)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    assert (found == 0).tolist() == (targets == -100).tolist()
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(losses, parameters, factors) for losses in (found, exact))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_another_reduction_is_refused():
+    x, weight, targets = loss_case(3)
+    with pytest.raises(ValueError, match=r'^reduction is .sum.; expected "mean" or "none"$'):
+        lumi.linear_cross_entropy(x, weight, targets, reduction="sum")
+    with pytest.raises(ValueError, match=r"^reduction is 'sum'"):
+        build()(torch.zeros(1, 4).long(), torch.zeros(1, 4).long(), reduction="sum")
 
 
 # --------------------------------------------------------------------------------------------------------- the network
@@ -617,6 +744,121 @@ def test_positions_that_are_not_those_of_whole_texts_are_refused(at, wrong):
     broken[0, at] = wrong
     with pytest.raises(ValueError, match="do not count from 0 in each text"):
         build()(torch.cat((tokens, tokens)), positions=torch.cat((positions, broken)))
+
+
+ENDED = st.lists(  # of each row its texts: their length, and of each ending where it parts and how long it is
+    st.lists(
+        st.tuples(st.integers(1, 12), st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=3)),
+        min_size=1,
+        max_size=3,
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def ended_rows(layout: list, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Tokens and positions, (B, T) each, of rows whose texts have other endings; and of each text and ending the row,
+    the places of what is its own there, and the whole of it, (1, length)."""
+    draw, rows, found = torch.Generator().manual_seed(seed), [], []
+    ids = lambda n: torch.randint(SMALL.vocab_size, (n,), generator=draw)  # noqa: E731
+    for number, texts in enumerate(layout):
+        tokens, positions = [], []
+        for length, endings in texts:
+            text = ids(length)
+            for p, n in [(0, length), *endings]:
+                p = min(p, length)
+                if p and p == positions[-1] + 1:  # goes on with what stands before it, and is none
+                    continue
+                whole = torch.cat([text[:p], ids(n)]) if p else text
+                found.append((number, slice(len(tokens), len(tokens) + n), whole[None]))
+                tokens += whole[p:].tolist()
+                positions += range(p, p + n)
+        rows.append((tokens, positions))
+    longest = max(len(tokens) for tokens, _ in rows)
+    for tokens, positions in rows:
+        positions += [0] * (longest - len(tokens))
+        tokens += [1] * (longest - len(tokens))
+    return torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows]), found
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@settings(max_examples=40, deadline=None)
+@given(layout=ENDED, seed=st.integers(0, 9))
+def test_a_text_with_another_ending_is_to_it_the_text_it_is_alone(heads, layout, seed):
+    """Its hidden states, and those of the text whose beginning it shares."""
+    model = build(HEADS[heads], scale=3.0).double()
+    tokens, positions, texts = ended_rows(layout, seed)
+    with torch.no_grad():
+        found = model.hidden(tokens, positions=positions)
+        for row, own, whole in texts:
+            alone = model.hidden(whole)[0, own.start - own.stop :]
+            torch.testing.assert_close(found[row, own], alone, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("heads", HEADS)
+@settings(max_examples=15, deadline=None)
+@given(layout=ENDED, seed=st.integers(0, 9))
+def test_what_endings_share_learns_from_all_of_them(heads, recomputed, layout, seed):
+    """The gradient is the sum of that of every text alone, of which the part counts that stands in the row."""
+    model = build(HEADS[heads], scale=3.0).double()
+    tokens, positions, texts = ended_rows(layout, seed)
+    draw = torch.Generator().manual_seed(seed)
+    targets = torch.randint(SMALL.vocab_size, tokens.shape, generator=draw)
+    targets[torch.rand(tokens.shape, generator=draw) < 0.3] = -100
+    targets[:, 0] = 5  # one is left
+    factors = torch.randn(tokens.shape, dtype=torch.float64, generator=draw)
+    parameters, total = list(model.parameters()), 0.0
+    for row, own, whole in texts:
+        alone = model(whole, F.pad(targets[row, own], (whole.shape[1] - (own.stop - own.start), 0), value=-100)[None],
+                      reduction="none")  # fmt: skip
+        total = total + (alone[0, own.start - own.stop :] * factors[row, own]).sum()
+    own = torch.zeros(tokens.shape)
+    for row, places, _ in texts:
+        own[row, places] = 1
+    model.gradient_checkpointing = recomputed
+    together = (model(tokens, targets, positions=positions, reduction="none") * factors * own).sum()
+    assert together.item() == pytest.approx(total.item(), rel=1e-10, abs=1e-10)
+    ours, theirs = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in (together, total)
+    )
+    assert relative(ours, theirs) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other library
+def test_texts_with_other_endings_agree_with_transformers():
+    """Given the same positions and a mask, by hand: 0 1 2 3 | 2' 3' 4' | 0'' 1'' | 1'."""
+    model = build(scale=3.0)
+    tokens = torch.randint(SMALL.vocab_size, (1, 10))
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0, 1, 1]])
+    seen = torch.zeros(10, 10, dtype=torch.bool)
+    for query, keys in enumerate([[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6],
+                                  [7], [7, 8], [7, 9]]):  # fmt: skip
+        seen[query, keys] = True
+    mask = torch.zeros(1, 1, 10, 10).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        ours = model(tokens, positions=positions)
+        theirs = to_transformers(model)(tokens, position_ids=positions, attention_mask=mask).logits
+    assert relative(ours, theirs.double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [0, 1, 2, 4, 5, 6],  # parts after 4 tokens of 3
+        [0, 1, 2, 1, 5, 6],
+        [0, 1, 0, 2, 3, 4],  # the last whole text has one token
+        [0, 1, 2, -1, 0, 1],
+        [1, 2, 3, 1, 2, 3],
+        [2, 0, 1, 2, 3, 4],
+    ],
+)
+def test_endings_of_more_than_their_text_are_refused(wrong):
+    good = list(range(6))
+    for rows in ([wrong], [good, wrong], [wrong, good]):
+        with pytest.raises(ValueError, match="do not count from 0 in each text"):
+            build()(torch.zeros(len(rows), 6).long(), positions=torch.tensor(rows))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the other library

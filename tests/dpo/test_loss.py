@@ -1,0 +1,422 @@
+"""The losses of DPO against the equations in float64 and against trl, and what must change nothing in them."""
+
+import math
+from dataclasses import replace
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpo import loss as dpo_loss
+from dpo.loss import LossConfig, laid_out, log_probs, preference_loss, rewards
+from model import ModelConfig, Transformer
+from sft import lora
+from sft.data import IGNORED
+from sft.lora import LoRAConfig
+from tests.test_model import to_transformers
+
+SHAPE = ModelConfig(vocab_size=61, context_length=24, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40)
+LOSSES = [
+    LossConfig(beta=0.3),
+    LossConfig(beta=0.3, label_smoothing=0.2),
+    LossConfig(loss="ipo", beta=0.4),
+    LossConfig(loss="hinge", beta=0.4),
+    LossConfig(beta=0.3, chosen_weight=0.7),
+    LossConfig(loss="ipo", beta=2.0, chosen_weight=1.5),
+    LossConfig(loss="hinge", beta=0.4, chosen_weight=0.7),
+]
+NAMES = ["sigmoid", "smoothed", "ipo", "hinge", "sigmoid and chosen", "ipo and chosen", "hinge and chosen"]
+# Lengths of prompt, chosen and rejected: of one token each too; and as long as the context can hold.
+LENGTHS = [(5, 4, 7), (1, 6, 2), (9, 1, 5), (3, 8, 1), (1, 1, 1), (17, 8, 3), (2, 4, 4)]
+
+
+def build(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+    """Weights large enough that every part of the model shows in its losses."""
+    torch.manual_seed(seed)
+    model = Transformer(SHAPE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+    return model.eval().to(dtype)
+
+
+def pairs(lengths=tuple(LENGTHS), seed: int = 0, width: int | None = None, filler: int = 0) -> tuple[Tensor, Tensor]:
+    """ids and bounds of pairs, as PairRows gives them."""
+    draw = torch.Generator().manual_seed(seed)
+    parts = [torch.randint(61, (sum(each),), generator=draw) for each in lengths]
+    ids = torch.full((len(parts), width or max(map(len, parts))), filler)
+    for row, part in zip(ids, parts, strict=True):
+        row[: len(part)] = part
+    return ids, torch.tensor(lengths).cumsum(1)
+
+
+def padded(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen texts and behind them the rejected ones, (2 · pairs, T), padded; what of them is text, and answer."""
+    rows = list(zip(ids, bounds.tolist(), strict=True))
+    texts = [(row[:c], p) for row, (p, c, _) in rows]
+    texts += [(torch.cat([row[:p], row[c:r]]), p) for row, (p, c, r) in rows]
+    longest = max(len(text) for text, _ in texts)
+    tokens, text_mask, answer_mask = torch.zeros(3, len(texts), longest, dtype=torch.int64)
+    for i, (text, p) in enumerate(texts):
+        tokens[i, : len(text)], text_mask[i, : len(text)], answer_mask[i, p : len(text)] = text, 1, 1
+    return tokens, text_mask, answer_mask
+
+
+def by_hand(model: Transformer, ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """log π of both answers of each pair and their lengths, (pairs, 2): of full logits and separate, padded texts."""
+    tokens, _, answers = padded(ids, bounds)
+    each = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    sums = (each * answers[:, 1:]).sum(1)
+    return sums.view(2, -1).T, answers.sum(1).view(2, -1).T
+
+
+def equation(policy: Tensor, reference: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+    """The losses as they are written in the papers, without any function made for them."""
+    beta, eps = config.beta, config.label_smoothing
+    (c, r), (ref_c, ref_r), (n_c, n_r) = policy.T, reference.T, lengths.T
+    if config.loss == "sigmoid":
+        p = 1 / (1 + torch.exp(-(beta * (c - ref_c) - beta * (r - ref_r))))  # that the chosen one is preferred
+        loss = -(1 - eps) * torch.log(p) - eps * torch.log(1 - p)
+    elif config.loss == "ipo":
+        loss = ((c - ref_c) / n_c - (r - ref_r) / n_r - 1 / (2 * beta)) ** 2
+    else:
+        h = 1 - beta * ((c - ref_c) - (r - ref_r))
+        loss = h * (h > 0)
+    return loss + config.chosen_weight * -c / n_c
+
+
+def ours(model: Transformer, reference: Transformer, ids: Tensor, bounds: Tensor, config: LossConfig) -> tuple:
+    """The mean loss as dpo.train has it, and what is logged of each pair."""
+    policy = log_probs(model, ids, bounds)
+    with torch.no_grad():
+        theirs = log_probs(reference, ids, bounds)
+    return preference_loss(policy, theirs, bounds.diff(dim=1), config).mean(), rewards(policy, theirs, config)
+
+
+def gradients(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+# ---------------------------------------------------------------------------------------------------- the equations
+
+
+@pytest.mark.parametrize("config", LOSSES, ids=NAMES)
+def test_losses_rewards_and_every_gradient_are_those_of_the_equations(config):
+    model, reference, (ids, bounds) = build(), build(1), pairs()
+    found, logged = ours(model, reference, ids, bounds, config)
+    policy, lengths = by_hand(model, ids, bounds)
+    with torch.no_grad():
+        theirs, _ = by_hand(reference, ids, bounds)
+    each = equation(policy, theirs, lengths, config)
+    if config.loss == "hinge" and not config.chosen_weight:
+        assert 0 < int((each > 0).sum()) < len(each)  # on both sides of the hinge
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx(each.mean().item(), rel=1e-11)
+    expected = config.beta * (policy - theirs).detach()
+    margin = expected[:, 0] - expected[:, 1]
+    assert 0 < int((margin > 0).sum()) < len(margin)
+    for name, value in {
+        "reward_chosen": expected[:, 0],
+        "reward_rejected": expected[:, 1],
+        "margin": margin,
+        "accuracy": (margin > 0).double(),
+        "logp_chosen": policy[:, 0].detach(),
+        "logp_rejected": policy[:, 1].detach(),
+    }.items():
+        torch.testing.assert_close(logged[name], value, rtol=1e-10, atol=1e-10)
+        assert not logged[name].requires_grad
+    exact = gradients(each.mean(), model)
+    assert exact.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients(found, model).items():
+        assert relative(gradient, exact[name]) < 1e-9, name
+
+
+@pytest.mark.parametrize("config", LOSSES, ids=NAMES)
+def test_an_adapter_learns_in_float32_what_it_learns_in_float64(config):
+    """With the reference in the same model: its adapter off."""
+    (ids, bounds), found = pairs(), []
+    for dtype in (torch.float32, torch.float64):
+        model = build(dtype=dtype)
+        adapted(model, dtype)
+        with torch.no_grad(), lora.without(model):
+            reference = log_probs(model, ids, bounds)
+        policy = log_probs(model, ids, bounds)
+        loss = preference_loss(policy, reference, bounds.diff(dim=1), config).mean()
+        found.append((loss, gradients(loss, model)))
+    (loss, ours), (exact_loss, exact) = found
+    assert {gradient.dtype for gradient in ours.values()} == {torch.float32}
+    assert len(ours) == 2 * 7 * 2
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=2e-5)
+    for name, gradient in ours.items():
+        assert relative(gradient.double(), exact[name]) < 2e-4, name
+
+
+def adapted(model: Transformer, dtype: torch.dtype, seed: int = 3) -> None:
+    """Puts an adapter on a model that is not zero."""
+    lora.attach(model, LoRAConfig(rank=3, alpha=6.0, dropout=0.0))
+    draw = torch.Generator().manual_seed(seed)
+    for layer in lora.layers(model).values():
+        for part in (layer.a, layer.b):
+            part["default"].data = (0.3 * torch.randn(part["default"].shape, generator=draw)).to(dtype)
+
+
+def test_one_pair_by_hand():
+    """Two tokens against one: h = (−1 − −3) − (−2 − −1.5) = 2.5, with β = 2 a margin of 5."""
+    policy, reference = torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[-3.0, -1.5]]).double()
+    loss = lambda **options: float(preference_loss(policy, reference, torch.tensor([[2, 1]]), LossConfig(**options)))  # noqa: E731
+    assert loss(beta=2.0) == pytest.approx(math.log(1 + math.exp(-5)))
+    smoothed = 0.9 * math.log(1 + math.exp(-5)) + 0.1 * math.log(1 + math.exp(5))
+    assert loss(beta=2.0, label_smoothing=0.1) == pytest.approx(smoothed)
+    assert loss(beta=2.0, loss="hinge") == 0
+    assert loss(beta=0.25, loss="hinge") == pytest.approx(1 - 0.625)
+    assert loss(beta=0.25, loss="ipo") == pytest.approx((2 / 2 + 0.5 / 1 - 2) ** 2)
+    assert loss(beta=2.0, loss="hinge", chosen_weight=3.0) == pytest.approx(3 * 1 / 2)
+    logged = {name: value.item() for name, value in rewards(policy, reference, LossConfig(beta=2.0)).items()}
+    assert logged == {"reward_chosen": 4.0, "reward_rejected": -1.0, "margin": 5.0, "accuracy": 1.0,
+                      "logp_chosen": -1.0, "logp_rejected": -2.0}  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_log_probs_of_any_lengths_are_those_of_separate_texts(lengths, seed):
+    model, (ids, bounds) = build(), pairs(lengths, seed)
+    with torch.no_grad():
+        found, (expected, _) = log_probs(model, ids, bounds), by_hand(model, ids, bounds)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_pair_is_laid_out_by_hand():
+    """Prompt 1 2 3, chosen 4 5, rejected 6 7 8; then prompt 9, of which each answer has one token."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 0, 0, 0, 0, 0]])
+    inputs, targets, positions, lengths = laid_out(ids, torch.tensor([[3, 5, 8], [1, 2, 3]]))
+    assert inputs.tolist() == [[1, 2, 3, 4, 3, 6, 7, 9, 9]]
+    assert targets.tolist() == [[IGNORED, IGNORED, 4, 5, 6, 7, 8, 10, 11]]
+    assert positions.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 0]]
+    assert lengths == [2, 3, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------ against trl
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """trl's trainer over transformers' own LLaMA with our weights, and as its reference another."""
+    import trl
+
+    words = {str(i): i for i in range(59)} | {"<pad>": 59, "</s>": 60}
+    spm = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    spm.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    spm = transformers.PreTrainedTokenizerFast(tokenizer_object=spm, pad_token="<pad>", eos_token="</s>")
+    about = {"output_dir": str(tmp_path_factory.mktemp("trl")), "report_to": "none", "use_cpu": True, "bf16": False}
+    return trl.DPOTrainer(
+        model=to_transformers(build(0)).double(),
+        ref_model=to_transformers(build(1)).double(),
+        args=trl.DPOConfig(**about, disable_dropout=True, gradient_checkpointing=False, beta=0.1),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "1 2", "chosen": " 3", "rejected": " 4"}]),
+        processing_class=spm,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other libraries
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_trl_computes_the_same(trainer, loss, beta):
+    import convert
+
+    model, reference, (ids, bounds) = build(0), build(1), pairs()
+    tokens, text, answer = padded(ids, bounds)
+    trainer.loss_types, trainer.beta = [loss], beta
+    trainer._metrics["train"].clear()
+    trainer.model.train().zero_grad()
+    batch = {"input_ids": tokens, "attention_mask": text, "completion_mask": answer}
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    found, logged = ours(model, reference, ids, bounds, LossConfig(loss=loss, beta=beta))
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert theirs.item() > 0.01
+    means = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    for name, their_name in (
+        ("reward_chosen", "rewards/chosen"),
+        ("reward_rejected", "rewards/rejected"),
+        ("margin", "rewards/margins"),
+        ("accuracy", "rewards/accuracies"),
+        ("logp_chosen", "logps/chosen"),
+        ("logp_rejected", "logps/rejected"),
+    ):
+        near = 1e-5 * logged[name].abs().mean().item()  # the mean itself may be close to 0
+        assert logged[name].mean().item() == pytest.approx(means[their_name], rel=1e-5, abs=near), name
+    others = dict(trainer.model.named_parameters())
+    for name, gradient in gradients(found, model).items():
+        assert relative(gradient, others[convert.theirs(name)].grad.double()) < 1e-5, name
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_before_the_first_step_the_loss_is_ln_2_and_every_reward_exactly_0(beta, dtype):
+    model, (ids, bounds) = build(dtype=dtype), pairs()
+    lora.attach(model.train(), LoRAConfig(rank=3, dropout=0.0))
+    with torch.no_grad(), lora.without(model):
+        reference = log_probs(model, ids, bounds)
+    policy = log_probs(model, ids, bounds)
+    config = LossConfig(beta=beta)
+    logged = rewards(policy, reference, config)
+    assert all((logged[name] == 0).all() for name in ("reward_chosen", "reward_rejected", "margin"))
+    assert (logged["accuracy"] == 0.5).all()
+    losses = preference_loss(policy, reference, bounds.diff(dim=1), config)
+    torch.testing.assert_close(losses, torch.full((7,), math.log(2), dtype=torch.float64), rtol=1e-12, atol=0)
+    hinge = preference_loss(policy, reference, bounds.diff(dim=1), LossConfig(loss="hinge", beta=beta))
+    assert (hinge == 1).all()
+    ipo = preference_loss(policy, reference, bounds.diff(dim=1), LossConfig(loss="ipo", beta=beta))
+    torch.testing.assert_close(ipo, torch.full((7,), 1 / (4 * beta**2), dtype=torch.float64))
+    assert all(gradient.isfinite().all() for gradient in gradients(losses.mean(), model).values())
+
+
+def test_every_reward_is_0_against_the_model_itself_whatever_the_loss_learns():
+    """The first step goes up in the chosen answer and down in the rejected one, by half of β each."""
+    model, (ids, bounds) = build(), pairs()
+    policy = log_probs(model, ids, bounds).detach().requires_grad_()
+    config = LossConfig(beta=0.3)
+    preference_loss(policy, policy.detach(), bounds.diff(dim=1), config).sum().backward()
+    torch.testing.assert_close(policy.grad, torch.tensor([[-0.15, 0.15]], dtype=torch.float64).expand(7, 2))
+
+
+# ------------------------------------------------------------------------------------------ what must change nothing
+
+
+def swapped(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs with chosen and rejected in each other's place."""
+    found = ids.clone()
+    for row, to, (p, c, r) in zip(ids, found, bounds.tolist(), strict=True):
+        to[p:r] = torch.cat([row[c:r], row[p:c]])
+    p, c, r = bounds.T
+    return found, torch.stack([p, p + r - c, r], 1)
+
+
+def test_the_other_way_round_the_margin_is_negated():
+    model, reference, batch = build(), build(1), pairs()
+    config = LossConfig(beta=0.3)
+    (_, one), (_, other) = (ours(model, reference, *each, config) for each in (batch, swapped(*batch)))
+    torch.testing.assert_close(one["margin"], -other["margin"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(one["reward_chosen"], other["reward_rejected"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(one["logp_rejected"], other["logp_chosen"], rtol=1e-10, atol=1e-12)
+    assert (one["accuracy"] == 1 - other["accuracy"]).all()
+    assert one["margin"].abs().min() > 1e-3
+
+
+def test_smoothed_by_a_share_a_loss_is_that_of_both_ways_round():
+    policy, reference = torch.randn(2, 9, 2, generator=torch.Generator().manual_seed(0)).double()
+    lengths = torch.ones(9, 2)
+    loss = lambda a, b, smoothing: preference_loss(a, b, lengths, LossConfig(beta=0.5, label_smoothing=smoothing))  # noqa: E731
+    plain, turned = loss(policy, reference, 0.0), loss(policy.flip(1), reference.flip(1), 0.0)
+    torch.testing.assert_close(loss(policy, reference, 0.3), 0.7 * plain + 0.3 * turned)
+
+
+def accumulated(model, reference, ids, bounds, config, size: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Log-probabilities, mean loss's gradient and the loss, a part of the pairs at a time."""
+    each, total, sums = [], 0.0, {}
+    for part, own in zip(ids.split(size), bounds.split(size), strict=True):
+        loss, logged = ours(model, reference, part, own, config)
+        share = len(part) / len(ids)
+        for name, gradient in gradients(loss * share, model).items():
+            sums[name] = sums.get(name, 0) + gradient
+        each.append(torch.stack([logged["logp_chosen"], logged["logp_rejected"], logged["margin"]], 1))
+        total = total + loss.detach() * share
+    return torch.cat(each), sums, total
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.parametrize("config", LOSSES[:4], ids=NAMES[:4])
+@pytest.mark.parametrize("what", ["batch size", "width", "garbage", "order"])
+def test_how_pairs_are_put_together_changes_nothing(what, config, dtype, near):
+    model, reference = build(dtype=dtype), build(1, dtype)
+    ids, bounds = pairs()
+    size, order = len(ids), torch.arange(len(ids))
+    expected = accumulated(model, reference, ids, bounds, config, size)
+    if what == "batch size":
+        size = 2
+    elif what == "width":
+        ids = F.pad(ids, (0, 13))
+    elif what == "garbage":
+        ids, _ = pairs(width=ids.shape[1] + 5, filler=60)
+        assert (ids[:, -1] == 60).all()
+    else:
+        order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+        ids, bounds = ids[order], bounds[order]
+    each, sums, total = accumulated(model, reference, ids, bounds, config, size)
+    assert relative(each[:, :2], expected[0][order, :2]) < near
+    assert relative(each[:, 2], expected[0][order, 2]) < 10 * near  # differences of those sums
+    assert total.item() == pytest.approx(expected[2].item(), rel=10 * near)
+    for name, gradient in sums.items():
+        assert relative(gradient, expected[1][name]) < 10 * near, name
+
+
+def test_what_stands_behind_a_pair_may_be_no_piece_at_all():
+    model, (ids, bounds) = build(), pairs(filler=-5)
+    assert (ids == -5).any()
+    with torch.no_grad():
+        assert torch.equal(log_probs(model, ids, bounds), log_probs(model, *pairs()))
+
+
+def test_one_answer_does_not_see_the_other():
+    """No log-probability has a gradient with respect to the other answer's tokens."""
+    model, (ids, bounds) = build(), pairs([(4, 5, 6)])
+    embedded = {}
+
+    def keep(module, inputs, output):
+        embedded["x"] = output.detach().requires_grad_()
+        return embedded["x"]
+
+    handle = model.embed.register_forward_hook(keep)
+    found = log_probs(model, ids, bounds)[0]
+    handle.remove()
+    (chosen,) = torch.autograd.grad(found[0], embedded["x"], retain_graph=True)
+    (rejected,) = torch.autograd.grad(found[1], embedded["x"])
+    # prompt 0–3, chosen 4–7 (its last id is predicted, not read), the prompt's last id again 8, rejected 9–13
+    assert (chosen[0].abs().sum(-1) > 0).tolist() == [True] * 8 + [False] * 6
+    assert (rejected[0].abs().sum(-1) > 0).tolist() == [True] * 3 + [False] * 5 + [True] * 6
+
+
+# ---------------------------------------------------------------------------------------------------------- the config
+
+WRONG = [
+    ({"loss": "dpo"}, ValueError, "loss"),
+    ({"loss": None}, TypeError, "loss"),
+    *(({"beta": beta}, ValueError, "beta") for beta in (0.0, -0.1, math.inf, math.nan)),
+    ({"beta": "0.1"}, TypeError, "beta"),
+    *(({"label_smoothing": share}, ValueError, "label_smoothing") for share in (0.5, -0.1, 1.0, math.nan)),
+    ({"label_smoothing": 0.1, "loss": "ipo"}, ValueError, "label_smoothing"),
+    ({"label_smoothing": 0.1, "loss": "hinge"}, ValueError, "label_smoothing"),
+    *(({"chosen_weight": weight}, ValueError, "chosen_weight") for weight in (-1.0, math.inf, math.nan)),
+    ({"chosen_weight": True}, TypeError, "chosen_weight"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "name"), WRONG, ids=[str(wrong) for wrong, _, _ in WRONG])
+def test_a_wrong_field_is_named(wrong, error, name):
+    with pytest.raises(error, match=rf"^{name} is "):
+        LossConfig(**wrong)
+
+
+def test_what_can_be_passes():
+    assert LossConfig() == LossConfig(loss="sigmoid", beta=0.1, label_smoothing=0.0, chosen_weight=0.0)
+    for loss in dpo_loss.LOSSES:
+        assert replace(LossConfig(), loss=loss, beta=1, chosen_weight=2).loss == loss
+    assert LossConfig(label_smoothing=0.49).label_smoothing == 0.49
