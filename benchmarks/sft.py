@@ -117,10 +117,9 @@ def trainer(way: str, path: str) -> Callable[[], int]:
     return step
 
 
-def worker(way: str, path: str) -> None:
+def worker(step: Callable[[], int]) -> None:
     """A process that trains: for every line of its standard input BATCHES steps; it prints seconds, useful tokens, and
     the most memory it has had, in MiB."""
-    step = trainer(way, path)
     for _ in sys.stdin:
         started = time.perf_counter()
         tokens = sum(step() for _ in range(BATCHES))
@@ -129,11 +128,14 @@ def worker(way: str, path: str) -> None:
         print(json.dumps([seconds, tokens, peak]), flush=True)
 
 
-def timed(path: str, *ways: str) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int]]:
-    """For each way seconds a useful token and seconds a step, round by round, and peak MiB."""
+def timed(
+    path: str, *ways: str, module: str = "benchmarks.sft"
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int]]:
+    """For each way of the module's `trainer` seconds a useful token, or whatever its steps count, and seconds a step,
+    round by round, and peak MiB."""
     workers, found = {}, {way: [] for way in ways}
     for way in ways:
-        code = f"from benchmarks.sft import worker; worker({way!r}, {path!r})"
+        code = f"from benchmarks.sft import worker; from {module} import trainer; worker(trainer({way!r}, {path!r}))"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         workers[way] = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
     for i in range(ROUNDS + 1):

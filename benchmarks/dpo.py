@@ -1,0 +1,193 @@
+"""Preference learning: pairs read as one row, with a reference that is no second model, beside the usual way.
+
+    DATA=… python -m benchmarks.dpo configs/alpaca_eval.py   ->  benchmarks/results/dpo.json
+
+All ways train the same adapter on the same pairs, PAIRS at a time, and compute the same losses, which is checked first:
+
+- stored: the project's; of the reference there are the log-probabilities;
+- adapter_off: the project's; the reference is the model without its adapter, at each step;
+- usual: prompt and answer a row, padded to the batch's longest, the chosen answers and then the rejected ones; all
+  logits; a second model as reference, at each step;
+- usual_together: the same, chosen and rejected answers in one batch.
+
+They are timed in turn, a step each, every one in a process of its own; quoted are medians, and medians of the rounds'
+ratios. Weights are random: what is measured does not depend on them.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import configs
+import dpo.data
+import machine
+import stage
+from benchmarks.cpu import ratio
+from benchmarks.sft import timed
+from dpo.data import PairRows
+from dpo.loss import log_probs, preference_loss
+from model import Transformer
+from optim import make_optimizers
+from sft import lora
+from sft.data import IGNORED
+
+RESULT = Path(__file__).parent / "results/dpo.json"
+PAIRS = 8
+WAYS = ("stored", "adapter_off", "usual", "usual_together")
+
+
+def train_pairs(experiment) -> PairRows:
+    directory = experiment.directory("dpo_data")
+    return PairRows(directory, "train", stage.finished(directory, f"python -m dpo.data {experiment.path}")["counts"])
+
+
+def batch(pairs: PairRows, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    return pairs.read([pairs.drawn(step * PAIRS + i) for i in range(PAIRS)])
+
+
+# ------------------------------------------------------------------------------------------------------ the usual way
+
+
+def padded(ids: Tensor, bounds: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (rows, longest), of prompts and their answers, 0 the chosen, 1 the rejected ones."""
+    rows = []
+    for side in sides:
+        for row, (p, *ends) in zip(ids, bounds.tolist(), strict=True):
+            rows.append((p, torch.cat([row[:p], row[(p, *ends)[side] : ends[side]]])))
+    shape = len(rows), max(len(text) for _, text in rows) - 1
+    tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+    for i, (p, text) in enumerate(rows):
+        tokens[i, : len(text) - 1] = text[:-1]
+        targets[i, p - 1 : len(text) - 1] = text[p:]
+    return tokens, targets
+
+
+def usual_log_probs(model: Transformer, ids: Tensor, bounds: Tensor, together: bool) -> Tensor:
+    """log π of the answers: (pairs, 2) float64. Padding is behind the texts, where no causal query sees it."""
+    found = []
+    for sides in [(0, 1)] if together else [(0,), (1,)]:
+        tokens, targets = padded(ids, bounds, sides)
+        losses = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+        found.append(-losses.view(targets.shape).double().sum(1))
+    return torch.cat(found).view(2, -1).T
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def pair_losses(way: str, model: Transformer, base: Transformer | None, stored: Tensor | None, config) -> Callable:
+    """Of a way the loss of each pair, as a function of ids, bounds and numbers. base: the usual ways' reference."""
+
+    def losses(ids: Tensor, bounds: Tensor, numbers: Tensor) -> Tensor:
+        if way.startswith("usual"):
+            together = way == "usual_together"
+            with torch.no_grad():
+                reference = usual_log_probs(base, ids, bounds, together)
+            policy = usual_log_probs(model, ids, bounds, together)
+        else:
+            if way == "stored":
+                reference = stored[numbers]
+            else:
+                with torch.no_grad(), lora.without(model):
+                    reference = log_probs(model, ids, bounds)
+            policy = log_probs(model, ids, bounds)
+        return preference_loss(policy, reference, bounds.diff(dim=1), config)
+
+    return losses
+
+
+def check(experiment) -> None:
+    """AssertionError unless the ways give the first batch the same losses."""
+    torch.manual_seed(0)
+    base = Transformer(experiment.model)
+    model = copy.deepcopy(base)
+    lora.attach(model, experiment.dpo.lora)
+    for layer in lora.layers(model).values():
+        for b in layer.b.values():
+            torch.nn.init.normal_(b, std=0.02)  # trained a little: else all rewards are 0
+    pairs = train_pairs(experiment)
+    ids, bounds, numbers = batch(pairs, 0)
+    with torch.no_grad():
+        stored = torch.zeros(pairs.count, 2, dtype=torch.float64)
+        stored[numbers] = log_probs(base, ids, bounds)
+        found = {way: pair_losses(way, model, base, stored, experiment.dpo.loss)(ids, bounds, numbers) for way in WAYS}
+    assert found["usual"].std() > 0.01, f"the adapter hardly changes the model: {found['usual']}"
+    for way, losses in found.items():
+        torch.testing.assert_close(
+            losses, found["usual"], rtol=1e-4, atol=0, msg=lambda text, way=way: f"{way}: {text}"
+        )
+
+
+def trainer(way: str, path: str) -> Callable[[], int]:
+    """An optimizer step of a way; it gives the pairs in it."""
+    torch.manual_seed(0)
+    machine.keep_freed_memory()
+    experiment = configs.load(path)
+    model = Transformer(experiment.model)
+    base = copy.deepcopy(model).requires_grad_(False) if way.startswith("usual") else None
+    lora.attach(model, experiment.dpo.lora)
+    [optimizer] = make_optimizers(model, experiment.dpo.train)
+    pairs, done = train_pairs(experiment), 0
+    stored = -100 * torch.rand(pairs.count, 2, dtype=torch.float64)
+    losses = pair_losses(way, model, base, stored, experiment.dpo.loss)
+
+    def step() -> int:
+        nonlocal done
+        losses(*batch(pairs, done)).mean().backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += 1
+        return PAIRS
+
+    return step
+
+
+def training(path: str) -> dict:
+    own, paces, peaks = WAYS[:2], {}, {}
+    found: dict[str, dict[str, float]] = {"speed": {}, "memory": {}}
+    for usual in WAYS[2:]:  # one at a time: all logits of both take much memory
+        pace, _, peak = timed(path, *own, usual, module="benchmarks.dpo")
+        paces, peaks = pace | paces, peak | peaks
+        for way in own:
+            found["speed"][f"{way}_vs_{usual}"] = ratio(pace[usual], pace[way])
+            found["memory"][f"{way}_memory_vs_{usual}"] = round(peak[way] / peak[usual], 3)
+    return {
+        "pairs_per_second": {way: round(1 / statistics.median(paces[way]), 2) for way in WAYS},
+        "peak_mib": {way: peaks[way] for way in WAYS},
+        **found["speed"],
+        **found["memory"],
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    experiment = configs.load(arguments.config)
+    dpo.data.build(experiment)
+    check(experiment)
+    pairs = train_pairs(experiment)
+    tokens = (pairs.bounds[:, 1:] - pairs.bounds[:, :-1]).mean(0).round(1).tolist()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {
+        "command": f"python -m benchmarks.dpo {Path(arguments.config).name}",
+        "commit": commit,
+        "machine": machine.name(torch.device("cpu")),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": stage.versions(),
+        "mean_tokens": dict(zip(("prompt", "chosen", "rejected"), tokens, strict=True)),
+        "training": training(arguments.config),
+    }
+    stage.write_json(RESULT, found)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    stage.run(main, stage.parser(__doc__).parse_args())
