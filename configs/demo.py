@@ -4,6 +4,8 @@ from configs import Experiment
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import PythonDocs
+from dpo.loss import LossConfig
+from dpo.train import DPOConfig
 from model import ModelConfig
 from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
@@ -39,6 +41,22 @@ experiment = Experiment(
             weight_decay=0.0,
             eval_every=250,
             save_every=500,
+        ),
+    ),
+    dpo=DPOConfig(
+        loss=LossConfig(beta=0.5),
+        reference="adapter_off",  # less than an epoch: to note what the reference thinks of all pairs would take longer
+        train=TrainConfig(
+            steps=300,
+            compile=False,
+            batch_size=16,
+            learning_rate=2e-4,
+            warmup_fraction=0.1,
+            schedule="linear",
+            weight_decay=0.0,
+            eval_every=100,
+            eval_rows=300,
+            save_every=300,
         ),
     ),
 )

@@ -16,11 +16,13 @@ def test_shipped_config_loads(name, monkeypatch):
     monkeypatch.delenv("RUNS", raising=False)
     experiment = configs.load(f"configs/{name}.py")
     assert experiment.name == name
-    owner = {"alpaca": "prose_tiny", "dolly": "prose_tiny", "oasst1": "tiny_web", "chat_mix": "tiny_web"}.get(
-        name, name
-    )
-    assert experiment.directory("pretrain") == Path("runs") / owner / "pretrain"
-    assert experiment.directory("sft") == Path("runs") / name / "sft"
+    owners = {"alpaca": "prose_tiny", "dolly": "prose_tiny", "oasst1": "tiny_web", "chat_mix": "tiny_web"}
+    owners |= {"hh_rlhf": "tiny_web", "orca_dpo": "tiny_web", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
+    tuned = {"hh_rlhf": "oasst1", "orca_dpo": "oasst1", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
+    assert experiment.directory("pretrain") == Path("runs") / owners.get(name, name) / "pretrain"
+    assert experiment.directory("sft") == Path("runs") / tuned.get(name, name) / "sft"
+    assert experiment.directory("sft_data") == Path("runs") / tuned.get(name, name) / "sft_data"
+    assert experiment.directory("dpo") == Path("runs") / name / "dpo"
     assert experiment.model.head_dim == 64
 
 

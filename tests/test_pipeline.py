@@ -30,12 +30,14 @@ def test_every_stage_by_command(place: Place):
         ["train.py"],
         ["-m", "sft.data"],
         ["-m", "sft.train"],
+        ["-m", "dpo.data"],
+        ["-m", "dpo.train"],
         ["-m", "eval"],
         ["-m", "eval.report"],
     ]
     for command in commands:
         place.run(*command)
-    for directory in ("corpus", "tokenizer", "packed", "pretrain", "sft_data", "sft", "eval"):
+    for directory in ("corpus", "tokenizer", "packed", "pretrain", "sft_data", "sft", "dpo_data", "dpo", "eval"):
         manifest = json.loads((place.runs / "mini" / directory / "manifest.json").read_text())
         assert {"config", "read", "wrote", "counts", "versions"} <= manifest.keys()
         assert (place.runs / "mini" / directory / "log.txt").read_text()

@@ -1,0 +1,120 @@
+"""The task `preference`: what is won, by whose measure, and with what error."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import checkpoint
+import configs
+import stage
+from dpo.data import PairRows
+from eval import preference as task
+from tests.conftest import Place
+from tests.eval.test_main import evaluate
+
+
+def measured(monkeypatch, policy: list, reference: list, ends: list, prompts: list, kinds: list, beta: float) -> dict:
+    """The task's numbers for given log-probabilities. ends: lengths of prompt, chosen and rejected answer."""
+    bounds = np.array([np.cumsum([0, *lengths]) for lengths in ends])
+    pairs = SimpleNamespace(bounds=bounds, prompts=np.array(prompts), kinds=np.array(kinds), names=["a", "b"])
+    monkeypatch.setattr(task, "of_pairs", lambda model, pairs, name: torch.tensor(policy, dtype=torch.float64))
+    return task.preference(None, pairs, torch.tensor(reference, dtype=torch.float64), beta)
+
+
+def test_by_hand(monkeypatch):
+    # Rewards times β = 2: (2, 0) won; (0, 2) lost; (−2, −2) a tie; (−2, −4) won. Prompts: two pairs, one, one.
+    policy, reference = [(-4, -6), (-3, -5), (-9, -3), (-5, -8)], [(-5, -6), (-3, -6), (-8, -2), (-4, -6)]
+    found = measured(
+        monkeypatch, policy, reference, [(3, 4, 2), (5, 2, 4), (1, 6, 6), (2, 5, 1)], [0, 0, 1, 2], [0, 0, 1, 1], 2.0
+    )
+    assert found["win_rate"] == (1 + 0 + 0.5 + 1) / 4
+    assert found["margin"] == (2 - 2 + 0 + 2) / 4
+    assert (found["reward_chosen"], found["reward_rejected"]) == ((2 + 0 - 2 - 2) / 4, (0 + 2 - 2 - 4) / 4)
+    # Over prompts: wins 1, 0.5, 1 of 2, 1, 1 pairs; the ratio's residuals are −0.25, −0.125, 0.375.
+    assert found["stderr"] == pytest.approx(math.sqrt(3 / 2 * (0.25**2 + 0.125**2 + 0.375**2)) / 4)
+    assert found["perplexity_chosen"] == pytest.approx(math.exp(21 / 17))
+    assert found["perplexity_rejected"] == pytest.approx(math.exp(22 / 13))
+    assert found["likelier"] == 3 / 4
+    assert found["longer_wins"] == (1 + 0 + 0.5 + 1) / 4
+    assert {name: (kind["win_rate"], kind["n"]) for name, kind in found["by_kind"].items()} == {
+        "a": (0.5, 2),
+        "b": (0.75, 2),
+    }
+    assert (found["n"], found["prompts"], found["baseline"]) == (4, 3, 0.5)
+
+
+longer = st.lists(st.integers(-40, 40), min_size=1, max_size=80).map(np.array)
+
+
+@given(longer)
+def test_who_looks_at_lengths_alone_wins_half_of_matched_pairs(longer):
+    weights = task.matched(longer)
+    assert ((weights >= 0) & (weights <= 1)).all()
+    if weights.any():
+        wins, prompts = task.half_ties(longer), np.arange(len(longer))
+        assert task.clustered(wins, weights, prompts)[0] == pytest.approx(0.5)
+        assert task.clustered(1 - wins, weights, prompts)[0] == pytest.approx(0.5)
+
+
+@given(longer, st.integers(0, 2**32))
+def test_matching_leaves_what_has_nothing_to_do_with_length(longer, seed):
+    weights = task.matched(longer)
+    assert (weights[longer == 0] == 1).all()
+    if weights.any():
+        ones = np.ones(len(longer))
+        assert task.clustered(ones, weights, np.arange(len(longer)))[0] == pytest.approx(1)
+    both = np.concatenate([longer, -longer])  # already as often the longer one: nothing to weigh
+    assert task.matched(both) == pytest.approx(1)
+
+
+def test_where_no_lengths_match_the_number_is_missing(monkeypatch):
+    found = measured(monkeypatch, [(-1, -2)], [(-2, -2)], [(1, 3, 2)], [0], [0], 1.0)
+    assert math.isnan(found["win_rate_length_matched"])
+    assert found["win_rate"] == 1
+
+
+def test_three_stages_and_the_report(preferring: Place):
+    out = evaluate(preferring)
+    found = json.loads((preferring.runs / "mini/eval/results.json").read_text())
+    assert list(found) == ["pretrain", "sft", "dpo"]
+    assert "dpo      | preference" in out
+    reference = found["sft"]["preference"]  # beside itself
+    assert (reference["win_rate"], reference["margin"], reference["stderr"]) == (0.5, 0.0, 0.0)
+    assert found["dpo"]["preference"]["win_rate"] > 0.7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS", str(preferring.runs))
+        experiment = configs.load(preferring.config)
+    counts = stage.read_manifest(preferring.runs / "mini/dpo_data")["counts"]
+    held_out = PairRows(preferring.runs / "mini/dpo_data", "val", counts)
+    models = [checkpoint.load_model(preferring.runs / f"mini/{name}/final").double() for name in ("dpo", "sft")]
+    margins = []
+    for ids, (p, c, r) in zip(*(part.tolist() for part in held_out.read(range(held_out.count))[:2]), strict=True):
+        rewards = []
+        for answer in (ids[p:c], ids[c:r]):
+            text = torch.tensor([ids[:p] + answer])
+            log_p = [model(text[:, :-1])[0, p - 1 :].log_softmax(1) for model in models]
+            own = [each[torch.arange(len(answer)), text[0, p:]].sum().item() for each in log_p]
+            rewards.append(experiment.dpo.loss.beta * (own[0] - own[1]))
+        margins.append(rewards[0] - rewards[1])
+    assert found["dpo"]["preference"]["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
+    assert found["dpo"]["preference"]["win_rate"] == np.mean(np.array(margins) > 0)
+    preferring.run("-m", "eval.report", preferring.config)
+    page = " ".join((preferring.runs / "mini/REPORT.md").read_text().split())
+    for text in ("dpo wins", "What that has cost", "### Everyday prompts", "plots/dpo.png", "dpo_data"):
+        assert text in page, text
+    texts = json.loads((preferring.runs / "mini/eval/generations.json").read_text())
+    assert [len(each["everyday"]) for each in texts.values()] == [15, 15, 15]
+    evaluate(preferring, "--checkpoint", preferring.runs / "mini/dpo/best")
+    assert list(json.loads((preferring.runs / "mini/dpo/eval_best/results.json").read_text())) == ["dpo"]
+
+
+def test_without_pairs_the_task_is_skipped(tuned: Place):
+    evaluate(tuned)
+    entry = json.loads((tuned.runs / "mini/eval/results.json").read_text())["sft"]["preference"]
+    assert entry["skipped"] == f"no pairs; make them with: python -m dpo.data {tuned.config}"
