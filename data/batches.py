@@ -17,6 +17,8 @@ from stage import UserError, check_types
 class Shuffled:
     """Numbered things, of which each epoch sees every one once, in an order of its own."""
 
+    holds = "documents"  # what they are made of
+
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
         self._order = lru_cache(maxsize=2)(self._order)  # the epoch's permutation, and at its edge the next one's
@@ -160,13 +162,13 @@ class Mixture:
         return tuple(torch.cat(part) for part in zip(*read, strict=True))
 
     def documents(self, step: int) -> list[str]:
-        """What documents the step's global batch holds, a line for each packed file, for a message: the numbers are
+        """What the step's global batch holds, a line for each packed file, for a message: of documents the numbers are
         those that `python -m data.inspect CONFIG --first NUMBER` shows."""
-        found: dict[str, set[int]] = {}
+        found: dict[tuple[str, str], set[int]] = {}
         for name, window in map(self.drawn, range(step * self.size, (step + 1) * self.size)):
             windows = self.sets[name]
-            found.setdefault(windows.file, set()).update(windows.documents(window))
-        return [f"{file}: documents {ranges(numbers)}" for file, numbers in found.items()]
+            found.setdefault((windows.file, windows.holds), set()).update(windows.documents(window))
+        return [f"{file}: {holds} {ranges(numbers)}" for (file, holds), numbers in found.items()]
 
 
 def ranges(numbers: Iterable[int], most: int = 20) -> str:

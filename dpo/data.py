@@ -229,6 +229,8 @@ class PairRows(Shuffled):
     (pairs,). names: of the kinds. first, count: which pairs are meant; width: of the longest in the split.
     """
 
+    holds = "pairs"
+
     def __init__(self, directory: Path, split: str, counts: dict, seed: int = 0, source: str = ""):
         self.file, own = str(directory / f"{split}.bin"), counts[split]
         self.tokens = np.memmap(self.file, dtype=counts["dtype"], mode="r")

@@ -217,6 +217,8 @@ class Rows(Shuffled):
     count: which rows are meant.
     """
 
+    holds = "conversations"
+
     def __init__(self, directory: Path, split: str, counts: dict, context: int, seed: int = 0, source: str = ""):
         self.file, self.length = str(directory / f"{split}.bin"), context
         self.tokens = np.memmap(directory / f"{split}.bin", dtype=counts["dtype"], mode="r")
