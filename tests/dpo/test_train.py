@@ -28,6 +28,7 @@ from sft import lora
 from sft.lora import LoRAConfig
 from stage import UserError
 from tests.conftest import CHATS, Place, write_lines
+from tests.sft.test_train import with_two
 from tests.test_train import digest, tree
 from train import learning_rate
 
@@ -511,3 +512,21 @@ def test_a_wrong_config_is_refused():
 def test_metrics_are_json_that_any_reader_takes(preferring: Place):
     for line in (preferring.runs / "mini/dpo/metrics.jsonl").read_text().splitlines():
         assert all(isinstance(value, (int, float)) for value in json.loads(line).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", ["", 'parallel="fsdp", ', "adapter_off"])
+def test_two_processes_train_as_one(ready: Place, preferring: Place, changes):
+    """Four held-out pairs each, or none: what is measured is of all of them too."""
+    if changes == "adapter_off":
+        ready.edit(("dpo=DPOConfig(", 'dpo=DPOConfig(reference="adapter_off", '))
+    else:
+        head, tail = ready.config.read_text().split("dpo=DPOConfig(")
+        ready.config.write_text(f"{head}dpo=DPOConfig({tail.replace('deterministic', changes + 'deterministic', 1)}")
+    with_two(ready, "dpo")
+    ours, theirs = ready.metrics("dpo"), preferring.metrics("dpo")
+    for name in (*LOGGED, "grad_norm", "lr", "tokens"):
+        assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=1e-4, abs=1e-4), name
+    for name in [name for name in theirs[-1] if name.startswith("val_")]:
+        found = [[m[name] for m in log if name in m] for log in (ours, theirs)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-4), name

@@ -396,9 +396,17 @@ def test_warmup_that_cannot_be_is_refused(changes):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def with_two(place: Place) -> str:
-    """Fine-tunes in two processes; what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sft.train"]
+def with_two(place: Place, name: str = "sft") -> str:
+    """Trains a stage in two processes; what was printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        f"{name}.train",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(
         [*command, str(place.config)], cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes
