@@ -88,6 +88,12 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     return dtype
 
 
+def training_dtype(device: torch.device, config: "TrainConfig") -> torch.dtype:
+    """What matrix products of a training run are in: as `pick_dtype`, but on a CPU float32 where it is to be exact."""
+    exact = config.deterministic and device.type == "cpu" and config.precision == "auto"
+    return torch.float32 if exact else pick_dtype(device, config.precision)
+
+
 def make_deterministic(device: torch.device) -> None:
     """Has a GPU refuse what depends on timing."""
     if device.type == "cuda":

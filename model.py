@@ -152,7 +152,7 @@ class Texts:
     so keep the fast kernels; nor is anything computed for pairs of texts, which would be most of a row's square.
 
     positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0, another ending begins: a
-    text that shares the first p tokens of the one before, which are there once. Raises ValueError for others.
+    text that shares the first p tokens of the last one that began at 0. Raises ValueError for others.
     """
 
     def __init__(self, positions: Tensor, device: torch.device):
@@ -162,7 +162,10 @@ class Texts:
         shared, whole = flat[starts], flat[starts] == 0
         text = whole.cumsum(0) - 1  # which whole text each is an ending of
         if positions[:, 0].any() or (shared > counts[whole][text]).any() or (shared < 0).any():
-            raise ValueError("positions of a row do not count from 0 in each text; expected those of whole texts")
+            raise ValueError(
+                "positions of a row do not count from 0 in each text, or in another ending from a place in the text; "
+                "expected those of whole texts"
+            )
         texts = zip(*(x.tolist() for x in (shared + counts, shared, starts, starts[whole][text])), strict=True)
         groups: list[list[tuple[int, ...]]] = []
         for each in sorted(texts, reverse=True):
@@ -334,8 +337,8 @@ class Transformer(nn.Module):
 
         positions: (B, T) int64, for rows that are more than one text. Alone, they count from 0 in each of several texts
         that stand one after another, and no text sees another; where they fall back to p > 0, another ending of the
-        text begins, after its first p tokens. They have to be on the CPU. With a mask, (B, 1, T, T),
-        True where a query sees a key, they may be any; without a cache, a row may then be longer than context_length.
+        last text from 0 begins, after its first p tokens. They have to be on the CPU. With a mask, (B, 1, T, T), True
+        where a query sees a key, they may be any; without a cache, a row may then be longer than context_length.
         No position may.
         """
         T = tokens.shape[1]

@@ -429,12 +429,9 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
         )
     device = machine.pick_device()
-    precision = config.precision
     if config.deterministic:
         machine.make_deterministic(device)
-        if device.type == "cpu" and precision == "auto":
-            precision = "float32"
-    dtype = parallel.lead(lambda: machine.pick_dtype(device, precision))
+    dtype = parallel.lead(lambda: machine.training_dtype(device, config))
     machine.keep_freed_memory()
 
     progress, record, state = Progress(), None, None
@@ -445,7 +442,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
         checkpoint.load_weights(start, model)
         state = checkpoint.read(start, "state.pt")
-        if precision == "auto" and device.type == state.get("device") == "cpu":
+        if config.precision == "auto" and not config.deterministic and device.type == state.get("device") == "cpu":
             dtype = getattr(torch, state.get("dtype", ""), dtype)  # as it was measured when the run began
 
     real = replace(config, compile=config.compile and machine.compile_blocks(model, device))

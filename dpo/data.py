@@ -131,7 +131,7 @@ def gather(
                 if cut and config.too_long == "drop":
                     rule = "longer_than_context"
                 elif spelt.answers[0] == spelt.answers[1]:
-                    rule = "identical" if pair.chosen == pair.rejected else "identical_when_cut"
+                    rule = "identical_when_cut" if cut and pair.chosen != pair.rejected else "identical"
             if rule := rule or judge.rule(pair):
                 dropped[rule] += 1
                 continue
@@ -226,7 +226,8 @@ class PairRows(Shuffled):
     """Pairs of one split, or of one source of it; each epoch sees every pair once, in an order of its own.
 
     tokens: a memory map. bounds: (pairs, 4), where prompt, chosen and rejected begin and the pair ends. kinds, prompts:
-    (pairs,). names: of the kinds. first, count: which pairs are meant; width: of the longest in the split.
+    (pairs,), all of the split. names: of the kinds. first, count: which pairs are meant; length: how many tokens one of
+    them has on average; width: how many the longest of the split has.
     """
 
     holds = "pairs"
@@ -240,6 +241,8 @@ class PairRows(Shuffled):
         part = own["sources"][source] if source else {"pair": 0, "pairs": own["pairs"]}
         self.first = part["pair"]
         super().__init__(part["pairs"], seed)
+        each = self.bounds[self.first : self.first + self.count]
+        self.length = float((each[:, 3] - each[:, 0]).mean()) if self.count else 0.0
 
     def documents(self, row: int) -> range:
         """The pair of a row, by its number in the split."""

@@ -77,7 +77,7 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: 
 
 def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """What is logged of pairs, (pairs,) each, by name: rewards, their margin, and whether the chosen one is greater (a
-    tie counts half)."""
+    tie counts half). They are of whole answers, whatever the loss; that of "ipo" is of means over their tokens."""
     chosen, rejected = (config.beta * (policy - reference).detach()).unbind(1)
     margin = chosen - rejected
     return {
@@ -116,8 +116,8 @@ def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
     """
     inputs, targets, positions, lengths = laid_out(ids, bounds)
     device = next(model.parameters()).device
-    losses = model(inputs.to(device), targets, positions=positions, reduction="none")[0]
-    answers = (targets[0] != IGNORED).nonzero()[:, 0].to(device)
+    answers = (targets[0] != IGNORED).nonzero()[:, 0].to(device, non_blocking=True)
+    losses = model(inputs.to(device, non_blocking=True), targets, positions=positions, reduction="none")[0]
     # float64: the difference of two such sums is what is learnt from.
     sums = [part.sum() for part in losses[answers].double().split(lengths)]
     return -torch.stack(sums).view(-1, 2)

@@ -3,18 +3,18 @@
     python -m dpo.reference configs/tiny.py   ->  runs/tiny/dpo_reference
 
 `train.logp` and `val.logp` hold two little-endian float64 numbers a pair, in the order of dpo_data: the log-probability
-of the chosen and of the rejected answer, in nats. They are bound to the digests of the model and of the pairs: made
-anew if asked to, never used for others.
+of the chosen and of the rejected answer, in nats, computed in the precision of training. They are bound to the digests
+of the model and of the pairs: made anew if asked to, never used for others.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 import dpo.data
@@ -24,16 +24,15 @@ from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
 from model import Transformer
-from sft import lora
 from sft.train import load_base, unseen
 from stage import Stage, UserError, log, progress
 
-PAIRS = {"cpu": 8, "cuda": 64}  # read at once
+TOKENS = {"cpu": 8_192, "cuda": 131_072}  # read at once, if the pairs were as long as the longest
 
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     """log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
-    size = PAIRS[model.embed.weight.device.type]
+    size = max(1, TOKENS[model.embed.weight.device.type] // pairs.width)
     batches = progress(pairs.batches(size), -(-pairs.count // size), "batches", name)
     with torch.inference_mode():
         found = torch.cat([log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches])
@@ -51,15 +50,17 @@ def build(experiment, base: Path, workers: int = 1, force: bool = False) -> Path
     pairs."""
     pairs = dpo.data.build(experiment, workers)
     directory, make = experiment.directory("dpo_reference"), f"python -m dpo.reference {experiment.path}"
-    settings = {"model": experiment.model, "begin": unseen(experiment, base)}
+    if base != experiment.directory("sft") / "final":
+        make += f" --checkpoint {shlex.quote(str(base))}"
+    device = machine.pick_device()
+    dtype = machine.training_dtype(device, experiment.dpo.train)
+    settings = {"model": experiment.model, "begin": unseen(experiment, base), "dtype": str(dtype)}
     job = Stage(directory, settings, stage.outputs(pairs) | stage.outputs(base), make)
     if job.up_to_date(force):
         return directory
-    spm, config = experiment.load_tokenizer(base), experiment.dpo.train
+    spm = experiment.load_tokenizer(base)
     counts = dpo.data.load(pairs, spm.sha256, f"python -m dpo.data {experiment.path}")
     with job.making():
-        device = machine.pick_device()
-        dtype = machine.pick_dtype(device, config.precision)
         model = load_base(experiment, base).to(device).eval()
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
             found = {split: of_pairs(model, PairRows(pairs, split, counts), f"reference, {split}") for split in SPLITS}
@@ -75,16 +76,6 @@ def load(directory: Path, make: str) -> dict[str, Tensor]:
     stage.finished(directory, make)
     read = {split: np.fromfile(directory / f"{split}.logp", dtype="<f8").reshape(-1, 2) for split in SPLITS}
     return {split: torch.from_numpy(each.astype(np.float64)) for split, each in read.items()}
-
-
-@contextmanager
-def standing_in(model: nn.Module, load: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-    """The reference for the length of a block: the model without its adapter or, if it has none, what `load` gives."""
-    if lora.layers(model):
-        with lora.without(model):
-            yield model
-    else:
-        yield load()
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -9,9 +9,11 @@ thought of every pair, noted before.
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,6 @@ import stage
 from data.batches import Mixture, Phase
 from dpo.data import PairConfig, PairRows
 from dpo.loss import LossConfig, log_probs, preference_loss, rewards
-from dpo.reference import standing_in
 from model import ModelConfig, Transformer
 from sft import lora
 from sft.lora import LoRAConfig
@@ -46,8 +47,8 @@ class DPOConfig:
     """The adapter that is trained; None trains every weight of the model."""
     reference: str = "stored"
     """* Its log-probabilities: "stored", computed once before training, or of the model with its "adapter_off" at each
-    step. They are the same, but for rounding: with "adapter_off" rewards are exactly 0 before the first step, and
-    nothing is stored; "stored" takes a pass over all pairs, and is faster after it."""
+    step. They are the same, but for rounding: with "adapter_off" rewards are 0 before the first step, exactly if blocks
+    are not compiled, and nothing is stored; "stored" takes a pass over all pairs, and is faster after it."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the sources of `data` that pairs are drawn from, in any unit; empty: every pair once an epoch."""
     train: TrainConfig = TrainConfig(
@@ -90,7 +91,8 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
     mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
     held_out = PairRows(directory, "val", counts)
     count = min(config.eval_rows, held_out.count)
-    chosen = [i * held_out.count // count for i in range(count)]
+    # Not evenly spaced: sources may have their kinds of pairs in turn.
+    chosen = sorted(np.random.default_rng(0).permutation(held_out.count)[:count].tolist())
     rank, ranks = parallel.rank(), parallel.ranks()
     rows = machine.rows_held(config, ranks)
 
@@ -101,8 +103,8 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
                 reference = log_probs(model, ids, bounds)
         policy = log_probs(model, ids, bounds)
         if stored is not None:
-            reference = stored[split][numbers].to(policy.device)
-        answers = bounds.diff(dim=1).to(policy.device)
+            reference = stored[split][numbers].to(policy.device, non_blocking=True)
+        answers = bounds.diff(dim=1).to(policy.device, non_blocking=True)
         loss = preference_loss(policy, reference, answers, dpo_config.loss)
         return {"loss": loss} | rewards(policy, reference, dpo_config.loss)
 
@@ -117,17 +119,18 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
             found = compared(model, "val", *held_out.read(own or chosen[:1]))
             sums = {name: sums.get(name, 0.0) + each.sum() * bool(own) for name, each in found.items()}
         means = {f"val_{name}": float(parallel.add_up(each)) / count for name, each in sums.items()}
-        some = held_out.read(chosen[:: max(1, count // MEASURED)][:MEASURED])
+        measured = min(MEASURED, count)
+        some = held_out.read([chosen[i * count // measured] for i in range(measured)])
         device = next(model.parameters()).device
         return means | {"val_kl": divergence(model, *some[:2], lambda: load_base(experiment, base).to(device))}
 
-    if sum(pairs.count for pairs in sets.values()) < config.batch_size:
-        log.warning(
-            f"a batch of {config.batch_size} pairs is more than there are ({counts['train']['pairs']}): each step sees "
-            "all of them, some twice; lower batch_size"
-        )
     epoch = sum(pairs.count for pairs in sets.values()) / config.batch_size
-    row = "pair", counts["train"]["tokens"] / counts["train"]["pairs"]
+    if epoch < 1:
+        log.warning(
+            f"a batch of {config.batch_size} pairs is more than there are ({epoch * config.batch_size:.0f}): each step "
+            "sees all of them, some twice; lower batch_size"
+        )
+    length = sum(weight * sets[name].length for name, weight in weights.items()) / sum(weights.values())
     return Task(
         batch=mixture.batch,
         loss=loss,
@@ -137,9 +140,9 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
         epoch=epoch,
         flops=config.batch_size * flops_per_pair(experiment.model, dpo_config, next(iter(sets.values()))),
         tokens=lambda ids, bounds, numbers: int((bounds[:, 2] - bounds[:, 0]).sum()),
-        row=row,
+        row=("pair", length),
         seen=lambda step: (
-            {name: round(n * row[1]) for name, n in mixture.seen(step).items()} if dpo_config.weights else {}
+            {name: round(n * sets[name].length) for name, n in mixture.seen(step).items()} if dpo_config.weights else {}
         ),
         documents=lambda step: "; ".join(mixture.documents(step)),
     )
@@ -148,18 +151,17 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
 def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[], nn.Module]) -> float:
     """KL(π ‖ reference) in nats a token, of the distributions of the next token at each of the chosen answers'.
 
-    Exact, not estimated from the tokens that stand there. load: gives the reference, if the model has no adapter.
+    Of the whole distributions, not estimated from the tokens that stand there. load: gives the reference, a second
+    model, if this one has no adapter to be switched off.
     """
-    device = next(model.parameters()).device
-    with standing_in(model, load) as reference:
-        logits = [
-            reference(row[None, : c - 1].to(device))[0, p - 1 :]
-            for row, (p, c, _) in zip(ids, bounds.tolist(), strict=True)
-        ]
-    total, tokens = 0.0, 0
-    for row, (p, c, _), theirs in zip(ids, bounds.tolist(), logits, strict=True):
-        own = model(row[None, : c - 1].to(device))[0, p - 1 :].double().log_softmax(-1)  # (c − p, V)
-        total += float((own.exp() * (own - theirs.double().log_softmax(-1))).sum())
+    device, adapted, total, tokens = next(model.parameters()).device, bool(lora.layers(model)), 0.0, 0
+    reference = model if adapted else load()
+    for row, (p, c, _) in zip(ids, bounds.tolist(), strict=True):
+        text = row[None, : c - 1].to(device)
+        own = model(text)[0, p - 1 :].double().log_softmax(-1)  # (c − p, V)
+        with lora.without(model) if adapted else nullcontext():
+            theirs = reference(text)[0, p - 1 :].double().log_softmax(-1)
+        total += float((own.exp() * (own - theirs)).sum())
         tokens += c - p
     return total / tokens
 

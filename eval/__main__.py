@@ -8,6 +8,7 @@ that takes hours, and is asked of the user.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -127,11 +128,15 @@ def pairs(experiment: Experiment, spm: Tokenizer, final: Path) -> Task:
     except UserError as error:
         return Task(missing=f"no model to compare with: {error}")
     held_out = PairRows(directory, "val", dpo.data.load(directory, spm.sha256, make))
-    beta = experiment.dpo.loss.beta
+    beta = checkpoint.read_manifest(final)["config"]["loss"]["beta"] if learnt else experiment.dpo.loss.beta
+
+    @functools.cache
+    def reference(device: torch.device) -> torch.Tensor:
+        return of_pairs(load_base(experiment, base).to(device).eval(), held_out, "reference")
+
     return Task(
         digest(stage.outputs(directory), checkpoint.digest(base), beta),
-        lambda: of_pairs(load_base(experiment, base).to(machine.pick_device()).eval(), held_out, "reference"),
-        lambda model, reference, _: (preference(model, held_out, reference, beta), None),
+        measure=lambda model, *_: (preference(model, held_out, reference(model.embed.weight.device), beta), None),
     )
 
 
@@ -259,9 +264,11 @@ def read_json(path: Path) -> dict[str, dict]:
         return {}
 
 
-def finite(numbers: dict) -> dict:
-    """Numbers as JSON holds them: null for one that is not finite."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+def finite(numbers):
+    """Numbers as JSON holds them, in tables of tables too: null for one that is not finite."""
+    if isinstance(numbers, dict):
+        return {key: finite(each) for key, each in numbers.items()}
+    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
 def overview(results: dict[str, dict], seconds: dict[str, float]) -> str:

@@ -163,7 +163,7 @@ def alignment(run: Run) -> list[str]:
         before, told = names[names.index("dpo") - 1], []
         for task, key in (("validation", "bits_per_byte"), ("boolq", "accuracy"), ("blimp", "accuracy")):
             pair = [measured(run.results[name], task) for name in (before, "dpo")]
-            if all(e and finite(e.get(key)) for e in pair):
+            if all(e and finite(e.get(key)) for e in pair) and pair[0][key]:
                 change = pair[1][key] / pair[0][key] - 1
                 told.append(f"{task} {' -> '.join(value(e, key, key) for e in pair)} ({change:+.1%})")
         if told:

@@ -40,17 +40,10 @@ def preferred(tmp_path_factory, text) -> Place:
     place = Place(tmp_path_factory.mktemp("preferred"))
     place.raw.mkdir()
     write_lines(place.raw / "text.jsonl", ({"text": part} for part in text))
-    place.config.write_text(MINI)
     write_lines(place.raw / "pairs.jsonl", PAIRS)
-    place.edit(
-        ("from configs import Experiment", "from configs import Experiment\nfrom dpo.data import PairConfig"),
-        ("from eval import", "from dpo.pairs import Pairs\nfrom dpo.train import DPOConfig\nfrom eval import"),
-        (
-            "    eval=",
-            '    dpo=DPOConfig(data=PairConfig(sources=(Pairs(paths=("pairs.jsonl",)),), val_fraction=0.2)),\n'
-            "    eval=",
-        ),
-    )
+    head, tail = MINI.split("    dpo=DPOConfig(")
+    data = '    dpo=DPOConfig(data=PairConfig(sources=(Pairs(paths=("pairs.jsonl",)),), val_fraction=0.2)),\n'
+    place.config.write_text(head + data + tail[tail.index("    eval=") :])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA", str(place.raw))
         patch.setenv("RUNS", str(place.runs))

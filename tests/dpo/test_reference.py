@@ -1,6 +1,7 @@
 """What the reference thinks of pairs: that both ways to it agree, and that what is stored is never used for others."""
 
 import argparse
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -20,7 +21,8 @@ import stage
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
-from dpo.reference import of_pairs, standing_in
+from dpo.reference import of_pairs
+from model import Transformer
 from sft import lora
 from stage import UserError
 from tests.conftest import PREFERENCES, Place, write_lines
@@ -138,16 +140,23 @@ def test_a_batch_takes_the_numbers_of_its_own_pairs(preferring: Place):
 
 
 def test_the_model_itself_stands_in_only_while_its_adapter_is_off(preferring: Place):
+    """In the divergence: of an adapted model from itself without it, of another from a second model."""
     model, base = adapted(preferring, fill=True), checkpoint.load_model(preferring.runs / "mini/sft/final")
-    tokens = torch.arange(1, 9)[None]
+    tokens, pairs = torch.arange(1, 9)[None], held_out(preferring)
     with torch.no_grad():
         before = model(tokens)
-        with standing_in(model, lambda: pytest.fail("loaded in vain")) as reference:
-            assert torch.equal(reference(tokens), base(tokens))
+        found = dpo.train.divergence(model, *pairs, lambda: pytest.fail("loaded in vain"))
         assert torch.equal(model(tokens), before)
-        assert not torch.equal(before, base(tokens))
-        with standing_in(base, lambda: model) as reference:
-            assert reference is model
+        assert found == pytest.approx(dpo.train.divergence(checkpoint_of(model), *pairs, lambda: base), rel=1e-4)
+        assert found > 0
+        assert dpo.train.divergence(base, *pairs, lambda: base) == 0
+
+
+def checkpoint_of(model: Transformer) -> Transformer:
+    """The same model without an adapter beside it."""
+    plain = copy.deepcopy(model)
+    lora.fold(plain)
+    return plain
 
 
 def test_without_an_adapter_training_takes_what_is_stored(ready: Place):
@@ -181,9 +190,8 @@ def test_made_again_it_is_the_same_and_nothing_else_is(ready: Place):
 def test_another_model_is_named_and_the_command(ready: Place):
     start = ready.runs / "mini/sft/step_0000009"
     before = tree(ready.runs / "mini/dpo_reference")
-    error = (
-        rf"dpo_reference was made from something else: .*sft/.*was .*python -m dpo\.reference {ready.config} --force"
-    )
+    command = f"reference {ready.config} --checkpoint {start} --force"
+    error = rf"dpo_reference was made from something else: .*sft/.*was .*{command}"
     for call in (refer, prefer):
         with pytest.raises(UserError, match=error) as refused:
             call(ready, checkpoint=str(start))

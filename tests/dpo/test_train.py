@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -369,8 +370,10 @@ def test_weights_over_two_sources(ready: Place):
     log = ready.metrics("dpo")
     counts = stage.read_manifest(ready.runs / "mini/dpo_data")["counts"]["train"]
     assert 25 < counts["sources"]["pairs"]["pairs"] < 40 < 100 < counts["sources"]["others"]["pairs"]
-    tokens = counts["tokens"] / counts["pairs"]
-    assert log[-1]["seen"] == {"pairs": round(9 * 12 * tokens), "others": round(9 * 4 * tokens)}
+    directory, counts = ready.runs / "mini/dpo_data", stage.read_manifest(ready.runs / "mini/dpo_data")["counts"]
+    bounds = {name: PairRows(directory, "train", counts, source=name) for name in ("pairs", "others")}
+    tokens = {name: np.mean(np.ptp(of.bounds[of.first : of.first + of.count], 1)) for name, of in bounds.items()}
+    assert log[-1]["seen"] == {"pairs": round(9 * 12 * tokens["pairs"]), "others": round(9 * 4 * tokens["others"])}
     assert log[-1]["val_accuracy"] > 0.75
     ready.edit(('{"pairs": 3, "others": 1}', '{"pairs": 3, "other": 1}'))
     with pytest.raises(UserError, match="weights names other; expected names of the data's sources"):
