@@ -32,7 +32,7 @@ bench: $(VENV)/dev
 	$(RUN) -m benchmarks.cpu
 	test -z "$$DATA" || $(RUN) -m benchmarks.data
 	test -z "$$DATA" || $(RUN) -m benchmarks.sft configs/alpaca.py
-	test -z "$$DATA" || $(RUN) -m benchmarks.dpo configs/alpaca_eval.py
+	test -z "$$DATA" || $(RUN) -m benchmarks.dpo configs/alpaca.py
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

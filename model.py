@@ -391,7 +391,7 @@ class Transformer(nn.Module):
             return self.head(x)  # (B, T, V)
         options = {"kernels": self.config.kernels, "reduction": reduction}
         loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), **options)
-        return loss if reduction == "mean" else loss.view(targets.shape)
+        return loss if reduction == "mean" else loss.view(targets.shape).clone()  # FSDP warns of a view
 
     # ----------------------------------------------------------------------------------------------------- generation
 

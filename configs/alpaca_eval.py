@@ -5,19 +5,15 @@ Most often that is the longer answer: win rates of this data are to be read besi
 
 from dataclasses import replace
 
+from configs.alpaca import experiment as alpaca
 from configs.prose_mini import experiment as prose_mini
-from dpo.data import PairConfig
-from dpo.pairs import Pairs
-from dpo.train import DPOConfig
 from train import TrainConfig
-
-ALPACA_EVAL = Pairs(name="alpaca_eval", paths=("alpaca_eval_pairs.jsonl.xz",), licence="CC BY-NC 4.0")
 
 experiment = replace(
     prose_mini,
     name="alpaca_eval",
-    dpo=DPOConfig(
-        data=PairConfig(sources=(ALPACA_EVAL,), val_fraction=0.2),  # twelve pairs a prompt: few prompts
+    dpo=replace(
+        alpaca.dpo,
         train=TrainConfig(
             epochs=1,
             batch_size=16,

@@ -117,8 +117,9 @@ def message_list(record: dict, names: tuple[str, ...], role: str, content: str, 
     found = []
     for number, turn in enumerate(record[name], start=1):
         if not isinstance(turn, dict) or not {role, content} <= turn.keys():
-            has = ", ".join(turn) if isinstance(turn, dict) else _short(turn)
-            raise Refused(f"message {number}: expected an object with the fields {role}, {content}; found {has}")
+            raise Refused(
+                f"message {number}: expected an object with the fields {role}, {content}; found {_fields(turn)}"
+            )
         if not isinstance(turn[role], str) or turn[role] not in roles:
             raise Refused(f"{role} of message {number} is {_short(turn[role])}; expected one of {', '.join(roles)}")
         text = _joined(turn.get(content), f"{content} of message {number}")
@@ -348,7 +349,7 @@ class Formatted(Records):
 def _fields(value) -> str:
     if not isinstance(value, dict):
         return _short(value)
-    return textwrap.shorten(", ".join(value), 200).encode(errors="replace").decode() or "no field"
+    return textwrap.shorten(", ".join(key[:80] for key in value), 200).encode(errors="replace").decode() or "no field"
 
 
 @dataclass(frozen=True, kw_only=True)
