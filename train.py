@@ -286,6 +286,9 @@ class Progress:
     """as many of them as came last, overflows of float16 left out."""
 
 
+SHOWN = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_margin", "val_accuracy", "val_kl")  # of an evaluation
+
+
 class Report:
     """What is seen of a run: metrics.jsonl, an object a logged step; a bar on a terminal, lines elsewhere."""
 
@@ -366,8 +369,8 @@ class Report:
 
     def line(self, record: dict) -> str:
         text = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}"
-        measured = {name: value for name, value in record.items() if name.startswith("val_")}
-        return text + "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
+        known = [name for name in SHOWN if name in record]
+        return text + "".join(f", {name.replace('_', ' ')} {record[name]:.4f}" for name in known)
 
     def evaluated(self, record: dict) -> None:
         """A line for every evaluation, and one about a mixture as it was drawn."""

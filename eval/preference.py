@@ -1,5 +1,7 @@
 """Which of two answers a model has learnt to prefer, on held-out pairs."""
 
+import math
+
 import numpy as np
 from torch import Tensor
 
@@ -63,11 +65,18 @@ def half_ties(difference: np.ndarray) -> np.ndarray:
 
 
 def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
-    """The weighted mean of `wins`, and its standard error over prompts; NaN where nothing has any weight."""
+    """The weighted mean of `wins`, and its standard error over prompts; NaN where nothing has any weight. Where all are
+    won, or lost, the error is as if two prompts more had been won and two lost (Agresti and Coull 1998)."""
     if not weights.any():
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     sums, sizes = (np.bincount(prompts, weights=x) for x in (weights * wins, weights))
-    return ratio(sums[sizes > 0], sizes[sizes > 0])
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
+    mean, stderr = ratio(sums, sizes)
+    if mean in (0, 1):
+        n = len(sizes) + 4
+        share = (mean * len(sizes) + 2) / n
+        stderr = math.sqrt(share * (1 - share) / n)
+    return mean, stderr
 
 
 def matched(longer: np.ndarray) -> np.ndarray:

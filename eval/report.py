@@ -53,7 +53,7 @@ def draw(run: Run) -> dict[str, bytes] | None:
         from eval import plots
     except ImportError:
         return None
-    units = {"dpo": "nats a pair"}
+    units = {"dpo": "a pair"}
     pictures = {
         name: plots.curves(records, f"{run.experiment.name}: {name}", units.get(name, "nats a token"))
         for name, records in run.metrics.items()
@@ -112,7 +112,8 @@ def summary(run: Run) -> str:
     for name, manifest in run.finals.items():
         if last := manifest["counts"].get("record"):
             said.append(
-                f"{name} took {manifest['counts']['step']:,} steps over {last['tokens']:,} tokens "
+                f"{name} took {manifest['counts']['step']:,} steps over {last['tokens']:,} "
+                f"{'' if name == 'pretrain' else 'trained '}tokens "
                 f"({last['epoch']:.2f} epochs)."
             )
     for name, entries in run.results.items():
@@ -152,16 +153,32 @@ def alignment(run: Run) -> list[str]:
     names = list(run.results)
     if "dpo" not in names:
         return []
-    said, after = [], run.results["dpo"]
-    if (e := measured(after, "preference")) and finite(e.get("win_rate")):
+    said, entry = [], measured(run.results["dpo"], "preference") or {}
+    if finite(entry.get("win_rate")):
+        kinds = ", ".join(f"{k} {value(e, 'win_rate', 'win_rate')}" for k, e in entry.get("by_kind", {}).items())
         said.append(
-            f"Of {e['n']:,} held-out pairs dpo wins {value(e, 'win_rate', 'win_rate')}, and with lengths matched "
-            f"{value(e, 'win_rate_length_matched', 'win_rate')}; always to take the longer answer would win "
-            f"{show(e['longer_wins'])}."
+            f"Of {show(entry.get('n', '–'))} held-out pairs dpo wins {value(entry, 'win_rate', 'win_rate')}"
+            + f" ({kinds})" * bool(kinds)
+            + "; the model that it began from ties them all, 0.5."
+        )
+    if finite(entry.get("win_rate_length_matched")) and finite(entry.get("longer_wins")):
+        matched = value(entry, "win_rate_length_matched", "win_rate")
+        said.append(
+            f"Always to take the longer answer would win {show(entry['longer_wins'])}; with lengths matched, where "
+            f"that wins half, dpo wins {matched} of the {entry['pairs_length_matched']:,.0f} pairs that are left."
+        )
+    found = {name: (measured(entries, "preference") or {}).get("likelier") for name, entries in run.results.items()}
+    if likelier := ", ".join(f"{show(share)} after {name}" for name, share in found.items() if finite(share)):
+        said.append(f"The chosen answer is by itself the likelier one in {likelier} of the pairs.")
+    if finite(entry.get("reward_chosen")) and entry["reward_chosen"] < 0:
+        said.append(
+            "dpo has made the chosen answers less likely too, only less so than the rejected ones; `chosen_weight` of "
+            "its loss works against that."
         )
     if names.index("dpo"):
         before, told = names[names.index("dpo") - 1], []
-        for task, key in (("validation", "bits_per_byte"), ("boolq", "accuracy"), ("blimp", "accuracy")):
+        costs = (("validation", "bits_per_byte"), ("answers", "loss"), ("boolq", "accuracy"), ("blimp", "accuracy"))
+        for task, key in costs:
             pair = [measured(run.results[name], task) for name in (before, "dpo")]
             if all(e and finite(e.get(key)) for e in pair) and pair[0][key]:
                 change = pair[1][key] / pair[0][key] - 1
@@ -279,6 +296,8 @@ def training(run: Run, name: str, pictures: dict[str, bytes]) -> list[str]:
         "steps skipped": show(records[-1].get("skipped", "")),
         "ran on": counts.get("machine", "not recorded"),
     }
+    if chosen := run.finals.get(name, {}).get("config", {}).get("loss"):
+        facts["loss"] = ", ".join(f"{key} {show(given)}" for key, given in chosen.items() if key != "type")
     said.append(table([name, ""], [[key, text] for key, text in facts.items() if text]))
     points = [r for r in records if "val_loss" in r] or records
     points = [points[round(i * (len(points) - 1) / 11)] for i in range(12)] if len(points) > 12 else points

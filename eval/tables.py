@@ -68,10 +68,11 @@ def evaluation(run: Run, pictures: dict[str, bytes]) -> list[str]:
         "frequent as in the training answers. Of answers, loss words and loss ends are the loss of their words and of "
         "the piece that ends them, marked the share of the model's own with a mark of the template in them. A pair of "
         "preference is won by the reward that a model implies beside the one that dpo begins from, for which all pairs "
-        "are ties, 0.5; its errors are over prompts. Length matched weighs pairs so that the chosen answer is the "
-        "longer one as often as not among those that differ as much; longer wins is what always taking the longer "
-        "answer wins. An "
-        "accuracy is above its baseline (↑) or below (↓) at p < 0.05, or not to be told from it (=)."
+        "are ties, 0.5 (of an earlier stage it says what later ones have changed); its errors are over prompts. Length "
+        "matched weighs pairs so that the chosen answer is the longer one as often as not among those that differ as "
+        "much; longer wins is what always taking the longer answer wins, likelier the share of pairs whose chosen "
+        "answer is the likelier one, whatever the reference thinks. An accuracy is above its baseline (↑) or below (↓) "
+        "at p < 0.05, or not to be told from it (=)."
     )
     if "evaluation" in pictures:
         said.append("![The same beside the baselines](plots/evaluation.png)")

@@ -16,7 +16,7 @@ from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
 from tests.eval.test_tasks import RECORDS
 
-TASKS = ["validation", "wikitext2", *RECORDS, "answers", "smoke", "prompts", "continuations"]
+TASKS = ["validation", "wikitext2", *RECORDS, "answers", "preference", "smoke", "prompts", "everyday", "continuations"]
 
 
 def results(place: Place) -> dict:
@@ -62,12 +62,13 @@ def test_all_tasks(trained: Place):
     out = trained.run("-m", "eval", trained.config).stdout
     found = results(trained)
     assert list(found) == TASKS
-    assert "skipped" not in out
+    assert found.pop("preference").keys() == {"skipped"}
+    assert out.count("skipped") == 1
     manifest = json.loads((trained.runs / "mini/pretrain/final/manifest.json").read_text())
     spm = json.loads((trained.runs / "mini/tokenizer/manifest.json").read_text())["wrote"]["spm.model"]["sha256"]
     for name, entry in found.items():
         assert {"stderr", "n", "data"} <= entry.keys(), name
-        assert "baseline" in entry or name == "prompts"
+        assert "baseline" in entry or name in ("prompts", "everyday")
         assert entry["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
         assert entry["tokenizer"] == spm
     last = trained.metrics()[-1]
@@ -79,7 +80,7 @@ def test_all_tasks(trained: Place):
     seconds = json.loads((trained.runs / "mini/eval/seconds.json").read_text())
     assert seconds.keys() == {f"pretrain-{name}" for name in TASKS}
     said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
-    expected = {"answers": 8, "smoke": 24, "prompts": 5, "continuations": 2}
+    expected = {"answers": 8, "smoke": 24, "prompts": 5, "everyday": 15, "continuations": 2}
     assert {name: len(texts) for name, texts in said.items()} == expected
 
 
@@ -259,7 +260,7 @@ def test_a_half_measured_evaluation_takes_nothing_of_another_config_or_model(tra
     assert {name for name, entry in now.items() if "skipped" in entry} >= {"validation", "continuations"}
     assert now["smoke"]["checkpoint"] != whole["smoke"]["checkpoint"]
     said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
-    assert said.keys() == {"smoke", "prompts"}
+    assert said.keys() == {"smoke", "prompts", "everyday"}
 
 
 @pytest.mark.parametrize(("name", "hint"), [("pretrain", "did you mean"), ("packed", ""), ("nowhere", "")])
