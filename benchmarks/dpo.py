@@ -1,6 +1,6 @@
 """Preference learning: pairs read as one row, with a reference that is no second model, beside the usual way.
 
-    DATA=… python -m benchmarks.dpo configs/alpaca_eval.py   ->  benchmarks/results/dpo.json
+    DATA=… python -m benchmarks.dpo configs/alpaca.py   ->  benchmarks/results/dpo.json
 
 All ways train the same adapter on the same pairs, PAIRS at a time, and compute the same losses, which is checked first:
 
@@ -41,7 +41,7 @@ from sft import lora
 from sft.data import IGNORED
 
 RESULT = Path(__file__).parent / "results/dpo.json"
-PAIRS = 8
+PAIRS, ROUNDS = 8, 3
 WAYS = ("stored", "adapter_off", "usual", "usual_together")
 
 
@@ -156,7 +156,7 @@ def training(path: str) -> dict:
     own, paces, peaks = WAYS[:2], {}, {}
     found: dict[str, dict[str, float]] = {"speed": {}, "memory": {}}
     for usual in WAYS[2:]:  # one at a time: all logits of both take much memory
-        pace, _, peak = timed(path, *own, usual, module="benchmarks.dpo")
+        pace, _, peak = timed(path, *own, usual, module="benchmarks.dpo", rounds=ROUNDS)
         paces, peaks = pace | paces, peak | peaks
         for way in own:
             found["speed"][f"{way}_vs_{usual}"] = ratio(pace[usual], pace[way])

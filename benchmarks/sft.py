@@ -138,7 +138,7 @@ def timed(
         code = f"from benchmarks.sft import worker; from {module} import trainer; worker(trainer({way!r}, {path!r}))"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         workers[way] = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
-    for i in range(ROUNDS + 1):
+    for i in range(rounds + 1):
         for way, process in workers.items():
             process.stdin.write("\n")
             process.stdin.flush()
