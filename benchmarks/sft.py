@@ -129,7 +129,7 @@ def worker(step: Callable[[], int]) -> None:
 
 
 def timed(
-    path: str, *ways: str, module: str = "benchmarks.sft"
+    path: str, *ways: str, module: str = "benchmarks.sft", rounds: int = ROUNDS
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int]]:
     """For each way of the module's `trainer` seconds a useful token, or whatever its steps count, and seconds a step,
     round by round, and peak MiB."""
