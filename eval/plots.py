@@ -44,9 +44,9 @@ def curves(records: list[dict], title: str, unit: str) -> bytes:
         for key, (axes, colour, label) in (shown | {"accuracy": (right, INK, "")}).items():
             axes.plot(*series(key), color=colour, linewidth=0.8, alpha=0.6)
             axes.plot(*series(f"val_{key}"), "o-", color=colour, markersize=4, linewidth=1.2, label=label)
-        reward.set_ylabel("reward (● validation)")
+        reward.set_ylabel("reward (dots: validation)")
         reward.legend(frameon=False)
-        right.set_ylabel("share of pairs right (● validation)")
+        right.set_ylabel("share of pairs right (dots: validation)")
         right.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
 
     def fill(figure: Figure) -> None:
