@@ -261,6 +261,7 @@ def test_killed_and_restarted_equals_trained(ready: Place, preferring: Place, cr
     assert_same_run(ready, preferring)
 
 
+@pytest.mark.slow
 def test_killed_with_its_adapter_off_it_goes_on_too(ready: Place, tmp_path_factory):
     """With the reference computed at each step: the crash comes while the adapter is off."""
     ready.edit(ADAPTER_OFF)
@@ -346,6 +347,7 @@ def test_training_every_weight_writes_the_weights(ready: Place, fine_tuned: Plac
     checkpoint.load_model(directory / "final")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ['loss="ipo"', 'loss="hinge"', "label_smoothing=0.1, chosen_weight=0.5"])
 def test_every_loss_learns(ready: Place, loss):
     ready.edit(("    dpo=DPOConfig(", f"    dpo=DPOConfig(loss=LossConfig({loss}),"),
@@ -383,12 +385,14 @@ def test_weights_over_two_sources(ready: Place):
 # ------------------------------------------------------------------------------------------------- what does not fit
 
 
+@pytest.mark.slow
 def test_without_a_fine_tuned_model_nothing_is_made(place: Place):
     error = place.run("-m", "dpo.train", place.config, status=2).stderr
     assert f"train it with: python -m sft.train {place.config}" in error
     assert not place.runs.exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_was_trained_anew_is_refused(done: Place):
     """By the checkpoint, by the stored reference, and by a run that is to go on."""
     directory = done.runs / "mini/dpo"

@@ -114,6 +114,7 @@ def test_three_stages_and_the_report(preferring: Place):
     assert list(json.loads((preferring.runs / "mini/dpo/eval_best/results.json").read_text())) == ["dpo"]
 
 
+@pytest.mark.slow
 def test_without_pairs_the_task_is_skipped(tuned: Place):
     evaluate(tuned)
     entry = json.loads((tuned.runs / "mini/eval/results.json").read_text())["sft"]["preference"]
