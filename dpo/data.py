@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import stage
-import tokenizer.train
 from data.batches import Shuffled
 from data.corpus import held_out
 from data.pack import SPLITS
@@ -28,6 +27,8 @@ from data.sources import Records, Unreadable
 from dpo.filters import Judge, PairFilters
 from dpo.pairs import DocPairs, Pair
 from sft.conversations import Message
+from sft.data import inputs
+from sft.data import load as load  # what it checks is the same
 from sft.templates import render
 from stage import Stage, UserError, check_types, log, progress
 from tokenizer import Tokenizer
@@ -179,17 +180,7 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
     config, directory = experiment.dpo.data, experiment.directory("dpo_data")
     context, template = experiment.model.context_length, experiment.sft.data.template
     make = f"python -m dpo.data {experiment.path}"
-    finished = stage.read_manifest(directory) is not None and not force
-    spm = experiment.directory("tokenizer")
-    if not finished or stage.read_manifest(spm):
-        tokenizer.train.build(experiment, workers)
-    try:
-        read = {path: digest for source in config.sources for path, digest in source.inputs().items()}
-        read |= {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
-    except UserError:
-        if not finished:
-            raise
-        read = {}  # the raw files have been moved away: what was made of them stands
+    read = inputs(experiment, config.sources, directory, workers, force)
     job = Stage(directory, {"dpo_data": config, "template": template, "context_length": context}, read, make)
     if job.up_to_date(force):
         return directory
@@ -262,15 +253,6 @@ class PairRows(Shuffled):
         """All of them in order, so many at a time."""
         for start in range(0, self.count, size):
             yield self.read(range(start, min(start + size, self.count)))
-
-
-def load(directory: Path, tokenizer_sha256: str, make: str) -> dict:
-    """The counts of a finished directory, its files checked. UserError, naming `make`, if it is missing, damaged, or
-    was made with another tokenizer."""
-    manifest = stage.finished(directory, make)
-    if tokenizer_sha256 not in manifest["read"].values():
-        raise UserError(f"{directory} was made with another tokenizer; make it anew: {make} --force")
-    return manifest["counts"]
 
 
 def main(arguments: argparse.Namespace) -> None:

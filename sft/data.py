@@ -158,23 +158,31 @@ def write(directory: Path, name: str, splits: Mapping[str, Split], context: int)
     return counts | {"packing_efficiency": used / (counts["rows"] * context) if counts["rows"] else 0.0}
 
 
+def inputs(
+    experiment: "Experiment", sources: Sequence[Records], directory: Path, workers: int, force: bool
+) -> dict[str, str]:
+    """The digests of sources and tokenizer, which is made if it is missing; none, if the sources have been moved away
+    and the directory that was made from them is finished: it stands."""
+    finished = stage.read_manifest(directory) is not None and not force
+    spm = experiment.directory("tokenizer")
+    if not finished or stage.read_manifest(spm):
+        tokenizer.train.build(experiment, workers)
+    try:
+        read = {path: digest for source in sources for path, digest in source.inputs().items()}
+    except UserError:
+        if not finished:
+            raise
+        return {}
+    return read | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
+
+
 def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
     """Makes the experiment's rows of conversations, and the tokenizer they need, unless they are there. Returns their
     directory."""
     config, directory = experiment.sft.data, experiment.directory("sft_data")
     context = experiment.model.context_length
     make = f"python -m sft.data {experiment.path}"
-    finished = stage.read_manifest(directory) is not None and not force
-    spm = experiment.directory("tokenizer")
-    if not finished or stage.read_manifest(spm):
-        tokenizer.train.build(experiment, workers)
-    try:
-        read = {path: digest for source in config.sources for path, digest in source.inputs().items()}
-        read |= {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
-    except UserError:
-        if not finished:
-            raise
-        read = {}  # the raw files have been moved away: what was made of them stands
+    read = inputs(experiment, config.sources, directory, workers, force)
     job = Stage(directory, {"sft_data": config, "context_length": context}, read, make)
     if job.up_to_date(force):
         return directory
