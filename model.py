@@ -8,9 +8,10 @@ In shapes: B batch, T tokens, S keys seen, N = B · T rows, D d_model, H heads, 
 V vocabulary.
 """
 
-import itertools
 import math
 import os
+import sys
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -125,17 +126,26 @@ class KVCache:
     def length(self) -> int:
         return self.k.shape[3]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v: (B, K, T, E) after the tokens held; returns the layer's, (B, K, max(used) + T, E)."""
-        used, T = self.used.tolist(), k.shape[2]
-        if min(used) == max(used):
-            self.k[layer, :, :, used[0] : used[0] + T] = k
-            self.v[layer, :, :, used[0] : used[0] + T] = v
-        else:
-            for text, past in enumerate(used):
-                self.k[layer, text, :, past : past + T] = k[text]
-                self.v[layer, text, :, past : past + T] = v[text]
-        return self.k[layer, :, :, : max(used) + T], self.v[layer, :, :, : max(used) + T]
+    def append(self, layer: int, k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Writes k, v: (B, K, T, E) after the tokens held; returns the layer's, (B, K, max(used) + T, E).
+
+        places: `self.places(T)`, found once for all layers.
+        """
+        end = int(self.used.max()) + k.shape[2]
+        for held, new in ((self.k[layer], k), (self.v[layer], v)):
+            if places is None:
+                held[:, :, end - k.shape[2] : end] = new
+            else:
+                held.view(-1, held.shape[-1]).index_copy_(0, places, new.flatten(0, 2))
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def places(self, T: int) -> Tensor | None:
+        """Where the next T tokens of each text go, (B · K · T,) int64, in the B · K · length of a layer. None: behind
+        equally many of each."""
+        if self.used.min() == self.used.max():
+            return None
+        row = self.length * torch.arange(self.k.shape[1] * self.k.shape[2]).view(self.k.shape[1], -1, 1)  # (B, K, 1)
+        return (row + self.used[:, None, None] + torch.arange(T)).flatten().to(self.k.device)
 
     def copy(self, source: int, target: int) -> None:
         """Puts what is held of one text in the place of another."""
@@ -241,6 +251,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None = None,
+        places: Tensor | None = None,
         mask: Tensor | None = None,
         texts: Texts | None = None,
     ) -> Tensor:
@@ -249,7 +260,7 @@ class Attention(nn.Module):
         k = rotate(self.k(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, E)
         v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
+            k, v = cache.append(self.layer, k, v, places)  # (B, K, S, E)
         shared = self.n_kv_heads < self.n_heads
         if texts is not None:
             return self.o(texts.attend(q, k, v).reshape(B, T, -1))
@@ -289,12 +300,13 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None = None,
+        places: Tensor | None = None,
         mask: Tensor | None = None,
         texts: Texts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: the stream, (B, T, D); delta: what the block before adds to it. Returns both for the block behind."""
         x, y = self.attn_norm(x, delta)
-        x, y = self.mlp_norm(x, self.attn(y, cos, sin, cache, mask, texts))
+        x, y = self.mlp_norm(x, self.attn(y, cos, sin, cache, places, mask, texts))
         return x, self.mlp(y)
 
 
@@ -359,12 +371,13 @@ class Transformer(nn.Module):
             cos, sin = self.cos[at], self.sin[at]  # (B, T, 1, E)
             # A query sees the keys up to its own position.
             mask = torch.arange(max(used) + T, device=tokens.device) <= at[:, None, :, None]  # (B, 1, T, S)
+        places = None if cache is None else cache.places(T)
         x, delta = self.embed(tokens), None  # (B, T, D)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, delta = checkpoint(block, x, delta, cos, sin, cache, mask, texts, use_reentrant=False)
+                x, delta = checkpoint(block, x, delta, cos, sin, cache, places, mask, texts, use_reentrant=False)
             else:
-                x, delta = block(x, delta, cos, sin, cache, mask, texts)
+                x, delta = block(x, delta, cos, sin, cache, places, mask, texts)
         if cache is not None:
             cache.used += T
         return self.norm(x, delta)[1]
@@ -395,7 +408,6 @@ class Transformer(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------- generation
 
-    @torch.inference_mode()
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -405,68 +417,29 @@ class Transformer(nn.Module):
         stop: Collection[int] = (),
         **options,
     ) -> Iterator[list[tuple[int, int]]]:
-        """Continues several texts together. Yields for each step the (text, id) drawn in it, until all have ended.
+        """Continues several texts together (`Decoder`). Yields for each step the (text, id) drawn in it, until all have
+        ended.
 
         seed: of the draws, one for every text or one for each; None draws afresh. stop: ids that end a text, not
-        yielded themselves. options: those of `Sampling`. A text gets what it would get alone. The model sees the last
-        tokens that fit its context: when it is full, the later half of it is read again. Raises ValueError for
-        impossible arguments.
+        yielded themselves. options: those of `Sampling`. Raises ValueError for impossible arguments.
         """
-        sampling, context = Sampling(**options), self.config.context_length
-        for ids in prompts:
-            if not ids or not all(0 <= i < self.config.vocab_size for i in ids):
-                raise ValueError(f"expected at least one id, each in 0..{self.config.vocab_size - 1}; got {ids[:8]}")
+        sampling, longest = Sampling(**options), max(map(len, prompts), default=0)
         seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-        if len(seeds) != len(prompts) or not all(s is None or 0 <= s < 2**63 for s in seeds):
-            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1, one for all or one for each of {len(prompts)}")
-        draws = [torch.Generator() for _ in prompts]
-        for generator, s in zip(draws, seeds, strict=True):
-            generator.seed() if s is None else generator.manual_seed(int(s))
-
-        seen = [list(map(int, ids)) for ids in prompts]
-        longest = max(map(len, seen), default=0)
-        cache = KVCache(self, len(seen), min(context, longest + max_new_tokens))
-        device = self.embed.weight.device
-        # The text in each row of the cache; by length, so that neighbours of one length are read together.
-        texts = sorted(range(len(seen)), key=lambda text: len(seen[text]))
-
-        def read(rows: slice, reach: int) -> None:
-            """Fills rows of the cache, whose texts are equally long, with their last `reach` tokens, except the very
-            last one: the next step reads it."""
-            cache.used[rows] = 0
-            before = torch.tensor([seen[text][-reach:-1] for text in texts[rows]], device=device)
-            if before.numel():
-                self.hidden(before, cache[rows])
-
-        for _, group in itertools.groupby(range(len(texts)), key=lambda row: min(context, len(seen[texts[row]]))):
-            rows = list(group)
-            read(slice(rows[0], rows[-1] + 1), context)
-        for _ in range(max_new_tokens):
-            if not texts:
-                return
-            for row in range(len(texts)):
-                if cache.used[row] == cache.length:
-                    read(slice(row, row + 1), max(1, context // 2))
-            last = torch.tensor([[seen[text][-1]] for text in texts], device=device)
-            logits = self(last, cache=cache[: len(texts)])[:, 0].float().cpu()  # (B, V)
-            highest, likeliest = logits.max(1)
-            if not highest.isfinite().all():
-                raise ValueError("the logits are not finite; the weights are damaged, or their training diverged")
-            if sampling == Sampling(temperature=0):
-                drawn = list(zip(texts, likeliest.tolist(), strict=True))
-            else:
-                drawn = [(text, sampling.draw(logits[row], seen[text], draws[text])) for row, text in enumerate(texts)]
-            for text, token in drawn:
-                seen[text].append(token)
-            yield [(text, token) for text, token in drawn if token not in stop]
-            for row in reversed(range(len(texts))):  # the last text takes the place of one that has ended
-                if drawn[row][1] in stop:
-                    if row < len(texts) - 1:
-                        cache.copy(len(texts) - 1, row)
-                        texts[row] = texts[-1]
-                    texts.pop()
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed is {seed}; expected one for all or one for each of {len(prompts)}")
+        texts = [
+            Continuation(ids, max_new_tokens, sampling, seed, stop) for ids, seed in zip(prompts, seeds, strict=True)
+        ]
+        decoder = Decoder(self, len(texts), min(self.config.context_length, longest + max_new_tokens))
+        number = {text: i for i, text in enumerate(texts)}
+        for text in sorted(texts, key=lambda text: len(text.ids)):  # equally long ones are read together
+            decoder.add(text)
+        while decoder:
+            drawn = decoder.step()
+            for text, _ in drawn:
+                if text.error:
+                    raise text.error
+            yield [(number[text], token) for text, token in drawn if token not in stop]
 
     def generate(self, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
         """The new ids of `stream`: a list for one prompt, a list of lists for a list of prompts."""
@@ -523,9 +496,8 @@ class Sampling:
         p = torch.softmax((logits - highest).double() / self.temperature, 0)
         order = None
         if self.top_k is not None or self.top_p is not None:
-            p, order = p.topk(min(self.top_k, len(p))) if self.top_k is not None else p.sort(descending=True)
+            p, order = self._likeliest(p)
         if self.top_p is not None:
-            p = p / p.sum()
             p = p.where(p.cumsum(0) - p < self.top_p, 0.0)  # the token that reaches top_p is the last one kept
         if self.min_p is not None:
             p = p.where(p >= self.min_p * p.max(), 0.0)
@@ -533,6 +505,16 @@ class Sampling:
         drawn = torch.rand((), dtype=torch.float64, generator=generator) * reached[-1]
         i = int(torch.searchsorted(reached, drawn, right=True))
         return i if order is None else int(order[i])
+
+    def _likeliest(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities in falling order, and their ids: the top_k, which are to sum to 1, or enough to reach top_p."""
+        if self.top_k is not None:
+            p, order = p.topk(min(self.top_k, len(p)))
+            return p / p.sum(), order
+        for few in (64, 1024):  # they most often do: to sort all of them takes longer than to compute them
+            if few < len(p) and (found := p.topk(few)).values.sum() >= self.top_p:
+                return found
+        return p.sort(descending=True)
 
     def penalised(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """The logits, (V,), with what the text so far counts against them."""
@@ -548,6 +530,164 @@ class Sampling:
             if 0 < len(ends) < len(logits):
                 logits = logits.index_fill(0, torch.tensor(sorted(ends)), -math.inf)
         return logits
+
+
+class Continuation:
+    """A text that a `Decoder` goes on with. Raises ValueError for impossible arguments.
+
+    ids: the prompt, and behind it what has been drawn. seed: of the draws; None draws afresh. stop: ids that end the
+    text. candidates: keep for each token drawn its log-probability, and those of so many likeliest tokens.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None = None,
+        stop: Collection[int] = (),
+        candidates: int | None = None,
+    ):
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
+        self.ids, self.left, self.sampling, self.stop = list(map(int, ids)), max_new_tokens, sampling, stop
+        self.generator = torch.Generator()
+        self.generator.seed() if seed is None else self.generator.manual_seed(int(seed))
+        self.candidates = candidates
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
+        """Of each token drawn: its log-probability in nats, before temperature and penalties, and (id, the same) of the
+        `candidates` likeliest."""
+        self.ended: str | None = None
+        """"stop", "length", or "error"."""
+        self.error: ValueError | None = None
+
+    def draw(self, logits: Tensor, likeliest: int) -> int:
+        """Appends the next id, drawn from logits: (V,) float32 on the CPU, the largest of them at `likeliest`; or, if
+        they are not finite, keeps the error."""
+        token = likeliest
+        try:
+            if not logits[likeliest].isfinite():
+                raise ValueError("the logits are not finite; the weights are damaged, or their training diverged")
+            if self.sampling != Sampling(temperature=0):
+                token = self.sampling.draw(logits, self.ids, self.generator)
+        except ValueError as error:
+            self.ended, self.error = "error", error
+            return token
+        if self.candidates is not None:
+            p = torch.log_softmax(logits.double(), 0)
+            top = p.topk(min(self.candidates, len(p)))
+            self.logprobs.append((float(p[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
+        self.ids.append(token)
+        self.left -= 1
+        self.ended = "stop" if token in self.stop else None if self.left else "length"
+        return token
+
+
+class Decoder:
+    """Texts continued together over one cache. They may come and go at any step; each gets what it would get alone.
+
+    rows: texts at once; others wait, and are taken in the order in which they came. length: tokens that the cache holds
+    of each; None: the context. chunk: tokens of prompts read in a step, so that a long one does not keep the others
+    waiting; None: all of them. The model sees of a text the last tokens that fit; when they have filled the cache, the
+    later half of them is read again.
+    """
+
+    def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
+        self.model, self.rows, self.chunk = model, rows, chunk or sys.maxsize
+        self.cache = KVCache(model, rows, length or model.config.context_length)
+        # In the rows of the cache: first those that are `ready` to be decoded, then those, equally long, being read.
+        self.texts: list[Continuation] = []
+        self.ready = 0
+        self.waiting: deque[Continuation] = deque()
+
+    def __len__(self) -> int:
+        return len(self.texts) + len(self.waiting)
+
+    def add(self, text: Continuation) -> None:
+        """Takes a text in. ValueError for ids that the model has not, or none at all."""
+        V = self.model.config.vocab_size
+        if not text.ids or not all(0 <= i < V for i in text.ids):
+            raise ValueError(f"expected at least one id, each in 0..{V - 1}; got {text.ids[:8]}")
+        if text.left:
+            self.waiting.append(text)
+        else:
+            text.ended = "length"
+
+    def remove(self, text: Continuation) -> None:
+        """Lets a text go, wherever it stands."""
+        if text in self.waiting:
+            self.waiting.remove(text)
+            return
+        row = self.texts.index(text)
+        if row < self.ready:  # the last one that is ready takes its place, and the last of all the place of that
+            self.ready -= 1
+            self._move(self.ready, row)
+            row = self.ready
+        self._move(len(self.texts) - 1, row)
+        self.texts.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            self.cache.copy(source, target)
+            self.texts[target] = self.texts[source]
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Continuation, int]]:
+        """Draws one token for each text that is ready: these, with their tokens. One that has ended, as it says itself,
+        is let go."""
+        self._read()
+        if not self.ready:
+            return []
+        for row in range(self.ready):
+            if self.cache.used[row] == self.cache.length:
+                self.cache.used[row] = 0
+                if later := self.texts[row].ids[-max(1, self.cache.length // 2) : -1]:
+                    self._fill(slice(row, row + 1), [later])
+        texts = self.texts[: self.ready]
+        last = self._tokens([text.ids[-1:] for text in texts])
+        logits = self.model(last, cache=self.cache[: self.ready])[:, 0].float().cpu()  # (B, V)
+        likeliest = logits.max(1).indices.tolist()
+        drawn = [(text, text.draw(logits[row], likeliest[row])) for row, text in enumerate(texts)]
+        for text in texts:
+            if text.ended:
+                self.remove(text)
+        return drawn
+
+    def _read(self) -> None:
+        """Fills the cache with what its texts have before their last token, which is read when the next is drawn."""
+        left = self.chunk
+        while left > 0:
+            if self.ready == len(self.texts) and not self._begin():
+                return
+            group, done = self.texts[self.ready :], int(self.cache.used[self.ready])
+            before = [text.ids[-self._reach(text) : -1] for text in group]
+            T = min(len(before[0]) - done, max(1, left // len(group)))
+            if T:
+                self._fill(slice(self.ready, len(self.texts)), [ids[done : done + T] for ids in before])
+            left -= T * len(group)
+            if done + T == len(before[0]):
+                self.ready = len(self.texts)
+
+    def _begin(self) -> bool:
+        """Gives rows to the first of those that wait and all behind it that are as long; whether there are any."""
+        while self.waiting and len(self.texts) < self.rows:
+            if len(self.texts) > self.ready and self._reach(self.waiting[0]) != self._reach(self.texts[self.ready]):
+                break
+            self.cache.used[len(self.texts)] = 0
+            self.texts.append(self.waiting.popleft())
+        return len(self.texts) > self.ready
+
+    def _reach(self, text: Continuation) -> int:
+        """How many of its last tokens the model is to see."""
+        return min(len(text.ids), self.cache.length)
+
+    def _fill(self, rows: slice, ids: list[list[int]]) -> None:
+        self.model.hidden(self._tokens(ids), self.cache[rows])
+
+    def _tokens(self, ids: list[list[int]]) -> Tensor:
+        return torch.tensor(ids, device=self.model.embed.weight.device)
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
