@@ -606,14 +606,18 @@ class Decoder:
         return len(self.texts) + len(self.waiting)
 
     def add(self, text: Continuation) -> None:
-        """Takes a text in. ValueError for ids that the model has not, or none at all."""
-        V = self.model.config.vocab_size
-        if not text.ids or not all(0 <= i < V for i in text.ids):
-            raise ValueError(f"expected at least one id, each in 0..{V - 1}; got {text.ids[:8]}")
+        """Takes a text in. Raises what `check` does."""
+        self.check(text)
         if text.left:
             self.waiting.append(text)
         else:
             text.ended = "length"
+
+    def check(self, text: Continuation) -> None:
+        """ValueError for ids that the model has not, or none at all."""
+        V = self.model.config.vocab_size
+        if not text.ids or not all(0 <= i < V for i in text.ids):
+            raise ValueError(f"expected at least one id, each in 0..{V - 1}; got {text.ids[:8]}")
 
     def remove(self, text: Continuation) -> None:
         """Lets a text go, wherever it stands."""
