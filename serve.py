@@ -6,6 +6,8 @@ Standard output carries the text and nothing else.
 """
 
 import argparse
+import ipaddress
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,6 +89,30 @@ def generate(arguments: argparse.Namespace) -> None:
             print("-" * 40)
 
 
+def api(arguments: argparse.Namespace) -> None:
+    """Serves an HTTP API that OpenAI's clients speak, and a page to chat on. With LUMI_API_KEY in the environment,
+    clients have to send that key. Ctrl-C or SIGTERM ends it once what was asked is answered."""
+    import configs
+    from serving.engine import Engine
+    from serving.served import load
+
+    try:
+        from serving.api import listen, run
+    except ImportError as error:
+        raise UserError(f"the server needs {error.name}; install it with: pip install fastapi uvicorn") from None
+    experiment = configs.load(arguments.config)
+    listening = listen(arguments.host, arguments.port)
+    key = os.environ.get("LUMI_API_KEY", "").strip() or None
+    if not key and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        stage.log.warning("anyone who reaches this machine may use the model: set LUMI_API_KEY to ask for a key")
+    served = load(experiment, arguments.checkpoint and Path(arguments.checkpoint))
+    with Engine(served.model, served.tokenizer, arguments.batch_size, arguments.queue) as engine:
+        host, port = listening.getsockname()[:2]
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        stage.log.info(f"{served.name} answers on http://{place}: a page to chat on, the API under /v1; Ctrl-C ends it")
+        run(served, engine, listening, key)
+
+
 def arguments() -> argparse.ArgumentParser:
     p = stage.parser(__doc__)
     p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
@@ -100,7 +126,19 @@ def arguments() -> argparse.ArgumentParser:
     g.add_argument("--max-tokens", type=stage.positive, default=200, help="at most so many new tokens (200)")
     g.add_argument("--seed", type=int, help="of the sampling (another each time)")
     g.add_argument("--samples", type=stage.positive, default=1, help="how many continuations (1)")
+    a = commands.add_parser("api", description=api.__doc__, help="serve an HTTP API and a page to chat on")
+    a.set_defaults(command=api)
+    a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
+    a.add_argument("--port", type=port, default=8000, help="the port to listen on; 0 finds a free one (8000)")
+    a.add_argument("--batch-size", type=stage.positive, default=8, help="texts decoded together (8)")
+    a.add_argument("--queue", type=stage.positive, default=64, help="how many more may wait (64)")
     return p
+
+
+def port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; expected 0 to 65535")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,6 @@ class Engine:
         self.arrived: list[Generation] = []  # of them, those that the thread has not seen yet
         self.changed = threading.Condition()
         self.closing = False
-        self.failure: BaseException | None = None  # what ended the thread
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -207,7 +206,7 @@ class Engine:
         for generation in new:
             self.decoder.check(generation.text)
         with self.changed:
-            if self.failure or self.closing:
+            if self.closing:
                 raise Failed("the engine has stopped")
             if len(self.open) + len(new) > self.most:
                 raise Busy(f"{len(self.open)} requests are under way; at most {self.most} may be")
@@ -215,6 +214,16 @@ class Engine:
             self.arrived += new
             self.changed.notify()
         return new
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes requests."""
+        return not self.closing
+
+    def load(self) -> tuple[int, int]:
+        """How many texts are being decoded, and how many wait for that."""
+        running = len(self.decoder.texts)
+        return running, max(0, len(self.open) - running)
 
     def _work(self) -> None:
         try:
@@ -239,9 +248,8 @@ class Engine:
                             self._end(generation, piece)
                         elif piece.text or piece.tokens:
                             generation.put(piece)
-        except BaseException as error:  # whatever it is, those who wait must hear of it
+        except BaseException:  # whatever it is, those who wait must hear of it
             log.exception("the engine has failed")
-            self.failure = error
         with self.changed:
             self.closing = True
         for generation in list(self.open.values()):

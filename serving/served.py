@@ -50,17 +50,18 @@ class Served:
             raise UserError("the last message is not the user's; expected one that asks for an answer")
         if not messages[-1].content:
             raise UserError("the message is empty; this model was taught to answer: ask it something")
-        return self._short(render(self.template, messages, self.tokenizer, ask=True)[0])
+        return self.short(render(self.template, messages, self.tokenizer, ask=True)[0])
 
     def text(self, prompt: str) -> list[int]:
         """The ids of the beginning of a text, to go on with. UserError (TooLong) if it fills the context."""
-        return self._short([self.tokenizer.bos, *self.tokenizer.encode(prompt)])
+        return self.short([self.tokenizer.bos, *self.tokenizer.encode(prompt)])
 
     def prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, as the model was taught: a question to answer, or a text to go on with."""
         return self.conversation([Message("user", prompt)]) if self.template else self.text(prompt)
 
-    def _short(self, ids: list[int]) -> list[int]:
+    def short(self, ids: list[int]) -> list[int]:
+        """These ids. TooLong if they fill the context."""
         if len(ids) >= (context := self.model.config.context_length):
             raise TooLong(f"the prompt takes {len(ids):,} tokens; the model sees {context:,}, its answer included")
         return ids
