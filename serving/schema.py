@@ -169,12 +169,13 @@ def invalid(error: RequestValidationError) -> Refused:
     errors = error.errors()
     first = errors[0]
     # Beside keys and indices, Pydantic names which of several allowed types it tried.
-    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch("[a-z_]{4,}", part)]
+    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch("(?!str|int)[a-z_]+", part)]
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+    if first["type"] == "extra_forbidden":
+        name = first["loc"][-1]
+        return Refused(400, f"{name!r} is not supported; leave it out", name, "unknown_parameter")
     if not path:
         return Refused(400, "expected a JSON object, sent as Content-Type: application/json")
-    if first["type"] == "extra_forbidden":
-        return Refused(400, f"{path[-1]} is not supported; leave it out", path[0], "unknown_parameter")
     wrong = dict.fromkeys(each["msg"] for each in errors if each["loc"][1:2] == first["loc"][1:2])
     return Refused(400, f"{'.'.join(path)}: {'; or '.join(wrong)}", path[0])
