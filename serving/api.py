@@ -417,6 +417,7 @@ def server(app: FastAPI) -> uvicorn.Server:
 
 def run(served: Served, engine: Engine, listening: socket.socket, key: str | None) -> None:
     """Serves until SIGTERM or Ctrl-C, then answers what was asked before, and returns."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn has its own way with them, and then sends them once more
-    server(create_app(served, engine, key)).run(sockets=[listening])
+    ours = server(create_app(served, engine, key))
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn has its own way with them, and then sends them once more
+        signal.signal(number, lambda *_: setattr(ours, "should_exit", True))
+    ours.run(sockets=[listening])

@@ -1,0 +1,250 @@
+"""The server under load: requests together beside the same one after another, and a soak.
+
+    python -m benchmarks.serving configs/tiny.py   ->  benchmarks/results/serving.json
+
+A real server process of the experiment's latest model, asked over HTTP with held-out text to go on with. Both ways are
+timed in turn, round by round; quoted is the median of the rounds' ratios.
+"""
+
+import argparse
+import asyncio
+import collections
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import configs
+import data.pack
+import machine
+import stage
+
+RESULT = Path(__file__).parent / "results/serving.json"
+CLIENTS = 8
+REQUESTS = 16  # a round and way
+ROUNDS = 7
+NEW_TOKENS = 128
+NEAR = 1e-4  # nats between two candidates, under which either may be taken
+
+
+@dataclass
+class Answer:
+    """status: of the response. seconds: until its end, and until its first event."""
+
+    status: int = 0
+    seconds: float = 0.0
+    first: float = 0.0
+    text: str = ""
+    tokens: int = 0
+    logprobs: dict = field(default_factory=dict)
+    error: str = ""
+
+
+async def ask(port: int, path: str, body: dict, leave_after: int | None = None) -> Answer:
+    """One request on a connection of its own. leave_after: events after which the client goes away."""
+    found, started = Answer(), time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    found.status = int((await reader.readline()).split()[1])
+    while (await reader.readline()).strip():
+        pass
+    if not (body.get("stream") and found.status == 200):
+        answer = json.loads(await reader.read())
+        if found.status == 200:
+            found.text = "".join(choice["text"] for choice in answer["choices"])
+            found.tokens = answer["usage"]["completion_tokens"]
+            found.logprobs = answer["choices"][0]["logprobs"] or {}
+    else:
+        events = 0
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                found.error = found.error or event.get("error", {}).get("message", "")
+                found.first = found.first or time.perf_counter() - started
+                events += 1
+                if events == leave_after:
+                    break
+                for choice in event.get("choices", []):
+                    found.text += choice["text"]
+                if event.get("usage"):
+                    found.tokens = event["usage"]["completion_tokens"]
+    found.seconds = time.perf_counter() - started
+    writer.close()
+    return found
+
+
+async def crowd(jobs: list[Callable[[], Coroutine]], clients: int) -> list:
+    """What each job gives, with so many under way at any time."""
+    found, left = [None] * len(jobs), iter(enumerate(jobs))
+
+    async def client() -> None:
+        for i, job in left:
+            found[i] = await job()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return found
+
+
+class Prompts:
+    """Beginnings that the model has not seen, as ids: of the held-out documents."""
+
+    def __init__(self, experiment: configs.Experiment, seed: int):
+        make = f"python -m data.pack {experiment.path}"
+        self.tokens = data.pack.load(experiment.directory("pack"), experiment.load_tokenizer().sha256, make)[
+            "val"
+        ].tokens
+        self.random = random.Random(seed)
+
+    def draw(self, least: int, most: int) -> list[int]:
+        length = self.random.randint(least, most)
+        start = self.random.randrange(len(self.tokens) - length)
+        return self.tokens[start : start + length].tolist()
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
+
+
+async def load(port: int, prompts: Prompts, options: dict) -> dict:
+    """Tokens/s of CLIENTS at once and of one, for the same requests, and how long each had to wait."""
+    ratios, rates, answers = [], {1: [], CLIENTS: []}, {1: [], CLIENTS: []}
+    for i in range(ROUNDS + 1):
+        bodies = [
+            {"prompt": prompts.draw(16, 64), "max_tokens": NEW_TOKENS, "stream": True, "seed": 1000 * i + j}
+            | {"stream_options": {"include_usage": True}}
+            | options
+            for j in range(REQUESTS)
+        ]
+        for clients in rates:
+            started = time.perf_counter()
+            found = await crowd([lambda b=b: ask(port, "/v1/completions", b) for b in bodies], clients)
+            if i:  # the first round does not count
+                rates[clients].append(sum(a.tokens for a in found) / (time.perf_counter() - started))
+                answers[clients] += found
+        if i:
+            ratios.append(rates[CLIENTS][-1] / rates[1][-1])
+    together = answers[CLIENTS]
+    return {
+        "together_vs_one_after_another": round(statistics.median(ratios), 2),
+        "of_each_round": [round(r, 2) for r in ratios],
+        "tokens_per_second": round(statistics.median(rates[CLIENTS]), 1),
+        "one_after_another_tokens_per_second": round(statistics.median(rates[1]), 1),
+        "requests": len(together),
+        "mean_tokens": round(statistics.mean(a.tokens for a in together), 1),
+        "seconds": percentiles([a.seconds for a in together]),
+        "first_token_seconds": percentiles([a.first for a in together]),
+        "one_after_another_seconds": percentiles([a.seconds for a in answers[1]]),
+        "one_after_another_first_token_seconds": percentiles([a.first for a in answers[1]]),
+        "same_text": sum(a.text == b.text for a, b in zip(together, answers[1], strict=True)),
+    }
+
+
+async def soak(port: int, pid: int, prompts: Prompts, requests: int, context: int) -> dict:
+    """Mixed requests by twice as many clients as rows; then each greedy one again, alone."""
+    chance, bodies = prompts.random, []
+    for i in range(requests):
+        kind = chance.choice(("greedy", "greedy", "sampled", "streamed", "left", "wrong"))
+        body = {"prompt": prompts.draw(1, 48 if chance.random() < 0.9 else context - 1)}
+        body["max_tokens"] = chance.randint(1, 48)
+        match kind:
+            case "greedy":
+                body |= {"temperature": 0, "logprobs": 2}
+            case "sampled":
+                body |= {"n": chance.randint(1, 3), "seed": i, "top_p": 0.9, "stop": ["\n", "the"], "top_k": 50}
+            case "streamed" | "left":
+                body |= {"stream": True, "seed": i, "temperature": 0.7}
+            case "wrong":
+                body |= chance.choice(({"max_tokens": -1}, {"prompt": []}, {"temperature": "hot"}, {"tools": [1]}))
+        bodies.append((kind, body))
+    memory, left = [], requests
+
+    async def one(kind: str, body: dict) -> Answer:
+        nonlocal left
+        answer = await ask(port, "/v1/completions", body, 3 if kind == "left" else None)
+        left -= 1
+        if left % (requests // 10) == 0:
+            memory.append(resident(pid))
+        return answer
+
+    found = await crowd([lambda k=k, b=b: one(k, b) for k, b in bodies], 2 * CLIENTS)
+    wrong = [a for (kind, _), a in zip(bodies, found, strict=True) if a.status != (400 if kind == "wrong" else 200)]
+    greedy = [(body, a) for (kind, body), a in zip(bodies, found, strict=True) if kind == "greedy"]
+    other, near = 0, 0
+    for body, together in greedy:
+        alone = await ask(port, "/v1/completions", body)
+        if alone.text != together.text:
+            near, other = near + close(together, alone), other + (not close(together, alone))
+    return {
+        "requests": requests,
+        "errors": len(wrong) + sum(bool(a.error) for a in found),
+        "greedy": len(greedy),
+        "greedy_other_than_alone": other,
+        "greedy_other_within_1e-4": near,
+        "resident_mib": memory,
+    }
+
+
+def close(a: Answer, b: Answer) -> bool:
+    """Whether two greedy answers part where the two likeliest tokens are as likely as each other, nearly."""
+    tokens = zip(a.logprobs["tokens"], b.logprobs["tokens"], strict=False)
+    at = next(i for i, (one, other) in enumerate(tokens) if one != other)
+    best, second = sorted(a.logprobs["top_logprobs"][at].values(), reverse=True)[:2]
+    return best - second < NEAR
+
+
+def resident(pid: int) -> int:
+    """MiB of memory that a process has now."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
+
+
+async def measure(experiment: configs.Experiment, port: int, pid: int, requests: int) -> dict:
+    prompts = Prompts(experiment, seed=0)
+    return {
+        "greedy": await load(port, prompts, {"temperature": 0}),
+        "sampled": await load(port, prompts, {"temperature": 0.7, "top_p": 0.9}),
+        "soak": await soak(port, pid, prompts, requests, experiment.model.context_length),
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    experiment = configs.load(arguments.config)
+    command = [sys.executable, "serve.py", arguments.config, "api", "--port", "0", "--batch-size", str(CLIENTS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            port = int(re.search(r":(\d+):", line)[1])
+            threading.Thread(target=collections.deque, args=(process.stdout, 0)).start()  # or it would fill the pipe
+            measured = asyncio.run(measure(experiment, port, process.pid, arguments.requests))
+        finally:
+            process.terminate()
+    found = {
+        "command": f"python -m benchmarks.serving {Path(arguments.config).name}",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": machine.name(torch.device("cpu")),
+        "versions": stage.versions(),
+        "model": line.split()[0],
+        "clients": CLIENTS,
+        **measured,
+    }
+    stage.write_json(RESULT, found)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    p = stage.parser(__doc__)
+    p.add_argument("--requests", type=stage.positive, default=2000, metavar="N", help="of the soak (2000)")
+    stage.run(main, p.parse_args())
