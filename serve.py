@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import stage
-from model import Sampling
 from stage import UserError
 
 
@@ -24,8 +23,13 @@ def read_input() -> str:
         raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def sampling(arguments: argparse.Namespace) -> Sampling:
-    """What the switches ask for. UserError for what cannot be."""
+# What takes long to import is imported by the command: Ctrl-C is then answered as while the model loads.
+
+
+def sampling(arguments: argparse.Namespace):
+    """What the switches ask for, a `model.Sampling`. UserError for what cannot be."""
+    from model import Sampling
+
     names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
     try:
         return Sampling(**{name: getattr(arguments, name) for name in names})

@@ -3,6 +3,7 @@
 Standard output carries the answers and nothing else; what is said about them goes to standard error.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -78,25 +79,28 @@ class Chat:
 
     def notice(self, text: str) -> None:
         """Says something that is no answer."""
-        dim, plain = ("\x1b[2m", "\x1b[0m") if self.colour and sys.stderr.isatty() else ("", "")
+        dim, plain = ("\x1b[2m", "\x1b[0m") if text and self.colour and sys.stderr.isatty() else ("", "")
         print(f"{dim}{visible(text)}{plain}", file=sys.stderr, flush=True)
 
     # ------------------------------------------------------------------------------------------------------- input
 
     def _typed(self) -> Iterator[str]:
         """Messages as they are typed. Ctrl-C drops the one that is being typed."""
-        try:
-            editing = sys.stdout.isatty() and bool(importlib.import_module("readline"))  # with it, input() edits
-        except ImportError:
-            editing = False
-        bold, plain = ("\001\x1b[1m\002", "\001\x1b[0m\002") if editing and self.colour else ("", "")
+        editing, bold, plain = False, "", ""
+        if sys.stdout.isatty():
+            with contextlib.suppress(ImportError):  # with it, input() has line editing and a history
+                readline = importlib.import_module("readline")
+                editing = True
+                if self.colour:
+                    bold, plain = "\001\x1b[1m\002", "\001\x1b[0m\002"
+                    readline.parse_and_bind("set enable-bracketed-paste on")  # Python puts it off
         while True:
             try:
                 text = _whole(self._line(f"{bold}>{plain} ", editing))
                 while not text.startswith("/") and ((more := _waiting()) or text.endswith("\\")):
                     text = text if more else text[:-1]
                     try:
-                        text += "\n" + _whole(self._line(f"{bold}…{plain} ", editing))
+                        text += "\n" + _whole(self._line(f"{bold}...{plain} ", editing))
                     except EOFError:
                         break
             except KeyboardInterrupt:
@@ -134,7 +138,7 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """One turn: writes the answer as it comes. Without an answer the conversation stays as it was."""
-        asked, said, finish = Message("user", text), "", ""
+        asked, said = Message("user", text), ""
         try:
             ids = self._fitting(asked)
             room = self.served.model.config.context_length - len(ids)
@@ -145,8 +149,8 @@ class Chat:
             if self.interrupted:
                 self.generation.cancel()
             for piece in self.generation:
-                said, finish = said + piece.text, piece.finish
                 write(piece.text)
+                said += piece.text
             write("\n")
         except TooLong as error:
             return self.notice(f"the message is too long and was not sent: {error}")
@@ -158,12 +162,15 @@ class Chat:
             return self.notice(f"\nno answer: {error}")
         finally:
             self.generation = None
+        notes = {"cancelled": ["stopped"], "length": [f"cut off after {limit:,} tokens"]}.get(piece.finish, [])
         if said.strip():
             self.messages += [asked, Message("assistant", said)]
-        if self.terminal or finish == "length":
-            why = {"cancelled": "stopped", "length": f"cut off after {limit:,} tokens"}.get(finish, "")
-            lost = "" if said.strip() else "an empty answer; the message is forgotten"
-            self.notice(f"({'; '.join(filter(None, (why, lost)))})\n" if why or lost else "")
+        else:
+            notes.append("an empty answer; the message is forgotten")
+        if notes:
+            self.notice(f"({'; '.join(notes)})")
+        if self.terminal:
+            self.notice("")
 
     def _fitting(self, asked: Message) -> list[int]:
         """The ids of the conversation and a message more; of the oldest turns as many are left out as must be for the
