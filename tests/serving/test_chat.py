@@ -132,7 +132,7 @@ def test_a_conversation_on_a_terminal(fine_tuned: Place, tmp_path):
         chat.say("//six")
         assert "saved" in chat.say(f"/save {saved}")
         assert asked(saved) == ["Say a in.", "one\ntwo\n  three", "four\nfive", "/six"]
-        assert said(saved)[1] == ("assistant", first.partition("(cut off")[0])
+        assert first.startswith(visible(said(saved)[1][1]).strip())
         chat.type("half a li")
         chat.expect("half a li")
         chat.type(CTRL_C)
@@ -230,12 +230,8 @@ def test_what_cannot_be_loaded_or_written_over(fine_tuned: Place, tmp_path):
         (tmp_path / name).write_text(content)
     os.mkfifo(tmp_path / "pipe")
     expected = [why for _, why in files.values()]
-    expected += [
-        "is not a file",
-        "is not a file",
-        "No such file",
-        "not a saved conversation: it is not JSON; it is not",
-    ]
+    expected += ["is not a file", "is not a file", "No such file", "it is not JSON; it is not overwritten"]
+    expected += ["No such file", "home directory", "/load needs the name", "saved 2 messages", "saved 2 messages"]
     commands = [f"/load {tmp_path / name}" for name in [*files, "pipe", "", "missing"]]
     commands += [f"/save {tmp_path / 'broken'}", f"/save {tmp_path / 'missing/x'}", "/save ~nobody-here/x", "/load"]
     kept = tmp_path / "kept.json"
@@ -244,7 +240,6 @@ def test_what_cannot_be_loaded_or_written_over(fine_tuned: Place, tmp_path):
     notices = done.stderr.decode().splitlines()
     if "(cut off" in notices[0]:
         notices.pop(0)
-    print(notices, expected)
     for notice, why in zip(notices, expected, strict=True):
         assert why in notice
     assert asked(kept) == ["Say a in."]
