@@ -1,41 +1,21 @@
 """A trained model, put to use.
 
     python serve.py configs/tiny.py generate "Return the"
+    python serve.py configs/tiny.py chat
+    python serve.py configs/tiny.py api
 
-Standard output carries the text and nothing else.
+Of chat and generate standard output carries the text and nothing else.
 """
 
 import argparse
 import ipaddress
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import checkpoint
 import stage
-import tokenizer
-from machine import pick_device
-from model import Sampling
-from sft.conversations import Message, cleaned
-from sft.templates import render
 from stage import UserError
-
-
-def text_stream(spm: tokenizer.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids that go on with another text, as they come, in pieces that together are their `spm.decode`.
-
-    A character may be spelt by several byte tokens: it is held back until it is whole.
-    """
-    seen: list[int] = []
-    sent = ""
-    for token in ids:
-        seen.append(token)
-        text = spm.decode(seen, begins=False)
-        if not text.endswith("\ufffd"):
-            yield text[len(sent) :]
-            sent = text
-    yield spm.decode(seen, begins=False)[len(sent) :]
 
 
 def read_input() -> str:
@@ -46,66 +26,92 @@ def read_input() -> str:
         raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def generate(arguments: argparse.Namespace) -> None:
-    """Continues a prompt, from the argument or standard input, on standard output; a fine-tuned model answers it."""
-    import configs
+# What takes long to import is imported by the command: Ctrl-C is then answered as while the model loads.
 
-    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+
+def sampling(arguments: argparse.Namespace):
+    """What the switches ask for, a `model.Sampling`. UserError for what cannot be."""
+    from model import Sampling
+
+    names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
     try:
-        Sampling(**options)
+        return Sampling(**{name: getattr(arguments, name) for name in names})
     except ValueError as error:
         raise UserError(str(error)) from None
-    experiment = configs.load(arguments.config)
-    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
-    spm = experiment.load_tokenizer(directory)
-    checkpoint.must_match(directory, spm.sha256)
-    model = checkpoint.load_model(directory, str(pick_device()))
+
+
+def load(arguments: argparse.Namespace):
+    """The model that the arguments name: a `serving.served.Served`."""
+    import configs
+    import serving.served
+
+    return serving.served.load(configs.load(arguments.config), arguments.checkpoint)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continues a prompt, from the argument or standard input, on standard output; a fine-tuned model answers it."""
+    from serving.chat import write
+    from serving.engine import Engine, Failed, Request
+
+    options, samples, seed = sampling(arguments), arguments.samples, arguments.seed
+    served = load(arguments)
+    spm = served.tokenizer
     prompt = read_input() if arguments.prompt in (None, "-") else arguments.prompt
-    ids, shown, stop = [spm.bos, *spm.encode(prompt)], prompt, (spm.eos,)
-    if template := checkpoint.template(directory):
-        if not (asked := cleaned(prompt)):
-            raise UserError("the prompt is empty; this model was taught to answer: ask it something")
-        ids, shown = render(template, [Message("user", asked)], spm, ask=True)[0], ""
-        stop = (spm.eos, *spm.control.values())  # no answer has a control piece in it
-        if len(ids) >= model.config.context_length:
-            raise UserError(f"the prompt takes {len(ids):,} tokens; the model sees {model.config.context_length:,}")
-    for i in range(arguments.samples):
-        new = model.stream(
-            [ids],
-            arguments.max_tokens,
-            seed=None if arguments.seed is None else arguments.seed + i,
-            stop=stop,
-            **options,
+    ids = served.prompt(prompt) if served.template else [spm.bos, *spm.encode(prompt)]
+    requests = [
+        Request(
+            ids=ids,
+            max_tokens=arguments.max_tokens,
+            sampling=options,
+            seed=None if seed is None else seed + i,
+            stop_ids=served.stop,
         )
-        print(shown, end="", flush=True)
+        for i in range(samples)
+    ]
+    with Engine(served.model, spm, rows=min(samples, 8), waiting=samples, seconds=math.inf) as engine:
         try:
-            for text in text_stream(spm, (token for step in new for _, token in step)):
-                print(text, end="", flush=True)
-        except ValueError as error:
+            for i, generation in enumerate(engine.submit(requests)):
+                print("-" * 40 + "\n" if i else "", end="")
+                write("" if served.template else prompt)
+                try:
+                    for piece in generation:
+                        write(piece.text)
+                finally:
+                    print(flush=True)
+        except (ValueError, Failed) as error:
             raise UserError(str(error)) from None
-        finally:
-            print(flush=True)
-        if i + 1 < arguments.samples:
-            print("-" * 40)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """A conversation in the terminal; of a pipe, every line is a turn. /help lists its commands."""
+    from serving.chat import chat
+    from serving.engine import Engine
+
+    options = sampling(arguments)
+    served = load(arguments)
+    if not served.template:
+        raise UserError(
+            f"{served.name} was not taught to answer: fine-tune it with python -m sft.train {arguments.config}, or "
+            f"have it go on with a text: python serve.py {arguments.config} generate"
+        )
+    with Engine(served.model, served.tokenizer, rows=1, seconds=math.inf) as engine:
+        chat(served, engine, options, arguments.max_tokens, arguments.seed, arguments.system)
 
 
 def api(arguments: argparse.Namespace) -> None:
     """Serves an HTTP API that OpenAI's clients speak, and a page to chat on. With LUMI_API_KEY in the environment,
     clients have to send that key. Ctrl-C or SIGTERM ends it once what was asked is answered."""
-    import configs
     from serving.engine import Engine
-    from serving.served import load
 
     try:
         from serving.api import listen, run
     except ImportError as error:
         raise UserError(f"the server needs {error.name}; install it with: pip install fastapi uvicorn") from None
-    experiment = configs.load(arguments.config)
     listening = listen(arguments.host, arguments.port)
     key = os.environ.get("LUMI_API_KEY", "").strip() or None
     if not key and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         stage.log.warning("anyone who reaches this machine may use the model: set LUMI_API_KEY to ask for a key")
-    served = load(experiment, arguments.checkpoint and Path(arguments.checkpoint))
+    served = load(arguments)
     with Engine(served.model, served.tokenizer, arguments.batch_size, arguments.queue) as engine:
         listening.listen()  # from here on nobody is turned away
         host, port = listening.getsockname()[:2]
@@ -116,19 +122,37 @@ def api(arguments: argparse.Namespace) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     p = stage.parser(__doc__)
-    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
+    one = {"type": Path, "metavar": "DIR", "help": "a trained model by path, instead of the experiment's"}
+    p.add_argument("--checkpoint", **one)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    g = commands.add_parser("generate", description=generate.__doc__, help="continue a prompt")
-    g.set_defaults(command=generate)
+
+    def writes(command, name: str, most: int | None, help: str) -> argparse.ArgumentParser:
+        """A command that has the model write; most: tokens, None: as many as fit."""
+        c = commands.add_parser(name, description=command.__doc__, help=help)
+        c.set_defaults(command=command)
+        c.add_argument("--checkpoint", default=argparse.SUPPRESS, **one)
+        c.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (0.7)")
+        c.add_argument("--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this share (0.9)")
+        c.add_argument("--top-k", type=int, help="sample among the k likeliest tokens (all)")
+        c.add_argument("--min-p", type=float, help="sample among tokens this much as likely as the likeliest (all)")
+        c.add_argument("--repetition-penalty", type=float, default=1.0, help="over 1, tokens seen are less likely (1)")
+        c.add_argument(
+            "--max-tokens",
+            type=stage.positive,
+            default=most,
+            help=f"at most so many new tokens ({most or 'what fits'})",
+        )
+        c.add_argument("--seed", type=int, help="of the sampling (another each time)")
+        return c
+
+    g = writes(generate, "generate", 200, "continue a prompt")
     g.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; none, or -, reads standard input")
-    g.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (0.7)")
-    g.add_argument("--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this share (0.9)")
-    g.add_argument("--top-k", type=int, help="sample among the k likeliest tokens (all)")
-    g.add_argument("--max-tokens", type=stage.positive, default=200, help="at most so many new tokens (200)")
-    g.add_argument("--seed", type=int, help="of the sampling (another each time)")
     g.add_argument("--samples", type=stage.positive, default=1, help="how many continuations (1)")
+    c = writes(chat, "chat", None, "talk with a fine-tuned model")
+    c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
     a = commands.add_parser("api", description=api.__doc__, help="serve an HTTP API and a page to chat on")
     a.set_defaults(command=api)
+    a.add_argument("--checkpoint", default=argparse.SUPPRESS, **one)
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
     a.add_argument("--port", type=port, default=8000, help="the port to listen on; 0 finds a free one (8000)")
     a.add_argument("--batch-size", type=stage.positive, default=8, help="texts decoded together (8)")
