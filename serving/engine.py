@@ -178,7 +178,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.seconds = model, tokenizer, seconds
         self.most = rows + waiting
-        self.decoder = Decoder(model, rows, chunk=READ)
+        self.rows, self.decoder = rows, None  # made by the thread that uses it
         self.open: dict[Continuation, Generation] = {}  # not ended
         self.arrived: list[Generation] = []  # of them, those that the thread has not seen yet
         self.changed = threading.Condition()
@@ -187,6 +187,8 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self.thread.start()
+        with self.changed:
+            self.changed.wait_for(lambda: self.decoder is not None or self.closing)
         return self
 
     def __exit__(self, *_) -> None:
@@ -227,6 +229,12 @@ class Engine:
 
     def _work(self) -> None:
         try:
+            # libgomp has its threads spin between operations only while they are no more than the cores, and counts
+            # those of every thread that has computed and still lives: a second one would cost three quarters of the speed.
+            decoder = Decoder(self.model, self.rows, chunk=READ)
+            with self.changed:
+                self.decoder = decoder
+                self.changed.notify()
             while True:
                 with self.changed:
                     self.changed.wait_for(lambda: self.open or self.closing)
