@@ -53,9 +53,10 @@ class Sampled(Body):
     store: bool | None = Field(None, description="Changes nothing: nothing is stored.")
 
     def sampling(self) -> Sampling:
-        asked = {name: getattr(self, name) for name in ("temperature", "top_p", "repetition_penalty")}
+        asked = {name: getattr(self, name) for name in ("temperature", "repetition_penalty")}
         given = {name: value for name, value in asked.items() if value is not None}
-        return Sampling(top_k=self.top_k, min_p=self.min_p, **given)
+        top_p = None if self.top_p == 1 else self.top_p  # 1 keeps all, which need not be sorted for that
+        return Sampling(top_k=self.top_k, top_p=top_p, min_p=self.min_p, **given)
 
 
 class StreamOptions(Body):
