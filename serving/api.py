@@ -234,6 +234,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         title="Lumi",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     metrics = Metrics(HELP)
@@ -384,12 +385,13 @@ def policy(page: str) -> dict[str, str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on an address. UserError if it cannot be had."""
+    """A socket that listens on an address: who comes before the server runs waits. UserError if it cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(2048)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host} port {port}: {error.strerror}; choose others by --host, --port"
