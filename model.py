@@ -147,12 +147,20 @@ class KVCache:
         row = self.length * torch.arange(self.k.shape[1] * self.k.shape[2]).view(self.k.shape[1], -1, 1)  # (B, K, 1)
         return (row + self.used[:, None, None] + torch.arange(T)).flatten().to(self.k.device)
 
-    def copy(self, source: int, target: int) -> None:
-        """Puts what is held of one text in the place of another."""
+    def move(self, source: int, target: int) -> None:
+        """Puts what is held of one text in the place of another, which is cleared."""
         used = int(self.used[source])
         self.k[:, target, :, :used] = self.k[:, source, :, :used]
         self.v[:, target, :, :used] = self.v[:, source, :, :used]
+        self.clear(source)
         self.used[target] = used
+
+    def clear(self, text: int) -> None:
+        """Lets a text go. Of one whose keys or values are not finite nothing may stay: times 0, it would not be 0."""
+        used = int(self.used[text])
+        self.k[:, text, :, :used] = 0
+        self.v[:, text, :, :used] = 0
+        self.used[text] = 0
 
 
 class Texts:
@@ -495,9 +503,10 @@ class Sampling:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; with it the logits are not finite")
         p = torch.softmax((logits - highest).double() / self.temperature, 0)
         order = None
-        if self.top_k is not None or self.top_p is not None:
+        top_p = None if self.top_p == 1 else self.top_p  # for which nothing need be sorted
+        if self.top_k is not None or top_p is not None:
             p, order = self._likeliest(p)
-        if self.top_p is not None:
+        if top_p is not None:
             p = p.where(p.cumsum(0) - p < self.top_p, 0.0)  # the token that reaches top_p is the last one kept
         if self.min_p is not None:
             p = p.where(p >= self.min_p * p.max(), 0.0)
@@ -625,6 +634,7 @@ class Decoder:
             self.waiting.remove(text)
             return
         row = self.texts.index(text)
+        self.cache.clear(row)
         if row < self.ready:  # the last one that is ready takes its place, and the last of all the place of that
             self.ready -= 1
             self._move(self.ready, row)
@@ -634,7 +644,7 @@ class Decoder:
 
     def _move(self, source: int, target: int) -> None:
         if source != target:
-            self.cache.copy(source, target)
+            self.cache.move(source, target)
             self.texts[target] = self.texts[source]
 
     @torch.inference_mode()

@@ -71,7 +71,10 @@ class Answers:
             with contextlib.suppress(RuntimeError):  # the loop has ended, with it whoever waited
                 loop.call_soon_threadsafe(self.queue.put_nowait, (i, piece))
 
-        self.generations = engine.submit(requests, put)
+        try:
+            self.generations = engine.submit(requests, put)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Each piece, with the number of its answer, until all have ended. Raises Failed."""
@@ -234,6 +237,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         title="Lumi",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     metrics = Metrics(HELP)
@@ -256,7 +260,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
     async def refuse(request: Request, error: Exception) -> Response:
         return refusal(error).response()
 
-    for kind in (Refused, Busy, Failed, UserError, ValueError, HTTPException, RequestValidationError, Exception):
+    for kind in (Refused, Busy, Failed, UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, refuse)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -384,12 +388,13 @@ def policy(page: str) -> dict[str, str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on an address. UserError if it cannot be had."""
+    """A socket that listens on an address: who comes before the server runs waits. UserError if it cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(2048)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host} port {port}: {error.strerror}; choose others by --host, --port"

@@ -149,6 +149,14 @@ class Generation:
             if piece.finish:
                 return
 
+    def give(self, piece: Piece | Failed) -> None:
+        """Gives a piece to whoever asked. One who fails at taking it gets no more; the others know nothing of it."""
+        try:
+            self.put(piece)
+        except Exception:
+            log.exception("a piece of text could not be given to whoever asked for it")
+            self.cancel()
+
     def read(self, token: int) -> Piece:
         """What the token that was just drawn has to say."""
         self.first = self.first or time.monotonic()
@@ -241,9 +249,10 @@ class Engine:
                     if self.closing:
                         break
                     arrived, self.arrived = self.arrived, []
+                    taken = list(self.open.values())
                 for generation in arrived:
                     self.decoder.add(generation.text)
-                self._let_go()
+                self._let_go(taken)
                 for text, token in self.decoder.step():
                     generation = self.open[text]
                     if text.error:
@@ -255,7 +264,7 @@ class Engine:
                         if piece.finish:
                             self._end(generation, piece)
                         elif piece.text or piece.tokens:
-                            generation.put(piece)
+                            generation.give(piece)
         except BaseException:  # whatever it is, those who wait must hear of it
             log.exception("the engine has failed")
         with self.changed:
@@ -263,11 +272,13 @@ class Engine:
         for generation in list(self.open.values()):
             self._end(generation, Failed("the engine has stopped"))
 
-    def _let_go(self) -> None:
-        """Ends those whose time is up, and those that nobody waits for."""
+    def _let_go(self, taken: Sequence[Generation]) -> None:
+        """Ends those whose time is up, those that nobody waits for, and those that asked for no token."""
         now = time.monotonic()
-        for generation in list(self.open.values()):
-            if generation.cancelled or now > generation.deadline:
+        for generation in taken:
+            if generation.text.ended:
+                self._end(generation, generation.last(generation.text.ended))
+            elif generation.cancelled or now > generation.deadline:
                 late = TimedOut(f"it took longer than {self.seconds:g} seconds")
                 self.decoder.remove(generation.text)
                 self._end(generation, generation.last("cancelled") if generation.cancelled else late)
@@ -276,4 +287,4 @@ class Engine:
         with self.changed:
             del self.open[generation.text]
         generation.ended = time.monotonic()
-        generation.put(last)
+        generation.give(last)

@@ -153,7 +153,7 @@ def refusal(error: Exception) -> Refused:
             return Refused(504, str(error), code="timeout")
         case TooLong():
             return Refused(400, str(error), code="context_length_exceeded")
-        case UserError() | ValueError():
+        case UserError():
             return Refused(400, str(error))
         case HTTPException():
             if error.status_code == 400:  # FastAPI could not parse the body

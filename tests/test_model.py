@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import configs
 import convert
 import model as lumi
-from model import ModelConfig, Sampling, Transformer
+from model import Continuation, Decoder, ModelConfig, Sampling, Transformer
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1078,3 +1078,157 @@ def test_sampling_follows_the_distribution():
 def test_impossible_requests_are_refused(ids, options):
     with pytest.raises(ValueError, match=next(iter(options), "id")):
         build().generate(ids, 3, **options)
+
+
+# ------------------------------------------------------------------------------------------- texts that come and go
+
+GREEDY = Sampling(temperature=0)
+
+
+def finish(decoder: Decoder) -> None:
+    """Steps until all have ended, of which there may only be so many."""
+    for _ in range(1000):
+        if not decoder:
+            return
+        decoder.step()
+    raise AssertionError("texts that never end")
+
+
+VISITS = st.fixed_dictionaries(
+    {
+        "length": st.integers(1, 40),  # the context has 24
+        "most": st.integers(0, 30),
+        "temperature": st.sampled_from([0, 1.0]),
+        "comes": st.integers(0, 25),
+        "leaves": st.none() | st.integers(0, 40),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    visits=st.lists(VISITS, min_size=1, max_size=8),
+    rows=st.integers(1, 4),
+    chunk=st.none() | st.integers(1, 30),
+    seed=st.integers(0, 99),
+)
+def test_texts_that_come_and_go_at_any_step_get_what_they_get_alone(visits, rows, chunk, seed):
+    model, generator = build(seed=seed, scale=3.0).double(), torch.Generator().manual_seed(seed)
+    decoder, stop, open_ = Decoder(model, rows, chunk=chunk), range(0, SMALL.vocab_size, 19), {}
+    prompts = [torch.randint(SMALL.vocab_size, (v["length"],), generator=generator).tolist() for v in visits]
+    texts, drawn = {}, [[] for _ in visits]
+    for step in range(1000):
+        for i, visit in enumerate(visits):
+            if visit["comes"] == step:
+                sampling = Sampling(temperature=visit["temperature"])
+                texts[i] = open_[i] = Continuation(prompts[i], visit["most"], sampling, seed + i, stop)
+                decoder.add(texts[i])
+            if i in open_ and visit["leaves"] is not None and visit["leaves"] <= step and not texts[i].ended:
+                decoder.remove(open_.pop(i))
+        assert len(decoder.texts) <= rows
+        now = decoder.step()
+        assert len({id(text) for text, _ in now}) == len(now)
+        for text, token in now:
+            [i] = (i for i, other in open_.items() if other is text)
+            drawn[i].append(token)
+        open_ = {i: text for i, text in open_.items() if not text.ended}
+        assert len(decoder) == len(open_)
+        if len(texts) == len(visits) and not open_:
+            break
+    else:
+        raise AssertionError("texts that never end")
+    for i, visit in enumerate(visits):
+        expected = model.generate(prompts[i], visit["most"], temperature=visit["temperature"], seed=seed + i, stop=stop)
+        assert texts[i].ids == prompts[i] + drawn[i]
+        found = drawn[i][: len(expected)]
+        if texts[i].ended:
+            stopped = len(expected) < visit["most"]
+            assert found == expected
+            assert texts[i].ended == ("stop" if stopped else "length")
+            assert len(drawn[i]) == len(expected) + stopped
+            assert not stopped or drawn[i][-1] in stop
+        else:  # it was sent away
+            assert drawn[i] == expected[: len(drawn[i])]
+    assert not decoder
+    assert not decoder.ready
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_text_whose_logits_are_not_finite_ends_alone(rows):
+    """One token has a damaged embedding: what it leaves in the cache harms nobody, not those who take its place."""
+    model = build(scale=3.0).double()
+    with torch.no_grad():
+        model.embed.weight[96] = math.nan
+        model.head.weight[96] = 0  # so that it is nowhere the likeliest
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 96, 7, 8], [4, 96], [9, 8], [7], [3, 96, 1, 1, 1, 2], [2, 1, 2]]
+    expected = [model.generate(ids, 14, temperature=0) for ids in prompts if 96 not in ids]
+    decoder = Decoder(model, rows, chunk=3)
+    texts = [Continuation(ids, 14, GREEDY) for ids in prompts]
+    for text in texts:
+        decoder.add(text)
+    finish(decoder)
+    good = [text for text, ids in zip(texts, prompts, strict=True) if 96 not in ids]
+    assert [text.ended for text in texts] == ["error" if 96 in ids else "length" for ids in prompts]
+    assert [text.ids[-14:] for text in good] == expected
+    assert all("not finite" in str(text.error) for text in texts if text.ended == "error")
+
+
+def test_a_damaged_text_that_leaves_while_it_is_read_harms_nobody():
+    model = build(scale=3.0).double()
+    expected = model.generate([7, 8], 6, temperature=0), model.generate(list(range(12)), 12, temperature=0)
+    with torch.no_grad():
+        model.embed.weight[96] = math.nan
+    decoder = Decoder(model, 2, chunk=4)
+    long, damaged = Continuation(range(12), 12, GREEDY), Continuation([96] * 20, 12, GREEDY)
+    decoder.add(long)
+    decoder.add(damaged)
+    while damaged not in decoder.texts:
+        decoder.step()
+    decoder.step()
+    decoder.remove(damaged)
+    decoder.add(short := Continuation([7, 8], 6, GREEDY))
+    finish(decoder)
+    assert (short.ids[2:], long.ids[12:]) == expected
+
+
+@pytest.mark.parametrize("temperature", [0, 1.3])
+def test_log_probabilities_are_those_of_a_forward_pass(temperature):
+    model = build(scale=3.0).double()
+    decoder = Decoder(model, 2, chunk=4)
+    sampling = Sampling(temperature=temperature, top_p=0.9, repetition_penalty=1.2)
+    texts = [Continuation(ids, 12, sampling, 3, (), 4) for ids in ([1, 2, 3, 4, 5, 6], [7])]
+    for text in texts:
+        decoder.add(text)
+    finish(decoder)
+    for text in texts:
+        with torch.no_grad():
+            p = model(torch.tensor([text.ids[:-1]]))[0, -12:].log_softmax(-1)
+        for expected, token, (own, candidates) in zip(p, text.ids[-12:], text.logprobs, strict=True):
+            assert own == pytest.approx(float(expected[token]), abs=1e-5)  # logits are rounded to float32
+            assert [i for i, _ in candidates] == expected.topk(4).indices.tolist()
+            assert [value for _, value in candidates] == pytest.approx(expected.topk(4).values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("span", [0.1, 3, 9, 30, 300])
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_draws_what_a_full_sort_draws(span, top_p):
+    """From flat distributions, where most of 3,000 tokens are wanted, to peaked ones, where a few are."""
+    logits = torch.linspace(0, span, 3000)[torch.randperm(3000, generator=torch.Generator().manual_seed(1))]
+    p = np.exp(logits.double().numpy() - span)
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p * (1 - 1e-15))) + 1]
+    reached = np.cumsum(p[kept])
+    sampling = Sampling(top_p=top_p)
+    for seed in range(20):
+        drawn = float(torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))) * reached[-1]
+        found = sampling.draw(logits, [0], torch.Generator().manual_seed(seed))
+        assert found == kept[np.searchsorted(reached, drawn, side="right")]
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [97], [1, 2**40]])
+def test_a_decoder_refuses_ids_that_the_model_has_not(ids):
+    decoder = Decoder(build(), 2)
+    with pytest.raises(ValueError, match=r"at least one id, each in 0\.\.96"):
+        decoder.add(Continuation(ids, 3, GREEDY))
+    assert not decoder
