@@ -113,7 +113,6 @@ def api(arguments: argparse.Namespace) -> None:
         stage.log.warning("anyone who reaches this machine may use the model: set LUMI_API_KEY to ask for a key")
     served = load(arguments)
     with Engine(served.model, served.tokenizer, arguments.batch_size, arguments.queue) as engine:
-        listening.listen()  # from here on nobody is turned away
         host, port = listening.getsockname()[:2]
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         stage.log.info(f"{served.name} answers on http://{place}: a page to chat on, the API under /v1; Ctrl-C ends it")

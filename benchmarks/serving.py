@@ -30,8 +30,8 @@ import stage
 
 RESULT = Path(__file__).parent / "results/serving.json"
 CLIENTS = 8
-REQUESTS = 16  # a round and way
-ROUNDS = 7
+REQUESTS = 32  # a round and way
+ROUNDS = 5
 NEW_TOKENS = 128
 NEAR = 1e-4  # nats between two candidates, under which either may be taken
 

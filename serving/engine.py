@@ -238,7 +238,7 @@ class Engine:
     def _work(self) -> None:
         try:
             # libgomp has its threads spin between operations only while they are no more than the cores, and counts
-            # those of every thread that has computed and still lives: a second one would cost three quarters of the speed.
+            # those of every thread that has computed and still lives: a second one would take decoding to a third.
             decoder = Decoder(self.model, self.rows, chunk=READ)
             with self.changed:
                 self.decoder = decoder
