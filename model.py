@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -440,7 +441,7 @@ class Transformer(nn.Module):
         ]
         decoder = Decoder(self, len(texts), min(self.config.context_length, longest + max_new_tokens))
         number = {text: i for i, text in enumerate(texts)}
-        for text in sorted(texts, key=lambda text: len(text.ids)):  # equally long ones are read together
+        for text in texts:
             decoder.add(text)
         while decoder:
             drawn = decoder.step()
@@ -501,29 +502,32 @@ class Sampling:
         highest = logits.max()
         if not highest.isfinite():
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; with it the logits are not finite")
-        p = torch.softmax((logits - highest).double() / self.temperature, 0)
-        order = None
-        top_p = None if self.top_p == 1 else self.top_p  # for which nothing need be sorted
-        if self.top_k is not None or top_p is not None:
-            p, order = self._likeliest(p)
-        if top_p is not None:
-            p = p.where(p.cumsum(0) - p < self.top_p, 0.0)  # the token that reaches top_p is the last one kept
-        if self.min_p is not None:
-            p = p.where(p >= self.min_p * p.max(), 0.0)
-        reached = p.cumsum(0)
-        drawn = torch.rand((), dtype=torch.float64, generator=generator) * reached[-1]
-        i = int(torch.searchsorted(reached, drawn, right=True))
-        return i if order is None else int(order[i])
+        # A temperature under 1e-30 is none for float32.
+        p = torch.softmax((logits - highest) / max(self.temperature, 1e-30), 0)
+        falling = self._candidates(p.numpy())
+        reached = (p if falling is None else torch.from_numpy(falling.copy())).cumsum(0, dtype=torch.float64).numpy()
+        drawn = float(torch.rand((), dtype=torch.float64, generator=generator)) * reached[-1]
+        i = min(int(np.searchsorted(reached, drawn, side="right")), len(reached) - 1)
+        if falling is None:
+            return i
+        equal = np.flatnonzero(p.numpy() == falling[i])
+        return int(equal[i - int((falling > falling[i]).sum())])
 
-    def _likeliest(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities in falling order, and their ids: the top_k, which are to sum to 1, or enough to reach top_p."""
-        if self.top_k is not None:
-            p, order = p.topk(min(self.top_k, len(p)))
-            return p / p.sum(), order
-        for few in (64, 1024):  # they most often do: to sort all of them takes longer than to compute them
-            if few < len(p) and (found := p.topk(few)).values.sum() >= self.top_p:
-                return found
-        return p.sort(descending=True)
+    def _candidates(self, p: np.ndarray) -> np.ndarray | None:
+        """Those of the probabilities that top_k, top_p and min_p leave, in falling order; None: all of them."""
+        top_p = 1.0 if self.top_p is None else self.top_p
+        if self.top_k is None and self.min_p is None and top_p == 1:
+            return None
+        wanted = top_p * p.sum(dtype=np.float64)
+        few = p[p >= 1e-4] if self.top_k is None and top_p < 1 else p  # most often enough, and soon sorted
+        falling = np.sort(few if few.sum(dtype=np.float64) >= wanted else p)[::-1][: self.top_k]
+        if top_p < 1:
+            reached = falling.cumsum(dtype=np.float64)
+            wanted = wanted if self.top_k is None else top_p * reached[-1]
+            falling = falling[: int(np.searchsorted(reached, wanted)) + 1]  # the token that reaches it is kept
+        if self.min_p is not None:
+            falling = falling[falling >= self.min_p * falling[0]]
+        return falling
 
     def penalised(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """The logits, (V,), with what the text so far counts against them."""
@@ -594,6 +598,9 @@ class Continuation:
         return token
 
 
+TOGETHER = 4096  # tokens of prompts in one forward pass
+
+
 class Decoder:
     """Texts continued together over one cache. They may come and go at any step; each gets what it would get alone.
 
@@ -606,7 +613,7 @@ class Decoder:
     def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
         self.model, self.rows, self.chunk = model, rows, chunk or sys.maxsize
         self.cache = KVCache(model, rows, length or model.config.context_length)
-        # In the rows of the cache: first those that are `ready` to be decoded, then those, equally long, being read.
+        # In the rows of the cache: those that are `ready` to be decoded, then those being read, shorter ones first.
         self.texts: list[Continuation] = []
         self.ready = 0
         self.waiting: deque[Continuation] = deque()
@@ -635,11 +642,12 @@ class Decoder:
             return
         row = self.texts.index(text)
         self.cache.clear(row)
-        if row < self.ready:  # the last one that is ready takes its place, and the last of all the place of that
+        if row < self.ready:  # the last one that is ready takes its place
             self.ready -= 1
             self._move(self.ready, row)
             row = self.ready
-        self._move(len(self.texts) - 1, row)
+        for behind in range(row + 1, len(self.texts)):  # those that are being read stay in their order
+            self._move(behind, behind - 1)
         self.texts.pop()
 
     def _move(self, source: int, target: int) -> None:
@@ -675,23 +683,23 @@ class Decoder:
         while left > 0:
             if self.ready == len(self.texts) and not self._begin():
                 return
-            group, done = self.texts[self.ready :], int(self.cache.used[self.ready])
-            before = [text.ids[-self._reach(text) : -1] for text in group]
-            T = min(len(before[0]) - done, max(1, left // len(group)))
-            if T:
-                self._fill(slice(self.ready, len(self.texts)), [ids[done : done + T] for ids in before])
-            left -= T * len(group)
-            if done + T == len(before[0]):
-                self.ready = len(self.texts)
+            rows, done = slice(self.ready, len(self.texts)), int(self.cache.used[self.ready])
+            before = [text.ids[-self._reach(text) : -1] for text in self.texts[rows]]
+            T = min(len(before[-1]) - done, max(1, min(left, TOGETHER) // len(before)))
+            if T:  # a shorter text is filled up behind its end, which is written over later
+                ids = [(own[done : done + T] + [0] * T)[:T] for own in before]
+                self._fill(rows, ids)
+                self.cache.used[rows] = torch.tensor([min(done + T, len(own)) for own in before])
+            left -= T * len(before)
+            self.ready += sum(len(own) <= done + T for own in before)
 
     def _begin(self) -> bool:
-        """Gives rows to the first of those that wait and all behind it that are as long; whether there are any."""
-        while self.waiting and len(self.texts) < self.rows:
-            if len(self.texts) > self.ready and self._reach(self.waiting[0]) != self._reach(self.texts[self.ready]):
-                break
-            self.cache.used[len(self.texts)] = 0
-            self.texts.append(self.waiting.popleft())
-        return len(self.texts) > self.ready
+        """Gives the free rows to those that wait, shorter ones first; whether there are any."""
+        count = min(len(self.waiting), self.rows - len(self.texts))
+        new = sorted((self.waiting.popleft() for _ in range(count)), key=self._reach)
+        self.cache.used[len(self.texts) : len(self.texts) + count] = 0
+        self.texts += new
+        return count > 0
 
     def _reach(self, text: Continuation) -> int:
         """How many of its last tokens the model is to see."""

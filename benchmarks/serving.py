@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,52 +34,53 @@ CLIENTS = 8
 REQUESTS = 32  # a round and way
 ROUNDS = 5
 NEW_TOKENS = 128
+DONE = b"data: [DONE]"
 NEAR = 1e-4  # nats between two candidates, under which either may be taken
 
 
 @dataclass
 class Answer:
-    """status: of the response. seconds: until its end, and until its first event."""
+    """status: of the response. seconds: until its end, and until its first event. lines: read only when no time is
+    taken."""
 
     status: int = 0
     seconds: float = 0.0
     first: float = 0.0
-    text: str = ""
-    tokens: int = 0
-    logprobs: dict = field(default_factory=dict)
-    error: str = ""
+    lines: list[bytes] = field(default_factory=list)
+
+    @cached_property
+    def parts(self) -> list[dict]:
+        """The objects that it consists of."""
+        return [json.loads(line.removeprefix(b"data: ")) for line in self.lines if line.strip(b"\n") not in (b"", DONE)]
+
+    @property
+    def text(self) -> str:
+        return "".join(choice["text"] for part in self.parts for choice in part.get("choices", []))
+
+    @property
+    def tokens(self) -> int:
+        return self.parts[-1]["usage"]["completion_tokens"]
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in part for part in self.parts)
 
 
 async def ask(port: int, path: str, body: dict, leave_after: int | None = None) -> Answer:
-    """One request on a connection of its own. leave_after: events after which the client goes away."""
+    """One request on a connection of its own. leave_after: lines after which the client goes away."""
     found, started = Answer(), time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     found.status = int((await reader.readline()).split()[1])
     while (await reader.readline()).strip():
         pass
-    if not (body.get("stream") and found.status == 200):
-        answer = json.loads(await reader.read())
-        if found.status == 200:
-            found.text = "".join(choice["text"] for choice in answer["choices"])
-            found.tokens = answer["usage"]["completion_tokens"]
-            found.logprobs = answer["choices"][0]["logprobs"] or {}
-    else:
-        events = 0
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                found.error = found.error or event.get("error", {}).get("message", "")
-                found.first = found.first or time.perf_counter() - started
-                events += 1
-                if events == leave_after:
-                    break
-                for choice in event.get("choices", []):
-                    found.text += choice["text"]
-                if event.get("usage"):
-                    found.tokens = event["usage"]["completion_tokens"]
+    async for line in reader:
+        found.first = found.first or time.perf_counter() - started
+        found.lines.append(line)
+        if len(found.lines) == leave_after:
+            break
     found.seconds = time.perf_counter() - started
     writer.close()
     return found
@@ -122,8 +124,7 @@ async def load(port: int, prompts: Prompts, options: dict) -> dict:
     ratios, rates, answers = [], {1: [], CLIENTS: []}, {1: [], CLIENTS: []}
     for i in range(ROUNDS + 1):
         bodies = [
-            {"prompt": prompts.draw(16, 64), "max_tokens": NEW_TOKENS, "stream": True, "seed": 1000 * i + j}
-            | {"stream_options": {"include_usage": True}}
+            {"prompt": prompts.draw(16, 64), "max_tokens": NEW_TOKENS, "ignore_eos": True, "seed": 1000 * i + j}
             | options
             for j in range(REQUESTS)
         ]
@@ -131,7 +132,7 @@ async def load(port: int, prompts: Prompts, options: dict) -> dict:
             started = time.perf_counter()
             found = await crowd([lambda b=b: ask(port, "/v1/completions", b) for b in bodies], clients)
             if i:  # the first round does not count
-                rates[clients].append(sum(a.tokens for a in found) / (time.perf_counter() - started))
+                rates[clients].append(REQUESTS * NEW_TOKENS / (time.perf_counter() - started))
                 answers[clients] += found
         if i:
             ratios.append(rates[CLIENTS][-1] / rates[1][-1])
@@ -142,7 +143,7 @@ async def load(port: int, prompts: Prompts, options: dict) -> dict:
         "tokens_per_second": round(statistics.median(rates[CLIENTS]), 1),
         "one_after_another_tokens_per_second": round(statistics.median(rates[1]), 1),
         "requests": len(together),
-        "mean_tokens": round(statistics.mean(a.tokens for a in together), 1),
+        "shorter": sum(a.tokens != NEW_TOKENS for a in together + answers[1]),
         "seconds": percentiles([a.seconds for a in together]),
         "first_token_seconds": percentiles([a.first for a in together]),
         "one_after_another_seconds": percentiles([a.seconds for a in answers[1]]),
@@ -188,7 +189,7 @@ async def soak(port: int, pid: int, prompts: Prompts, requests: int, context: in
             near, other = near + close(together, alone), other + (not close(together, alone))
     return {
         "requests": requests,
-        "errors": len(wrong) + sum(bool(a.error) for a in found),
+        "errors": len(wrong) + sum(a.status == 200 and a.failed for a in found),
         "greedy": len(greedy),
         "greedy_other_than_alone": other,
         "greedy_other_within_1e-4": near,
@@ -198,9 +199,10 @@ async def soak(port: int, pid: int, prompts: Prompts, requests: int, context: in
 
 def close(a: Answer, b: Answer) -> bool:
     """Whether two greedy answers part where the two likeliest tokens are as likely as each other, nearly."""
-    tokens = zip(a.logprobs["tokens"], b.logprobs["tokens"], strict=False)
+    a, b = (answer.parts[0]["choices"][0]["logprobs"] for answer in (a, b))
+    tokens = zip(a["tokens"], b["tokens"], strict=False)
     at = next(i for i, (one, other) in enumerate(tokens) if one != other)
-    best, second = sorted(a.logprobs["top_logprobs"][at].values(), reverse=True)[:2]
+    best, second = sorted(a["top_logprobs"][at].values(), reverse=True)[:2]
     return best - second < NEAR
 
 
@@ -214,6 +216,11 @@ async def measure(experiment: configs.Experiment, port: int, pid: int, requests:
     return {
         "greedy": await load(port, prompts, {"temperature": 0}),
         "sampled": await load(port, prompts, {"temperature": 0.7, "top_p": 0.9}),
+        "sampled_streams": await load(
+            port,
+            prompts,
+            {"temperature": 0.7, "top_p": 0.9, "stream": True, "stream_options": {"include_usage": True}},
+        ),
         "soak": await soak(port, pid, prompts, requests, experiment.model.context_length),
     }
 

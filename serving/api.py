@@ -9,11 +9,13 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import re
 import signal
 import socket
 import time
 import uuid
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -45,6 +47,7 @@ from stage import UserError
 PAGE = Path(__file__).with_name("page.html")
 DRAIN_SECONDS = 60  # in which what is under way may come to its end when the server is asked to stop
 CONNECTIONS = 512
+PAUSE = 0.04  # seconds between two events of a stream, at least
 HELP = {
     "lumi_up": "Whether the engine runs.",
     "lumi_requests_total": "Requests answered, by path and status.",
@@ -60,16 +63,25 @@ HELP = {
 
 
 class Answers:
-    """What the engine writes for one HTTP request, as it comes to the event loop. Raises what `Engine.submit` does."""
+    """What the engine writes for one HTTP request, as it comes to the event loop.
 
-    def __init__(self, engine: Engine, requests: Sequence[engines.Request], metrics: Metrics):
-        self.queue: asyncio.Queue[tuple[int, Piece | Failed]] = asyncio.Queue()
+    pause: seconds for which what was written is gathered, the first token and the last apart: to send an event takes
+    longer than to draw a small model's token. Raises what `Engine.submit` does, UserError for an impossible request.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[engines.Request], metrics: Metrics, pause: float):
+        self.arrived: deque[tuple[int, Piece | Failed]] = deque()
+        self.news = asyncio.Event()
         self.metrics = metrics
-        loop = asyncio.get_running_loop()
+        loop, told = asyncio.get_running_loop(), -math.inf
 
-        def put(i: int, piece: Piece | Failed) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, with it whoever waited
-                loop.call_soon_threadsafe(self.queue.put_nowait, (i, piece))
+        def put(i: int, piece: Piece | Failed) -> None:  # called by the engine's thread
+            nonlocal told
+            self.arrived.append((i, piece))
+            if isinstance(piece, Failed) or piece.finish or time.monotonic() - told >= pause:
+                told = time.monotonic()
+                with contextlib.suppress(RuntimeError):  # the loop has ended, with it whoever waited
+                    loop.call_soon_threadsafe(self.news.set)
 
         try:
             self.generations = engine.submit(requests, put)
@@ -80,21 +92,24 @@ class Answers:
         """Each piece, with the number of its answer, until all have ended. Raises Failed."""
         left = len(self.generations)
         while left:
-            i, piece = await self.queue.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece.finish is not None
-            yield i, piece
+            await self.news.wait()
+            self.news.clear()
+            together: defaultdict[int, list[Piece]] = defaultdict(list)
+            while self.arrived:
+                i, piece = self.arrived.popleft()
+                if isinstance(piece, Exception):
+                    raise piece
+                left -= piece.finish is not None
+                together[i].append(piece)
+            for i, pieces in together.items():
+                yield i, joined(pieces)
 
     async def whole(self) -> list[Piece]:
         """Each answer in one piece."""
         found: list[list[Piece]] = [[] for _ in self.generations]
         async for i, piece in self.pieces():
             found[i].append(piece)
-        return [
-            Piece("".join(p.text for p in own), [token for p in own for token in p.tokens], own[-1].finish)
-            for own in found
-        ]
+        return [joined(pieces) for pieces in found]
 
     def usage(self, prompts: int) -> dict[str, int]:
         """Tokens, of each prompt once."""
@@ -111,6 +126,12 @@ class Answers:
             self.metrics.add("lumi_generated_tokens_total", generation.tokens)
             if generation.first:
                 self.metrics.observe("lumi_first_token_seconds", generation.first - generation.asked)
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one text, in one."""
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].finish)
 
 
 class Stream(StreamingResponse):
@@ -308,7 +329,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
             seed=body.seed,
             stop_ids=served.stop,
         )
-        answers = Answers(engine, [asked], metrics)
+        answers = Answers(engine, [asked], metrics, math.inf)
         [answer] = await whole(request, answers)
         return {"model": served.name, "text": answer.text, "finish_reason": answer.finish, "usage": answers.usage(1)}
 
@@ -348,13 +369,13 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
                 max_tokens=most,
                 sampling=body.sampling(),
                 seed=None if body.seed is None else (body.seed + i) % 2**63,
-                stop_ids=served.stop,
+                stop_ids=() if body.ignore_eos else served.stop,
                 stop=[text for text in stop if text],
                 logprobs=logprobs,
             )
             for i, ids in enumerate(ids for ids in prompts for _ in range(n))
         ]
-        answers = Answers(engine, requests, metrics)
+        answers = Answers(engine, requests, metrics, PAUSE if body.stream else math.inf)
         options = body.stream_options
         spelling = Spelling(served, chat, bool(body.stream and options and options.include_usage))
         if body.stream:

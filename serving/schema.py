@@ -45,6 +45,7 @@ class Sampled(Body):
     top_k: int | None = Field(None, ge=1, le=2**31, description="Not OpenAI's: among the k likeliest tokens.")
     min_p: float | None = Field(None, ge=0, le=1, description="Not OpenAI's: among those this near the likeliest.")
     repetition_penalty: float | None = Field(1.0, ge=0.1, le=10, description="Not OpenAI's.")
+    ignore_eos: bool | None = Field(False, description="Not OpenAI's: only length and stop end the text.")
     presence_penalty: Nothing | None = None
     frequency_penalty: Nothing | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
