@@ -319,6 +319,22 @@ class Block(nn.Module):
         return x, self.mlp(y)
 
 
+class Projection(nn.Linear):
+    """From the residual stream to the vocabulary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, D). Returns (…, V).
+
+        A CPU that decodes a few texts together takes the weight in slices that stay in its cache: MKL would copy all of
+        it first. A step of tiny with 8 texts is a seventh shorter for it.
+        """
+        rows = x.flatten(0, -2)
+        if torch.is_grad_enabled() or x.is_cuda or not 1 < len(rows) <= 16 or self.out_features % 512:
+            return super().forward(x)
+        y = rows @ self.weight.view(-1, 512, self.in_features).transpose(1, 2)  # (V / 512, N, 512)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+
+
 class Transformer(nn.Module):
     """The model. Weights are float32, drawn from torch's global generator: normal with deviation 0.02, and for the two
     projections that write into the residual stream 0.02 / √(2 · n_layers), so that its variance at the last block does
@@ -331,7 +347,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Projection(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
