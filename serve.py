@@ -125,11 +125,17 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", **one)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
 
-    def writes(command, name: str, most: int | None, help: str) -> argparse.ArgumentParser:
-        """A command that has the model write; most: tokens, None: as many as fit."""
+    def add(command, name: str, help: str) -> argparse.ArgumentParser:
+        """A command; what belongs to all of them may stand before it or behind."""
         c = commands.add_parser(name, description=command.__doc__, help=help)
         c.set_defaults(command=command)
         c.add_argument("--checkpoint", default=argparse.SUPPRESS, **one)
+        c.add_argument("--log-level", default=argparse.SUPPRESS, choices=stage.LEVELS)
+        return c
+
+    def writes(command, name: str, most: int | None, help: str) -> argparse.ArgumentParser:
+        """A command that has the model write; most: tokens, None: as many as fit."""
+        c = add(command, name, help)
         c.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (0.7)")
         c.add_argument("--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this share (0.9)")
         c.add_argument("--top-k", type=int, help="sample among the k likeliest tokens (all)")
@@ -149,9 +155,7 @@ def arguments() -> argparse.ArgumentParser:
     g.add_argument("--samples", type=stage.positive, default=1, help="how many continuations (1)")
     c = writes(chat, "chat", None, "talk with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
-    a = commands.add_parser("api", description=api.__doc__, help="serve an HTTP API and a page to chat on")
-    a.set_defaults(command=api)
-    a.add_argument("--checkpoint", default=argparse.SUPPRESS, **one)
+    a = add(api, "api", "serve an HTTP API and a page to chat on")
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
     a.add_argument("--port", type=port, default=8000, help="the port to listen on; 0 finds a free one (8000)")
     a.add_argument("--batch-size", type=stage.positive, default=8, help="texts decoded together (8)")

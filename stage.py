@@ -40,6 +40,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 log = logging.getLogger("lumi")
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class UserError(Exception):
@@ -442,7 +443,7 @@ def parser(
     p = _Parser(description=description, formatter_class=raw, allow_abbrev=False)
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
-    p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    p.add_argument("--log-level", default="info", choices=LEVELS)
     if makes:
         p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it anew")
     if many:

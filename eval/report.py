@@ -433,8 +433,10 @@ def limits(run: Run) -> list[str]:
 
 
 def following(run: Run) -> str:
-    prompt = "What does math.sqrt do?" if "sft" in run.finals else "Return the"
-    return f"""    python serve.py {run.experiment.path} generate "{prompt}"
+    taught = "sft" in run.finals
+    use = "chat" if taught else 'generate "Return the"'
+    return f"""    python serve.py {run.experiment.path} {use}
+    python serve.py {run.experiment.path} api   # a page to {"chat" if taught else "write"} on, and an HTTP API
     python train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command goes on
     python train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
 

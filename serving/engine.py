@@ -213,11 +213,11 @@ class Engine:
             Generation(request, self.tokenizer, put and functools.partial(put, i), self.seconds)
             for i, request in enumerate(requests)
         ]
-        for generation in new:
-            self.decoder.check(generation.text)
         with self.changed:
             if self.closing:
                 raise Failed("the engine has stopped")
+            for generation in new:
+                self.decoder.check(generation.text)
             if len(self.open) + len(new) > self.most:
                 raise Busy(f"{len(self.open)} requests are under way; at most {self.most} may be")
             self.open |= {generation.text: generation for generation in new}
