@@ -137,6 +137,10 @@ async def load(port: int, prompts: Prompts, options: dict) -> dict:
         if i:
             ratios.append(rates[CLIENTS][-1] / rates[1][-1])
     together = answers[CLIENTS]
+    first = {
+        "first_token_seconds": percentiles([a.first for a in together]),
+        "one_after_another_first_token_seconds": percentiles([a.first for a in answers[1]]),
+    }
     return {
         "together_vs_one_after_another": round(statistics.median(ratios), 2),
         "of_each_round": [round(r, 2) for r in ratios],
@@ -145,10 +149,9 @@ async def load(port: int, prompts: Prompts, options: dict) -> dict:
         "requests": len(together),
         "shorter": sum(a.tokens != NEW_TOKENS for a in together + answers[1]),
         "seconds": percentiles([a.seconds for a in together]),
-        "first_token_seconds": percentiles([a.first for a in together]),
         "one_after_another_seconds": percentiles([a.seconds for a in answers[1]]),
-        "one_after_another_first_token_seconds": percentiles([a.first for a in answers[1]]),
         "same_text": sum(a.text == b.text for a, b in zip(together, answers[1], strict=True)),
+        **(first if options.get("stream") else {}),
     }
 
 
