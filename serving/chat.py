@@ -12,6 +12,7 @@ import re
 import select
 import signal
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -298,6 +299,13 @@ def _piped() -> Iterator[str]:
             raise UserError(f"standard input is not UTF-8: {error.reason} in line {number}") from None
 
 
+def pause(signum, frame) -> None:
+    """Ctrl-Z: when the shell goes on with us, the terminal has to be again as the line that is being typed needs it."""
+    modes = termios.tcgetattr(sys.stdin)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+
+
 def chat(
     served: Served, engine: Engine, sampling: Sampling, max_tokens: int | None, seed: int | None, system: str
 ) -> None:
@@ -309,4 +317,6 @@ def chat(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, talk.interrupt if talk.terminal else stop)
+    if talk.terminal:
+        signal.signal(signal.SIGTSTP, pause)
     talk.run()

@@ -58,6 +58,11 @@ class Terminal:
     def type(self, text: str | bytes) -> None:
         os.write(self.fd, text.encode() if isinstance(text, str) else text)
 
+    def interrupt(self) -> None:
+        """Ctrl-C, as a person would: not in the instant between a prompt and the waiting for a key."""
+        time.sleep(0.2)
+        self.type(CTRL_C)
+
     def expect(self, pattern: str, seconds: float = 20) -> str:
         """Waits until it has shown something that the pattern fits: what it showed up to its end."""
         deadline = time.monotonic() + seconds
@@ -135,9 +140,9 @@ def test_a_conversation_on_a_terminal(fine_tuned: Place, tmp_path):
         assert first.startswith(visible(said(saved)[1][1]).strip())
         chat.type("half a li")
         chat.expect("half a li")
-        chat.type(CTRL_C)
+        chat.interrupt()
         assert "Ctrl-D or /exit to leave" in chat.prompt()
-        chat.type(CTRL_C)
+        chat.interrupt()
         assert "leave" not in chat.prompt()
         os.kill(chat.process.pid, signal.SIGSTOP)
         os.kill(chat.process.pid, signal.SIGCONT)
@@ -162,6 +167,7 @@ def test_a_conversation_on_a_terminal(fine_tuned: Place, tmp_path):
     assert list(tmp_path.iterdir()) == [saved]
 
 
+@pytest.mark.slow
 def test_what_ctrl_c_stops_and_a_terminal_that_can_do_little(fine_tuned: Place, tmp_path):
     saved = tmp_path / "talk.json"
     with Terminal(fine_tuned, *SEEDED, pause=0.05, TERM="dumb") as chat:
@@ -171,7 +177,7 @@ def test_what_ctrl_c_stops_and_a_terminal_that_can_do_little(fine_tuned: Place, 
         for width in (20, 132, 80):
             fcntl.ioctl(chat.fd, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
             os.kill(chat.process.pid, signal.SIGWINCH)
-        chat.type(CTRL_C)
+        chat.interrupt()
         assert "(stopped)" in chat.prompt()
         chat.say(f"/save {saved}")
         whole = piped(fine_tuned, *SEEDED, stdin="Say a in.\n").stdout.decode()
@@ -181,7 +187,7 @@ def test_what_ctrl_c_stops_and_a_terminal_that_can_do_little(fine_tuned: Place, 
         # A paste where the terminal does not mark it: the lines that wait are of one message.
         chat.type("one\ntwo\\\nthree\n")
         chat.expect("three\r\n")
-        chat.type(CTRL_C)
+        chat.interrupt()
         chat.prompt()
         chat.type(b"\xff\xfe\n")
         chat.expect("not UTF-8; the message was not sent")
@@ -254,6 +260,7 @@ def test_a_conversation_that_outgrows_the_context(fine_tuned: Place, tmp_path):
     assert asked(saved) == ["Say a.", "Say b.", "Say c.", "Say d."]
 
 
+@pytest.mark.slow
 def test_mistakes_and_a_reader_that_goes_away(fine_tuned: Place):
     error = piped(fine_tuned, stdin=b"Say a.\n\xff\n", status=2).stderr.decode()
     assert "standard input is not UTF-8: invalid start byte in line 2" in error

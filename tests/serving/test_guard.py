@@ -373,13 +373,13 @@ def explore(server: Server, examples: int) -> set[tuple[str, int]]:
 
 
 def test_it_is_as_its_schema_says(server: Server):
-    seen = explore(server, 15)
-    paths = ("/v1/completions", "/v1/chat/completions", "/generate")
-    assert {(f"POST {path}", status) for path in paths for status in (200, 400)} <= seen
+    statuses = {status for _, status in explore(server, 10)}
+    assert {200, 400} <= statuses
     server.works()
 
 
 @pytest.mark.slow
 def test_it_is_as_its_schema_says_by_many_examples(server: Server):
-    explore(server, 300)
+    paths = ("/v1/completions", "/v1/chat/completions", "/generate")
+    assert {(f"POST {path}", status) for path in paths for status in (200, 400)} <= explore(server, 300)
     server.works()
