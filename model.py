@@ -149,7 +149,7 @@ class KVCache:
         return (row + self.used[:, None, None] + torch.arange(T)).flatten().to(self.k.device)
 
     def move(self, source: int, target: int) -> None:
-        """Puts what is held of one text in the place of another, which is cleared."""
+        """Takes what is held of one text to the place of another, which must be clear."""
         used = int(self.used[source])
         self.k[:, target, :, :used] = self.k[:, source, :, :used]
         self.v[:, target, :, :used] = self.v[:, source, :, :used]
@@ -158,9 +158,8 @@ class KVCache:
 
     def clear(self, text: int) -> None:
         """Lets a text go. Of one whose keys or values are not finite nothing may stay: times 0, it would not be 0."""
-        used = int(self.used[text])
-        self.k[:, text, :, :used] = 0
-        self.v[:, text, :, :used] = 0
+        self.k[:, text] = 0
+        self.v[:, text] = 0
         self.used[text] = 0
 
 
@@ -620,10 +619,10 @@ TOGETHER = 4096  # tokens of prompts in one forward pass
 class Decoder:
     """Texts continued together over one cache. They may come and go at any step; each gets what it would get alone.
 
-    rows: texts at once; others wait, and are taken in the order in which they came. length: tokens that the cache holds
-    of each; None: the context. chunk: tokens of prompts read in a step, so that a long one does not keep the others
-    waiting; None: all of them. The model sees of a text the last tokens that fit; when they have filled the cache, the
-    later half of them is read again.
+    rows: texts at once; others wait, and are taken in the order in which they came, as many as there is room for once
+    those before them are read. length: tokens that the cache holds of each; None: the context. chunk: tokens of prompts
+    read in a step, so that a long one does not keep the others waiting; None: all of them. The model sees of a text the
+    last tokens that fit; when they have filled the cache, the later half of them is read again, whatever the chunk.
     """
 
     def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
@@ -702,8 +701,9 @@ class Decoder:
             rows, done = slice(self.ready, len(self.texts)), int(self.cache.used[self.ready])
             before = [text.ids[-self._reach(text) : -1] for text in self.texts[rows]]
             T = min(len(before[-1]) - done, max(1, min(left, TOGETHER) // len(before)))
-            if T:  # a shorter text is filled up behind its end, which is written over later
-                ids = [(own[done : done + T] + [0] * T)[:T] for own in before]
+            if T:  # a shorter text is filled up behind its end, with a token of its own, and written over there later
+                filled = zip(self.texts[rows], before, strict=True)
+                ids = [(own[done : done + T] + text.ids[-1:] * T)[:T] for text, own in filled]
                 self._fill(rows, ids)
                 self.cache.used[rows] = torch.tensor([min(done + T, len(own)) for own in before])
             left -= T * len(before)

@@ -147,7 +147,7 @@ def arguments() -> argparse.ArgumentParser:
             default=most,
             help=f"at most so many new tokens ({most or 'what fits'})",
         )
-        c.add_argument("--seed", type=int, help="of the sampling (another each time)")
+        c.add_argument("--seed", type=seed, help="of the sampling (another each time)")
         return c
 
     g = writes(generate, "generate", 200, "continue a prompt")
@@ -161,6 +161,12 @@ def arguments() -> argparse.ArgumentParser:
     a.add_argument("--batch-size", type=stage.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=stage.positive, default=64, help="how many more may wait (64)")
     return p
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; expected a whole number from 0 to 2^62 - 1")
+    return int(text)
 
 
 def port(text: str) -> int:

@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 import configs
 import data.pack
 import machine
 import stage
+from stage import UserError
 
 RESULT = Path(__file__).parent / "results/serving.json"
 CLIENTS = 8
@@ -178,7 +177,7 @@ async def soak(port: int, pid: int, prompts: Prompts, requests: int, context: in
         nonlocal left
         answer = await ask(port, "/v1/completions", body, 3 if kind == "left" else None)
         left -= 1
-        if left % (requests // 10) == 0:
+        if left % max(1, requests // 10) == 0:
             memory.append(resident(pid))
         return answer
 
@@ -204,7 +203,9 @@ def close(a: Answer, b: Answer) -> bool:
     """Whether two greedy answers part where the two likeliest tokens are as likely as each other, nearly."""
     a, b = (answer.parts[0]["choices"][0]["logprobs"] for answer in (a, b))
     tokens = zip(a["tokens"], b["tokens"], strict=False)
-    at = next(i for i, (one, other) in enumerate(tokens) if one != other)
+    at = next((i for i, (one, other) in enumerate(tokens) if one != other), None)
+    if at is None:  # one has ended, of which there are no probabilities
+        return False
     best, second = sorted(a["top_logprobs"][at].values(), reverse=True)[:2]
     return best - second < NEAR
 
@@ -234,6 +235,8 @@ def main(arguments: argparse.Namespace) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
+            if not line:
+                raise UserError("the server did not start; what it said stands above")
             port = int(re.search(r":(\d+):", line)[1])
             threading.Thread(target=collections.deque, args=(process.stdout, 0)).start()  # or it would fill the pipe
             measured = asyncio.run(measure(experiment, port, process.pid, arguments.requests))
@@ -244,7 +247,7 @@ def main(arguments: argparse.Namespace) -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
-        "machine": machine.name(torch.device("cpu")),
+        "machine": machine.name(machine.pick_device()),
         "versions": stage.versions(),
         "model": line.split()[0],
         "clients": CLIENTS,

@@ -95,14 +95,18 @@ class Answers:
             await self.news.wait()
             self.news.clear()
             together: defaultdict[int, list[Piece]] = defaultdict(list)
+            failed = None
             while self.arrived:
                 i, piece = self.arrived.popleft()
                 if isinstance(piece, Exception):
-                    raise piece
+                    failed = piece
+                    break
                 left -= piece.finish is not None
                 together[i].append(piece)
             for i, pieces in together.items():
                 yield i, joined(pieces)
+            if failed:
+                raise failed
 
     async def whole(self) -> list[Piece]:
         """Each answer in one piece."""
@@ -294,6 +298,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         return Response(status_code=204)
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         """200 while the engine runs, 503 once it has failed."""
         if not engine.running:
@@ -323,7 +328,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         """The answer to a prompt, of a model that was taught to answer; of another, how it goes on."""
         sampling = Sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
         asked = engines.Request(
-            ids=served.prompt(body.prompt),
+            ids=await asyncio.to_thread(served.prompt, body.prompt),
             max_tokens=body.max_length,
             sampling=sampling,
             seed=body.seed,
@@ -341,7 +346,8 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
                 prompts = [body.prompt]
             case _:
                 prompts = body.prompt
-        ids = [served.text(prompt) if isinstance(prompt, str) else served.short(prompt) for prompt in prompts]
+        spelt = [served.text if isinstance(prompt, str) else served.short for prompt in prompts]
+        ids = [await asyncio.to_thread(spell, prompt) for spell, prompt in zip(spelt, prompts, strict=True)]
         return await answer(body, request, False, ids, body.max_tokens or 16, body.logprobs)
 
     @app.post("/v1/chat/completions")
@@ -349,7 +355,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         """The next answer in a conversation."""
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs: only with logprobs true", "top_logprobs")
-        ids = served.conversation([message.message() for message in body.messages])
+        ids = await asyncio.to_thread(served.conversation, [message.message() for message in body.messages])
         room = served.model.config.context_length - len(ids)
         most = body.max_completion_tokens or body.max_tokens or min(room, MAX_TOKENS)
         return await answer(body, request, True, [ids], most, (body.top_logprobs or 0) if body.logprobs else None)
@@ -416,9 +422,9 @@ def listen(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose others by --host, --port"
+            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}; choose others by --host, --port"
         ) from None
     return found
 

@@ -60,6 +60,7 @@ class Chat:
         self.terminal = sys.stdin.isatty()
         self.colour = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
         self.messages: list[Message] = []
+        self.files: set[Path] = set()  # that conversations of this session are in
         self.first = 0  # of the messages, the first that still fits the context
         self.system = _whole(system)
         self.reading = self.interrupted = self.told = False
@@ -141,7 +142,7 @@ class Chat:
         """One turn: writes the answer as it comes. Without an answer the conversation stays as it was."""
         asked, said = Message("user", text), ""
         try:
-            ids = self._fitting(asked)
+            ids, first = self._fitting(asked)
             room = self.served.model.config.context_length - len(ids)
             seed = None if self.seed is None else self.seed + len(self.messages) // 2
             limit = min(room, self.max_tokens or room)
@@ -166,6 +167,7 @@ class Chat:
         notes = {"cancelled": ["stopped"], "length": [f"cut off after {limit:,} tokens"]}.get(piece.finish, [])
         if said.strip():
             self.messages += [asked, Message("assistant", said)]
+            self.first = first
         else:
             notes.append("an empty answer; the message is forgotten")
         if notes:
@@ -173,9 +175,9 @@ class Chat:
         if self.terminal:
             self.notice("")
 
-    def _fitting(self, asked: Message) -> list[int]:
+    def _fitting(self, asked: Message) -> tuple[list[int], int]:
         """The ids of the conversation and a message more; of the oldest turns as many are left out as must be for the
-        answer to have a quarter of the context."""
+        answer to have a quarter of the context. And the number of the first message that is left."""
         context = self.served.model.config.context_length
         system = [Message("system", self.system)] if self.system else []
         for first in range(self.first, len(self.messages) + 1, 2):
@@ -189,8 +191,7 @@ class Chat:
                 break
         if first and not self.first:
             self.notice("(the conversation has outgrown the model's context: its earliest turns are left out)")
-        self.first = first
-        return ids
+        return ids, first
 
     # ----------------------------------------------------------------------------------------------------- commands
 
@@ -237,20 +238,19 @@ class Chat:
     def _save(self, path: Path) -> None:
         if not self.messages:
             raise UserError("nothing has been said yet")
-        if path.exists():
-            try:
-                _saved(path)
-            except UserError as error:
-                raise UserError(f"{error}; it is not overwritten: choose another name") from None
+        if path.exists() and path.resolve() not in self.files:
+            raise UserError(f"{path} is there already and not of this conversation: choose another name")
         system = [Message("system", self.system)] if self.system else []
         messages = [{"role": role, "content": content} for role, content, _ in [*system, *self.messages]]
         stage.write_json(path, {"model": self.served.name, "sha256": self.served.model.digest, "messages": messages})
+        self.files.add(path.resolve())
         self.notice(f"saved {len(self.messages)} messages to {path}")
 
     def _load(self, path: Path) -> None:
         record, messages = _saved(path)
         system = messages.pop(0).content if messages[0].role == "system" else ""
         self._begin(messages, system)
+        self.files.add(path.resolve())
         other = "" if record.get("sha256") == self.served.model.digest else f"; it was with {record.get('model')!s:.80}"
         self.notice(f"loaded {len(messages)} messages from {path}{other}")
 

@@ -108,7 +108,8 @@ class Writer:
         if found:
             text = self.held[: min(found)]
         else:
-            begun = (k for text in self.stop for k in range(1, len(text)) if self.held.endswith(text[:k]))
+            longest = len(self.held) + 1
+            begun = (k for text in self.stop for k in range(1, min(len(text), longest)) if self.held.endswith(text[:k]))
             text = self.held if last else self.held[: len(self.held) - max(begun, default=0)]
         self.held, self.length = self.held[len(text) :], self.length + len(text)
         given = [token for token in self.tokens if token.start < self.length or (last and not found)]
@@ -197,6 +198,8 @@ class Engine:
         self.thread.start()
         with self.changed:
             self.changed.wait_for(lambda: self.decoder is not None or self.closing)
+        if self.decoder is None:
+            raise Failed(f"no room for {self.rows} texts: decode fewer together")
         return self
 
     def __exit__(self, *_) -> None:
@@ -218,6 +221,8 @@ class Engine:
                 raise Failed("the engine has stopped")
             for generation in new:
                 self.decoder.check(generation.text)
+            if len(new) > self.most:
+                raise ValueError(f"{len(new)} answers asked for; at most {self.most} may be under way")
             if len(self.open) + len(new) > self.most:
                 raise Busy(f"{len(self.open)} requests are under way; at most {self.most} may be")
             self.open |= {generation.text: generation for generation in new}
@@ -269,6 +274,7 @@ class Engine:
             log.exception("the engine has failed")
         with self.changed:
             self.closing = True
+            self.changed.notify_all()
         for generation in list(self.open.values()):
             self._end(generation, Failed("the engine has stopped"))
 

@@ -54,7 +54,11 @@ class Guard:
                     message, body = {"type": "http.request", "body": body, "more_body": False}, None
                     return message
 
-                await self.app(scope, replay, sent)
+                try:
+                    await self.app(scope, replay, sent)
+                except Exception:  # to which Starlette, around us, answers 500
+                    status = status or 500
+                    raise
         finally:
             path = scope["path"] if scope["path"] in self.known else "other"
             seconds = time.perf_counter() - started
@@ -78,7 +82,7 @@ def _digest(key: bytes) -> bytes:
 
 async def read(scope, receive) -> bytes | None:
     """A request's body; None if the client has gone. Raises Refused if it is too large."""
-    parts, size = [], 0
+    body, size = bytearray(), 0
     announced = dict(scope["headers"]).get(b"content-length", b"0")
     over = Refused(413, f"the body has more than {BODY:,} bytes")
     if announced.isdigit() and int(announced[:20]) > DISCARDED:
@@ -88,11 +92,11 @@ async def read(scope, receive) -> bytes | None:
         if message["type"] == "http.disconnect":
             return None
         size += len(message["body"])
-        parts = [*parts, message["body"]] if size <= BODY else []
+        body = body + message["body"] if size <= BODY else bytearray()
         if size > BODY and (size > DISCARDED or not message["more_body"]):
             raise over
         if not message["more_body"]:
-            return b"".join(parts)
+            return bytes(body)
 
 
 class Protocol(H11Protocol):
@@ -102,6 +106,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # whatever waits for a client has it stalled
         self.late = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:

@@ -36,7 +36,7 @@ class Metrics:
                 for end, count in zip([*map(str, SECONDS), "+Inf"], self.seconds[name], strict=True):
                     so_far += count
                     yield f'{name}_bucket{{le="{end}"}} {so_far}'
-                yield f"{name}_sum {self.sums[name]:g}"
+                yield f"{name}_sum {self.sums[name]}"
                 yield f"{name}_count {so_far}"
             else:
                 yield f"# TYPE {name} counter"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from model import Sampling
@@ -28,6 +28,12 @@ Nothing = Annotated[float, Field(ge=0, le=0, description="Not supported: 0 only.
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def given(cls, data):
+        """Without fields that are null: clients send even those that nobody knows."""
+        return {k: v for k, v in data.items() if v is not None or k in cls.model_fields} if type(data) is dict else data
 
 
 class Sampled(Body):
@@ -50,6 +56,9 @@ class Sampled(Body):
     frequency_penalty: Nothing | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = Field(None, description="Changes nothing.")
+    safety_identifier: str | None = Field(None, description="Changes nothing.")
+    prompt_cache_key: str | None = Field(None, description="Changes nothing.")
+    service_tier: str | None = Field(None, description="Changes nothing.")
     metadata: dict[str, str] | None = Field(None, description="Changes nothing.")
     store: bool | None = Field(None, description="Changes nothing: nothing is stored.")
 
@@ -103,6 +112,8 @@ class ChatRequest(Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="So many likeliest tokens beside each.")
     response_format: ResponseFormat | None = None
     tools: Annotated[list[dict], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="Changes nothing: there are no tools.")
+    parallel_tool_calls: bool | None = Field(None, description="Changes nothing: there are no tools.")
 
 
 class GenerateRequest(Body):
@@ -130,17 +141,24 @@ class ErrorBody(BaseModel):
 class Refused(Exception):
     """A request that gets an error, of this status, for its answer."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         kind = "server_error" if status >= 500 else kind
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status, self.headers = status, headers or {}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> Response:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status, {})
-        if self.status in (408, 413):  # there may be more of the request on its way
-            headers = {"Connection": "close"}
-        return JSONResponse(self.body, self.status, headers)
+        close = {"Connection": "close"}  # there may be more of the request on its way
+        by_status = {401: {"WWW-Authenticate": "Bearer"}, 408: close, 413: close, 429: {"Retry-After": "1"}}
+        return JSONResponse(self.body, self.status, self.headers | by_status.get(self.status, {}))
 
 
 def refusal(error: Exception) -> Refused:
@@ -158,8 +176,11 @@ def refusal(error: Exception) -> Refused:
             return Refused(400, str(error))
         case HTTPException():
             if error.status_code == 400:  # FastAPI could not parse the body
-                return Refused(400, "the body cannot be read: nested too deeply, or a number of too many digits")
-            return Refused(error.status_code, f"{error.detail}; GET /openapi.json lists what there is")
+                return Refused(
+                    400, "the body cannot be read: not UTF-8, nested too deeply, or a number of too many digits"
+                )
+            message = f"{error.detail}; GET /openapi.json lists what there is"
+            return Refused(error.status_code, message, headers=dict(error.headers or {}))
         case RequestValidationError():
             return invalid(error)
     return Refused(500, str(error) if isinstance(error, Failed) else "a defect of the server's; its log has more")
@@ -170,7 +191,9 @@ def invalid(error: RequestValidationError) -> Refused:
     errors = error.errors()
     first = errors[0]
     # Beside keys and indices, Pydantic names which of several allowed types it tried.
-    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch("(?!str|int)[a-z_]+", part)]
+    path = [
+        str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch("(?!(str|int)$)[a-z_]+", part)
+    ]
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
     if first["type"] == "extra_forbidden":

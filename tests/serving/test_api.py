@@ -11,6 +11,8 @@ import openai
 import pytest
 import torch
 
+from model import Sampling
+from serving.engine import Request
 from serving.schema import CHOICES, MAX_TOKENS
 from sft.conversations import Message
 from tests.conftest import Place
@@ -269,8 +271,8 @@ def test_errors_are_those_of_openai(client, server: Server, monkeypatch):
     with pytest.raises(openai.BadRequestError, match="there is no model 'gpt-4', only mini-sft") as error:
         client.completions.create(model="gpt-4", prompt="x")
     assert (body(error)["code"], body(error)["param"]) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="'tool_choice' is not supported") as error:
-        client.chat.completions.create(model=name, messages=USER, tool_choice="auto")
+    with pytest.raises(openai.BadRequestError, match="'reasoning_effort' is not supported") as error:
+        client.chat.completions.create(model=name, messages=USER, reasoning_effort="low")
     assert body(error)["code"] == "unknown_parameter"
     with pytest.raises(openai.BadRequestError, match=r"the prompt takes \d+ tokens; the model sees 64") as error:
         client.completions.create(model=name, prompt="x" * 500)
@@ -281,12 +283,17 @@ def test_errors_are_those_of_openai(client, server: Server, monkeypatch):
     with pytest.raises(openai.NotFoundError, match="Not Found"):
         client.embeddings.create(model=name, input="x")
     with monkeypatch.context() as patch:
-        patch.setattr(server.engine, "most", 0)
+        patch.setattr(server.engine, "most", 1)
+        long = Request(ids=[1], max_tokens=100_000, sampling=Sampling(temperature=0))
+        [other] = server.engine.submit([long], lambda i, piece: None)
         for stream in (False, True):
             with pytest.raises(openai.RateLimitError, match="try again later") as error:
                 client.chat.completions.create(model=name, messages=USER, stream=stream)
             assert body(error)["type"] == "rate_limit_error"
             assert error.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.BadRequestError, match="2 answers asked for; at most 1 may be under way"):
+            client.completions.create(model=name, prompt="x", n=2)
+        other.cancel()
     server.works()
 
 
@@ -335,7 +342,7 @@ SAMPLED = {
     "user": [1, {}, []],
     "metadata": [1, "x", {"a": 1}],
     "store": [1, "x"],
-    "unheard_of": [1, None, {}],
+    "unheard_of": [1, {}],
     "": [1],
     "\ud800": [1],
 }

@@ -15,6 +15,8 @@ import termios
 import time
 from pathlib import Path
 
+import pytest
+
 from serving.chat import visible
 from tests.conftest import ROOT, Place
 
@@ -234,7 +236,7 @@ def test_what_cannot_be_loaded_or_written_over(fine_tuned: Place, tmp_path):
         (tmp_path / name).write_text(content)
     os.mkfifo(tmp_path / "pipe")
     expected = [why for _, why in files.values()]
-    expected += ["is not a file", "is not a file", "No such file", "it is not JSON; it is not overwritten"]
+    expected += ["is not a file", "is not a file", "No such file", "is there already and not of this"]
     expected += ["No such file", "home directory", "/load needs the name", "saved 2 messages", "saved 2 messages"]
     commands = [f"/load {tmp_path / name}" for name in [*files, "pipe", "", "missing"]]
     commands += [f"/save {tmp_path / 'broken'}", f"/save {tmp_path / 'missing/x'}", "/save ~nobody-here/x", "/load"]

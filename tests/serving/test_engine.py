@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoint
 import tokenizer
 from model import ModelConfig, Sampling, Transformer
 from serving.engine import Busy, Engine, Failed, Piece, Request, TimedOut, Writer
@@ -457,3 +458,18 @@ def test_what_several_requests_get_is_told_apart_by_number(model, ours):
     for i, pieces in got.items():
         assert "".join(piece.text for piece in pieces) == alone(model, ours, ask([i + 4], 6))[0]
         assert [piece.finish for piece in pieces if piece.finish] == ["length"]
+
+
+def test_a_long_stop_string_costs_the_others_nothing(made: Place):
+    """What it may begin with is no longer than the text that is held back."""
+    spm = tokenizer.load(made.runs / "mini/tokenizer")
+    writer, ids = Writer(spm, ["q" * 1_000_000]), spm.encode("quite a quick question")
+    text = "".join(writer.add(i).text for i in ids) + writer.rest().text
+    assert text == "quite a quick question"
+
+
+def test_an_engine_without_room_says_so(made: Place, monkeypatch, caplog):
+    monkeypatch.setattr("serving.engine.Decoder", lambda *_, **__: torch.empty(1 << 60))
+    model, spm = checkpoint.load_model(made.runs / "mini/pretrain/final"), tokenizer.load(made.runs / "mini/tokenizer")
+    with pytest.raises(Failed, match="no room for 3 texts"), Engine(model, spm, rows=3):
+        pass
