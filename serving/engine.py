@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from model import Continuation, Decoder, Sampling, Transformer
+from stage import UserError
 from tokenizer import Tokenizer
 
 log = logging.getLogger("lumi")
@@ -199,7 +200,7 @@ class Engine:
         with self.changed:
             self.changed.wait_for(lambda: self.decoder is not None or self.closing)
         if self.decoder is None:
-            raise Failed(f"no room for {self.rows} texts: decode fewer together")
+            raise UserError(f"no memory for {self.rows} texts together; take fewer (--batch-size, --samples)")
         return self
 
     def __exit__(self, *_) -> None:

@@ -17,6 +17,7 @@ import checkpoint
 import tokenizer
 from model import ModelConfig, Sampling, Transformer
 from serving.engine import Busy, Engine, Failed, Piece, Request, TimedOut, Writer
+from stage import UserError
 from tests.conftest import Place
 
 SHAPE = ModelConfig(vocab_size=512, context_length=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
@@ -471,5 +472,5 @@ def test_a_long_stop_string_costs_the_others_nothing(made: Place):
 def test_an_engine_without_room_says_so(made: Place, monkeypatch, caplog):
     monkeypatch.setattr("serving.engine.Decoder", lambda *_, **__: torch.empty(1 << 60))
     model, spm = checkpoint.load_model(made.runs / "mini/pretrain/final"), tokenizer.load(made.runs / "mini/tokenizer")
-    with pytest.raises(Failed, match="no room for 3 texts"), Engine(model, spm, rows=3):
+    with pytest.raises(UserError, match="no memory for 3 texts"), Engine(model, spm, rows=3):
         pass
