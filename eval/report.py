@@ -8,6 +8,8 @@ Nothing is measured here: what the page says, a stage has written.
 import argparse
 import os
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 
@@ -434,11 +436,12 @@ def limits(run: Run) -> list[str]:
 
 def following(run: Run) -> str:
     taught = "sft" in run.finals
-    use = "chat" if taught else 'generate "Return the"'
-    return f"""    python serve.py {run.experiment.path} {use}
-    python serve.py {run.experiment.path} api   # a page to {"chat" if taught else "write"} on, and an HTTP API
-    python train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command goes on
-    python train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
+    use, here = "chat" if taught else 'generate "Return the"', Path(sys.executable)
+    python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
+    return f"""    {python} serve.py {run.experiment.path} {use}
+    {python} serve.py {run.experiment.path} api   # a page to {"chat" if taught else "write"} on, and an HTTP API
+    {python} train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command goes on
+    {python} train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
 
 
 if __name__ == "__main__":

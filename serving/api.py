@@ -13,6 +13,7 @@ import math
 import re
 import signal
 import socket
+import threading
 import time
 import uuid
 from collections import defaultdict, deque
@@ -42,7 +43,7 @@ from serving.schema import (
     refusal,
 )
 from serving.served import Served
-from stage import UserError
+from stage import UserError, log
 
 PAGE = Path(__file__).with_name("page.html")
 DRAIN_SECONDS = 60  # in which what is under way may come to its end when the server is asked to stop
@@ -429,27 +430,43 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def server(app: FastAPI) -> uvicorn.Server:
-    """A server for `server.run(sockets=[…])`, which returns once it was asked to stop and has answered what was asked
-    before: by SIGTERM or SIGINT where it runs in the main thread, or by `should_exit`."""
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-    )
-    return uvicorn.Server(config)
+class Server(uvicorn.Server):
+    """A server for `run(sockets=[…])`, which returns once it was asked to stop, by SIGTERM or SIGINT if it runs in the
+    main thread, else by `should_exit`, and has answered what was asked before. What takes too long then, or is under way
+    when a second signal comes, is cut off with an error."""
+
+    def __init__(self, app: FastAPI, engine: Engine):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=DRAIN_SECONDS + 10,
+            )
+        )
+        self.engine = engine
+
+    def handle_exit(self, sig, frame) -> None:
+        under_way = len(self.engine.open)
+        if self.should_exit:
+            self.engine.stop()
+        elif under_way:
+            log.info(f"finishing {under_way} answers, in {DRAIN_SECONDS} seconds at most; once more cuts them off")
+            timer = threading.Timer(DRAIN_SECONDS, self.engine.stop)
+            timer.daemon = True
+            timer.start()
+        self.should_exit = True
 
 
 def run(served: Served, engine: Engine, listening: socket.socket, key: str | None) -> None:
     """Serves until SIGTERM or Ctrl-C, then answers what was asked before, and returns."""
-    ours = server(create_app(served, engine, key))
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn has its own way with them, and then sends them once more
-        signal.signal(number, lambda *_: setattr(ours, "should_exit", True))
+    ours = Server(create_app(served, engine, key), engine)
+    for number in (signal.SIGTERM, signal.SIGINT):  # also in the moments before the server takes them to itself
+        signal.signal(number, ours.handle_exit)
     ours.run(sockets=[listening])

@@ -204,11 +204,14 @@ class Engine:
         return self
 
     def __exit__(self, *_) -> None:
-        """Ends what is under way."""
+        self.stop()
+        self.thread.join()
+
+    def stop(self) -> None:
+        """Ends what is under way, and takes in no more."""
         with self.changed:
             self.closing = True
             self.changed.notify()
-        self.thread.join()
 
     def submit(self, requests: Sequence[Request], put: Callable[[int, Piece | Failed], None] | None = None):
         """Takes in requests, all of them or none: their generations. put(i, piece): called by the engine's thread with

@@ -65,7 +65,8 @@ class Guard:
             self.metrics.add("lumi_requests_total", path=path, status=status or "gone")
             if scope["method"] == "POST":
                 self.metrics.observe("lumi_request_seconds", seconds)
-            log.info(f"{scope['method']} {path}: {status or 'the client has gone'}, {seconds:.2f} s")
+            shown = path if path != "other" else f"{scope['path'][:80]!r}"
+            log.info(f"{scope['method']} {shown}: {status or 'the client has gone'}, {seconds:.2f} s")
 
     def check_key(self, scope) -> None:
         """Raises Refused for a request without the key. How long that takes tells nothing about the key."""

@@ -21,6 +21,7 @@ BODY = 1 << 20  # bytes
 MAX_TOKENS = 4096
 CHOICES = 16  # n times the number of prompts
 STOPS = 4
+UNSUPPORTED = {"presence_penalty", "frequency_penalty", "logit_bias", "best_of", "echo", "suffix", "tools"}
 
 Text = Annotated[str, Field(max_length=BODY)]
 Nothing = Annotated[float, Field(ge=0, le=0, description="Not supported: 0 only.")]
@@ -199,6 +200,8 @@ def invalid(error: RequestValidationError) -> Refused:
     if first["type"] == "extra_forbidden":
         name = first["loc"][-1]
         return Refused(400, f"{name!r} is not supported; leave it out", name, "unknown_parameter")
+    if path and path[0] in UNSUPPORTED:
+        return Refused(400, f"{path[0]} is not supported; leave it out", path[0], "unsupported_parameter")
     if not path:
         return Refused(400, "expected a JSON object, sent as Content-Type: application/json")
     wrong = dict.fromkeys(each["msg"] for each in errors if each["loc"][1:2] == first["loc"][1:2])

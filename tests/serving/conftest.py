@@ -37,7 +37,7 @@ class Server:
     def __init__(self, served: Served, engine: Engine, key: str | None, buffer: int | None):
         self.served, self.engine = served, engine
         self.app = api.create_app(served, engine, key)
-        self.server = api.server(self.app)
+        self.server = api.Server(self.app, self.engine)
         listening = api.listen("127.0.0.1", 0)
         if buffer:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import configs
-from serving.api import create_app, listen, server
+from serving.api import Server, create_app, listen
 from serving.engine import Engine
 from serving.served import Served, load
 
@@ -51,7 +51,7 @@ def site(request, served, monkeypatch):
             return step()
 
         monkeypatch.setattr(engine.decoder, "step", paced)
-        running = server(create_app(served, engine, getattr(request, "param", None)))
+        running = Server(create_app(served, engine, getattr(request, "param", None)), engine)
         listening = listen("127.0.0.1", 0)
         site.url = "http://{}:{}/".format(*listening.getsockname())
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
