@@ -431,9 +431,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A server for `run(sockets=[…])`, which returns once it was asked to stop, by SIGTERM or SIGINT if it runs in the
-    main thread, else by `should_exit`, and has answered what was asked before. What takes too long then, or is under way
-    when a second signal comes, is cut off with an error."""
+    """A server for `run(sockets=[…])`, which returns once it was asked to stop and has answered what was asked before.
+
+    That is by SIGTERM or SIGINT if it runs in the main thread, else by `should_exit`. What takes too long then, or is
+    under way when a second signal comes, is cut off with an error.
+    """
 
     def __init__(self, app: FastAPI, engine: Engine):
         super().__init__(
