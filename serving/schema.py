@@ -21,6 +21,7 @@ BODY = 1 << 20  # bytes
 MAX_TOKENS = 4096
 CHOICES = 16  # n times the number of prompts
 STOPS = 4
+LONGEST = 500  # characters of an error
 UNSUPPORTED = {"presence_penalty", "frequency_penalty", "logit_bias", "best_of", "echo", "suffix", "tools"}
 
 Text = Annotated[str, Field(max_length=BODY)]
@@ -151,6 +152,7 @@ class Refused(Exception):
         headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
+        message, param = (text and text[:LONGEST] for text in (message, param))  # they may repeat what was sent
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         kind = "server_error" if status >= 500 else kind
         self.status, self.headers = status, headers or {}

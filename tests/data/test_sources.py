@@ -193,7 +193,7 @@ def test_python_docs_are_the_same_for_any_number_of_workers():
     assert docs["jinja2.environment.Environment.from_string"].startswith("Load a template from a source string")
     assert "assert" in docs["pydoc_data.topics.assert"]
     assert not any(".test." in name for name in docs)
-    assert len(docs) > 8_000
+    assert len(docs) > 7_000  # some distributions leave out parts of the library
 
 
 # The Hub's own package streams a directory laid out like a dataset, by the code that streams from the network.

@@ -123,6 +123,7 @@ def piped(place: Place, *options, stdin: str | bytes = "", status: int = 0) -> s
     return done
 
 
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(fine_tuned: Place, tmp_path):
     saved = tmp_path / "talk.json"
     with Terminal(fine_tuned, *SEEDED) as chat:

@@ -84,7 +84,7 @@ def test_metrics_say_what_is_under_way(endless):
         server.engine.decoder.step = lambda: (time.sleep(0.02), step())[1]
         with server.connect() as connection:
             connection.sendall(posted("/v1/completions", {"prompt": "x", "max_tokens": 4000, "n": 5, "stream": True}))
-            until(lambda: len(server.engine.decoder.texts) == 2)
+            until(lambda: sum(generation.tokens > 0 for generation in list(server.engine.open.values())) == 2)
             found = families(server.get("/metrics").text)
             assert value(found, "lumi_running") == 2
             assert value(found, "lumi_waiting") == 3
