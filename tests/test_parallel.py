@@ -131,6 +131,7 @@ def test_muon_too(packed: Place, tmp_path_factory: pytest.TempPathFactory, chang
     assert_near(packed, alone)
 
 
+@pytest.mark.slow
 def test_from_one_to_two_to_one(packed: Place, made: Place):
     """Each is killed in the middle; the next goes on with another number of processes, the second time sharded."""
     killed = packed.start(faulty(packed), 0, "SIGKILL", 8, packed.config)
@@ -190,6 +191,7 @@ def test_three_resume_exactly_too(packed: Place, tmp_path_factory: pytest.TempPa
     assert_same_run(packed, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_not_waited_for_for_ever(packed: Place):
     """Without torchrun, which would notice nothing either."""
     packed.edit(("compile=False", "compile=False, timeout=3.0"))
@@ -232,7 +234,8 @@ def test_many_in_a_row_stop_the_run_and_name_the_documents(packed: Place):
     assert "step_0000010" in [p.name for p in (packed.runs / "mini/pretrain").iterdir()]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_after_the_same_step(packed: Place, signum):
     packed.edit(("steps=24", "steps=100_000"))
     process = start(packed, 2)

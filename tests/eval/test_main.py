@@ -137,7 +137,8 @@ def test_damaged_data_is_said_before_anything_is_measured(trained: Place, conten
     evaluate(trained)
 
 
-@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_with_the_next_task(trained: Place, signum):
     put(trained, *RECORDS)
     trained.edit(("new_tokens=8)", "new_tokens=8, answer_tokens=400)"))  # there is much to do after the signal
