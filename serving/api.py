@@ -339,7 +339,9 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         [answer] = await whole(request, answers)
         return {"model": served.name, "text": answer.text, "finish_reason": answer.finish, "usage": answers.usage(1)}
 
-    @app.post("/v1/completions")
+    streamed = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/completions", responses=streamed)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Goes on with one text or several."""
         match body.prompt:
@@ -351,7 +353,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAP
         ids = [await asyncio.to_thread(spell, prompt) for spell, prompt in zip(spelt, prompts, strict=True)]
         return await answer(body, request, False, ids, body.max_tokens or 16, body.logprobs)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=streamed)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next answer in a conversation."""
         if body.top_logprobs is not None and not body.logprobs:
