@@ -213,7 +213,9 @@ class Engine:
             self.closing = True
             self.changed.notify()
 
-    def submit(self, requests: Sequence[Request], put: Callable[[int, Piece | Failed], None] | None = None):
+    def submit(
+        self, requests: Sequence[Request], put: Callable[[int, Piece | Failed], None] | None = None
+    ) -> list[Generation]:
         """Takes in requests, all of them or none: their generations. put(i, piece): called by the engine's thread with
         what the i-th gets. Raises Busy, Failed, or ValueError for an impossible request."""
         new = [

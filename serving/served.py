@@ -73,9 +73,7 @@ def load(experiment: Experiment, directory: Path | None = None) -> Served:
     directory = directory or experiment.latest()
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
-    # libgomp has its threads spin between operations only while they are no more than the cores, and counts those of
-    # every thread that has ever computed and still lives: were the model loaded by another than the one that decodes,
-    # it would decode at a quarter of the speed.
+    # By a thread that ends: one that has computed, and lives, slows the one that decodes (serving/engine.py has why).
     with ThreadPoolExecutor(1) as passing:
         model = passing.submit(checkpoint.load_model, directory, str(pick_device())).result()
     made = {experiment.directory(name).resolve(): name for name in TRAINED}
