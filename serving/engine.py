@@ -1,12 +1,13 @@
 """The engine: requests that come and go, decoded together by one thread, each as it would be alone.
 
-with Engine(model, tokenizer) as engine:
-    for piece in engine.submit([Request(ids=ids, max_tokens=50, sampling=Sampling())])[0]:
-        print(piece.text, end="")
+    with Engine(model, tokenizer) as engine:
+        for piece in engine.submit([Request(ids=ids, max_tokens=50, sampling=Sampling())])[0]:
+            print(piece.text, end="")
+
+model.py's Decoder draws the tokens; here they become text, in a queue of requests that may be cancelled or time out.
 """
 
 import functools
-import logging
 import queue
 import threading
 import time
@@ -14,10 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from model import Continuation, Decoder, Sampling, Transformer
-from stage import UserError
+from stage import UserError, log
 from tokenizer import Tokenizer
-
-log = logging.getLogger("lumi")
 
 READ = 256  # tokens of prompts read between two steps: what a long prompt may delay the others by
 

@@ -1,6 +1,5 @@
 """The engine against what the model and the tokenizer say of each request alone."""
 
-import io
 import itertools
 import math
 import random
@@ -8,7 +7,6 @@ import threading
 import time
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,16 +17,10 @@ from model import ModelConfig, Sampling, Transformer
 from serving.engine import Busy, Engine, Failed, Piece, Request, TimedOut, Writer
 from stage import UserError
 from tests.conftest import Place
+from tests.test_convert import OTHERS, spm_model
 
 SHAPE = ModelConfig(vocab_size=512, context_length=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
 GREEDY = Sampling(temperature=0)
-KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-OTHERS = {
-    "LLaMA's": {**KEPT, "model_type": "bpe"},
-    "unigram": KEPT,
-    "identity": {"normalization_rule_name": "identity"},
-    "SentencePiece's defaults": {},
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +42,9 @@ def ours(made: Place) -> tokenizer.Tokenizer:
 @pytest.fixture(scope="module")
 def spms(ours, text) -> dict[str, tokenizer.Tokenizer]:
     """Ours, and those that put a space before every text, or change white space."""
-    found = {"ours": ours}
-    for name, options in OTHERS.items():
-        written = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for part in text for line in part.split("\n")),
-            model_writer=written,
-            vocab_size=600,
-            byte_fallback=True,
-            minloglevel=2,
-            **options,
-        )
-        found[name] = tokenizer.Tokenizer(written.getvalue(), "")
-    return found
+    lines = [line for part in text for line in part.split("\n")]
+    models = {name: spm_model(lines, vocab_size=600, **options) for name, options in OTHERS.items()}
+    return {"ours": ours} | {name: tokenizer.Tokenizer(model, "") for name, model in models.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- text
