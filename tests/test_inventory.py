@@ -1,0 +1,229 @@
+"""What there is: configs, commands, routes, files, tasks and numbers by name, so that no change loses one unnoticed.
+
+    python -m tests.test_inventory    rewrites inventory.json from the code
+
+The imports and the tables say where the code is. A change that moves code edits them, not the inventory.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import configs
+import convert
+import dpo.loss
+import dpo.pairs
+import dpo.reference
+import eval.tasks
+import serving.api
+import serving.chat
+import serving.served
+import sft.conversations
+import sft.lora
+import stage
+import train
+from data import sources
+from sft.templates import TEMPLATES
+from tests.conftest import ROOT, Place
+from tests.eval.test_language import RAW
+from tests.eval.test_main import evaluate, put
+from tests.eval.test_tasks import RECORDS
+
+WRITTEN = ROOT / "tests/inventory.json"
+COMMANDS = {  # how each is started: a file and, after it, the subcommand if there is one
+    **{"corpus": "data/corpus.py", "tokenizer": "tokenizer/train.py", "pack": "data/pack.py", "pretrain": "train.py"},
+    **{"sft_data": "sft/data.py", "sft": "sft/train.py", "dpo_data": "dpo/data.py"},
+    **{"dpo_reference": "dpo/reference.py", "dpo": "dpo/train.py"},
+    **{"eval": "eval/__main__.py", "report": "eval/report.py", "download": "eval/download.py"},
+    **{"inspect": "data/inspect.py", "sft_inspect": "sft/inspect.py"},
+    **{name: f"serve.py {name}" for name in ("generate", "chat", "api")},
+    **{name: f"convert.py {name}" for name in ("to-hf", "from-hf")},
+}
+NAMES = {  # that configs, requests and data may have in them
+    "conversations": {name: layout.fields for name, layout in sft.conversations.FORMATS.items()},
+    "pairs": {name: layout.fields for name, layout in dpo.pairs.FORMATS.items()},
+    "text files": sources.Files.formats,
+    "record files": sources.FileRecords.formats,
+    "compressed": list(sources.OPEN),
+    "templates": {name: hashlib.sha256(form.jinja.encode()).hexdigest() for name, form in TEMPLATES.items()},
+    "training": train.CHOICES,
+    "LoRA targets": sft.lora.TARGETS,
+    "DPO losses": list(dpo.loss.LOSSES),
+    "tasks": eval.tasks.TASKS,
+    "chat commands": serving.chat.COMMANDS.split(),
+    "server metrics": list(serving.api.HELP),
+    "shipped configs": sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")),
+}
+
+
+def fields(config: type) -> dict:
+    """The fields of a config and their defaults."""
+    found = {}
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found[field.name] = "required" if default is dataclasses.MISSING else stage.describe(default)
+    return found
+
+
+def switches(command: str) -> dict:
+    """The switches and arguments of a command and its subcommand, from the parser that it builds when it is run."""
+    (file, *subcommand), parsers, found = command.split(), [], {}
+
+    def stop(parser, *_):
+        parsers.append(parser)
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        with pytest.raises(InterruptedError):
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                assert sorted(action.choices) == sorted(c.split()[1] for c in COMMANDS.values() if c.startswith(file))
+                parsers.append(action.choices[subcommand[0]])
+            elif not isinstance(action, argparse._HelpAction):
+                about = {"default": action.default, "choices": action.choices, "nargs": action.nargs}
+                kept = {key: value for key, value in about.items() if value not in (None, argparse.SUPPRESS)}
+                found.setdefault(" ".join(action.option_strings) or action.dest, {}).update(kept)
+    return found
+
+
+def server(place: Place) -> dict:
+    """The routes with their methods, and the OpenAPI schema without its prose."""
+    app = serving.api.create_app(serving.served.load(configs.load(place.config), None), None)
+    prose = ("title", "description", "summary", "operationId")
+
+    def plain(object: dict) -> dict:
+        return {key: value for key, value in object.items() if key not in prose or not isinstance(value, str)}
+
+    schema = json.loads(json.dumps(app.openapi()), object_hook=plain)
+    routes = sorted(f"{method} {route.path}" for route in app.routes for method in route.methods)
+    return {"routes": routes, "paths": schema["paths"], "schemas": schema["components"]["schemas"]}
+
+
+def shape(value, name: str = ""):
+    """The keys of nested objects and the types of what is in them; of tensors also the size."""
+    if isinstance(value, dict):
+        if value.get("type") in [config.__name__ for config in configs.CONFIGS]:
+            return value["type"]
+        many = len(value) > 200 or (value and all(isinstance(key, int) for key in value))
+        if name == "wrote":  # digests
+            return sorted(value)
+        return {"*": shape(max(value.items())[1])} if many else {key: shape(each, key) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shape(value[0])] if value and isinstance(value[0], dict) else "list"
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return value if name == "dtype" else type(value).__name__
+
+
+def content(path: Path, dtypes: dict[str, np.dtype]):
+    """What a file holds: keys and types, headings, or the digest of integers, which are the same everywhere."""
+    if path.suffix == ".json":
+        return shape(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return {k: each for line in path.read_text().splitlines() for k, each in shape(json.loads(line)).items()}
+    if path.suffix == ".pt":
+        return shape(torch.load(path, weights_only=True))
+    if path.suffix == ".md":
+        return re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    if dtype := dtypes.get(f"{path.parent.name}/*{path.suffix}"):
+        exact = f"sha256 {stage.sha256(path)}" if dtype.kind in "iu" else f"{path.stat().st_size} bytes"
+        return f"{dtype.str}, {exact}"
+    return ""
+
+
+def files(directory: Path, dtypes: dict[str, np.dtype]) -> dict:
+    """What each file of a directory holds; of the checkpoints after so many steps one stands for all."""
+    found = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = re.sub(r"step_\d+", "step_N", path.relative_to(directory).as_posix())
+        if name not in found:
+            found[name] = content(path, dtypes)
+    return found
+
+
+def run_files(place: Place) -> tuple[dict, dict]:
+    """The files of a run with evaluation and report, and of its model once it is converted."""
+    dtypes = {}  # by which binary files are read
+
+    def noting(read):
+        def note(file, dtype, **options):
+            dtypes[f"{Path(file).parent.name}/*{Path(file).suffix}"] = np.dtype(dtype)
+            return read(file, dtype, **options)
+
+        return note
+
+    put(place, *RECORDS)
+    (place.raw / "wikitext-2").mkdir()
+    (place.raw / "wikitext-2/wiki.test.raw").write_text(RAW)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fromfile", "memmap"):
+            patch.setattr(np, name, noting(getattr(np, name)))
+        evaluate(place)
+        dpo.reference.load(place.runs / "mini/dpo_reference", "")
+    place.run("-m", "eval.report", place.config)
+    to_hf = convert.arguments().parse_args(["to-hf", str(place.config), str(place.path / "converted")])
+    to_hf.command(to_hf)
+    return files(place.runs / "mini", dtypes), files(place.path / "converted", dtypes)
+
+
+def generate(place: Place) -> dict:
+    """The inventory. place: an experiment of which every stage is trained; evaluation and report are added to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS", str(place.runs))
+        run, converted = run_files(place)
+        found = {
+            "configs": {config.__name__: fields(config) for config in configs.CONFIGS},
+            "commands": {name: switches(command) for name, command in COMMANDS.items()},
+            "names": NAMES,
+            "server": server(place),
+            "run": run,
+            "converted": converted,
+        }
+    return json.loads(json.dumps(found, default=str))
+
+
+def differences(was, now, path: str = "") -> Iterator[str]:
+    """A line for each key that one of them lacks, and for each value that differs."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in was | now:
+            where = f"{path} > {key}" if path else key
+            if key in was and key in now:
+                yield from differences(was[key], now[key], where)
+            else:
+                yield f"{'new' if key in now else 'missing'}: {where}"
+    elif was != now:
+        yield f"changed: {path}: {json.dumps(was)} -> {json.dumps(now)}"
+
+
+def test_nothing_is_lost(preferring: Place, tmp_path: Path):
+    now = generate(Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True)))
+    if "WRITE_INVENTORY" in os.environ:
+        WRITTEN.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+    found = list(differences(json.loads(WRITTEN.read_text()), now))
+    assert not found, "\n".join(["if it is meant so: python -m tests.test_inventory", *found])
+
+
+def test_each_difference_is_named():
+    was = {"a": {"b": 1, "c": 2}, "d": [1]}
+    assert list(differences(was, {"a": {"b": 1, "c": 3}, "e": 0})) == ["changed: a > c: 2 -> 3", "missing: d", "new: e"]
+    assert not list(differences(was, was))
+
+
+if __name__ == "__main__":
+    os.environ["WRITE_INVENTORY"] = "1"
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", __file__])
