@@ -1,0 +1,131 @@
+"""The demo, every stage of it, gives the numbers that it gave when golden/demo.json was written.
+
+    python -m tests.test_golden runs/demo    compares a run that is there
+
+The numbers hold for the versions in requirements.txt, two threads, and a CPU that multiplies in bfloat16 (AMX).
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import machine
+from tests.conftest import ROOT
+from tests.test_pipeline import makefile_commands
+
+GOLDEN = json.loads((ROOT / "tests/golden/demo.json").read_text())
+CONFIG = "configs/demo.py"
+STAGES = (
+    *("-m data.corpus", "-m tokenizer.train", "-m data.pack", "train.py", "-m sft.data", "-m sft.train"),
+    *("-m dpo.data", "-m dpo.train", "-m eval", "-m eval.report"),
+)
+COMMANDS = [[*stage.split(), CONFIG] for stage in STAGES]
+TOLERANCE = 1e-6  # relative, of numbers that are at least 1: what float32 holds
+
+
+def differ(was, now) -> bool:
+    """Whether two values differ, numbers beyond the tolerance."""
+    if isinstance(was, float) and isinstance(now, (int, float)):
+        return not abs(was - now) <= TOLERANCE * max(1.0, abs(was))  # so that NaN differs
+    return was != now
+
+
+def read(path: Path) -> str:
+    """A file of a run; of one that is not there, an empty object."""
+    return path.read_text() if path.is_file() else "{}"
+
+
+def compared(run: Path, golden: dict) -> Iterator[tuple[str, object, object]]:
+    """What is compared: its name, its golden value, and the value in a run; None where the run has none."""
+    for directory in ("packed", "tokenizer"):
+        wrote = json.loads(read(run / directory / "manifest.json")).get("wrote", {})
+        for name, digest in golden[directory].items():
+            yield f"{directory}/{name}", digest, wrote.get(name, {}).get("sha256")
+    for stage, rows in golden["training"].items():
+        lines = map(json.loads, read(run / stage / "metrics.jsonl").splitlines())
+        logged = {line.get("step"): line for line in lines}
+        for row in rows:
+            for key in row.keys() - {"step"}:
+                yield f"{stage} step {row['step']} {key}", row[key], logged.get(row["step"], {}).get(key)
+    results = json.loads(read(run / "eval/results.json"))
+    for stage, tasks in golden["eval"].items():
+        for task, metrics in tasks.items():
+            for key, value in metrics.items():
+                yield f"{stage} {task} {key}", value, results.get(stage, {}).get(task, {}).get(key)
+
+
+def differences(run: Path, golden: dict = GOLDEN) -> list[str]:
+    """A line for each value of a run that is not the golden one."""
+    return [f"{name}: {was} -> {now}" for name, was, now in compared(run, golden) if differ(was, now)]
+
+
+def write_run(run: Path, golden: dict) -> None:
+    """The files of a run that gave these numbers."""
+    for directory in ("packed", "tokenizer", "eval", *golden["training"]):
+        (run / directory).mkdir(parents=True)
+    for directory in ("packed", "tokenizer"):
+        wrote = {name: {"sha256": digest} for name, digest in golden[directory].items()}
+        (run / directory / "manifest.json").write_text(json.dumps({"wrote": wrote}))
+    for stage, rows in golden["training"].items():
+        (run / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "eval/results.json").write_text(json.dumps(golden["eval"]))
+
+
+def test_the_commands_are_those_of_make_demo():
+    assert makefile_commands(CONFIG) == COMMANDS
+
+
+def test_a_run_of_the_same_numbers_does_not_differ(tmp_path: Path):
+    write_run(tmp_path / "run", GOLDEN)
+    assert differences(tmp_path / "run") == []
+
+
+def test_each_changed_number_is_named(tmp_path: Path):
+    changed = copy.deepcopy(GOLDEN)
+    changed["packed"]["val.idx"] = "0"
+    changed["training"]["sft"][0]["loss"] *= 1 + 2e-6
+    changed["training"]["dpo"][0]["loss"] *= 1 + 1e-7  # within the tolerance
+    changed["training"]["pretrain"].pop()
+    changed["eval"]["dpo"]["answers"]["loss"] = float("nan")
+    changed["eval"]["dpo"]["answers"]["n"] += 1
+    del changed["eval"]["sft"]["smoke"]
+    write_run(tmp_path / "run", changed)
+    found = {line.partition(":")[0] for line in differences(tmp_path / "run")}
+    expected = {"packed/val.idx", "sft step 1 loss", "pretrain step 1800 loss", "pretrain step 1800 val_loss"}
+    expected |= {"dpo answers loss", "dpo answers n"}
+    assert found == expected | {f"sft smoke {key}" for key in GOLDEN["eval"]["sft"]["smoke"]}
+
+
+def test_of_an_empty_directory_everything_differs(tmp_path: Path):
+    assert len(differences(tmp_path)) == len(list(compared(tmp_path, GOLDEN))) > 200
+
+
+@pytest.mark.slow
+def test_the_demo_gives_the_golden_numbers(tmp_path: Path):
+    device = machine.pick_device()
+    if device.type != "cpu" or machine.pick_dtype(device) != torch.bfloat16:
+        pytest.skip(f"the golden numbers are a CPU's in bfloat16; here {machine.name(device)} would not compute in it")
+    raw, runs = tmp_path / "raw", tmp_path / "runs"
+    raw.mkdir()  # empty: tasks whose data happens to be here are not measured
+    env = os.environ | {"DATA": str(raw), "RUNS": str(runs), "OMP_NUM_THREADS": "2"}
+    env.pop("TRITON_INTERPRET", None)  # conftest's
+    for command in COMMANDS:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    found = differences(runs / "demo")
+    assert not found, "\n".join([f"golden: {GOLDEN['machine']}", *found])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m tests.test_golden RUN_DIRECTORY")
+    found = differences(Path(sys.argv[1]))
+    print("\n".join(found) or "no difference")
+    sys.exit(bool(found))
