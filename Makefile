@@ -1,4 +1,4 @@
-# The pipeline spelled out, a line a stage. Needs Linux, make and Python 3.11 or newer; everything else goes to .venv.
+# What people run most. Needs Linux, make and Python 3.11 or newer; everything else goes to .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,16 +11,7 @@ demo: override CONFIG = configs/demo.py
 demo: pipeline
 
 pipeline: $(VENV)/core
-	$(RUN) -m data.corpus     $(CONFIG)
-	$(RUN) -m tokenizer.train $(CONFIG)
-	$(RUN) -m data.pack       $(CONFIG)
-	$(RUN) train.py           $(CONFIG)
-	$(RUN) -m sft.data        $(CONFIG)
-	$(RUN) -m sft.train       $(CONFIG)
-	$(RUN) -m dpo.data        $(CONFIG)
-	$(RUN) -m dpo.train       $(CONFIG)
-	$(RUN) -m eval            $(CONFIG)
-	$(RUN) -m eval.report     $(CONFIG)
+	$(RUN) pipeline.py $(CONFIG)
 
 test: $(VENV)/dev
 	$(RUN) -m pytest -n auto -m "not slow"
@@ -40,7 +31,7 @@ lint: $(VENV)/dev
 
 install: $(VENV)/dev
 
-# An environment counts as made once its stamp is there: an interrupted installation is gone on with.
+# An environment counts as made once its stamp is there: an interrupted installation is continued.
 $(VENV)/core: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python " + sys.version.split()[0] + \
 	  " found, 3.11 or newer needed; name one with make PYTHON=…")'

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
+import lora
 import stage
+from cli import UserError, log
 from model import ModelConfig, Transformer
-from stage import UserError, log
 
 
 def save(directory: Path, files: dict[str, dict], about: dict) -> None:
     """Writes a checkpoint directory, atomically, in place of one of the same name.
 
     files: by name, what `torch.load(weights_only=True)` reads: tensors, numbers, strings, and containers of them.
-    about: the rest of the manifest: config, read, counts.
+    about: the rest of the manifest, as `Stage.about` gives it.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
     remove(temporary)
@@ -34,7 +35,7 @@ def save(directory: Path, files: dict[str, dict], about: dict) -> None:
             with open(temporary / name, "wb") as file:
                 torch.save(_interned(content), file)
         wrote = stage.digests(temporary, temporary.glob("*.pt"))
-        stage.write_manifest(temporary, about | {"wrote": wrote, "versions": stage.versions()})
+        stage.write_manifest(temporary, about | {"wrote": wrote})
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.__context__  # torch covers what the disk said with an error of its own
@@ -170,8 +171,6 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     of them is missing, damaged, or not what the other was trained with."""
     directory = Path(directory)
     if adapts(directory):
-        from sft import lora  # a stage, which stands above this module: only its models need it
-
         model = load_model(base(directory))
         load_adapter(directory, model)
         lora.fold(model)
@@ -188,16 +187,14 @@ def load_adapter(directory: Path | str, model: Transformer, name: str = "default
     """Puts the adapter in a checkpoint directory on its base, beside those that are there, and in use.
 
     model: as `load_model` gives it for `base(directory)`. The row of a control piece in its output projection may
-    change (`sft.templates.begin`). UserError for an adapter of another model.
+    change (`lora.begin`). UserError for an adapter of another model.
     """
-    from sft import lora, templates
-
     directory = Path(directory)
     manifest = read_manifest(directory)
     if getattr(model, "digest", "none") not in manifest["read"].values():
         raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
     if pieces := manifest["config"].get("begin"):
-        templates.begin(model, **pieces)
+        lora.begin(model, **pieces)
     fields = {key: value for key, value in manifest["config"]["lora"].items() if key != "type"}
     lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}), name)
     load_weights(directory, model, name)

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import cli
 import stage
 import tokenizer.train
+from cli import UserError, log
 from model import ModelConfig, Transformer
 from sft import templates
-from stage import UserError, log
 from tokenizer import Tokenizer
 
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -490,7 +491,7 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
 
 
 def write_tokenizer(directory: Path, spm: Tokenizer, name: str) -> None:
-    """A finished tokenizer directory, as `python -m tokenizer.train` leaves it."""
+    """A finished tokenizer directory, as the stage `tokenizer` leaves it."""
     directory.mkdir()
     tokenizer.train.write(directory, spm.model)
     control = ", ".join(f"`{piece}`" for piece in spm.control) or "none"
@@ -520,7 +521,7 @@ from data.pack import PackConfig
 from data.sources import PythonDocs
 from model import ModelConfig
 from tokenizer.train import TokenizerConfig
-from train import TrainConfig
+from trainer import TrainConfig
 
 experiment = Experiment(
     name="{name}",
@@ -536,7 +537,7 @@ experiment = Experiment(
 
 
 def arguments() -> argparse.ArgumentParser:
-    p = stage.parser(__doc__, config=False)
+    p = cli.parser(__doc__, config=False)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     for name, command in (("to-hf", to_hf), ("from-hf", from_hf)):
         c = commands.add_parser(name, description=command.__doc__, help=command.__doc__, allow_abbrev=False)
@@ -553,4 +554,4 @@ def arguments() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     parsed = arguments().parse_args()
-    stage.run(parsed.command, parsed)
+    cli.run(parsed.command, parsed)

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import UserError, log
 from model import ModelConfig, Transformer, triton
-from stage import UserError, log
 
 if TYPE_CHECKING:
-    from train import Task, TrainConfig
+    from trainer import Task, TrainConfig
 
 CHINCHILLA = 20  # tokens a parameter at which a given number of FLOPs trains the best model (arXiv:2203.15556)
 

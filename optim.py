@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model import Transformer
 
 if TYPE_CHECKING:
-    from train import TrainConfig
+    from trainer import TrainConfig
 
 
 def learning_rate(config: "TrainConfig", step: int, steps: int) -> float:

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import stage
-from stage import Stopped, UserError, log
+import cli
+from cli import Stopped, UserError, log
 
 DAY = 86_400.0
 
@@ -55,7 +55,7 @@ def joined(timeout: float) -> Iterator[None]:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        stage.end_with_parent(signal.SIGTERM)  # torchrun, if it is killed, cannot end its processes any more
+        cli.end_with_parent(signal.SIGTERM)  # torchrun, if it is killed, cannot end its processes any more
     wait = datetime.timedelta(seconds=timeout)
     try:
         # After a restart torchrun's store still has the addresses of the dead: each attempt gets names of its own. They

@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-import stage
-from stage import UserError
+import cli
+from cli import UserError
 
 
 def read_input() -> str:
@@ -31,7 +31,7 @@ def read_input() -> str:
 
 def sampling(arguments: argparse.Namespace):
     """What the switches ask for, a `model.Sampling`. UserError for what cannot be."""
-    from model import Sampling
+    from generate import Sampling
 
     names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
     try:
@@ -91,7 +91,7 @@ def chat(arguments: argparse.Namespace) -> None:
     served = load(arguments)
     if not served.template:
         raise UserError(
-            f"{served.name} was not taught to answer: fine-tune it with python -m sft.train {arguments.config}, or "
+            f"{served.name} was not taught to answer: fine-tune it with python pipeline.py {arguments.config} sft, or "
             f"have it go on with a text: python serve.py {arguments.config} generate"
         )
     with Engine(served.model, served.tokenizer, rows=1, seconds=math.inf) as engine:
@@ -110,17 +110,17 @@ def api(arguments: argparse.Namespace) -> None:
     listening = listen(arguments.host, arguments.port)
     key = os.environ.get("LUMI_API_KEY", "").strip() or None
     if not key and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
-        stage.log.warning("anyone who reaches this machine may use the model: set LUMI_API_KEY to ask for a key")
+        cli.log.warning("anyone who reaches this machine may use the model: set LUMI_API_KEY to ask for a key")
     served = load(arguments)
     with Engine(served.model, served.tokenizer, arguments.batch_size, arguments.queue) as engine:
         host, port = listening.getsockname()[:2]
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        stage.log.info(f"{served.name} answers on http://{place}: a page to chat on, the API under /v1; Ctrl-C ends it")
+        cli.log.info(f"{served.name} answers on http://{place}: a page to chat on, the API under /v1; Ctrl-C ends it")
         run(served, engine, listening, key)
 
 
 def arguments() -> argparse.ArgumentParser:
-    p = stage.parser(__doc__)
+    p = cli.parser(__doc__)
     one = {"type": Path, "metavar": "DIR", "help": "a trained model by path, instead of the experiment's"}
     p.add_argument("--checkpoint", **one)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
@@ -130,7 +130,7 @@ def arguments() -> argparse.ArgumentParser:
         c = commands.add_parser(name, description=command.__doc__, help=help)
         c.set_defaults(command=command)
         c.add_argument("--checkpoint", default=argparse.SUPPRESS, **one)
-        c.add_argument("--log-level", default=argparse.SUPPRESS, choices=stage.LEVELS)
+        c.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
         return c
 
     def writes(command, name: str, most: int | None, help: str) -> argparse.ArgumentParser:
@@ -143,7 +143,7 @@ def arguments() -> argparse.ArgumentParser:
         c.add_argument("--repetition-penalty", type=float, default=1.0, help="over 1, tokens seen are less likely (1)")
         c.add_argument(
             "--max-tokens",
-            type=stage.positive,
+            type=cli.positive,
             default=most,
             help=f"at most so many new tokens ({most or 'what fits'})",
         )
@@ -152,14 +152,14 @@ def arguments() -> argparse.ArgumentParser:
 
     g = writes(generate, "generate", 200, "continue a prompt")
     g.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; none, or -, reads standard input")
-    g.add_argument("--samples", type=stage.positive, default=1, help="how many continuations (1)")
+    g.add_argument("--samples", type=cli.positive, default=1, help="how many continuations (1)")
     c = writes(chat, "chat", None, "talk with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
     a = add(api, "api", "serve an HTTP API and a page to chat on")
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
     a.add_argument("--port", type=port, default=8000, help="the port to listen on; 0 finds a free one (8000)")
-    a.add_argument("--batch-size", type=stage.positive, default=8, help="texts decoded together (8)")
-    a.add_argument("--queue", type=stage.positive, default=64, help="how many more may wait (64)")
+    a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
+    a.add_argument("--queue", type=cli.positive, default=64, help="how many more may wait (64)")
     return p
 
 
@@ -177,4 +177,4 @@ def port(text: str) -> int:
 
 if __name__ == "__main__":
     parsed = arguments().parse_args()
-    stage.run(parsed.command, parsed)
+    cli.run(parsed.command, parsed)

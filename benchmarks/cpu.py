@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import configs
+import generate
 import machine
 import stage
 from model import Transformer, linear_cross_entropy
@@ -188,7 +189,7 @@ def generate_vs_transformers(name: str, batch: int, rounds: int, new: int = 128)
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     ways = {
         "bare": bare,
-        "ours": lambda: ours.generate(prompts.tolist(), new, temperature=0),
+        "ours": lambda: generate.generate(ours, prompts.tolist(), new, temperature=0),
         "theirs": lambda: theirs.generate(prompts, **settings),
     }
     found = interleaved(rounds, ways)

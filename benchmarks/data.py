@@ -22,6 +22,7 @@ import datasketch
 import numpy as np
 import sentencepiece
 
+import cli
 import configs
 import data.corpus
 import data.pack
@@ -222,5 +223,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except stage.UserError as error:
+    except cli.UserError as error:
         sys.exit(f"error: {error}")

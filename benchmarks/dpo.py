@@ -27,8 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cli
 import configs
 import dpo.data
+import lora
 import machine
 import stage
 from benchmarks.cpu import ratio
@@ -37,7 +39,6 @@ from dpo.data import PairRows
 from dpo.loss import log_probs, preference_loss
 from model import Transformer
 from optim import make_optimizers
-from sft import lora
 from sft.data import IGNORED
 
 RESULT = Path(__file__).parent / "results/dpo.json"
@@ -190,4 +191,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, stage.parser(__doc__).parse_args())
+    cli.run(main, cli.parser(__doc__).parse_args())

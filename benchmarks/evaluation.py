@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import cli
 import configs
 import machine
 import stage
@@ -90,4 +91,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, stage.parser(__doc__).parse_args())
+    cli.run(main, cli.parser(__doc__).parse_args())

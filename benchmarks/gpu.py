@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import generate
+
 # First: without a GPU it has Triton interpreted.
 from benchmarks import gpu_kernels
 from benchmarks.gpu_kernels import BACKEND, DEVICE, GPU, HALF, interleaved, ratio
@@ -277,7 +279,7 @@ def generation(batch: int, results: Results) -> dict:
     listed, there = prompts.tolist(), prompts.to(DEVICE)
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
     functions = {
-        "ours": lambda: model.generate(listed, new, temperature=0),
+        "ours": lambda: generate.generate(model, listed, new, temperature=0),
         "theirs": lambda: theirs.generate(there, attention_mask=torch.ones_like(there), **options),
     }
     for function in functions.values():

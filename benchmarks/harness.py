@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 import checkpoint
+import cli
 import configs
 import machine
 import stage
+from cli import UserError
 from eval import choices, language
 from eval.tasks import PUBLISHED, read
-from stage import UserError
 
 RESULT = Path(__file__).parent / "results/harness.json"
 PLAIN = 100  # items a task that the harness is asked as it is
@@ -196,7 +197,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    p = stage.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
-    p.add_argument("--limit", type=stage.positive, metavar="N", help="items a task at most (all)")
-    stage.run(main, p.parse_args())
+    p.add_argument("--limit", type=cli.positive, metavar="N", help="items a task at most (all)")
+    cli.run(main, p.parse_args())

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import cli
 import configs
 import data.pack
 import machine
 import stage
-from stage import UserError
+from cli import UserError
 
 RESULT = Path(__file__).parent / "results/serving.json"
 CLIENTS = 8
@@ -258,6 +259,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    p = stage.parser(__doc__)
-    p.add_argument("--requests", type=stage.positive, default=2000, metavar="N", help="of the soak (2000)")
-    stage.run(main, p.parse_args())
+    p = cli.parser(__doc__)
+    p.add_argument("--requests", type=cli.positive, default=2000, metavar="N", help="of the soak (2000)")
+    cli.run(main, p.parse_args())

@@ -23,14 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cli
 import configs
+import lora
 import machine
 import sft.data
 import stage
 from benchmarks.cpu import ratio
 from model import Transformer, linear_cross_entropy
 from optim import make_optimizers
-from sft import lora
 from sft.data import IGNORED, Rows
 
 RESULT = Path(__file__).parent / "results/sft.json"
@@ -186,4 +187,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, stage.parser(__doc__).parse_args())
+    cli.run(main, cli.parser(__doc__).parse_args())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import stage
 import tokenizer
+from cli import UserError
 from data.batches import Phase
 from data.clean import Cleaning
 from data.corpus import CorpusConfig
@@ -31,20 +32,19 @@ from dpo.loss import LossConfig
 from dpo.pairs import DocPairs, HubPairs, Pairs
 from dpo.train import DPOConfig
 from eval import EvalConfig
+from lora import LoRAConfig
 from model import ModelConfig
 from sft.conversations import Chats, DocQuestions, HubChats
 from sft.data import ConversationConfig
 from sft.filters import Filters
-from sft.lora import LoRAConfig
 from sft.train import SFTConfig
-from stage import UserError
 from tokenizer import Tokenizer
 from tokenizer.train import TokenizerConfig
-from train import TrainConfig
+from trainer import TrainConfig
 
 DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "pretrain": "pretrain"}
 DIRECTORIES |= {name: name for name in ("sft_data", "sft", "dpo_data", "dpo_reference", "dpo", "eval")}
-TRAINED = {"pretrain": "train.py", "sft": "-m sft.train", "dpo": "-m dpo.train"}  # the stages that train, in order
+TRAINED = ("pretrain", "sft", "dpo")  # the stages that train, in order
 SHARED = ("corpus", "tokenizer", "pack", "pretrain", "sft")
 
 
@@ -112,6 +112,15 @@ class Experiment:
         """The config file, as a shell reads it: for commands in messages."""
         return shlex.quote(str(self.file or Path("configs") / f"{self.name}.py"))
 
+    def command(self, stage_name: str) -> str:
+        """What the user types to make a stage."""
+        owner = self.owner(stage_name)
+        if owner.imported and stage_name == "tokenizer":
+            return f"python convert.py from-hf DIR {owner.imported}"
+        if stage_name == "pretrain":
+            return f"python train.py {owner.path}"
+        return f"python pipeline.py {owner.path} {stage_name}"
+
     def owner(self, stage_name: str) -> "Experiment":
         """The experiment whose directory a stage's is: itself, or the one it shares, of sft with its data."""
         stage_name = "sft" if stage_name == "sft_data" else stage_name
@@ -129,9 +138,7 @@ class Experiment:
         UserError, with the command that makes it, if it is missing or damaged."""
         if checkpoint and stage.read_manifest(checkpoint / "tokenizer"):
             return tokenizer.load(checkpoint / "tokenizer", f"python convert.py from-hf DIR {checkpoint}")
-        owner = self.owner("tokenizer")
-        make = f"convert.py from-hf DIR {owner.imported}" if owner.imported else f"-m tokenizer.train {owner.path}"
-        return tokenizer.load(self.directory("tokenizer"), f"python {make}")
+        return tokenizer.load(self.directory("tokenizer"), self.command("tokenizer"))
 
     def trained(self, stage_name: str) -> Path:
         """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
@@ -139,8 +146,7 @@ class Experiment:
         if stage.read_manifest(final) is None:
             if stage_name == "pretrain" and (imported := self.owner("pretrain").imported):
                 return imported
-            make = f"python {TRAINED[stage_name]} {self.owner(stage_name).path}"
-            raise UserError(f"{self.name} is not trained: no {final}; train it with: {make}")
+            raise UserError(f"{self.name} is not trained: no {final}; train it with: {self.command(stage_name)}")
         return final
 
     def all_trained(self) -> dict[str, Path]:

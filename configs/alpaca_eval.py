@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from configs.alpaca import experiment as alpaca
 from configs.prose_mini import experiment as prose_mini
-from train import TrainConfig
+from trainer import TrainConfig
 
 experiment = replace(
     prose_mini,

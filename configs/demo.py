@@ -9,7 +9,7 @@ from dpo.train import DPOConfig
 from model import ModelConfig
 from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
-from train import TrainConfig
+from trainer import TrainConfig
 
 experiment = Experiment(
     name="demo",

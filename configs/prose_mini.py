@@ -11,7 +11,7 @@ from model import ModelConfig
 from sft.data import ConversationConfig
 from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
-from train import TrainConfig
+from trainer import TrainConfig
 
 experiment = replace(
     prose_tiny,

@@ -6,7 +6,7 @@ from data.pack import PackConfig
 from data.sources import PythonDocs
 from model import ModelConfig
 from tokenizer.train import TokenizerConfig
-from train import TrainConfig
+from trainer import TrainConfig
 
 experiment = Experiment(
     name="tiny",

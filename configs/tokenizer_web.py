@@ -1,6 +1,6 @@
 """tokenizer_web: the tokenizer of all *_web experiments, trained once on its own 100 million tokens of their sources.
 
-    python -m tokenizer.train configs/tokenizer_web.py
+    python pipeline.py configs/tokenizer_web.py tokenizer
 
 The sources are streamed from the Hugging Face Hub (pip install datasets).
 """

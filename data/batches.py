@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cli import UserError
 from data.pack import Packed
-from stage import UserError, check_types
+from stage import check_types
 
 
 class Shuffled:
@@ -184,12 +185,21 @@ def ranges(numbers: Iterable[int], most: int = 20) -> str:
     return f"{text} and {rest:,} more" if rest else text
 
 
-def mixture(experiment, packed: Packed, others: Mapping[str, Packed]) -> Mixture:
-    """The training batches of an experiment, from its own packed tokens and those of experiments `beside` it."""
-    length, config = experiment.model.context_length, experiment.pretrain
-    if not experiment.mixture:
-        everything = Windows(packed, length, config.seed)
-        return Mixture({experiment.name: everything}, [Phase(start=0, weights={experiment.name: 1})], config.batch_size)
-    used = dict.fromkeys(name for phase in experiment.mixture for name in phase.weights)
-    sets = {name: Windows(others.get(name) or packed.of(name), length, config.seed) for name in used}
-    return Mixture(sets, experiment.mixture, config.batch_size)
+def mixture(
+    name: str,
+    phases: Sequence[Phase],
+    packed: Packed,
+    others: Mapping[str, Packed],
+    length: int,
+    batch_size: int,
+    seed: int,
+) -> Mixture:
+    """The training batches of an experiment called `name`: rows of `length` tokens from its own packed tokens and, by
+    name, those of other experiments. No phases: all of its own."""
+    if not phases:
+        return Mixture({name: Windows(packed, length, seed)}, [Phase(start=0, weights={name: 1})], batch_size)
+    sets = {}
+    for phase in phases:
+        for used in phase.weights:
+            sets[used] = Windows(others.get(used) or packed.of(used), length, seed)
+    return Mixture(sets, phases, batch_size)

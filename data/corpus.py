@@ -1,16 +1,16 @@
 """Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a card that says what
 they are and what was left out.
 
-    python -m data.corpus configs/tiny.py   ->  runs/tiny/corpus
+    python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
 
 The same inputs give the same bytes, whatever the number of workers, and however often it was interrupted: it goes on
+import cli
 from the last finished shard.
 
 Workers clean and judge; this process decides on duplicates, one text after another, because what is one depends on what
 was kept before. Long documents are judged by section: a bad chapter is dropped, the book stays.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -23,21 +23,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+import cli
 import stage
+from cli import UserError, log, progress
 from data.clean import clean
 from data.decontaminate import Contamination
 from data.dedup import Deduplication, Index, MinHash
 from data.quality import Quality, judge, select_lines
 from data.sources import Document, Source, Unreadable
 from data.words import fingerprint, hashes, words
-from stage import Stage, UserError, check_types, log, progress
-
-if TYPE_CHECKING:
-    from configs import Experiment
+from stage import Stage, check_types
 
 SHARD_BYTES = 64 << 20
 BATCH_CHARS = 1 << 19  # of documents that one worker takes at a time
@@ -251,23 +250,25 @@ class Tally:
         return {**totals, "dropped": dict(sorted(dropped.items())), "sources": self.sources}
 
 
-def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
-    """Makes the experiment's corpus, unless it is there. Returns its directory."""
-    experiment = experiment.owner("corpus")
-    config, directory = experiment.corpus, experiment.directory("corpus")
-    finished = stage.read_manifest(directory) is not None and not force
+def job(config: CorpusConfig, directory: Path, command: str) -> Stage:
+    """The stage that makes a corpus in `directory`. command: what the user types to make it."""
     try:
         read = {p: digest for each in (*config.sources, *config.decontaminate) for p, digest in each.inputs().items()}
     except UserError:
-        if not finished:
+        if stage.read_manifest(directory) is None:
             raise
-        read = {}  # the raw files have been moved away: the finished corpus stands
-    job = Stage(directory, config, read, f"python -m data.corpus {experiment.path}")
+        read = {}  # the raw files have been moved away: the finished corpus stays valid
+    return Stage(directory, config, read, command, __file__)
+
+
+def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = False) -> None:
+    """Makes the corpus, unless it is there."""
+    directory = job.directory
     if job.up_to_date(force):
-        return directory
+        return
     with job.making(keep=True):
         if job.up_to_date(force):  # another process was faster
-            return directory
+            return
         if (state := None if force else _interrupted(directory, job, config)) is None:
             job.clear()
         tally = gather(config, directory, workers, state or _beginning(job))
@@ -293,11 +294,10 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
                 log.warning(
                     f"{source.name} gave about {found:,.0f} of the {asked:,} tokens asked of it: it has no more"
                 )
-        (directory / "DATA_CARD.md").write_text(card(experiment.name, config, tally), encoding="utf-8")
+        (directory / "DATA_CARD.md").write_text(card(directory.parent.name, config, tally), encoding="utf-8")
         job.finish(counts)
         shutil.rmtree(directory / "partial")
         log.info(f"corpus: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB -> {directory}")
-    return directory
 
 
 def _beginning(job: Stage) -> dict:
@@ -330,7 +330,7 @@ def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> 
     if shards:
         log.info(f"corpus: going on after {len(shards)} finished shards")
     preparation = Preparation(config)
-    with Index(config.dedup, partial, state["index"]) as index, stage.pool(workers, _start_worker, preparation) as pool:
+    with Index(config.dedup, partial, state["index"]) as index, cli.pool(workers, _start_worker, preparation) as pool:
         documents = _kept(pool, config, workers, state, tally, index)
         for first in documents:
             with open(directory / f"shard_{len(shards):05d}.jsonl", "wb") as shard:
@@ -387,7 +387,7 @@ def _prepared(pool, number: int, source: Source, workers: int, skip: int, counts
         seen = (share - first) / (1 - first) if share > first else 0  # of what was left to read
         return round(chars / 1e6, 1), round(chars / 1e6 / seen, 1) if seen else 0
 
-    prepared = stage.ordered(pool, functools.partial(_prepare, number), batches(), 2 * workers)
+    prepared = cli.ordered(pool, functools.partial(_prepare, number), batches(), 2 * workers)
     for document in progress(itertools.chain.from_iterable(prepared), so_far, "MB", source.name):
         chars += document.chars
         first = min(first, document.read)
@@ -461,17 +461,3 @@ def _line(text: str) -> str:
     """The beginning of a text, on one line of Markdown."""
     text = " ".join(text[:300].split())
     return f"`{text.replace('`', chr(39))}`" if text else "(empty)"
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    experiment = configs.load(arguments.config)
-    directory = build(experiment, stage.workers(arguments), arguments.force)
-    log.info(f"{directory} is up to date")
-
-
-if __name__ == "__main__":
-    from data.corpus import main  # the module that configs import, not this second copy of it
-
-    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

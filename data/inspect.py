@@ -8,11 +8,11 @@ import argparse
 
 import numpy as np
 
+import cli
 import configs
 import data.pack
-import stage
+from cli import UserError
 from data.batches import mixture
-from stage import UserError
 
 END = "⟨end⟩"  # where a document ends
 
@@ -22,7 +22,7 @@ def main(arguments: argparse.Namespace) -> None:
     spm = experiment.load_tokenizer()
 
     def load(other):
-        make = f"python -m data.pack {other.path}"
+        make = other.command("pack")
         return data.pack.load(other.directory("pack"), spm.sha256, make)
 
     def show(ids: np.ndarray) -> str:
@@ -49,7 +49,11 @@ def main(arguments: argparse.Namespace) -> None:
         start, end = packed.starts[number], ends[number]
         print(f"{number:,} [{start:,} to {end:,}) {show(packed.tokens[start:end])}")
 
-    batches = mixture(experiment, splits["train"], {other.name: load(other)["train"] for other in experiment.beside})
+    others = {other.name: load(other)["train"] for other in experiment.beside}
+    config, length = experiment.pretrain, experiment.model.context_length
+    batches = mixture(
+        experiment.name, experiment.mixture, splits["train"], others, length, config.batch_size, config.seed
+    )
     print(f"\nbatch of step {arguments.step:,} (counted from 0), {batches.size} rows")
     for row in range(min(arguments.rows, batches.size)):
         name, window = batches.drawn(arguments.step * batches.size + row)
@@ -66,11 +70,11 @@ def count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    p = stage.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--split", choices=data.pack.SPLITS, default="train")
     p.add_argument("--first", type=count, default=0, metavar="N", help="the first document shown; default: 0")
     p.add_argument("--documents", type=count, default=3, metavar="N", help="how many; default: 3")
     p.add_argument("--step", type=count, default=0, metavar="N", help="whose batch is shown; default: 0")
     p.add_argument("--rows", type=count, default=2, metavar="N", help="how many of its rows; default: 2")
-    p.add_argument("--chars", type=stage.positive, default=500, metavar="N", help="of each text; default: 500")
-    stage.run(main, p.parse_args())
+    p.add_argument("--chars", type=cli.positive, default=500, metavar="N", help="of each text; default: 500")
+    cli.run(main, p.parse_args())

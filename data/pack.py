@@ -1,30 +1,26 @@
 """Corpus and tokenizer to packed tokens: two flat files that training maps into memory.
 
-    python -m data.pack configs/tiny.py   ->  runs/tiny/packed
+    python pipeline.py configs/tiny.py pack   ->  runs/tiny/packed
 
 `train.bin` and `val.bin` hold the ids of one document after another, each closed by the end token, little-endian uint16
 (uint32 past 65,536 pieces). `train.idx` and `val.idx` hold where each document starts, in tokens, as int64.
 """
 
-import argparse
 import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-import data.corpus
+import cli
 import stage
 import tokenizer
 import tokenizer.train
+from cli import UserError, log, progress
 from data.corpus import held_out
-from stage import Stage, UserError, check_types, log, progress
-
-if TYPE_CHECKING:
-    from configs import Experiment
+from stage import Stage, check_types
 
 CHUNK = 1 << 20  # bytes of a shard that one worker takes at a time
 SPLITS = ("train", "val")
@@ -74,17 +70,17 @@ class Packed:
             yield self.tokens[start:end]
 
 
-def load(directory: Path, tokenizer_sha256: str, make: str) -> dict[str, Packed]:
+def load(directory: Path, tokenizer_sha256: str) -> dict[str, Packed]:
     """The splits of a finished packed directory, every file checked against its manifest.
 
-    UserError, naming `make`, if it is missing, damaged, or was made with another tokenizer.
+    UserError if it is missing, damaged, or was made with another tokenizer.
     """
-    manifest = stage.finished(directory, make)
+    manifest = stage.finished(directory)
     made_with = next(digest for path, digest in manifest["read"].items() if path.endswith("spm.model"))
     if made_with != tokenizer_sha256:
         raise UserError(
             f"{directory} was packed with tokenizer {made_with[:12]}…, but the tokenizer here is "
-            f"{tokenizer_sha256[:12]}…; pack again with: {make} --force"
+            f"{tokenizer_sha256[:12]}…; pack again with: {stage.maker(directory)} --force"
         )
     splits = {}
     for split in SPLITS:
@@ -131,24 +127,20 @@ def _encode(chunk: tuple[Path, int]) -> dict:
     return found
 
 
-def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
-    """Makes the experiment's packed tokens, and what they need, unless they are there. Returns their directory."""
-    experiment = experiment.owner("pack")
-    config, directory = experiment.pack, experiment.directory("pack")
-    corpus, spm = experiment.directory("corpus"), experiment.directory("tokenizer")
-    missing = force or stage.read_manifest(directory) is None
-    if missing or stage.read_manifest(corpus):
-        data.corpus.build(experiment, workers)
-    if missing or stage.read_manifest(spm):
-        tokenizer.train.build(experiment, workers)
+def job(config: PackConfig, corpus: Path, spm: Path, directory: Path, command: str) -> Stage:
+    """The stage that packs the corpus in a directory. spm: the tokenizer's directory. command: what the user types."""
     read = stage.outputs(corpus) | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
     if not stage.read_manifest(corpus) or not stage.read_manifest(spm):
-        read = {}  # an input has been removed: there is nothing to compare with, and what is packed stands
-    make = f"python -m data.pack {experiment.path}"
-    job = Stage(directory, config, read, make)
+        read = {}  # an input has been removed: there is nothing to compare with, and what is packed stays valid
+    return Stage(directory, config, read, command, __file__)
+
+
+def build(job: Stage, config: PackConfig, corpus: Path, spm: Path, workers: int = 1, force: bool = False) -> None:
+    """Packs the corpus, unless that is done."""
+    directory = job.directory
     if job.up_to_date(force):
-        return directory
-    stage.finished(corpus, f"python -m data.corpus {experiment.path}")
+        return
+    stage.finished(corpus)
     spm = tokenizer.load(spm)
     with job.making():
         counts = pack(corpus, spm, config.val_fraction, directory, workers)
@@ -164,7 +156,6 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
             log.warning(f"no document of {missing} is held out: validation says nothing of it")
         train, val = counts["train"], counts["val"]
         log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {directory}")
-    return directory
 
 
 def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory: Path, workers: int) -> dict:
@@ -178,8 +169,8 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
             for split in SPLITS
             for name in (f"{split}.bin", f"{split}.idx")
         }
-        pool = stack.enter_context(stage.pool(workers, _start_worker, spm, val_fraction, dtype))
-        encoded = stage.ordered(pool, _encode, chunks, 4 * workers)
+        pool = stack.enter_context(cli.pool(workers, _start_worker, spm, val_fraction, dtype))
+        encoded = cli.ordered(pool, _encode, chunks, 4 * workers)
         for pieces in progress(encoded, len(chunks), "MB", "packing"):
             for split, parts in pieces.items():
                 total = counts[split]
@@ -193,17 +184,3 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
                         table["tokens"] += len(ids)
                         table["bytes"] += size
     return {"dtype": dtype, **counts}
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    experiment = configs.load(arguments.config)
-    directory = build(experiment, stage.workers(arguments), arguments.force)
-    log.info(f"{directory} is up to date")
-
-
-if __name__ == "__main__":
-    from data.pack import main  # the module that configs import, not this second copy of it
-
-    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import stage
+import cli
+from cli import UserError, log
 from data.clean import Cleaning
 from data.quality import Quality
-from stage import UserError, check_types, log, sha256
+from stage import check_types, sha256
 
 
 def raw() -> Path:
@@ -490,8 +491,8 @@ class PythonDocs(Source):
 
     def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
         modules, number = self.files(), 0
-        with stage.pool(workers) as pool:
-            for done, found in enumerate(stage.ordered(pool, _docstrings, modules, 16 * workers), start=1):
+        with cli.pool(workers) as pool:
+            for done, found in enumerate(cli.ordered(pool, _docstrings, modules, 16 * workers), start=1):
                 for id, text in found:
                     number += 1
                     if number > skip:

@@ -1,6 +1,6 @@
 """Pairs of answers to tokens: read, judged, spelt by the template of the fine-tuned model, cut to the context.
 
-    python -m dpo.data configs/tiny.py   ->  runs/tiny/dpo_data
+    python pipeline.py configs/tiny.py dpo_data   ->  runs/tiny/dpo_data
 
 For each split: `train.bin` holds the ids of one pair after another, little-endian uint16 (uint32 past 65,536 pieces):
 prompt, chosen answer, rejected answer. `train.idx` has six int64 numbers a pair: where the prompt, the chosen and the
@@ -8,18 +8,17 @@ rejected answer begin and the pair ends, its kind, and the number of its prompt,
 a line for each: where it came from.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import stage
+import tokenizer
+from cli import UserError, log, progress
 from data.batches import Shuffled
 from data.corpus import held_out
 from data.pack import SPLITS
@@ -30,11 +29,8 @@ from sft.conversations import Message
 from sft.data import inputs
 from sft.data import load as load  # what it checks is the same
 from sft.templates import render
-from stage import Stage, UserError, check_types, log, progress
+from stage import Stage, check_types
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from configs import Experiment
 
 COLUMNS = 6  # of the index
 
@@ -175,16 +171,22 @@ def write(directory: Path, name: str, splits: Mapping[str, Split]) -> dict:
     return counts | {"pairs": len(index), "prompts": len(prompts)}
 
 
-def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
-    """Makes the experiment's pairs, and the tokenizer they need, unless they are there. Returns their directory."""
-    config, directory = experiment.dpo.data, experiment.directory("dpo_data")
-    context, template = experiment.model.context_length, experiment.sft.data.template
-    make = f"python -m dpo.data {experiment.path}"
-    read = inputs(experiment, config.sources, directory, workers, force)
-    job = Stage(directory, {"dpo_data": config, "template": template, "context_length": context}, read, make)
+def job(config: PairConfig, template: str, context: int, spm: Path, directory: Path, command: str) -> Stage:
+    """The stage that makes pairs of at most `context` tokens. spm: the tokenizer's directory. command: what the user
+    types to make them."""
+    read = inputs(config.sources, spm, directory)
+    settings = {"dpo_data": config, "template": template, "context_length": context}
+    return Stage(directory, settings, read, command, __file__)
+
+
+def build(
+    job: Stage, config: PairConfig, template: str, context: int, spm: Path, workers: int = 1, force: bool = False
+) -> None:
+    """Makes the pairs, unless they are there."""
+    directory = job.directory
     if job.up_to_date(force):
-        return directory
-    spm = experiment.load_tokenizer()
+        return
+    spm = tokenizer.load(spm)
     with job.making():
         found, tallies = gather(config, template, spm, context, workers)
         for name, tally in tallies.items():
@@ -207,7 +209,6 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
             + ", ".join(f"{c['pairs']:,} pairs of {c['prompts']:,} prompts to {split}" for split, c in counts.items())
             + f", {counts['train']['tokens']:,} and {counts['val']['tokens']:,} tokens -> {directory}"
         )
-    return directory
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -253,16 +254,3 @@ class PairRows(Shuffled):
         """All of them in order, so many at a time."""
         for start in range(0, self.count, size):
             yield self.read(range(start, min(start + size, self.count)))
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    directory = build(configs.load(arguments.config), stage.workers(arguments), arguments.force)
-    log.info(f"{directory} is up to date")
-
-
-if __name__ == "__main__":
-    from dpo.data import main  # the module that configs import, not this second copy of it
-
-    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

@@ -1,14 +1,12 @@
 """What the reference thinks of every pair: its log-probabilities, computed once and kept.
 
-    python -m dpo.reference configs/tiny.py   ->  runs/tiny/dpo_reference
+    python pipeline.py configs/tiny.py dpo_reference   ->  runs/tiny/dpo_reference
 
 `train.logp` and `val.logp` hold two little-endian float64 numbers a pair, in the order of dpo_data: the log-probability
 of the chosen and of the rejected answer, in nats, computed in the precision of training. They are bound to the digests
 of the model and of the pairs: made anew if asked to, never used for others.
 """
 
-import argparse
-import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,12 +18,14 @@ import checkpoint
 import dpo.data
 import machine
 import stage
+from cli import UserError, log, progress
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
+from finetune import Base
 from model import Transformer
-from sft.train import load_base, unseen
-from stage import Stage, UserError, log, progress
+from stage import Stage
+from tokenizer import Tokenizer
 
 TOKENS = {"cpu": 8_192, "cuda": 131_072}  # read at once, if the pairs were as long as the longest
 
@@ -45,51 +45,37 @@ def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     return found
 
 
-def build(experiment, base: Path, workers: int = 1, force: bool = False) -> Path:
-    """Computes them, unless they are there. Returns their directory. UserError if they are of another model or of other
-    pairs."""
-    pairs = dpo.data.build(experiment, workers)
-    directory, make = experiment.directory("dpo_reference"), f"python -m dpo.reference {experiment.path}"
-    if base != experiment.directory("sft") / "final":
-        make += f" --checkpoint {shlex.quote(str(base))}"
-    device = machine.pick_device()
-    dtype = machine.training_dtype(device, experiment.dpo.train)
-    settings = {"model": experiment.model, "begin": unseen(experiment, base), "dtype": str(dtype)}
-    job = Stage(directory, settings, stage.outputs(pairs) | stage.outputs(base), make)
+def job(base: Base, pairs: Path, dtype: torch.dtype, directory: Path, command: str) -> Stage:
+    """The stage that computes the log-probabilities by `base` of the pairs in a directory.
+
+    dtype: of matrix products, as in training. command: what the user types to make them."""
+    settings = {"model": base.shape, "begin": base.unseen, "dtype": str(dtype)}
+    read = stage.outputs(pairs) | stage.outputs(base.checkpoint)
+    return Stage(directory, settings, read, command, __file__)
+
+
+def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenizer, force: bool = False) -> None:
+    """Computes them, unless they are there."""
+    directory = job.directory
+    checkpoint.must_match(base.checkpoint, spm.sha256)
     if job.up_to_date(force):
-        return directory
-    spm = experiment.load_tokenizer(base)
-    counts = dpo.data.load(pairs, spm.sha256, f"python -m dpo.data {experiment.path}")
+        return
+    counts = dpo.data.load(pairs, spm.sha256)
+    device = machine.pick_device()
     with job.making():
-        model = load_base(experiment, base).to(device).eval()
+        model = base.load().to(device).eval()
+        total = 0
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-            found = {split: of_pairs(model, PairRows(pairs, split, counts), f"reference, {split}") for split in SPLITS}
-        for split, each in found.items():
-            each.numpy().astype("<f8").tofile(directory / f"{split}.logp")
-        job.finish({split: len(each) for split, each in found.items()})
-        log.info(f"reference: log-probabilities of {sum(map(len, found.values())):,} pairs by {base} -> {directory}")
-    return directory
+            for split in SPLITS:
+                log_probabilities = of_pairs(model, PairRows(pairs, split, counts), f"reference, {split}")
+                log_probabilities.numpy().astype("<f8").tofile(directory / f"{split}.logp")
+                total += len(log_probabilities)
+        job.finish({split: counts[split]["pairs"] for split in SPLITS})
+        log.info(f"reference: log-probabilities of {total:,} pairs by {base.checkpoint} -> {directory}")
 
 
-def load(directory: Path, make: str) -> dict[str, Tensor]:
+def load(directory: Path) -> dict[str, Tensor]:
     """Both splits' of a finished directory, (pairs, 2) float64 each. UserError if a file is missing or damaged."""
-    stage.finished(directory, make)
+    stage.finished(directory)
     read = {split: np.fromfile(directory / f"{split}.logp", dtype="<f8").reshape(-1, 2) for split in SPLITS}
     return {split: torch.from_numpy(each.astype(np.float64)) for split, each in read.items()}
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    experiment = configs.load(arguments.config)
-    base = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("sft")
-    checkpoint.must_match(base, experiment.load_tokenizer(base).sha256)
-    log.info(f"{build(experiment, base, stage.workers(arguments), arguments.force)} is up to date")
-
-
-if __name__ == "__main__":
-    from dpo.reference import main  # the module that configs import, not this second copy of it
-
-    p = stage.parser(__doc__, makes=True, many=True)
-    p.add_argument("--checkpoint", metavar="DIR", help="the reference by path, instead of the fine-tuned model")
-    stage.run(main, p.parse_args())

@@ -1,13 +1,12 @@
 """Direct preference optimisation: a fine-tuned model learns which of two answers is preferred.
 
-    python -m dpo.train configs/tiny.py   ->  runs/tiny/dpo
+    python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
 
 The loop is that of train.py. Trained is an adapter (LoRA) over the fine-tuned model, or, with lora=None, the model
 itself. The reference, from which it is not to stray, is that model as it was: with the adapter off, or by what it
 thought of every pair, noted before.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,19 +19,21 @@ from torch import Tensor, nn
 import checkpoint
 import dpo.data
 import dpo.reference
+import finetune
+import lora
 import machine
 import parallel
 import stage
+from cli import UserError, log
 from data.batches import Mixture, Phase
 from dpo.data import PairConfig, PairRows
 from dpo.loss import LossConfig, log_probs, preference_loss, rewards
+from finetune import Base, adapt
+from lora import LoRAConfig
 from model import ModelConfig, Transformer
-from sft import lora
-from sft.lora import LoRAConfig
-from sft.train import adapt, load_base, tune
-from stage import UserError, check_types, log
+from stage import Stage, check_types
 from tokenizer import Tokenizer
-from train import Task, TrainConfig
+from trainer import Task, TrainConfig
 
 MEASURED = 16  # held-out pairs on whose chosen answers the divergence from the reference is measured
 
@@ -79,11 +80,12 @@ class DPOConfig:
                 raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
 
 
-def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer, stored: dict | None) -> Task:
-    """The task of learning the pairs in a finished directory of dpo.data. stored: log-probabilities by the reference,
-    which the model in `base` is; None: its adapter is switched off for them."""
-    config, dpo_config = experiment.dpo.train, experiment.dpo
-    counts = dpo.data.load(directory, spm.sha256, f"python -m dpo.data {experiment.path}")
+def preference_learning(
+    dpo_config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None
+) -> Task:
+    """The task of learning the pairs in a finished directory of dpo.data, whose manifest has these counts. stored: the
+    reference's log-probabilities, where the reference is `base`; None: its adapter is switched off for them."""
+    config, shape = dpo_config.train, base.shape
     weights = dict(dpo_config.weights) or {"": 1}  # "": all sources together
     sets = {name: PairRows(directory, "train", counts, config.seed, name) for name in weights}
     if empty := [name for name, pairs in sets.items() if not pairs.count]:
@@ -122,7 +124,7 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
         measured = min(MEASURED, count)
         some = held_out.read([chosen[i * count // measured] for i in range(measured)])
         device = next(model.parameters()).device
-        return means | {"val_kl": divergence(model, *some[:2], lambda: load_base(experiment, base).to(device))}
+        return means | {"val_kl": divergence(model, *some[:2], lambda: base.load().to(device))}
 
     epoch = sum(pairs.count for pairs in sets.values()) / config.batch_size
     if epoch < 1:
@@ -138,7 +140,7 @@ def preference_learning(experiment, base: Path, directory: Path, spm: Tokenizer,
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
-        flops=config.batch_size * flops_per_pair(experiment.model, dpo_config, next(iter(sets.values()))),
+        flops=config.batch_size * flops_per_pair(shape, dpo_config, next(iter(sets.values()))),
         tokens=lambda ids, bounds, numbers: int((bounds[:, 2] - bounds[:, 0]).sum()),
         row=("pair", length),
         seen=lambda step: (
@@ -181,35 +183,41 @@ def flops_per_pair(model: ModelConfig, config: DPOConfig, pairs: PairRows) -> fl
     return trained + (2 * once + 4 * keys if config.reference == "adapter_off" else 0)
 
 
-def prepare(experiment, base: Path, workers: int) -> tuple[Task, dict[str, str]]:
-    """The task and the digests of what it reads. Makes the pairs it needs, and the reference's log-probabilities."""
-    given, wanted = checkpoint.template(base), experiment.sft.data.template
-    if given not in (None, wanted):
+def job(
+    config: DPOConfig, template: str, base: Base, pairs: Path, spm: Tokenizer, directory: Path, command: str
+) -> Stage:
+    """The stage that teaches the base the pairs in a directory, spelt by `template`. command: what the user types."""
+    settings = {"weights": dict(config.weights), "template": template}
+    settings |= {"loss": config.loss, "reference": config.reference}
+    settings |= base.settings("dpo", config.train, config.lora, directory)
+    read = stage.outputs(pairs) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
+    return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
+
+
+def train(
+    job: Stage,
+    config: DPOConfig,
+    template: str,
+    base: Base,
+    pairs: Path,
+    reference: Path,
+    spm: Tokenizer,
+    force: bool = False,
+    resume: str = "auto",
+) -> None:
+    """Teaches the base, unless that is done. reference: the directory of dpo.reference, if the config wants it."""
+    checkpoint.must_match(base.checkpoint, spm.sha256)
+    must_be_taught(base.checkpoint, template)
+    stored = dpo.reference.load(reference) if config.reference == "stored" else None
+    task = preference_learning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored)
+    finetune.tune(job, base, task, config.train, config.lora, force, resume)
+
+
+def must_be_taught(base: Path, template: str) -> None:
+    """UserError if a model was taught to answer by another template than the one that spells the pairs."""
+    taught = checkpoint.template(base)
+    if taught not in (None, template):
         raise UserError(
-            f"{base} was taught to answer by the template {given!r}, and the pairs are spelt by {wanted!r}; set "
-            "template of sft.data to the former"
+            f"{base} was taught to answer by the template {taught!r}, but the pairs are spelt by {template!r}; set "
+            f"template of sft.data to {taught!r}"
         )
-    directory = dpo.data.build(experiment, workers)
-    spm, stored = experiment.load_tokenizer(base), None
-    if experiment.dpo.reference == "stored":
-        made = dpo.reference.build(experiment, base, workers)
-        stored = dpo.reference.load(made, f"python -m dpo.reference {experiment.path}")
-    read = stage.outputs(directory) | {"tokenizer/spm.model": spm.sha256}
-    return preference_learning(experiment, base, directory, spm, stored), read
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    experiment = configs.load(arguments.config)
-    own = {"loss": experiment.dpo.loss, "reference": experiment.dpo.reference}
-    tune("dpo", "sft", prepare, own, experiment, arguments)
-
-
-if __name__ == "__main__":
-    from dpo.train import main  # the module that configs import, not this second copy of it
-
-    p = stage.parser(__doc__, makes=True, many=True)
-    p.add_argument("--checkpoint", metavar="DIR", help="the model to start from by path, instead of the fine-tuned one")
-    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to go on from; default: newest")
-    stage.run(main, p.parse_args())

@@ -1,4 +1,4 @@
-"""Evaluation of trained models: `python -m eval CONFIG` measures, `python -m eval.report CONFIG` tells."""
+"""Evaluation of trained models: `pipeline.py CONFIG eval` measures, `pipeline.py CONFIG report` writes it up."""
 
 import math
 from dataclasses import dataclass

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cli import UserError, progress
 from eval import EvalConfig
 from eval.generation import sampled
 from eval.language import LOGITS, perplexity, ratio
 from model import Transformer
 from sft.data import IGNORED, Rows
 from sft.templates import ends, marked, shown
-from stage import UserError, progress
 from tokenizer import Tokenizer
 
 BATCH = 8  # rows read at once

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cli import UserError, progress
 from eval.language import LOGITS, token_nats
 from model import Transformer
-from stage import UserError, progress
 from tokenizer import Tokenizer
 
 ROW_TOKENS = 256  # a row that is as long takes no more questions

@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import cli
 import data.sources
 import stage
+from cli import UserError, log
 from data.sources import extra
 from eval.tasks import PUBLISHED, Published
-from stage import UserError, log
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -62,6 +63,6 @@ def lines(published: Published) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    p = stage.parser(__doc__, config=False)
+    p = cli.parser(__doc__, config=False)
     p.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(PUBLISHED)}; default: all")
-    stage.run(main, p.parse_args())
+    cli.run(main, p.parse_args())

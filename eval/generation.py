@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+import generate
+from cli import UserError
 from data.pack import Packed
 from eval import EvalConfig
 from eval.choices import standard_error
@@ -14,7 +16,6 @@ from eval.prompts import LONGER, SMOKE, distinct, judge, repetition, words
 from model import Transformer
 from sft.conversations import Message, cleaned
 from sft.templates import ends, render
-from stage import UserError
 from tokenizer import Tokenizer
 
 
@@ -25,7 +26,7 @@ def sampled(
     options = {"temperature": config.temperature, "top_p": config.top_p}
     seeds = [config.seed + i for i in range(len(prompts))]
     try:
-        return model.generate(prompts, new_tokens, seed=seeds, stop=stop, **options)
+        return generate.generate(model, prompts, new_tokens, seed=seeds, stop=stop, **options)
     except ValueError as error:  # weights that are not finite
         raise UserError(str(error)) from None
 

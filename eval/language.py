@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import UserError, progress
 from data.pack import Packed
 from model import Transformer
-from stage import UserError, progress
 from tokenizer import Tokenizer
 
 WINDOWS = 16  # read at once

@@ -1,11 +1,10 @@
 """A run to a page with pictures, from the files that its stages left.
 
-    python -m eval.report configs/tiny.py   ->  runs/tiny/REPORT.md, runs/tiny/plots/; the summary on the terminal
+    python pipeline.py configs/tiny.py report   ->  runs/tiny/REPORT.md, runs/tiny/plots/; the summary on the terminal
 
 Nothing is measured here: what the page says, a stage has written.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-import configs
 import stage
+from cli import log
+from configs import Experiment
 from eval.markdown import block, clock, finite, number, show, table, visible, wrapped
 from eval.run import LOGGED, TRAINED, Run, measured, read
 from eval.tables import evaluation, main_metric, value
 from model import ModelConfig, Transformer
-from stage import log
 
 WRITTEN = {
     "answers": "Questions held out from fine-tuning",
@@ -34,8 +33,9 @@ FLAGS = ("seed", "ended", "marked")  # of a text, what is no measurement
 SHOWN = ("spm.model", "train.bin", "val.bin", "weights.pt", "adapter.pt", "results.json", "generations.json")
 
 
-def main(arguments: argparse.Namespace) -> None:
-    run = read(configs.load(arguments.config))
+def write(experiment: Experiment) -> None:
+    """Writes REPORT.md and its plots, and logs the summary."""
+    run = read(experiment)
     pictures = draw(run)
     text = page(run, pictures)
     with stage.locked(run.home):
@@ -374,7 +374,7 @@ def smoke(found: dict[str, list[dict]]) -> list[str]:
 
 def provenance(run: Run) -> list[str]:
     commands = [manifest["counts"].get("command", run.commands[name]) for name, manifest in run.manifests.items()]
-    commands.append(f"python -m eval.report {run.experiment.path}")
+    commands.append(run.experiment.command("report"))
     versions, machines = {}, {}
     for name, manifest in run.manifests.items():
         text = ", ".join(f"{package} {version}" for package, version in manifest.get("versions", {}).items())
@@ -442,7 +442,3 @@ def following(run: Run) -> str:
     {python} serve.py {run.experiment.path} api   # a page to {"chat" if taught else "write"} on, and an HTTP API
     {python} train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command goes on
     {python} train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
-
-
-if __name__ == "__main__":
-    stage.run(main, stage.parser(__doc__).parse_args())

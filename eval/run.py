@@ -10,18 +10,7 @@ from configs import Experiment
 from eval.markdown import number, plural
 from eval.tasks import TASKS
 
-COMMANDS = {
-    "corpus": "python -m data.corpus",
-    "tokenizer": "python -m tokenizer.train",
-    "pack": "python -m data.pack",
-    "pretrain": "python train.py",
-    "sft_data": "python -m sft.data",
-    "sft": "python -m sft.train",
-    "dpo_data": "python -m dpo.data",
-    "dpo_reference": "python -m dpo.reference",
-    "dpo": "python -m dpo.train",
-    "eval": "python -m eval",
-}
+STAGES = ("corpus", "tokenizer", "pack", "pretrain", "sft_data", "sft", "dpo_data", "dpo_reference", "dpo", "eval")
 LOGGED = {
     "step": "step",
     "epoch": "epoch",
@@ -72,10 +61,10 @@ def measured(entries: dict[str, dict], task: str) -> dict | None:
 def read(experiment: Experiment) -> Run:
     """UserError, with the command that makes it, for a stage that every run of ours has and this one lacks."""
     run, lacks = Run(experiment), []
-    for name, command in COMMANDS.items():
+    for name in STAGES:
         known = name in configs.DIRECTORIES
         directory = experiment.directory(name) if known else stage.runs() / experiment.name / name
-        command = f"{command} {experiment.owner(name).path}"
+        command = experiment.command(name)
         needed = name in NEEDED and (name == "eval" or not experiment.imported)
         final = directory / "final"
         if name in TRAINED and stage.read_manifest(directory) is None and stage.read_manifest(final):

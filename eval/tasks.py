@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import data.sources
+from cli import UserError
 from eval import choices, language
 from eval.choices import Question
 from model import Transformer
-from stage import UserError
 from tokenizer import Tokenizer
 
 

@@ -26,7 +26,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from model import Sampling
+from cli import UserError, log
+from generate import Sampling
 from serving import engine as engines
 from serving.engine import Busy, Engine, Failed, Piece, Token
 from serving.guard import Guard, Protocol
@@ -43,7 +44,6 @@ from serving.schema import (
     refusal,
 )
 from serving.served import Served
-from stage import UserError, log
 
 PAGE = Path(__file__).with_name("page.html")
 DRAIN_SECONDS = 60  # in which what is under way may come to its end when the server is asked to stop

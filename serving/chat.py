@@ -16,12 +16,13 @@ import termios
 from collections.abc import Iterator
 from pathlib import Path
 
+import cli
 import stage
-from model import Sampling
+from cli import UserError
+from generate import Sampling
 from serving.engine import Engine, Failed, Generation, Request
 from serving.served import Served, TooLong
 from sft.conversations import ROLES, Message, Refused, cleaned, in_turn, message_list
-from stage import UserError
 
 HELP = """\
 /help            this list
@@ -313,7 +314,7 @@ def chat(
     talk = Chat(served, engine, sampling, max_tokens, seed, system)
 
     def stop(signum, frame):
-        raise stage.Stopped(128 + signum, "\nstopped" if talk.terminal else "stopped")
+        raise cli.Stopped(128 + signum, "\nstopped" if talk.terminal else "stopped")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, talk.interrupt if talk.terminal else stop)

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from model import Continuation, Decoder, Sampling, Transformer
-from stage import UserError, log
+from cli import UserError, log
+from generate import Continuation, Decoder, Sampling
+from model import Transformer
 from tokenizer import Tokenizer
 
 READ = 256  # tokens of prompts read between two steps: what a long prompt may delay the others by

@@ -7,9 +7,9 @@ import time
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cli import log
 from serving.metrics import Metrics
 from serving.schema import BODY, Refused
-from stage import log
 
 OPEN = ("/", "/health", "/favicon.ico")  # what needs no key
 BODY_SECONDS = 10.0  # in which the body has to come

@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from model import Sampling
+from cli import UserError
+from generate import Sampling
 from serving.engine import Busy, Failed, TimedOut
 from serving.served import TooLong
 from sft.conversations import Message
-from stage import UserError
 
 BODY = 1 << 20  # bytes
 MAX_TOKENS = 4096

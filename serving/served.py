@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
+from cli import UserError
 from configs import TRAINED, Experiment
 from machine import pick_device
 from model import Transformer
 from sft.conversations import Message, cleaned
 from sft.templates import render
-from stage import UserError
 from tokenizer import Tokenizer
 
 

@@ -1,6 +1,6 @@
 """Conversations to rows of tokens: read, judged, spelt by the template, packed.
 
-    python -m sft.data configs/tiny.py   ->  runs/tiny/sft_data
+    python pipeline.py configs/tiny.py sft_data   ->  runs/tiny/sft_data
 
 For each split: `train.bin` holds the ids of one conversation after another, little-endian uint16 (uint32 past 65,536
 pieces), `train.mask` a byte for each, 1 where it is trained; `train.idx` where each conversation starts, in tokens, and
@@ -8,20 +8,19 @@ pieces), `train.mask` a byte for each, 1 where it is trained; `train.idx` where 
 line for each conversation: where it came from.
 """
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import stage
-import tokenizer.train
+import tokenizer
+from cli import UserError, log, progress
 from data.batches import Shuffled
 from data.corpus import held_out
 from data.pack import SPLITS
@@ -30,11 +29,8 @@ from sft.conversations import DocQuestions
 from sft.filters import Filters, Judge
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
-from stage import Stage, UserError, check_types, log, progress
+from stage import Stage, check_types
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from configs import Experiment
 
 IGNORED = -100  # the target of a position that is not trained
 
@@ -158,35 +154,33 @@ def write(directory: Path, name: str, splits: Mapping[str, Split], context: int)
     return counts | {"packing_efficiency": used / (counts["rows"] * context) if counts["rows"] else 0.0}
 
 
-def inputs(
-    experiment: "Experiment", sources: Sequence[Records], directory: Path, workers: int, force: bool
-) -> dict[str, str]:
-    """The digests of sources and tokenizer, which is made if it is missing; none, if the sources have been moved away
-    and the directory that was made from them is finished: it stands."""
-    finished = stage.read_manifest(directory) is not None and not force
-    spm = experiment.directory("tokenizer")
-    if not finished or stage.read_manifest(spm):
-        tokenizer.train.build(experiment, workers)
+def inputs(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
+    """The digests of sources and tokenizer. None, if the directory is finished and the sources have been moved away:
+    what was made from them stays valid."""
     try:
         read = {path: digest for source in sources for path, digest in source.inputs().items()}
     except UserError:
-        if not finished:
+        if stage.read_manifest(directory) is None:
             raise
         return {}
     return read | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
 
 
-def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
-    """Makes the experiment's rows of conversations, and the tokenizer they need, unless they are there. Returns their
-    directory."""
-    config, directory = experiment.sft.data, experiment.directory("sft_data")
-    context = experiment.model.context_length
-    make = f"python -m sft.data {experiment.path}"
-    read = inputs(experiment, config.sources, directory, workers, force)
-    job = Stage(directory, {"sft_data": config, "context_length": context}, read, make)
+def job(config: ConversationConfig, context: int, spm: Path, directory: Path, command: str) -> Stage:
+    """The stage that makes rows of `context` tokens. spm: the tokenizer's directory. command: what the user types."""
+    read = inputs(config.sources, spm, directory)
+    settings = {"sft_data": config, "context_length": context}
+    return Stage(directory, settings, read, command, __file__)
+
+
+def build(
+    job: Stage, config: ConversationConfig, context: int, spm: Path, workers: int = 1, force: bool = False
+) -> None:
+    """Makes the rows of conversations, unless they are there."""
+    directory = job.directory
     if job.up_to_date(force):
-        return directory
-    spm = experiment.load_tokenizer()
+        return
+    spm = tokenizer.load(spm)
     with job.making():
         found, tallies = gather(config, spm, context, directory, workers)
         for name, tally in tallies.items():
@@ -211,7 +205,6 @@ def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Pa
             f"conversations, {train['tokens']:,} and {counts['val']['tokens']:,} tokens, in rows of {context:,}, "
             f"{train['packing_efficiency']:.2%} of them used -> {directory}"
         )
-    return directory
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -271,28 +264,17 @@ class Rows(Shuffled):
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions)
 
 
-def load(directory: Path, tokenizer_sha256: str, make: str) -> dict:
-    """The counts of a finished directory, its files checked. UserError, naming `make`, if it is missing, damaged, or
+def load(directory: Path, tokenizer_sha256: str) -> dict:
+    """The counts of a finished directory, its files checked. UserError if it is missing, damaged, or
     was made with another tokenizer."""
-    manifest = stage.finished(directory, make)
+    manifest = stage.finished(directory)
     if tokenizer_sha256 not in manifest["read"].values():
-        raise UserError(f"{directory} was made with another tokenizer; make it anew: {make} --force")
+        raise UserError(
+            f"{directory} was made with another tokenizer; make it again with: {stage.maker(directory)} --force"
+        )
     return manifest["counts"]
 
 
 def template(directory: Path) -> str:
     """By which the conversations in a finished directory are spelt."""
     return stage.read_manifest(directory)["config"]["sft_data"]["template"]
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    directory = build(configs.load(arguments.config), stage.workers(arguments), arguments.force)
-    log.info(f"{directory} is up to date")
-
-
-if __name__ == "__main__":
-    from sft.data import main  # the module that configs import, not this second copy of it
-
-    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

@@ -9,20 +9,20 @@ import itertools
 import os
 import sys
 
+import cli
 import configs
 import sft.data
-import stage
+from cli import UserError
 from data.inspect import count
 from data.pack import SPLITS
 from sft.data import Rows
 from sft.templates import shown
-from stage import UserError
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
     spm, directory = experiment.load_tokenizer(), experiment.directory("sft_data")
-    counts = sft.data.load(directory, spm.sha256, f"python -m sft.data {experiment.path}")
+    counts = sft.data.load(directory, spm.sha256)
     context, split = experiment.model.context_length, arguments.split
     rows = Rows(directory, split, counts, context)
     origins = rows.origins.read_text(encoding="utf-8").splitlines()
@@ -52,8 +52,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    p = stage.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--split", choices=SPLITS, default="train")
     p.add_argument("--first", type=count, default=0, metavar="N", help="the first row shown; default: 0")
-    p.add_argument("--rows", type=stage.positive, default=2, metavar="N", help="how many; default: 2")
-    stage.run(main, p.parse_args())
+    p.add_argument("--rows", type=cli.positive, default=2, metavar="N", help="how many; default: 2")
+    cli.run(main, p.parse_args())

@@ -12,13 +12,12 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from model import Transformer
+import checkpoint
+from cli import UserError
 from sft.conversations import Message
-from stage import UserError
 from tokenizer import Tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -154,18 +153,22 @@ def render(
     return ids, trained
 
 
-def begin(model: Transformer, end: int, start: int, eos: int) -> None:
-    """Gives a model that has never seen a template's control pieces an end that it can learn to use.
+def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> dict[str, int] | None:
+    """The pieces that `lora.begin` needs, if the template has control pieces that the model in `base` has not seen.
 
-    Pieces that no text is spelt with have all been pushed the same way in the output projection, and while that is
-    frozen they cannot be told apart: with LoRA alone the demo gave <|im_end|> a probability of 0.02 where every answer
-    ends. Its row becomes that of the piece that ends a text, plus what tells two unseen pieces apart.
+    Pretraining shows a model no control piece, fine-tuning shows it those of its template. Nothing is known about what
+    an imported model was shown.
     """
-    if end not in getattr(model, "begun", ()):  # else another adapter has needed it already
-        with torch.no_grad():
-            rows = model.head.weight
-            rows[end] = rows[eos] + (rows[end] - rows[start])
-        model.begun = {end}
+    while (taught := checkpoint.template(base)) is not None and END not in TEMPLATES[taught].needs:
+        if not checkpoint.adapts(base):
+            break
+        base = checkpoint.base(base)
+    config = checkpoint.read_manifest(base)["config"]
+    known = not imported and ("pretrain" in config or "sft" in config)
+    seen = taught is not None and END in TEMPLATES[taught].needs
+    if END not in TEMPLATES[template].needs or not known or seen:
+        return None
+    return {"end": tokenizer.control[END], "start": tokenizer.control[START], "eos": tokenizer.eos}
 
 
 def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -1,17 +1,14 @@
 """Supervised fine-tuning: a pretrained model learns to answer.
 
-    python -m sft.train configs/tiny.py   ->  runs/tiny/sft
+    python pipeline.py configs/tiny.py sft   ->  runs/tiny/sft
 
-The loop is that of train.py. Trained is an adapter (LoRA) over the frozen model, or, with lora=None, the model itself;
+The loop is that of trainer.py. Trained is an adapter (LoRA) over the frozen model, or, with lora=None, the model itself;
 the loss is of what the assistant says. Rows hold many conversations, none of which sees another.
 """
 
-import argparse
 import math
-import os
-import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +16,22 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import finetune
+import generate
 import machine
 import parallel
 import sft.data
 import stage
+from cli import UserError, log
 from data.batches import Mixture, Phase
+from finetune import Base, adapt
+from lora import LoRAConfig
 from model import ModelConfig, Transformer
-from sft import lora
 from sft.data import IGNORED, ConversationConfig, Rows
-from sft.lora import LoRAConfig
-from sft.templates import END, START, TEMPLATES, begin, shown
-from stage import Stage, UserError, check_types, log
+from sft.templates import shown
+from stage import Stage, check_types
 from tokenizer import Tokenizer
-from train import FREE, Task, TrainConfig, run
+from trainer import Task, TrainConfig
 
 SAMPLES, SAMPLE_TOKENS = 2, 48  # answers shown at each evaluation, and their length
 
@@ -65,11 +65,10 @@ class SFTConfig:
                 raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
 
 
-def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
-    """The task of learning the conversations in a finished directory of sft.data."""
-    config, length = experiment.sft.train, experiment.model.context_length
-    counts = sft.data.load(directory, spm.sha256, f"python -m sft.data {experiment.path}")
-    weights = dict(experiment.sft.weights) or {"": 1}  # "": all sources together
+def fine_tuning(sft_config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer) -> Task:
+    """The task of learning the conversations in a finished directory of sft.data, whose manifest has these counts."""
+    config, length = sft_config.train, shape.context_length
+    weights = dict(sft_config.weights) or {"": 1}  # "": all sources together
     sets = {name: Rows(directory, "train", counts, length, config.seed, name) for name in weights}
     if empty := [name for name, rows in sets.items() if not rows.count]:
         raise UserError(f"weights names {', '.join(empty)}, of which no training conversation is left")
@@ -122,7 +121,7 @@ def fine_tuning(experiment, directory: Path, spm: Tokenizer) -> Task:
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
-        flops=config.batch_size * length * flops_per_token(experiment.model, experiment.sft.lora, first),
+        flops=config.batch_size * length * flops_per_token(shape, sft_config.lora, first),
         seen=lambda step: (
             {name: n * length for name, n in mixture.seen(step).items()} if weights.get("") is None else {}
         ),
@@ -143,13 +142,6 @@ def flops_per_token(model: ModelConfig, adapter: LoRAConfig | None, rows: Rows) 
     return (4 if adapter else 6) * (blocks + trained * head) + attention + 6 * extra
 
 
-def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
-    """The model with a new adapter, if there is to be one."""
-    if adapter:
-        lora.attach(model, adapter)
-    return model
-
-
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
     """Logs how the model answers the same few held-out questions."""
     count, stop = len(held_out.starts) - 1, (spm.eos, *spm.control.values())
@@ -157,95 +149,23 @@ def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
         for number in range(0, count, max(1, count // SAMPLES))[:SAMPLES]:
             ids, trained = held_out.conversation(number)
             first = int(trained.argmax())
-            new = model.generate(ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stop)
+            new = generate.generate(model, ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stop)
             question, answer = (" ".join(shown(part, spm).split()) for part in (ids[1:first].tolist(), new))
             log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
 
 
-def place(base: Path, checkpoint: Path) -> str:
-    """Where a checkpoint's base is: from there, where both are in runs/ and move together, else from the root."""
-    base, checkpoint = base.resolve(), checkpoint.resolve()
-    return os.path.relpath(base, checkpoint) if base.is_relative_to(stage.runs().resolve()) else str(base)
+def job(config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, directory: Path, command: str) -> Stage:
+    """The stage that fine-tunes the base on the rows in a directory. command: what the user types."""
+    settings = {"weights": dict(config.weights), "template": config.data.template}
+    settings |= base.settings("sft", config.train, config.lora, directory)
+    read = stage.outputs(rows) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
+    return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
 
 
-def unseen(experiment, base: Path) -> dict[str, int] | None:
-    """The pieces that `begin` needs, if the template has control pieces and the model has not seen them. Pretraining
-    here shows a model none, fine-tuning those of its template; what an imported model was shown is not known."""
-    spm, needs = experiment.load_tokenizer(base), TEMPLATES[experiment.sft.data.template].needs
-    while (template := checkpoint.template(base)) is not None and END not in TEMPLATES[template].needs:
-        if not checkpoint.adapts(base):
-            break
-        base = checkpoint.base(base)
-    config = checkpoint.read_manifest(base)["config"]
-    known = not experiment.imported and ("pretrain" in config or "sft" in config)
-    if END not in needs or not known or (template is not None and END in TEMPLATES[template].needs):
-        return None
-    return {"end": spm.control[END], "start": spm.control[START], "eos": spm.eos}
-
-
-def prepare(experiment, base: Path, workers: int) -> tuple[Task, dict[str, str]]:
-    """The task and the digests of what it reads. Makes the rows of conversations it needs."""
-    directory = sft.data.build(experiment, workers)
-    spm = experiment.load_tokenizer(base)
-    read = stage.outputs(directory) | {"tokenizer/spm.model": spm.sha256}
-    return fine_tuning(experiment, directory, spm), read
-
-
-def tune(name: str, after: str, prepare: Callable, own: dict, experiment, arguments: argparse.Namespace) -> None:
-    """A stage that trains a trained model further, or an adapter on it, as a command.
-
-    after: the stage whose model it takes, unless `arguments.checkpoint` names one. prepare(experiment, base, workers):
-    the task, and the digests of what it reads but for the base. own: settings to be recorded beside those that every
-    such stage has.
-    """
-    config, remake = getattr(experiment, name), f"python -m {name}.train {experiment.path}"
-    if arguments.checkpoint is not None:
-        base, remake = Path(arguments.checkpoint), f"{remake} --checkpoint {shlex.quote(arguments.checkpoint)}"
-        checkpoint.digest(base)
-    else:
-        base = experiment.trained(after)
-
-    def make() -> Transformer:
-        with torch.device("meta"):
-            machine.must_fit(adapt(Transformer(experiment.model), config.lora), config.train, parallel.ranks())
-        return adapt(load_base(experiment, base), config.lora)
-
-    def prepared() -> tuple[Task, dict[str, str]]:
-        checkpoint.must_match(base, experiment.load_tokenizer(base).sha256)
-        return prepare(experiment, base, stage.workers(arguments))
-
-    with parallel.joined(config.train.timeout):
-        parallel.lead(lambda: prepared() and None, timeout=parallel.DAY)
-        task, read = prepared()
-        directory = experiment.directory(name)
-        settings = {"model": experiment.model, name: config.train, "weights": dict(config.weights)} | own
-        settings |= {"template": experiment.sft.data.template, "lora": config.lora}
-        settings["base"] = place(base, directory / "final")  # as every checkpoint beside it
-        settings["begin"] = unseen(experiment, base)
-        job = Stage(directory, settings, read | stage.outputs(base), remake, free=FREE | {"base", "reference"})
-        run(job, make, task, config.train, arguments)
-
-
-def load_base(experiment, base: Path) -> Transformer:
-    """The model in a checkpoint, as training begins with it. UserError if it is not of the shape in the config."""
-    model = checkpoint.load_model(base)
-    if replace(model.config, kernels=experiment.model.kernels) != experiment.model:
-        raise UserError(f"{base} holds another model than {experiment.path} describes")
-    if pieces := unseen(experiment, base):
-        begin(model, **pieces)
-    return model
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    tune("sft", "pretrain", prepare, {}, configs.load(arguments.config).owner("sft"), arguments)
-
-
-if __name__ == "__main__":
-    from sft.train import main  # the module that configs import, not this second copy of it
-
-    p = stage.parser(__doc__, makes=True, many=True)
-    p.add_argument("--checkpoint", metavar="DIR", help="the model to fine-tune by path, instead of the pretrained one")
-    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to go on from; default: newest")
-    stage.run(main, p.parse_args())
+def train(
+    job: Stage, config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, force: bool = False, resume: str = "auto"
+) -> None:
+    """Fine-tunes the base, unless that is done."""
+    checkpoint.must_match(base.checkpoint, spm.sha256)
+    task = fine_tuning(config, base.shape, rows, sft.data.load(rows, spm.sha256), spm)
+    finetune.tune(job, base, task, config.train, config.lora, force, resume)

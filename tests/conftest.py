@@ -31,10 +31,10 @@ from eval import EvalConfig
 from model import ModelConfig
 from sft.conversations import Chats
 from sft.data import ConversationConfig
-from sft.lora import LoRAConfig
+from lora import LoRAConfig
 from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
-from train import TrainConfig
+from trainer import TrainConfig
 
 experiment = Experiment(
     name="mini",

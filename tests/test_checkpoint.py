@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import checkpoint
+import generate
 import stage
+from cli import UserError
 from model import ModelConfig, Transformer
-from stage import UserError
 
 SHAPE = ModelConfig(vocab_size=11, context_length=8, n_layers=1, d_model=8, n_heads=2)
 ABOUT = {"config": {"model": stage.describe(SHAPE)}, "read": {}, "counts": {"step": 3}}
@@ -37,7 +38,7 @@ def test_model_comes_back_bit_for_bit(saved):
     )
     assert not loaded.training
     assert checkpoint.read(saved, "state.pt")["x"].tolist() == [0, 1, 2, 3, 4]
-    assert len(loaded.generate([1], 20, seed=0)) == 20
+    assert len(generate.generate(loaded, [1], 20, seed=0)) == 20
 
 
 def test_the_same_weights_give_the_same_bytes(saved, tmp_path):

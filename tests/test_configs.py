@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import configs
-from stage import UserError
+from cli import UserError
 from tests.conftest import MINI, ROOT
 
 SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 import checkpoint
 import configs
 import convert
+import generate
 import stage
 import tokenizer
+from cli import UserError
 from data.sources import PythonDocs
 from model import ModelConfig, Transformer
 from serving.engine import Writer
-from stage import UserError
 from tests.conftest import Place
 from tokenizer.train import TokenizerConfig, train
 
@@ -159,7 +160,7 @@ def test_transformers_computes_the_same(exported, name):
     for name, p in ours.named_parameters():
         assert relative(p.grad, gradients[convert.theirs(name)]) < 1e-4, name
     greedy = other.generate(tokens[:1, :8], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert ours.generate(tokens[0, :8].tolist(), 12, temperature=0) == greedy[0, 8:].tolist()
+    assert generate.generate(ours, tokens[0, :8].tolist(), 12, temperature=0) == greedy[0, 8:].tolist()
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -515,7 +516,9 @@ def test_commands_as_a_user_runs_them(trained: Place, foreign):
     llama_dir = trained.path / "llama"
     trained.run("convert.py", "from-hf", foreign, llama_dir)
     spm = tokenizer.load(llama_dir / "tokenizer")
-    new = checkpoint.load_model(llama_dir).generate([spm.bos, *spm.encode("The")], 8, temperature=0, stop=[spm.eos])
+    new = generate.generate(
+        checkpoint.load_model(llama_dir), [spm.bos, *spm.encode("The")], 8, temperature=0, stop=[spm.eos]
+    )
     for config in (llama_dir / "config.py", trained.config):
         out = trained.run("serve.py", config, "--checkpoint", llama_dir, *options).stdout
         assert out == f"The{written(spm, new)}\n"

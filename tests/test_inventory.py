@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sft.lora
 import torch
 
 import configs
@@ -31,7 +32,6 @@ import serving.api
 import serving.chat
 import serving.served
 import sft.conversations
-import sft.lora
 import stage
 import train
 from data import sources

@@ -19,7 +19,7 @@ import machine
 import stage
 from model import ModelConfig, Transformer
 from tests.conftest import ROOT, Place
-from train import Task, TrainConfig
+from trainer import Task, TrainConfig
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(vocab_size=96, context_length=32, n_layers=3, d_model=64, n_heads=4, kernels="torch")

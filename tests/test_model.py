@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 import configs
 import convert
+import generate
 import model as lumi
-from model import Continuation, Decoder, ModelConfig, Sampling, Transformer
+from generate import Continuation, Decoder, Sampling
+from model import ModelConfig, Transformer
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -924,22 +926,22 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(lengths, temperature, seed
     prompts = [torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     options = {"temperature": temperature, "stop": range(0, SMALL.vocab_size, 9)}
     seeds = [seed + i for i in range(len(prompts))]
-    together = model.generate(prompts, 30, seed=seeds, **options)
-    assert together == [model.generate(p, 30, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
+    together = generate.generate(model, prompts, 30, seed=seeds, **options)
+    assert together == [generate.generate(model, p, 30, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
 
 
 def test_one_seed_for_a_batch_is_that_seed_for_each():
     model = build(scale=3.0)
-    a, b, c = model.generate([[1, 2], [1, 2], [3]], 12, seed=5)
-    assert a == b == model.generate([1, 2], 12, seed=5)
-    assert c == model.generate([3], 12, seed=5)
+    a, b, c = generate.generate(model, [[1, 2], [1, 2], [3]], 12, seed=5)
+    assert a == b == generate.generate(model, [1, 2], 12, seed=5)
+    assert c == generate.generate(model, [3], 12, seed=5)
 
 
 def test_a_stream_yields_each_step_as_it_is_made():
     model = build()
-    stream = model.stream([[1], [2, 3]], 9, temperature=0)
+    stream = generate.stream(model, [[1], [2, 3]], 9, temperature=0)
     steps = [next(stream) for _ in range(4)]
-    whole = model.generate([[1], [2, 3]], 9, temperature=0)
+    whole = generate.generate(model, [[1], [2, 3]], 9, temperature=0)
     assert steps == [[(0, a), (1, b)] for a, b in zip(*whole, strict=True)][:4]
 
 
@@ -972,7 +974,7 @@ def test_greedy_generation_equals_that_of_transformers(options, theirs):
     prompt = [5, 6, 7, 5, 6]
     settings = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
     found = to_transformers(model).generate(torch.tensor([prompt]), **settings, **theirs)[0].tolist()
-    assert model.generate(prompt, 60, temperature=0, **options) == found[len(prompt) :]
+    assert generate.generate(model, prompt, 60, temperature=0, **options) == found[len(prompt) :]
 
 
 @pytest.mark.parametrize(
@@ -997,7 +999,7 @@ def test_sampling_keeps_the_candidates_that_transformers_keeps(options):
 
 def test_greedy_generation_takes_the_likeliest_token_each_time():
     model, ids = build(), [5, 6, 7]
-    found = model.generate(ids, 15, temperature=0)
+    found = generate.generate(model, ids, 15, temperature=0)
     for token in found:
         with torch.no_grad():
             assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
@@ -1006,7 +1008,7 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
 
 def test_generation_goes_on_past_the_context():
     model = build()
-    found = model.generate(list(range(60)), 3 * SMALL.context_length, temperature=0)
+    found = generate.generate(model, list(range(60)), 3 * SMALL.context_length, temperature=0)
     assert len(found) == 3 * SMALL.context_length
     # The first new token is read after the last 24 ids; the next finds the context full and reads its later half again.
     seen = list(range(60))[-24:] + found[:1]
@@ -1021,20 +1023,20 @@ def test_a_broken_model_says_so():
         model.norm.weight[3] = math.nan
     for temperature in (0, 1.0):
         with pytest.raises(ValueError, match="not finite"):
-            model.generate([1], 3, temperature=temperature)
+            generate.generate(model, [1], 3, temperature=temperature)
 
 
 def test_seeds_decide_the_draws():
     model = build(scale=3.0)
-    a, b, c = (model.generate([1, 2], 20, seed=s) for s in (7, 7, 8))
+    a, b, c = (generate.generate(model, [1, 2], 20, seed=s) for s in (7, 7, 8))
     assert a == b != c
-    assert [[(0, token)] for token in a] == list(model.stream([[1, 2]], 20, seed=7))
+    assert [[(0, token)] for token in a] == list(generate.stream(model, [[1, 2]], 20, seed=7))
 
 
 def test_stop_ends_the_text():
     model = build()
-    free = model.generate([3], 12, temperature=0)
-    stopped = model.generate([3], 12, temperature=0, stop=(free[5],))
+    free = generate.generate(model, [3], 12, temperature=0)
+    stopped = generate.generate(model, [3], 12, temperature=0, stop=(free[5],))
     assert stopped == free[: free.index(free[5])]
 
 
@@ -1077,7 +1079,7 @@ def test_sampling_follows_the_distribution():
 )
 def test_impossible_requests_are_refused(ids, options):
     with pytest.raises(ValueError, match=next(iter(options), "id")):
-        build().generate(ids, 3, **options)
+        generate.generate(build(), ids, 3, **options)
 
 
 # ------------------------------------------------------------------------------------------- texts that come and go
@@ -1138,7 +1140,9 @@ def test_texts_that_come_and_go_at_any_step_get_what_they_get_alone(visits, rows
     else:
         raise AssertionError("texts that never end")
     for i, visit in enumerate(visits):
-        expected = model.generate(prompts[i], visit["most"], temperature=visit["temperature"], seed=seed + i, stop=stop)
+        expected = generate.generate(
+            model, prompts[i], visit["most"], temperature=visit["temperature"], seed=seed + i, stop=stop
+        )
         assert texts[i].ids == prompts[i] + drawn[i]
         found = drawn[i][: len(expected)]
         if texts[i].ended:
@@ -1161,7 +1165,7 @@ def test_a_text_whose_logits_are_not_finite_ends_alone(rows):
         model.embed.weight[96] = math.nan
         model.head.weight[96] = 0  # so that it is nowhere the likeliest
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 96, 7, 8], [4, 96], [9, 8], [7], [3, 96, 1, 1, 1, 2], [2, 1, 2]]
-    expected = [model.generate(ids, 14, temperature=0) for ids in prompts if 96 not in ids]
+    expected = [generate.generate(model, ids, 14, temperature=0) for ids in prompts if 96 not in ids]
     decoder = Decoder(model, rows, chunk=3)
     texts = [Continuation(ids, 14, GREEDY) for ids in prompts]
     for text in texts:
@@ -1175,7 +1179,10 @@ def test_a_text_whose_logits_are_not_finite_ends_alone(rows):
 
 def test_a_damaged_text_that_leaves_while_it_is_read_harms_nobody():
     model = build(scale=3.0).double()
-    expected = model.generate([7, 8], 6, temperature=0), model.generate(list(range(12)), 12, temperature=0)
+    expected = (
+        generate.generate(model, [7, 8], 6, temperature=0),
+        generate.generate(model, list(range(12)), 12, temperature=0),
+    )
     with torch.no_grad():
         model.embed.weight[96] = math.nan
     decoder = Decoder(model, 2, chunk=4)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, Transformer
 from optim import Muon, learning_rate, make_optimizers, orthogonalise
-from train import TrainConfig
+from trainer import TrainConfig
 
 CONFIG = TrainConfig(steps=10, batch_size=4, learning_rate=1e-2, optimizer="muon")
 SHAPE = ModelConfig(vocab_size=61, context_length=16, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=49)

@@ -41,11 +41,11 @@ if int(os.environ.get("RANK", 0)) == rank and first:
         return loss * float("nan") if bad else loss
     Mixture.batch, Transformer.forward = reading, computing
     if fault == "late":
-        leave = stage._leave
-        stage._leave = lambda *rest: (time.sleep(2), leave(*rest))
-p = stage.parser("", makes=True, many=True)
+        leave = cli._leave
+        cli._leave = lambda *rest: (time.sleep(2), leave(*rest))
+p = cli.parser("", makes=True, many=True)
 p.add_argument("--resume", default="auto")
-stage.run(train.main, p.parse_args())
+cli.run(train.main, p.parse_args())
 """
 
 

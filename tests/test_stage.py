@@ -7,8 +7,10 @@ import os
 
 import pytest
 
+import cli
 import stage
-from stage import Stage, UserError
+from cli import UserError
+from stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ def test_second_writer_is_refused(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_an_error_not_a_wait():
-    with pytest.raises(UserError, match="a worker process was killed"), stage.pool(2) as pool:
+    with pytest.raises(UserError, match="a worker process was killed"), cli.pool(2) as pool:
         list(pool.map(_die_at_three, range(6)))
 
 
@@ -150,7 +152,7 @@ def test_types():
 
 
 def test_progress_yields_everything():
-    assert list(stage.progress(iter("abc"), 3, "letters", "reading")) == ["a", "b", "c"]
+    assert list(cli.progress(iter("abc"), 3, "letters", "reading")) == ["a", "b", "c"]
 
 
 def test_work_is_given_out_in_order_and_read_only_so_far_ahead():
@@ -161,15 +163,15 @@ def test_work_is_given_out_in_order_and_read_only_so_far_ahead():
             read.append(number)
             yield number
 
-    with stage.pool(3) as pool:
-        for done, result in enumerate(stage.ordered(pool, abs, numbers(), 5)):
+    with cli.pool(3) as pool:
+        for done, result in enumerate(cli.ordered(pool, abs, numbers(), 5)):
             assert result == done
             assert len(read) <= done + 6
 
 
 def test_a_pool_within_a_pool_leaves_the_outer_one_alone():
-    with stage.pool(1) as outer:
-        with stage.pool(1) as inner:
+    with cli.pool(1) as outer:
+        with cli.pool(1) as inner:
             assert inner.submit(abs, -2).result() == 2
         assert outer.submit(abs, -3).result() == 3
 
@@ -178,16 +180,16 @@ def test_progress_off_a_terminal(monkeypatch, caplog):
     caplog.set_level("INFO")
     clock = iter(range(0, 10**6, 4))
     monkeypatch.setattr(stage.time, "monotonic", lambda: next(clock))
-    assert list(stage.progress("abcdefgh", 8, "letters", "spelling")) == list("abcdefgh")
+    assert list(cli.progress("abcdefgh", 8, "letters", "spelling")) == list("abcdefgh")
     assert caplog.messages == [
         "spelling: 3 of 8 letters, 0.2 a second, 20 s left",
         "spelling: 6 of 8 letters, 0.2 a second, 8 s left",
     ]
     caplog.clear()
     done = iter([(0.0, 0.0), *((5.0 * i, 100.0) for i in range(99))])
-    list(stage.progress("abcd", lambda: next(done), "MB", "reading"))
+    list(cli.progress("abcd", lambda: next(done), "MB", "reading"))
     assert caplog.messages == ["reading: 10 of 100 MB, 0.8 a second, 108 s left"]
     caplog.clear()
     done = iter([(0.0, 0.0), *((5.0 * i, 0.0) for i in range(99))])
-    list(stage.progress("abcd", lambda: next(done), "MB", "reading"))
+    list(cli.progress("abcd", lambda: next(done), "MB", "reading"))
     assert caplog.messages == ["reading: 10 MB, 0.8 a second"]

@@ -22,12 +22,16 @@ import pytest
 import torch
 
 import checkpoint
+import generate
 import stage
 import train
+import trainer
+from cli import UserError
 from model import ModelConfig, Transformer
-from stage import Stage, UserError
+from stage import Stage
 from tests.conftest import Place
-from train import TrainConfig, learning_rate
+from train import learning_rate
+from trainer import TrainConfig
 
 CONFIG = TrainConfig(steps=10, batch_size=8, learning_rate=1e-2, compile=False, precision="float32")
 
@@ -44,9 +48,9 @@ def killing(original, calls=[0]):
     return wrapped
 {module}.{function} = killing({module}.{function})
 import stage, train
-p = stage.parser("", makes=True, many=True)
+p = cli.parser("", makes=True, many=True)
 p.add_argument("--resume", default="auto")
-stage.run(train.main, p.parse_args())
+cli.run(train.main, p.parse_args())
 """
 
 
@@ -95,7 +99,7 @@ class Numbers:
     bytes = 20_000
 
 
-def counting(config: TrainConfig, length: int = 16) -> tuple[Transformer, train.Task]:
+def counting(config: TrainConfig, length: int = 16) -> tuple[Transformer, trainer.Task]:
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=61, context_length=length, n_layers=1, d_model=32, n_heads=2)
     experiment = type("Experiment", (), {"name": "x", "mixture": (), "model": shape, "pretrain": config})
@@ -107,14 +111,14 @@ def run_counting(directory: Path, config: TrainConfig) -> tuple[Transformer, lis
     model, task = counting(config)
     job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "")
     with job.making():
-        train.train(model, task, config, job, "auto")
+        trainer.train(model, task, config, job, "auto")
     return model, [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_model_trained_on_counting_predicts_the_next_number(tmp_path):
     model, _ = run_counting(tmp_path, replace(CONFIG, steps=150, warmup_steps=10))
-    assert model.generate([7], 12, temperature=0) == list(range(8, 20))  # not 9, 11, …: shifted once
-    assert model.generate([59], 4, temperature=0) == [60, 0, 1, 2]
+    assert generate.generate(model, [7], 12, temperature=0) == list(range(8, 20))  # not 9, 11, …: shifted once
+    assert generate.generate(model, [59], 4, temperature=0) == [60, 0, 1, 2]
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
@@ -152,7 +156,7 @@ def train_counting(directory: Path, config: TrainConfig, crash: int = -1, **chan
     job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "python train.py x.py")
     with job.making(keep=True):
         checkpoint.recover(directory)
-        train.train(model, replace(task, batch=batch), config, job, "auto")
+        trainer.train(model, replace(task, batch=batch), config, job, "auto")
     return tuple(checkpoint.read(directory / "final", file) for file in ("weights.pt", "state.pt"))
 
 
@@ -196,7 +200,7 @@ def test_whatever_is_trained_resumes_exactly(tmp_path, monkeypatch, precision, o
 
 def test_the_loss_is_scaled_as_pytorch_scales_it(monkeypatch):
     monkeypatch.setattr(train, "GOOD_STEPS", 5)
-    ours, theirs = train.LossScale(torch.float16), torch.amp.GradScaler("cpu", growth_interval=5)
+    ours, theirs = trainer.LossScale(torch.float16), torch.amp.GradScaler("cpu", growth_interval=5)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer, chance = torch.optim.SGD([weight]), random.Random(0)
     for _ in range(200):
@@ -255,7 +259,7 @@ def test_a_model_that_overfits_is_warned_of_with_its_best_step(tmp_path, caplog)
     task = train.pretraining(experiment, {"train": Noise, "val": Other})
     job = Stage(tmp_path, {"model": model.config, "pretrain": config}, {}, "")
     with job.making():
-        train.train(model, task, config, job, "auto")
+        trainer.train(model, task, config, job, "auto")
     log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     losses = {m["step"]: m["val_loss"] for m in log if "val_loss" in m}
     best = min(losses, key=losses.get)

@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 
 import stage
-from stage import UserError
+from cli import UserError
 
 SPACE = "\u2581".encode()  # how SentencePiece spells a space inside its pieces
 PART = 1 << 13  # bytes encoded at a time, about
@@ -106,8 +106,8 @@ class Tokenizer:
         return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 
 
-def load(directory: Path | str, make: str = "python -m tokenizer.train CONFIG") -> Tokenizer:
-    """The tokenizer in a finished directory. UserError, naming `make`, if it is missing or not as its manifest says."""
+def load(directory: Path | str, command: str | None = None) -> Tokenizer:
+    """The tokenizer in a finished directory. UserError, naming the command, if it is missing or not as its manifest says."""
     directory = Path(directory)
-    manifest = stage.finished(directory, make)
+    manifest = stage.finished(directory, command)
     return Tokenizer((directory / "spm.model").read_bytes(), manifest["wrote"]["spm.model"]["sha256"])

@@ -1,28 +1,25 @@
 """Corpus to tokenizer: a SentencePiece model, frozen, that can spell any text.
 
-    python -m tokenizer.train configs/tiny.py   ->  runs/tiny/tokenizer
+    python pipeline.py configs/tiny.py tokenizer   ->  runs/tiny/tokenizer
 
 Its SHA-256 is its identity: packed tokens and checkpoints carry it, and refuse another.
 """
 
-import argparse
 import io
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import sentencepiece
 
+import cli
 import data.corpus
 import stage
-from stage import Stage, UserError, check_types, log
+from cli import UserError, log
+from stage import Stage, check_types
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from configs import Experiment
 
 LONGEST = 1 << 20  # characters that SentencePiece is given at once; it drops what is longer than 16 MB
 
@@ -113,37 +110,36 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
     return model.getvalue()
 
 
-def build(experiment: "Experiment", workers: int = 1, force: bool = False) -> Path:
-    """Makes the experiment's tokenizer, and the corpus it needs, unless they are there. Returns its directory."""
-    experiment = experiment.owner("tokenizer")
-    if experiment.imported:  # it came with the model
-        experiment.load_tokenizer()
-        return experiment.directory("tokenizer")
-    config, directory = experiment.tokenizer, experiment.directory("tokenizer")
-    corpus, val_fraction = experiment.directory("corpus"), experiment.pack.val_fraction
-    if force or stage.read_manifest(directory) is None or stage.read_manifest(corpus):
-        data.corpus.build(experiment, workers)
+def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: Path, command: str) -> Stage:
+    """The stage that makes a tokenizer from the corpus in a directory. val_fraction: share of the documents that it
+    does not learn from. command: what the user types to make it."""
     settings = {"tokenizer": config, "val_fraction": val_fraction}
-    job = Stage(directory, settings, stage.outputs(corpus), f"python -m tokenizer.train {experiment.path}")
+    return Stage(directory, settings, stage.outputs(corpus), command, __file__)
+
+
+def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float, force: bool = False) -> None:
+    """Makes the tokenizer, unless it is there."""
+    directory = job.directory
     if job.up_to_date(force):
-        return directory
+        return
     if made := made_with(directory):
         raise UserError(
-            f"{directory} is what {', '.join(map(str, made))} was made with; another would not fit. Give "
-            "the experiment another name, or delete what was made with it first"
+            f"{', '.join(map(str, made))} was made with the tokenizer in {directory}; another would not fit. Give the "
+            "experiment another name, or first delete what was made with it"
         )
-    manifest = stage.finished(corpus, f"python -m data.corpus {experiment.path}")
+    manifest = stage.finished(corpus)
     with job.making():
         log.info(f"tokenizer: training {config.vocab_size:,} pieces")
         total = manifest["counts"]["bytes"]
-        with stage.pool(1) as pool:  # SentencePiece does not hear Ctrl-C; this process does
+        with cli.pool(1) as pool:  # SentencePiece does not hear Ctrl-C; this process does
             model = pool.submit(train, corpus, total, config, val_fraction).result()
         tokenizer, settings = write(directory, model)
         numbers = measure(tokenizer, sample(corpus, total, 2_000_000, 0.0), config.normalization == "identity")
-        (directory / "TOKENIZER_CARD.md").write_text(card(experiment.name, config, settings, numbers), encoding="utf-8")
+        (directory / "TOKENIZER_CARD.md").write_text(
+            card(directory.parent.name, config, settings, numbers), encoding="utf-8"
+        )
         job.finish(numbers)
         log.info(f"tokenizer: {numbers['bytes_per_token']:.2f} bytes a token -> {directory}")
-    return directory
 
 
 def write(directory: Path, model: bytes) -> tuple[Tokenizer, dict]:
@@ -233,17 +229,3 @@ On documents taken evenly from its corpus, most of them learnt from:
 
 Score: {numbers["score"]} bits of text in a bit of id, 8 · bytes a token / log2(pieces). More is better.
 """
-
-
-def main(arguments: argparse.Namespace) -> None:
-    import configs
-
-    experiment = configs.load(arguments.config)
-    directory = build(experiment, stage.workers(arguments), arguments.force)
-    log.info(f"{directory} is up to date")
-
-
-if __name__ == "__main__":
-    from tokenizer.train import main  # the module that configs import, not this second copy of it
-
-    stage.run(main, stage.parser(__doc__, makes=True, many=True).parse_args())

@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from cli import UserError
 from data.batches import Mixture, Phase, Turns, Windows, ranges
 from data.pack import Packed
-from stage import UserError
 
 
 def windows(n: int, length: int, seed: int = 0, offset: int = 0) -> Windows:

@@ -159,7 +159,7 @@ def test_a_damaged_rest_is_not_gone_on_from(place: Place, small):
     whole = (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes()
     kill = "import os, stage, data.corpus\ndata.corpus.SHARD_BYTES = 3_000\nwrite = stage.write_json\n"
     kill += "stage.write_json = lambda *a: (write(*a), os._exit(9))\n"
-    kill += "stage.run(data.corpus.main, stage.parser('', makes=True, many=True).parse_args())"
+    kill += "cli.run(data.corpus.main, cli.parser('', makes=True, many=True).parse_args())"
     for name in ("keys.bin", "shingles.bin"):
         place.run("-c", kill, config, "--force", status=9)
         os.truncate(place.runs / "mini/corpus/partial" / name, 8)
@@ -389,7 +389,7 @@ STAGES = """
 import sys, stage, data.corpus, data.pack
 data.corpus.SHARD_BYTES, data.corpus.BATCH_CHARS, data.pack.CHUNK = 30_000, 3_000, 9_000
 print("ready", flush=True)
-stage.run(data.pack.main, stage.parser("", makes=True, many=True).parse_args())
+cli.run(data.pack.main, cli.parser("", makes=True, many=True).parse_args())
 """
 
 

@@ -10,9 +10,9 @@ import configs
 import data.pack
 import stage
 import tokenizer
+from cli import UserError
 from data.batches import mixture
 from data.corpus import held_out, records
-from stage import UserError
 from tests.conftest import Place
 
 

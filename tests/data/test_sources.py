@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cli import UserError
 from data.sources import Document, Files, Hub, PythonDocs, Unreadable
-from stage import UserError
 from tests.conftest import Place
 
 

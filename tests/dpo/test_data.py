@@ -13,10 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
 import configs
 import dpo.data
 import stage
 import tokenizer.train
+from cli import UserError
 from configs import Experiment
 from data.sources import PythonDocs
 from dpo.data import PairConfig, PairRows, Spelt, gather
@@ -24,7 +26,6 @@ from dpo.filters import PairFilters
 from dpo.pairs import DocPairs, Pair, Pairs
 from sft.conversations import Chats, DocQuestions, Message
 from sft.templates import TEMPLATES, render
-from stage import UserError
 from tests.conftest import MINI, WORDS, Place, write_lines
 
 ANY = PairFilters(language=None)
@@ -507,7 +508,7 @@ def test_a_split_without_pairs_is_one_clear_error(here: Place, split, left):
 
 
 def test_the_command_makes_it_once(here: Place, caplog):
-    command = stage.parser("", makes=True, many=True).parse_args([str(here.config)])
+    command = cli.parser("", makes=True, many=True).parse_args([str(here.config)])
     with caplog.at_level("INFO", "lumi"):
         dpo.data.main(command)
     directory = here.runs / "mini/dpo_data"

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lora
 from dpo import loss as dpo_loss
 from dpo.loss import LossConfig, laid_out, log_probs, preference_loss, rewards
+from lora import LoRAConfig
 from model import ModelConfig, Transformer
-from sft import lora
 from sft.data import IGNORED
-from sft.lora import LoRAConfig
 from tests.test_model import to_transformers
 
 SHAPE = ModelConfig(vocab_size=61, context_length=24, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40)

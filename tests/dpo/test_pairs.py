@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli import UserError
 from data.corpus import held_out
 from data.sources import PythonDocs, Unreadable
 from dpo.pairs import FORMATS, SIDES, DocPairs, HubPairs, Pairs, repeated, shuffled
 from sft.conversations import DocQuestions, Message, cleaned, recognise
-from stage import UserError
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ import configs
 import dpo.data
 import dpo.reference
 import dpo.train
+import lora
 import sft.train
 import stage
+from cli import UserError
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
 from dpo.reference import of_pairs
 from model import Transformer
-from sft import lora
-from stage import UserError
 from tests.conftest import PREFERENCES, Place, write_lines
 from tests.dpo.test_train import adapted, held_out, prefer, task_of, thought
 from tests.test_train import digest, tree

@@ -17,17 +17,19 @@ import torch
 import checkpoint
 import configs
 import dpo.train
+import generate
+import lora
 import sft.train
 import stage
 import tokenizer
 import train
+import trainer
+from cli import UserError
 from dpo.data import PairConfig, PairRows
 from dpo.pairs import Pairs
 from dpo.train import DPOConfig
+from lora import LoRAConfig
 from model import Transformer
-from sft import lora
-from sft.lora import LoRAConfig
-from stage import UserError
 from tests.conftest import CHATS, Place, write_lines
 from tests.sft.test_train import with_two
 from tests.test_train import digest, tree
@@ -163,7 +165,7 @@ def kl(model: Transformer, reference: Transformer, ids: torch.Tensor, bounds: to
     return found.mean().item()
 
 
-def task_of(place: Place, stored: dict | None = None, **changes) -> train.Task:
+def task_of(place: Place, stored: dict | None = None, **changes) -> trainer.Task:
     """What dpo.train hands the loop."""
     experiment = configs.load(place.config)
     experiment = replace(experiment, dpo=replace(experiment.dpo, **changes))
@@ -209,7 +211,7 @@ def test_the_model_that_is_loaded_is_the_one_that_was_trained(ready: Place):
     """Its adapter merged into the fine-tuned model, whose own adapter is merged into the pretrained one."""
     kept = {}
 
-    def keeping(model, *rest, original=train.train):
+    def keeping(model, *rest, original=trainer.train):
         original(model, *rest)
         kept["model"] = model
 
@@ -224,7 +226,7 @@ def test_the_model_that_is_loaded_is_the_one_that_was_trained(ready: Place):
         base = checkpoint.load_model(ready.runs / "mini/sft/final")(tokens)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
     assert float((ours - base).norm() / base.norm()) > 1e-3
-    assert len(loaded.generate([1, 2, 3], 5, temperature=0)) == 5
+    assert len(generate.generate(loaded, [1, 2, 3], 5, temperature=0)) == 5
 
 
 def test_the_same_command_again_finds_it_done(preferring: Place):
@@ -285,10 +287,10 @@ def killing(*a, **k):
         os.kill(os.getpid(), signal.SIGTERM)
     return forward(*a, **k)
 model.Transformer.forward = killing
-p = stage.parser("", makes=True, many=True)
+p = cli.parser("", makes=True, many=True)
 p.add_argument("--checkpoint")
 p.add_argument("--resume", default="auto")
-stage.run(dpo.train.main, p.parse_args())
+cli.run(dpo.train.main, p.parse_args())
 """
     killed = ready.start("-c", kill, ready.config)
     _, err = killed.communicate(timeout=120)

@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import configs
+import generate
 import stage
 from eval import EvalConfig
 from eval.answers import answers, nats_by_conversation
@@ -115,7 +116,7 @@ def test_a_fine_tuned_model_is_asked_by_its_template(tuned: Place, loaded):
 
     ids = render("chatml", [Message("user", texts[0]["prompt"])], spm, ask=True)[0]
     stop = (spm.eos, spm.control["<|im_end|>"])
-    new = model.generate(ids, 128, temperature=0.7, top_p=0.9, seed=0, stop=stop)
+    new = generate.generate(model, ids, 128, temperature=0.7, top_p=0.9, seed=0, stop=stop)
     assert texts[0]["answer"] == spm.decode(new, begins=False)
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
+from cli import UserError
 from eval import choices
 from eval.choices import Question, Scored, credit, encode, fit, log_likelihoods, p_value, score, standard_error, summary
 from model import ModelConfig, Transformer
-from stage import UserError
 from tests.conftest import Place
 
 SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=2, d_model=16, n_heads=2)

@@ -8,12 +8,13 @@ import torch
 
 import checkpoint
 import data.pack
+import generate
 import tokenizer
+from cli import UserError
 from eval import EvalConfig
 from eval.generation import continuations, prompts, smoke
 from eval.prompts import LONGER, SMOKE, Prompt, distinct, judge, repetition, words
 from model import Transformer
-from stage import UserError
 from tests.conftest import Place
 
 CONFIG = EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8, answer_tokens=12, seed=3)
@@ -90,7 +91,7 @@ def test_answers_are_what_generate_gives(subject):
     numbers, texts = prompts(model, spm, None, CONFIG)
     for i, (prompt, text) in enumerate(zip(LONGER, texts, strict=True)):
         options = {"temperature": CONFIG.temperature, "top_p": CONFIG.top_p, "seed": 3 + i, "stop": (spm.eos,)}
-        new = model.generate([spm.bos, *spm.encode(prompt)], 12, **options)
+        new = generate.generate(model, [spm.bos, *spm.encode(prompt)], 12, **options)
         assert (text["prompt"], text["answer"]) == (prompt, spm.decode(new, begins=False))
         assert text["ended"] == (len(new) < 12)
     assert numbers["distinct_1"] == distinct([words(text["answer"]) for text in texts], 1)

@@ -10,9 +10,9 @@ import torch
 import checkpoint
 import data.pack
 import tokenizer
+from cli import UserError
 from eval.language import articles, detokenized, ratio, token_nats, validation, wikitext2
 from model import ModelConfig, Transformer
-from stage import UserError
 from tests.conftest import Place
 
 SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)

@@ -8,10 +8,10 @@ import shutil
 import signal
 
 import pytest
-
-import stage
 from eval.__main__ import main
-from stage import UserError
+
+import cli
+from cli import UserError
 from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
 from tests.eval.test_tasks import RECORDS
@@ -32,7 +32,7 @@ def put(place: Place, *names: str) -> None:
 
 def evaluate(place: Place, *options, status: int = 0) -> str:
     """The command in this process, which has imported everything: what it logs, or for status 2 the user's mistake."""
-    p = stage.parser("", makes=True)
+    p = cli.parser("", makes=True)
     p.add_argument("--checkpoint")
     p.add_argument("--data")
     lines = []
@@ -41,10 +41,10 @@ def evaluate(place: Place, *options, status: int = 0) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "RUNS"):
             patch.setenv(name, place.env[name])
-        patch.setattr(stage.log, "_cache", {})  # of what is logged at the level so far
-        patch.setattr(stage.log, "level", logging.INFO)
-        patch.setattr(stage.log, "handlers", [handler])
-        patch.setattr(stage.log, "propagate", False)
+        patch.setattr(cli.log, "_cache", {})  # of what is logged at the level so far
+        patch.setattr(cli.log, "level", logging.INFO)
+        patch.setattr(cli.log, "handlers", [handler])
+        patch.setattr(cli.log, "propagate", False)
         arguments = p.parse_args(list(map(str, [place.config, *options])))
         if status == 2:
             with pytest.raises(UserError) as mistake:

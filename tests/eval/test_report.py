@@ -13,9 +13,9 @@ import pytest
 import checkpoint
 import configs
 import stage
+from cli import UserError
 from eval import markdown, report, tables
 from eval.run import read
-from stage import UserError
 from tests.conftest import Place
 
 IDS = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("tokenizer", "data")}

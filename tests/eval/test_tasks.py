@@ -8,9 +8,9 @@ import lzma
 import datasets
 import pytest
 
+from cli import UserError
 from eval import download, tasks
 from eval.tasks import PUBLISHED
-from stage import UserError
 
 RECORDS = {
     "boolq": {"question": "is ice cold?", "title": "Ice", "passage": "Ice is frozen water.", "answer": True},

@@ -11,7 +11,8 @@ import openai
 import pytest
 import torch
 
-from model import Sampling
+import generate
+from generate import Sampling
 from serving.engine import Request
 from serving.schema import CHOICES, MAX_TOKENS
 from sft.conversations import Message
@@ -30,7 +31,7 @@ def client(server: Server):
 def expected(server: Server, ids: list[int], most: int, **options) -> str:
     """The text that the model alone goes on with."""
     served = server.served
-    new = served.model.generate(ids, most, stop=served.stop, **options)
+    new = generate.generate(served.model, ids, most, stop=served.stop, **options)
     return served.tokenizer.decode(new, begins=False)
 
 
@@ -188,7 +189,7 @@ def log_probabilities(server: Server, ids: list[int], new: list[int]) -> torch.T
 def test_log_probabilities_of_a_completion(client, server: Server, stream):
     served = server.served
     ids = served.text("Return")
-    new = served.model.generate(ids, 16, seed=3, temperature=1.0, stop=served.stop)
+    new = generate.generate(served.model, ids, 16, seed=3, temperature=1.0, stop=served.stop)
     p = log_probabilities(server, ids, new)
     found = client.completions.create(
         model=served.name, prompt="Return", max_tokens=16, seed=3, logprobs=3, stream=stream
@@ -215,7 +216,7 @@ def test_log_probabilities_of_a_completion(client, server: Server, stream):
 def test_log_probabilities_of_a_chat(client, server: Server, stream):
     served = server.served
     ids = served.conversation([Message("user", "Say a in.")])
-    new = served.model.generate(ids, 16, seed=4, temperature=1.5, stop=served.stop)
+    new = generate.generate(served.model, ids, 16, seed=4, temperature=1.5, stop=served.stop)
     p = log_probabilities(server, ids, new)
     options = {"model": served.name, "messages": USER, "max_tokens": 16, "seed": 4, "temperature": 1.5}
     found = client.chat.completions.create(logprobs=True, top_logprobs=4, stream=stream, **options)

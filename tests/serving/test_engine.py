@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
+import generate
 import tokenizer
-from model import ModelConfig, Sampling, Transformer
+from cli import UserError
+from generate import Sampling
+from model import ModelConfig, Transformer
 from serving.engine import Busy, Engine, Failed, Piece, Request, TimedOut, Writer
-from stage import UserError
 from tests.conftest import Place
 from tests.test_convert import OTHERS, spm_model
 
@@ -168,7 +170,7 @@ def alone(model, spm, request: Request) -> tuple[str, str, int]:
     """Text, why it ended, and how many tokens were drawn, of a request that the model has for itself."""
     s = request.sampling
     options = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "seed": request.seed}
-    ids = model.generate(request.ids, request.max_tokens, stop=request.stop_ids, **options)
+    ids = generate.generate(model, request.ids, request.max_tokens, stop=request.stop_ids, **options)
     text, stopped = cut(spm, ids, request.stop)
     finish = "stop" if stopped is not None or len(ids) < request.max_tokens else "length"
     return text, finish, len(ids) if stopped is None else stopped
@@ -249,7 +251,7 @@ def test_what_is_reported_of_tokens_is_what_was_drawn(model, ours):
     request = ask(ours.encode("Return the"), 12, logprobs=3)
     with Engine(model, ours) as engine:
         tokens = [token for piece in engine.submit([request])[0] for token in piece.tokens]
-    assert [token.id for token in tokens] == model.generate(request.ids, 12, temperature=0)
+    assert [token.id for token in tokens] == generate.generate(model, request.ids, 12, temperature=0)
     with torch.no_grad():
         p = model(torch.tensor([[*request.ids, *(token.id for token in tokens)][:-1]]))[0, -12:].log_softmax(-1)
     for token, expected in zip(tokens, p, strict=True):
@@ -311,7 +313,7 @@ def test_a_request_that_nobody_waits_for_frees_its_place(gated, model, ours):
     assert decoded.tokens <= before + 1
     text, _, finish = whole(decoded)
     assert finish == "cancelled"
-    assert text == ours.decode(model.generate([1, 2], decoded.tokens, temperature=0), begins=False)
+    assert text == ours.decode(generate.generate(model, [1, 2], decoded.tokens, temperature=0), begins=False)
     assert (len(engine.open), len(engine.decoder)) == (0, 0)
 
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configs
+from cli import UserError
 from data import corpus
 from data.clean import Cleaning, clean
 from data.sources import PythonDocs, Unreadable
 from sft.conversations import FORMATS, Chats, DocQuestions, HubChats, Message, first_sentences, recognise
-from stage import UserError
 from tests.conftest import Place
 
 

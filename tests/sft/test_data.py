@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import configs
 import sft.data
 import stage
+from cli import UserError
 from configs import Experiment
 from data.corpus import CorpusConfig
 from data.sources import Files
@@ -27,7 +28,6 @@ from sft.filters import Filters
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
 from sft.train import SFTConfig, fine_tuning
-from stage import UserError
 from tests.conftest import CHATS, MINI, Place, write_lines
 
 ANY = Filters(language=None, near_duplicates=None)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 import checkpoint
 import convert
 import stage
+from cli import UserError
 from model import ModelConfig, Transformer
 from sft import templates
 from sft.conversations import Message
 from sft.templates import render, shown
-from stage import UserError
 from tests.conftest import MINI
 from tests.test_convert import KEPT, command, spm_model
 from tokenizer import Tokenizer

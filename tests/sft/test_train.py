@@ -19,21 +19,26 @@ import torch
 
 import checkpoint
 import configs
+import generate
+import lora
 import sft.data
 import sft.train
 import stage
 import tokenizer
 import train
+import trainer
+from cli import UserError
+from lora import LoRAConfig
 from model import ModelConfig, Transformer
-from sft import lora, templates
+from sft import templates
 from sft.data import Rows
-from sft.lora import LoRAConfig
 from sft.train import fine_tuning
-from stage import Stage, UserError
+from stage import Stage
 from tests.conftest import MINI, ROOT, Place, write_lines
 from tests.sft.test_data import HELD
 from tests.test_train import digest, tree
-from train import TrainConfig, learning_rate
+from train import learning_rate
+from trainer import TrainConfig
 
 # Runs sft.train in a process that sends itself a signal at the n-th forward pass of training.
 KILL = """
@@ -46,10 +51,10 @@ def killing(*a, **k):
         os.kill(os.getpid(), signal.{signal})
     return forward(*a, **k)
 model.Transformer.forward = killing
-p = stage.parser("", makes=True, many=True)
+p = cli.parser("", makes=True, many=True)
 p.add_argument("--checkpoint")
 p.add_argument("--resume", default="auto")
-stage.run(sft.train.main, p.parse_args())
+cli.run(sft.train.main, p.parse_args())
 """
 
 
@@ -149,7 +154,7 @@ def test_the_final_model_answers(fine_tuned: Place):
     rows = base.head.weight
     assert torch.equal(model.head.weight[end], rows[eos] + (rows[end] - rows[start]))
     assert torch.equal(model.embed.weight, base.embed.weight)
-    assert len(model.generate([1, 2, 3], 5, temperature=0)) == 5
+    assert len(generate.generate(model, [1, 2, 3], 5, temperature=0)) == 5
     assert checkpoint.template(final) == "chatml"
     assert checkpoint.template(fine_tuned.runs / "mini/pretrain/final") is None
 
@@ -167,7 +172,7 @@ def test_the_same_command_again_finds_it_done(fine_tuned: Place):
 @pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 1, 2 * 4 + 5, -3])
 def test_killed_and_restarted_equals_fine_tuned(ready: Place, fine_tuned: Place, crash):
     """With dropout, which draws the same in a run that is gone on with."""
-    assert configs.load(ready.config).sft.lora.dropout == 0.1
+    assert configs.load(ready.config).lora.dropout == 0.1
     if crash < 0:  # counted from the end: the last evaluation
         whole, forward = itertools.count(1), Transformer.forward
         with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +235,7 @@ def test_full_fine_tuning_writes_the_weights(ready: Place, made: Place):
     assert not any(torch.equal(final[name], base[name]) for name in base)
     assert tree(ready.runs / "mini/pretrain") == tree(made.runs / "mini/pretrain")
     shutil.rmtree(ready.runs / "mini/pretrain")  # it stands by itself
-    assert len(checkpoint.load_model(directory / "final").generate([1], 3)) <= 3
+    assert len(generate.generate(checkpoint.load_model(directory / "final"), [1], 3)) <= 3
     assert ready.metrics("sft")[-1]["val_loss"] < ready.metrics("sft")[0]["loss"]
 
 
@@ -351,7 +356,7 @@ def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatc
     task = sft.train.fine_tuning(found, rows, spm)
     job = Stage(directory / "out", {"model": shape, "sft": config}, {}, "")
     with job.making():
-        train.train(sft.train.adapt(model, adapter), task, config, job, "auto")
+        trainer.train(sft.train.adapt(model, adapter), task, config, job, "auto")
     log = [json.loads(line) for line in (directory / "out/metrics.jsonl").read_text().splitlines()]
     return model, spm, Rows(rows, "train", stage.read_manifest(rows)["counts"], 64), log
 
@@ -366,7 +371,7 @@ def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter)
     for number in range(len(rows.starts) - 1):
         ids, trained = rows.conversation(number)
         first = int(np.flatnonzero(trained)[0])
-        found = model.generate(ids[:first].tolist(), 20, temperature=0, stop=templates.ends("chatml", spm))
+        found = generate.generate(model, ids[:first].tolist(), 20, temperature=0, stop=templates.ends("chatml", spm))
         right += found == ids[first:-1].tolist()
     assert right == len(PAIRS) == 20
 

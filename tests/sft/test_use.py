@@ -8,6 +8,7 @@ import transformers
 
 import checkpoint
 import configs
+import generate
 from sft.conversations import Message
 from sft.templates import render
 from tests.conftest import CHATS, Place
@@ -21,7 +22,7 @@ def test_the_latest_model_answers_and_the_other_goes_on(fine_tuned: Place):
         spm = configs.load(fine_tuned.config).load_tokenizer()
     model = checkpoint.load_model(fine_tuned.runs / "mini/sft/final")
     ids = render("chatml", [Message("user", "Say a in.")], spm, ask=True)[0]
-    new = model.generate(ids, 8, temperature=0, stop=(spm.eos, *spm.control.values()))
+    new = generate.generate(model, ids, 8, temperature=0, stop=(spm.eos, *spm.control.values()))
     assert answer == spm.decode(new, begins=False) + "\n"
     plain = fine_tuned.runs / "mini/pretrain/final"
     text = fine_tuned.run("serve.py", fine_tuned.config, "--checkpoint", plain, "generate", "Say", *options).stdout

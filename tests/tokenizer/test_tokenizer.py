@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
+from cli import UserError
 from data.sources import raw
-from stage import UserError
 from tests.conftest import ROOT, Place
 from tokenizer.train import TokenizerConfig, measure, train
 

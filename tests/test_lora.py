@@ -10,13 +10,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 import checkpoint
+import lora
 import stage
+from cli import UserError
+from lora import TARGETS, LoRAConfig
 from model import ModelConfig, Transformer
 from optim import make_optimizers
-from sft import lora
-from sft.lora import TARGETS, LoRAConfig
-from stage import UserError
-from train import TrainConfig
+from trainer import TrainConfig
 
 # Every projection but q and o is rectangular.
 SHAPE = {

@@ -190,3 +190,17 @@ def fold(model: Transformer) -> None:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, plain)
     model.requires_grad_(True)
+
+
+def begin(model: Transformer, end: int, start: int, eos: int) -> None:
+    """Gives a model that has never seen a template's control pieces an end that it can learn to use.
+
+    Pieces that no text is spelt with have all been pushed the same way in the output projection, and while that is
+    frozen they cannot be told apart: with LoRA alone the demo gave <|im_end|> a probability of 0.02 where every answer
+    ends. Its row becomes that of the piece that ends a text, plus what tells two unseen pieces apart.
+    """
+    if end not in getattr(model, "begun", ()):  # else another adapter has needed it already
+        with torch.no_grad():
+            rows = model.head.weight
+            rows[end] = rows[eos] + (rows[end] - rows[start])
+        model.begun = {end}

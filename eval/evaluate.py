@@ -1,13 +1,12 @@
 """Trained models to numbers.
 
-    python -m eval configs/tiny.py   ->  runs/tiny/eval: results.json, generations.json
+    python pipeline.py configs/tiny.py eval   ->  runs/tiny/eval: results.json, generations.json
 
 Every task whose data is there is measured, on every stage that is trained, and kept at once: an interrupted run goes on
 with the next task, and data and stages that come later are added. A stage whose model is missing is not trained here:
 that takes hours, and is asked of the user.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -22,13 +21,13 @@ from typing import NamedTuple
 import torch
 
 import checkpoint
-import configs
 import data.pack
 import data.sources
 import dpo.data
 import machine
 import sft.data
 import stage
+from cli import UserError, log
 from configs import Experiment
 from data.pack import SPLITS, Packed
 from dpo.data import PairRows
@@ -41,10 +40,11 @@ from eval.preference import preference
 from eval.prompts import EVERYDAY, LONGER, SMOKE
 from eval.tables import MAIN
 from eval.tasks import PUBLISHED
+from finetune import Base
 from model import Transformer
 from sft.data import Rows
-from sft.train import load_base
-from stage import Stage, UserError, log
+from sft.templates import unseen
+from stage import Stage, Step
 from tokenizer import Tokenizer
 
 WRITTEN = ("answers", "smoke", "prompts", "everyday", "continuations")  # the tasks whose texts are kept
@@ -83,11 +83,11 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
                 lambda published=published, path=path: published.load(path),
                 lambda model, x, _, published=published, name=name: (published.measure(model, spm, x, name), None),
             )
-    make = f"python -m sft.data {experiment.path}"
+    make = experiment.command("sft_data")
     tasks["answers"] = Task(missing=f"no conversations; make them with: {make}")
     directory, context = experiment.directory("sft_data"), experiment.model.context_length
     if stage.read_manifest(directory):
-        counts, template = sft.data.load(directory, spm.sha256, make), sft.data.template(directory)
+        counts, template = sft.data.load(directory, spm.sha256), sft.data.template(directory)
         splits = [Rows(directory, split, counts, context) for split in SPLITS]
         tasks["answers"] = Task(
             digest(stage.outputs(directory), config.answers, config.answer_tokens, sampling),
@@ -119,7 +119,7 @@ def plan(experiment: Experiment, spm: Tokenizer, held_out: Packed | str, packed:
 def pairs(experiment: Experiment, spm: Tokenizer, final: Path) -> Task:
     """The task `preference`, beside the model that `final` began from if it has learnt preferences, else beside the
     fine-tuned one, which would begin it."""
-    directory, make = experiment.directory("dpo_data"), f"python -m dpo.data {experiment.path}"
+    directory, make = experiment.directory("dpo_data"), experiment.command("dpo_data")
     if not stage.read_manifest(directory):
         return Task(missing=f"no pairs; make them with: {make}")
     try:
@@ -127,12 +127,16 @@ def pairs(experiment: Experiment, spm: Tokenizer, final: Path) -> Task:
         base = checkpoint.base(final) if learnt else experiment.trained("sft")
     except UserError as error:
         return Task(missing=f"no model to compare with: {error}")
-    held_out = PairRows(directory, "val", dpo.data.load(directory, spm.sha256, make))
+    held_out = PairRows(directory, "val", dpo.data.load(directory, spm.sha256))
     beta = checkpoint.read_manifest(final)["config"]["loss"]["beta"] if learnt else experiment.dpo.loss.beta
+
+    start = Base(
+        base, experiment.model, unseen(base, experiment.sft.data.template, spm, experiment.imported is not None)
+    )
 
     @functools.cache
     def reference(device: torch.device) -> torch.Tensor:
-        return of_pairs(load_base(experiment, base).to(device).eval(), held_out, "reference")
+        return of_pairs(start.load().to(device).eval(), held_out, "reference")
 
     return Task(
         digest(stage.outputs(directory), checkpoint.digest(base), beta),
@@ -144,22 +148,35 @@ def digest(*values) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def main(arguments: argparse.Namespace) -> None:
-    experiment = configs.load(arguments.config)
-    remake = f"python -m eval {experiment.path}"
-    if arguments.checkpoint is not None:
-        final = Path(os.path.abspath(arguments.checkpoint))
+def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
+    """The stage that measures every trained stage, or the checkpoint in `given`. where: a directory in place of DATA."""
+    command = experiment.command("eval")
+    if given is not None:
+        final = Path(os.path.abspath(given))
         config = checkpoint.read_manifest(final)["config"]
         name = "dpo" if "dpo" in config else "pretrain" if checkpoint.template(final) is None else "sft"
         trained, directory = {name: final}, final.parent / f"eval_{final.name}"
-        remake += f" --checkpoint {shlex.quote(arguments.checkpoint)}"
+        command += f" --checkpoint {shlex.quote(given)}"
     else:
         trained, directory = experiment.all_trained(), experiment.directory("eval")
-    if arguments.data is not None:
-        if not arguments.data or not Path(arguments.data).is_dir():
-            raise UserError(f"no directory {arguments.data!r}; --data says where the tasks' files are")
-        os.environ["DATA"] = arguments.data
-        remake += f" --data {shlex.quote(arguments.data)}"
+    if where is not None:
+        if not where or not Path(where).is_dir():
+            raise UserError(f"no directory {where!r}; --data says where the tasks' files are")
+        os.environ["DATA"] = where
+        command += f" --data {shlex.quote(where)}"
+    read = {}
+    for final in trained.values():
+        read |= stage.outputs(final)
+    read |= stage.outputs(experiment.directory("pack"))
+    job = Stage(directory, {"eval": experiment.eval}, read, command, __file__)
+    if manifest := stage.read_manifest(directory):  # of what was read before, compare what is still there
+        job.read = {path: read.get(path, digest) for path, digest in manifest["read"].items()}
+    return Step(job, lambda: evaluate(experiment, job, trained, force))
+
+
+def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], force: bool) -> None:
+    """Measures what has not been measured yet."""
+    directory = job.directory
     spm = experiment.load_tokenizer(next(iter(trained.values())))
     of, read = {}, {}
     for name, final in trained.items():
@@ -167,31 +184,32 @@ def main(arguments: argparse.Namespace) -> None:
         of[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
         read |= stage.outputs(final)
     packed = experiment.directory("pack")
-    held_out = f"no packed tokens; make them with: python -m data.pack {experiment.path}"
+    held_out = f"no packed tokens; make them with: {experiment.command('pack')}"
     if stage.read_manifest(packed):
         if stage.read_manifest(final / "tokenizer") and spm.sha256 not in stage.read_manifest(packed)["read"].values():
             held_out = f"{packed} was packed with another tokenizer than the one that {final} brings"
         else:
-            held_out = data.pack.load(packed, spm.sha256, f"python -m data.pack {experiment.path}")["val"]
+            held_out = data.pack.load(packed, spm.sha256)["val"]
             read |= stage.outputs(packed)
     tasks = plan(experiment, spm, held_out, read.get(f"{packed.parent.name}/{packed.name}/val.bin", ""), final)
     read |= {PUBLISHED[name].file: task.data for name, task in tasks.items() if name in PUBLISHED and task.measure}
 
     # What was read before is compared, as far as it is still there; what has come since is measured now.
-    manifest = None if arguments.force else stage.read_manifest(directory)
+    manifest = None if force else stage.read_manifest(directory)
     was = manifest["read"] if manifest else read
-    job = Stage(directory, {"eval": experiment.eval}, {k: read.get(k, digest) for k, digest in was.items()}, remake)
-    finished, job.read = job.up_to_date(arguments.force), was | read
-    results = {name: {} for name in of} if arguments.force else left(directory, tasks, of)[0]
+    job.read = {path: read.get(path, digest) for path, digest in was.items()}
+    finished, job.read = job.is_finished(force), was | read
+    results = {name: {} for name in of} if force else left(directory, tasks, of)[0]
     if finished and not any(unmeasured(results, tasks).values()):
         for each in results.values():
             each |= {task: {"skipped": tasks[task].missing} for task in tasks if task not in each}
-        log.info(f"{overview(results, stage.read_seconds(directory))}\n{directory} is up to date")
+        log.info(overview(results, stage.read_seconds(directory)))
+        job.log_up_to_date()
         return
     loaded = {
         task: tasks[task].load() for task in {task for todo in unmeasured(results, tasks).values() for task in todo}
     }
-    with job.making(keep=not arguments.force):
+    with job.making(keep=not force):
         (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished evaluation is added to
         results, texts = left(directory, tasks, of)
         job.earlier = sum(stage.read_seconds(directory).values())
@@ -218,7 +236,7 @@ def main(arguments: argparse.Namespace) -> None:
         stage.write_json(directory / "results.json", results)
         stage.write_json(directory / "generations.json", texts)
         measured = {name: sum("skipped" not in entry for entry in each.values()) for name, each in results.items()}
-        counts = {"measured": measured, "machine": machine.name(device), "command": remake}
+        counts = {"measured": measured, "machine": machine.name(device), "command": job.command}
         job.finish(counts, [directory / "results.json", directory / "generations.json"])
         log.info(f"{overview(results, stage.read_seconds(directory))}\nevaluated: {directory / 'results.json'}")
 
@@ -291,10 +309,3 @@ def overview(results: dict[str, dict], seconds: dict[str, float]) -> str:
             rows[-1] += [f"{entry['n']:,}", f"{took:.1f}"]
     head = ["stage", "task", "measure", "value", "baseline", "difference", "n", "seconds"]
     return "\n".join([table(head, rows), *notes])
-
-
-if __name__ == "__main__":
-    p = stage.parser(__doc__, makes=True)
-    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path; results go to eval_NAME beside it")
-    p.add_argument("--data", metavar="DIR", help="where the tasks' files are, instead of DATA")
-    stage.run(main, p.parse_args())

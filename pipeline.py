@@ -1,0 +1,265 @@
+"""Every stage of an experiment by name.
+
+    python pipeline.py configs/demo.py                    every stage that is not done yet
+    python pipeline.py configs/demo.py sft dpo            these stages, and the data they need
+    python pipeline.py configs/demo.py --status           which stages are done, stale or missing
+    torchrun --nproc_per_node=8 pipeline.py configs/base.py sft
+
+Stages, in order: corpus tokenizer pack pretrain sft_data sft dpo_data dpo_reference dpo eval report.
+Each runs in a process of its own, so that it gives the same bytes alone and after others. A stage makes its input if
+that takes minutes. If the input takes hours (a trained model), it stops and names the command.
+"""
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import cli
+import configs
+import dpo.data
+import dpo.reference
+import dpo.train
+import eval.evaluate
+import eval.report
+import machine
+import parallel
+import sft.data
+import sft.train
+import stage
+import train
+from cli import UserError
+from configs import Experiment
+from eval.markdown import table
+from finetune import Base
+from sft.templates import unseen
+from stage import Step
+from tokenizer import Tokenizer
+
+
+def corpus(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    return train.corpus(experiment, arguments.workers, arguments.force)
+
+
+def tokenizer(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    return train.tokenizer(experiment, arguments.workers, arguments.force)
+
+
+def pack(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    return train.pack(experiment, arguments.workers, arguments.force)
+
+
+def pretrain(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    return train.pretrain(experiment, arguments.force, arguments.resume)
+
+
+def sft_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    config, context, spm = experiment.sft.data, experiment.model.context_length, experiment.directory("tokenizer")
+    job = sft.data.job(config, context, spm, experiment.directory("sft_data"), experiment.command("sft_data"))
+    return Step(job, lambda: sft.data.build(job, config, context, spm, arguments.workers, arguments.force))
+
+
+def sft_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    experiment = experiment.owner("sft")
+    config, rows = experiment.sft, experiment.directory("sft_data")
+    base, spm = base_model(experiment, "pretrain", arguments)
+    job = sft.train.job(config, base, rows, spm, experiment.directory("sft"), command(experiment, "sft", arguments))
+    return Step(job, lambda: sft.train.train(job, config, base, rows, spm, arguments.force, arguments.resume))
+
+
+def dpo_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    config, template, context = experiment.dpo.data, experiment.sft.data.template, experiment.model.context_length
+    spm, directory = experiment.directory("tokenizer"), experiment.directory("dpo_data")
+    job = dpo.data.job(config, template, context, spm, directory, experiment.command("dpo_data"))
+    return Step(job, lambda: dpo.data.build(job, config, template, context, spm, arguments.workers, arguments.force))
+
+
+def dpo_reference(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    base, spm = base_model(experiment, "sft", arguments)
+    pairs, directory = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
+    dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
+    job = dpo.reference.job(base, pairs, dtype, directory, command(experiment, "dpo_reference", arguments))
+    return Step(job, lambda: dpo.reference.build(job, base, pairs, dtype, spm, arguments.force))
+
+
+def dpo_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    config, template = experiment.dpo, experiment.sft.data.template
+    base, spm = base_model(experiment, "sft", arguments)
+    pairs, reference = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
+    directory = experiment.directory("dpo")
+    job = dpo.train.job(config, template, base, pairs, spm, directory, command(experiment, "dpo", arguments))
+    inputs = config, template, base, pairs, reference, spm
+    return Step(job, lambda: dpo.train.train(job, *inputs, arguments.force, arguments.resume))
+
+
+def evaluate(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+    return eval.evaluate.step(experiment, arguments.checkpoint, arguments.data, arguments.force)
+
+
+STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
+    "corpus": corpus,
+    "tokenizer": tokenizer,
+    "pack": pack,
+    "pretrain": pretrain,
+    "sft_data": sft_data,
+    "sft": sft_,
+    "dpo_data": dpo_data,
+    "dpo_reference": dpo_reference,
+    "dpo": dpo_,
+    "eval": evaluate,
+}
+NAMES = (*STAGES, "report")  # the report has no manifest: it is written anew each time
+INPUTS = {  # what a stage makes first if it is missing
+    "tokenizer": ("corpus",),
+    "pack": ("corpus", "tokenizer"),
+    "pretrain": ("pack",),
+    "sft_data": ("tokenizer",),
+    "sft": ("sft_data",),
+    "dpo_data": ("tokenizer",),
+    "dpo_reference": ("dpo_data",),
+    "dpo": ("dpo_data",),
+}
+
+
+def base_model(experiment: Experiment, after: str, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
+    """The model that fine-tuning starts from, --checkpoint or the final one of the stage before, and its tokenizer."""
+    checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained(after)
+    spm = experiment.load_tokenizer(checkpoint)
+    pieces = unseen(checkpoint, experiment.sft.data.template, spm, experiment.imported is not None)
+    return Base(checkpoint, experiment.model, pieces), spm
+
+
+def command(experiment: Experiment, name: str, arguments: argparse.Namespace) -> str:
+    """What the user types to make a stage, with the --checkpoint that was given."""
+    given = f" --checkpoint {shlex.quote(arguments.checkpoint)}" if arguments.checkpoint else ""
+    return experiment.command(name) + given
+
+
+# -------------------------------------------------------------------------------------------------------------- making
+
+
+def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made: set, apart: bool = True) -> None:
+    """Makes a stage, and before it the inputs that it lacks. made: directories that this command has seen to already.
+    apart: each in a process of its own."""
+    directory = experiment.directory(name) if name != "report" else None
+    if directory in made:
+        return
+    made.add(directory)
+    for owner, needed in inputs(name, experiment):
+        make(needed, owner, unforced(arguments), made, apart)
+
+    def this_one() -> None:
+        eval.report.write(experiment) if name == "report" else STAGES[name](experiment, arguments).make()
+
+    cli.apart(this_one) if apart else this_one()
+
+
+def inputs(name: str, experiment: Experiment) -> list[tuple[Experiment, str]]:
+    """The stages whose results a stage reads and makes if they are missing, with the experiments they belong to."""
+    pairs = [(experiment, needed) for needed in INPUTS.get(name, ())]
+    if name == "pretrain":
+        pairs += [(other, "pack") for other in experiment.beside]
+    if name == "dpo" and experiment.dpo.reference == "stored":
+        pairs.append((experiment, "dpo_reference"))
+    if name == "report" or stage.read_manifest(experiment.directory(name)) is None:
+        return pairs
+    # An input of a finished stage may have been moved away. One that is there must still match.
+    return [(owner, needed) for owner, needed in pairs if stage.read_manifest(owner.directory(needed)) is not None]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    experiment = configs.load(arguments.config)
+    if unknown := [name for name in arguments.stages if name not in NAMES]:
+        raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
+    if arguments.force and arguments.resume != "auto":
+        raise UserError("--force discards what --resume would continue; use one of them")
+    if arguments.status:
+        print(status(experiment, arguments))
+        return
+    # By default all of them; the reference is made for dpo if its config wants it.
+    chosen = [name for name in NAMES if name in arguments.stages or (not arguments.stages and name != "dpo_reference")]
+    if "RANK" in os.environ:
+        make_distributed(chosen, experiment, arguments)
+        return
+    made: set[Path] = set()
+    for name in chosen:
+        arguments.force = arguments.force or name == arguments.force_from
+        make(name, experiment, arguments, made)
+
+
+def unforced(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The switches for the inputs of a named stage: --force and --resume are about that stage alone."""
+    return argparse.Namespace(**vars(arguments) | {"force": False, "resume": "auto"})
+
+
+def make_distributed(chosen: list[str], experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Makes one training stage on the processes that torchrun has started."""
+    if len(chosen) != 1 or chosen[0] not in configs.TRAINED:
+        raise UserError(f"torchrun makes one training stage at a time; name one of {', '.join(configs.TRAINED)}")
+    name = chosen[0]
+    config = experiment.pretrain if name == "pretrain" else getattr(experiment, name).train
+
+    def make_inputs() -> None:
+        made: set[Path] = set()
+        for owner, needed in inputs(name, experiment):
+            make(needed, owner, unforced(arguments), made, apart=False)
+
+    with parallel.joined(config.timeout):
+        parallel.lead(make_inputs, timeout=parallel.DAY)  # the other processes wait, however long it takes
+        STAGES[name](experiment, arguments).make()
+
+
+# -------------------------------------------------------------------------------------------------------------- status
+
+
+def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
+    """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
+    rows = []
+    for name, step in STAGES.items():
+        directory = experiment.directory(name)
+        try:
+            state = step(experiment, arguments).job.state()
+        except UserError as error:  # what it starts from is missing
+            state = f"missing: {error}"
+        seconds = stage.read_seconds(directory.parent).get(directory.name)
+        rows.append([name, f"{seconds:,.1f}" if seconds else "", main_number(name, directory), state])
+    return table(["stage", "seconds", "result", "state"], rows)
+
+
+def main_number(name: str, directory: Path) -> str:
+    """The main number of a finished stage, in words."""
+    if (manifest := stage.read_manifest(directory)) is None:
+        return ""
+    counts = manifest["counts"]
+    record = counts.get("record") or {}
+    if name == "corpus":
+        return f"{counts['documents']:,} documents"
+    if name == "tokenizer":
+        return f"{counts['bytes_per_token']:.2f} bytes per token"
+    if name in ("pack", "sft_data"):
+        return f"{counts['train']['tokens']:,} tokens"
+    if name == "dpo_data":
+        return f"{counts['train']['pairs']:,} pairs"
+    if name == "pretrain":
+        return f"{record['val_bits_per_byte']:.3f} bits per byte"
+    if name == "sft":
+        return f"validation loss {record['val_loss']:.3f}"
+    if name == "dpo":
+        return f"{record['val_accuracy']:.1%} of pairs won"
+    return ""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    p.add_argument("stages", nargs="*", metavar="STAGE", help="default: every stage")
+    p.add_argument("--status", action="store_true", help="show what is done, and make nothing")
+    cli.add_training_switches(p)
+    p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and all later ones again")
+    p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model by path")
+    p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser().parse_args())
