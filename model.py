@@ -1,13 +1,15 @@
-"""The LLaMA, whole: configuration, kernels, layers, loss and cached generation. Imports nothing from the project.
+"""The LLaMA, from the config to the loss, to be read from top to bottom. Imports nothing from the project.
 
-A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971): token embedding, `n_layers` blocks, RMSNorm, output
-projection. A block adds two things to the residual stream, each reading a normalised copy of it: causal attention with
-rotary positions, and a SwiGLU feed-forward network. There are no biases and no dropout.
+A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971). Each token becomes a vector of width D, its residual
+stream. Every block reads the stream twice and adds to it twice: attention moves information between positions, the
+feed-forward network works on each position alone. The last norm and the output projection turn the stream into one
+score (logit) for each piece of the vocabulary. There are no biases and no dropout.
 
-In shapes: B batch, T tokens, S keys seen, N = B · T rows, D d_model, H heads, K key-value heads, E head dimension,
-V vocabulary.
+Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads, E head
+dimension, V vocabulary.
 """
 
+import itertools
 import math
 import os
 from dataclasses import dataclass, fields
@@ -20,40 +22,39 @@ from torch.utils.checkpoint import checkpoint
 try:
     import triton
     import triton.language as tl
-except ImportError:  # not on Linux: the plain-PyTorch twins serve
+except ImportError:  # not on Linux: the plain-PyTorch functions serve
     triton = None
 
-
-# ----------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a model. Raises TypeError or ValueError, naming the field, for what no model can have."""
+    """The shape of a model. Raises TypeError or ValueError, naming the field, for an impossible shape."""
 
     vocab_size: int
-    """Rows of the embedding: the tokenizer's pieces."""
+    """Rows of the embedding: one for each piece of the tokenizer."""
     context_length: int = 1_024
-    """The most tokens a forward pass may see, and the reach of attention."""
+    """The most tokens of a text that the model can see at once."""
     n_layers: int
-    """Blocks."""
+    """Number of blocks."""
     d_model: int
     """Width of the residual stream."""
     n_heads: int
-    """Query heads; each is d_model / n_heads wide."""
+    """Query heads. Each is d_model / n_heads wide."""
     n_kv_heads: int | None = None
-    """Key-value heads, each shared by n_heads / n_kv_heads query heads (arXiv:2305.13245). None: n_heads."""
+    """Key-value heads; n_heads / n_kv_heads query heads share each of them (arXiv:2305.13245). None: n_heads."""
     d_ff: int | None = None
     """Width of the feed-forward network. None: 4 × d_model."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths (arXiv:2104.09864)."""
     rms_norm_eps: float = 1e-5
-    """Added to the mean square before its root."""
+    """Added to the mean square before the root, so that a row of zeros divides by more than 0."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output projection too."""
     kernels: str = "auto"
-    """Norms, SwiGLU and cross-entropy by "triton" or "torch"; "auto" is Triton on a GPU, where torch.compile does not
-    fuse PyTorch's operations instead, and PyTorch elsewhere."""
+    """RMSNorm, SwiGLU and cross-entropy by "triton" or "torch". "auto" is Triton on a GPU, PyTorch elsewhere. Compiled
+    blocks use PyTorch's operations in any case: torch.compile fuses them with their neighbours."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -83,32 +84,301 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
     def flops_per_token(self, T: int) -> int:
-        """Of a training step on rows of T tokens, as PaLM counts them (arXiv:2204.02311, appendix B).
+        """As `Transformer.flops_per_token`, without the memory for a model."""
+        with torch.device("meta"):
+            return Transformer(self).flops_per_token(T)
 
-        A linear layer multiplies and adds once a weight: 2 FLOPs forward, 4 backward, for the gradients of input and
-        weight. Attention does so twice with T keys a query, d_model wide: 12 · T · d_model a block. Embedding rows are
-        looked up, not multiplied; masked keys count.
+
+# ------------------------------------------------------------------------------------------------------------- RMSNorm
+
+
+class RMSNorm(nn.Module):
+    """Scales each position's vector to a root mean square of 1, then each dimension by a learnt gain."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))  # the gains
+        self.eps, self.kernels = config.rms_norm_eps, config.kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without a norm the stream would grow from block to block, and so would what every layer reads. Unlike
+        # LayerNorm it subtracts no mean and adds no bias: the model is as good without, and a little faster.
+        return rms_norm(x, self.weight, self.eps, self.kernels)  # (B, T, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------- RoPE
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, (context_length, 1, E) float32 each, as `rotate` wants them."""
+    # Dimension i turns by position / theta^(2i/E): the first pair makes a turn in about 6 tokens, the last one hardly
+    # moves over the whole context. Near and far distances are told apart by different dimensions.
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    frequency = config.rope_theta ** (-even / config.head_dim)  # (E/2,)
+    position = torch.arange(config.context_length, dtype=torch.float64)
+    # float64 until here: float32 would be off by a visible angle at large positions.
+    angle = torch.outer(position, frequency)[:, None]  # (T, 1, E/2)
+    cos = torch.cat((angle.cos(), angle.cos()), -1).float()
+    sin = torch.cat((-angle.sin(), angle.sin()), -1).float()  # the sign of the rotation is in the first half
+    return cos, sin
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: turns the pairs (x_i, x_{i + E/2}) by an angle that grows with the position.
+
+    x: (B, T, H, E). cos, sin: (T, 1, E) or (B, T, 1, E). Returns x's shape and dtype (arXiv:2104.09864).
+    """
+    # A rotated q times a rotated k depends on the two positions only through their difference: attention then knows
+    # "three tokens back" without knowing "token 517". The halves are paired as in the Hugging Face layout.
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def sees(query: Tensor, key: Tensor) -> Tensor:
+    """Which keys a query sees, from the positions of both in their text (int64, of shapes that broadcast).
+
+    This is the only place that decides it: training, decoding with a cache, packed rows and evaluation all call it.
+    A sliding window of 64 tokens, for example, is  (key <= query) & (query - key < 64).
+    """
+    # Causal: a position must not see later ones, because they hold the answers that it is trained to predict.
+    return key <= query
+
+
+class Layout:
+    """Where the keys of a forward pass lie, and which of them each query sees.
+
+    This one is plain: each row of the batch is one text, which starts at position 0. Below, `Cached` and `Packed` keep
+    their keys elsewhere.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None):
+        self.cos, self.sin = cos, sin  # of the tokens' positions: (T, 1, E) or (B, T, 1, E)
+        self.mask = mask  # (B or 1, 1, T, S), True where a query sees a key; None: plain causal
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: (B, H, T, E), k and v: (B, K, T, E), rotated. Returns (B, H, T, E)."""
+        return softmax_attention(q, k, v, self.mask, causal=self.mask is None)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q kᵀ / √E) v over the keys that are seen. Shapes as in `Layout.attend`."""
+    # PyTorch's fused operator never holds all T × S scores (flash attention, arXiv:2205.14135). Its fastest kernels
+    # know the causal pattern, but take no mask: that is why `mask` is None wherever the pattern is plain causal.
+    grouped = k.shape[1] < q.shape[1]  # several query heads share one key-value head
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Each position asks (q), each position answers with a key (k) and a value (v)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
+        self.k = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.o = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
+        k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        # Only q and k are rotated: positions decide where a query looks, not what it finds there.
+        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        y = layout.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # the heads side by side again, mixed by o: (B, T, D)
+
+
+# -------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward network: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d_ff = config.d_ff or 4 * config.d_model
+        self.gate = nn.Linear(config.d_model, d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, config.d_model, bias=False)
+        self.kernels = config.kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        # `up` proposes d_ff features, `gate` says for each how much of it passes. Try one matrix and F.gelu instead:
+        # two thirds of the parameters, and a higher loss at equal size.
+        return self.down(swiglu(self.gate(x), self.up(x), self.kernels))  # (B, T, D)
+
+
+# --------------------------------------------------------------------------------------------------------------- block
+
+
+class Block(nn.Module):
+    """One layer of the model: attention, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(config), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        # Each half reads a normalised copy and adds its result to the stream itself. The stream passes from the
+        # embedding to the head untouched by any norm, and so do gradients on the way back: deep models stay trainable.
+        x = x + self.attn(self.attn_norm(x), layout)
+        x = x + self.mlp(self.mlp_norm(x))
+        return x  # (B, T, D)
+
+
+# --------------------------------------------------------------------------------------------------------- Transformer
+
+
+class Transformer(nn.Module):
+    """The model. Its weights are float32, drawn from torch's global generator."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # keep only each block's input, and compute the rest again when it is due
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config)
+        self.head = Projection(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)  # computed, so not part of a checkpoint
+        self.register_buffer("sin", sin, persistent=False)
+        self.causal = is_causal(config.context_length)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draws every matrix from a normal distribution with standard deviation 0.02. Gains start at 1."""
+        # The logits of a new model are then near 0, so its first loss is near log V, that of a uniform guess. Check it.
+        for name, weight in self.named_parameters():
+            if weight.dim() != 2:
+                continue
+            std = 0.02
+            if name.endswith(("attn.o.weight", "mlp.down.weight")):
+                # 2 · n_layers projections add to the stream. Without this factor its variance would grow with depth
+                # (the rule of GPT-2).
+                std = 0.02 / math.sqrt(2 * self.config.n_layers)
+            nn.init.normal_(weight, std=std)
+
+    def num_parameters(self) -> int:
+        """How many numbers the model has, embeddings included, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """Floating-point operations of one training step for each token, on rows of T tokens.
+
+        Counted as PaLM does (arXiv:2204.02311, appendix B): a weight of a linear layer takes 2 FLOPs forward, a
+        multiplication and an addition, and 4 backward, for the gradients of input and weight. Attention does the same
+        with T keys for every query; masked keys count. Embedding rows are looked up, not multiplied.
         """
-        attention = 2 * self.d_model * self.head_dim * (self.n_heads + (self.n_kv_heads or self.n_heads))  # q, o; k, v
-        block = attention + 3 * self.d_model * (self.d_ff or 4 * self.d_model)
-        weights = self.n_layers * block + self.vocab_size * self.d_model
-        return 6 * weights + 12 * self.n_layers * self.d_model * T
+        flops = 0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                flops += 6 * module.weight.numel()
+            elif isinstance(module, Attention):
+                flops += 12 * module.n_heads * module.head_dim * T
+        return flops
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: "KVCache | None" = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The normalised stream after the last block, (B, T, D): what the output projection reads.
+
+        tokens: (B, T) int64. The other arguments say how the rows are to be read; see `layout`.
+        """
+        layout = self.layout(tokens, cache, positions, mask)
+        x = self.embed(tokens)  # (B, T, D)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout)
+        if cache is not None:
+            cache.used += tokens.shape[1]
+        return self.norm(x)
+
+    def layout(self, tokens: Tensor, cache: "KVCache | None", positions: Tensor | None, mask: Tensor | None) -> Layout:
+        """The layout of a forward pass. ValueError past the context.
+
+        Nothing but tokens: every row is one text. cache: the tokens continue the texts in it. positions, (B, T) int64
+        on the CPU: the rows hold several texts each, see `Packed`. positions and mask, (B, 1, T, T), True where a query
+        may see a key: any arrangement of texts; a row may then be longer than the context, a position may not.
+        """
+        T = tokens.shape[1]
+        if cache is not None:
+            return Cached(self, cache, T)
+        if positions is None:
+            if self.config.context_length < T:
+                raise ValueError(f"{T} tokens; context_length is {self.config.context_length}")
+            at = torch.arange(T, device=tokens.device)
+            return Layout(self.cos[:T], self.sin[:T], None if self.causal else sees(at[:, None], at)[None, None])
+        if mask is None:
+            return Packed(self, positions, tokens.device)
+        at = positions.to(tokens.device, non_blocking=True)
+        if not self.causal:  # the mask knows the texts, `sees` knows distances
+            mask = mask & sees(at[:, None, :, None], at[:, None, None, :])
+        return Layout(self.cos[at], self.sin[at], mask)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: "KVCache | None" = None,
+        positions: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits (B, T, V), or with `targets` the loss in nats.
+
+        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, for each token the one that follows it, or −100
+        where there is nothing to learn. The caller shifts, once; nothing is shifted here. reduction: "mean" gives a
+        scalar, "none" the loss of each target, (B, T), 0 where it is ignored. cache, positions: see `layout`.
+        """
+        x = self.hidden(tokens, cache, positions)
+        if targets is None:
+            return self.head(x)
+        # cross-entropy(head(x), targets), computed in chunks: all logits at once would need N × V numbers, more memory
+        # than the rest of the model.
+        kernels = self.config.kernels
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), -100, kernels, reduction)
+        return loss if reduction == "mean" else loss.view(targets.shape).clone()  # a copy: FSDP warns of views
 
 
-# ------------------------------------------------------------------------------------------------------------ layers
+# ======================================================================================================================
+# Fast paths: skip these at first reading. They compute the same, faster or in less memory.
+# ======================================================================================================================
+
+# -------------------------------------------------------------------------------------------- cache, packed rows, heads
+
+
+def is_causal(length: int) -> bool:
+    """Whether `sees` is the plain causal pattern, so that PyTorch's causal kernels may replace the mask."""
+    at = torch.arange(length, device="cpu")
+    causal = torch.ones(length, length, dtype=torch.bool, device="cpu").tril()
+    return torch.equal(sees(at[:, None], at), causal)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in memory set aside once: `length` tokens for each of B texts.
+    """Keys and values of the tokens seen so far, so that each step of decoding computes only the new ones.
 
-    k, v: (n_layers, B, K, length, E). used: (B,) int64 on the CPU, the tokens held of each text. `cache[a:b]` is a view
-    of texts a to b − 1.
+    The memory is set aside once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,)
+    int64 on the CPU, the tokens held of each text. `cache[a:b]` is a view of texts a to b − 1.
     """
 
-    def __init__(self, model: "Transformer", batch_size: int, length: int):
+    def __init__(self, model: Transformer, batch_size: int, length: int):
         c = model.config
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
-        # Zeros: where one text is shorter than another, what lies behind it is weighted with 0, which has to give 0.
+        # Zeros, not empty memory: masked slots get weight 0, and 0 × NaN would be NaN.
         self.k = torch.zeros(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)
         self.v = torch.zeros_like(self.k)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
@@ -120,31 +390,11 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """Tokens that it can hold of each text."""
         return self.k.shape[3]
 
-    def append(self, layer: int, k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Writes k, v: (B, K, T, E) after the tokens held; returns the layer's, (B, K, max(used) + T, E).
-
-        places: `self.places(T)`, found once for all layers.
-        """
-        end = int(self.used.max()) + k.shape[2]
-        for held, new in ((self.k[layer], k), (self.v[layer], v)):
-            if places is None:
-                held[:, :, end - k.shape[2] : end] = new
-            else:
-                held.view(-1, held.shape[-1]).index_copy_(0, places, new.flatten(0, 2))
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def places(self, T: int) -> Tensor | None:
-        """Where the next T tokens of each text go, (B · K · T,) int64, in the B · K · length of a layer. None: behind
-        equally many of each."""
-        if self.used.min() == self.used.max():
-            return None
-        row = self.length * torch.arange(self.k.shape[1] * self.k.shape[2]).view(self.k.shape[1], -1, 1)  # (B, K, 1)
-        return (row + self.used[:, None, None] + torch.arange(T)).flatten().to(self.k.device)
-
     def move(self, source: int, target: int) -> None:
-        """Takes what is held of one text to the place of another, which must be clear."""
+        """Moves a text to the row of another, which must be clear."""
         used = int(self.used[source])
         self.k[:, target, :, :used] = self.k[:, source, :, :used]
         self.v[:, target, :, :used] = self.v[:, source, :, :used]
@@ -152,395 +402,141 @@ class KVCache:
         self.used[target] = used
 
     def clear(self, text: int) -> None:
-        """Lets a text go. Of one whose keys or values are not finite nothing may stay: times 0, it would not be 0."""
+        """Forgets a text. The slots become 0: a NaN left behind would survive masking, because 0 × NaN is NaN."""
         self.k[:, text] = 0
         self.v[:, text] = 0
         self.used[text] = 0
 
 
-class Texts:
-    """Where the texts of packed rows lie, for attention that keeps each to itself.
+class Cached(Layout):
+    """The keys lie in a cache: T new tokens of each text follow those that it holds. ValueError if they do not fit."""
 
-    Texts of similar length are one batch: padded at their ends, which a causal query never sees, they need no mask, and
-    so keep the fast kernels; nor is anything computed for pairs of texts, which would be most of a row's square.
+    def __init__(self, model: Transformer, cache: KVCache, T: int):
+        self.cache, self.layer = cache, 0  # blocks call `attend` in order, once each
+        shortest, longest = int(cache.used.min()), int(cache.used.max())
+        self.start, self.end = longest, longest + T
+        if self.end > cache.length:
+            raise ValueError(f"{self.end} tokens; context_length is {cache.length}")
+        device = cache.k.device
+        at = cache.used[:, None] + torch.arange(T)  # the new tokens' positions, (B, T)
+        self.slots = None  # all texts are equally long: one slice of the cache takes the new tokens
+        if shortest == longest:
+            cos, sin = model.cos[self.start : self.end], model.sin[self.start : self.end]
+        else:
+            cos, sin = model.cos[at.to(device)], model.sin[at.to(device)]  # (B, T, 1, E)
+            B, K = cache.k.shape[1:3]
+            row = cache.length * torch.arange(B * K).view(B, K, 1)  # where each text's and head's slots begin
+            self.slots = (row + at[:, None]).flatten().to(device)  # (B · K · T,), in a layer's B · K · length slots
+        mask = None
+        everything = shortest == longest and T == 1  # a text's newest token sees all of it
+        nothing_before = longest == 0  # no earlier tokens: plain causal
+        self.causal = nothing_before
+        if not model.causal or not (everything or nothing_before):
+            mask = sees(at.to(device)[:, None, :, None], torch.arange(self.end, device=device))  # (B, 1, T, S)
+            self.causal = False
+        super().__init__(cos, sin, mask)
 
-    positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0, another ending begins: a
-    text that shares the first p tokens of the last one that began at 0. Raises ValueError for others.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
+        self.layer += 1
+        for slots, new in ((keys, k), (values, v)):
+            if self.slots is None:
+                slots[:, :, self.start : self.end] = new
+            else:
+                slots.view(-1, slots.shape[-1]).index_copy_(0, self.slots, new.flatten(0, 2))
+        return softmax_attention(q, keys[:, :, : self.end], values[:, :, : self.end], self.mask, self.causal)
+
+
+class Packed(Layout):
+    """Rows that hold several texts one after another, as fine-tuning packs them. No text sees another.
+
+    positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0 instead, another ending of the
+    last text from 0 begins, after its first p tokens: so two answers share one prompt. ValueError for other positions.
+
+    Texts of similar length form a batch, padded at their ends. A causal query never sees the padding, so there is no
+    mask, the fast kernels serve, and no scores are computed between texts, which would be most of a row's square.
     """
 
-    def __init__(self, positions: Tensor, device: torch.device):
-        flat = positions.flatten()
-        starts = torch.cat([torch.tensor([True]), flat.diff() != 1]).nonzero()[:, 0]
-        counts = torch.cat([starts, torch.tensor([len(flat)])]).diff()
-        shared, whole = flat[starts], flat[starts] == 0
-        text = whole.cumsum(0) - 1  # which whole text each is an ending of
-        if positions[:, 0].any() or (shared > counts[whole][text]).any() or (shared < 0).any():
-            raise ValueError(
-                "positions of a row do not count from 0 in each text, or in another ending from a place in the text; "
-                "expected those of whole texts"
-            )
-        texts = zip(*(x.tolist() for x in (shared + counts, shared, starts, starts[whole][text])), strict=True)
-        groups: list[list[tuple[int, ...]]] = []
-        for each in sorted(texts, reverse=True):
-            if not groups or each[0] < 0.8 * groups[-1][0][0]:
-                groups.append([])
-            groups[-1].append(each)
-        # index: which of the B · T tokens stands in each place of the groups, (places,) int64; a shorter text is filled
-        # up with its last token. places: (B · T,) int64, in which of them each token stands. shapes: texts, longest.
-        index, self.places, self.shapes, before = [], torch.empty(positions.numel(), dtype=torch.int64), [], 0
-        for group in groups:
-            lengths, shared, start, first = torch.tensor(group).T[..., None]  # (texts, 1)
-            at = torch.arange(group[0][0])  # (longest,)
-            inside = at.minimum(lengths - 1)
-            own, real = inside + torch.where(inside < shared, first, start - shared), (at >= shared) & (at < lengths)
-            self.places[own[real]] = before + real.flatten().nonzero()[:, 0]
-            index.append(own.flatten())
-            self.shapes.append(own.shape)
-            before += own.numel()
-        self.index = torch.cat(index).to(device, non_blocking=True)
+    def __init__(self, model: Transformer, positions: Tensor, device: torch.device):
+        at = positions.to(device, non_blocking=True)
+        super().__init__(model.cos[at], model.sin[at], None)
+        self.causal = model.causal
+        batches: list[list[tuple[int, int, int, int]]] = []
+        for text in sorted(texts_in(positions.cpu()), reverse=True):  # the longest first
+            if not batches or text[0] < 0.8 * batches[-1][0][0]:
+                batches.append([])
+            batches[-1].append(text)
+        # Number the places of all batches from 0. tokens: which of the B · T tokens stands in each place. places: in
+        # which place each token stands. shapes: texts and longest text of each batch.
+        tokens, self.shapes, start_of_batch = [], [], 0
+        self.places = torch.empty(positions.numel(), dtype=torch.int64)
+        for batch in batches:
+            length, shared, start, first = torch.tensor(batch).T[..., None]  # (texts, 1) each
+            place = torch.arange(batch[0][0])  # (longest,)
+            inside = place.minimum(length - 1)  # padding repeats the last token
+            token = inside + torch.where(inside < shared, first, start - shared)  # (texts, longest)
+            real = (place >= shared) & (place < length)  # neither padding nor a copy of a shared beginning
+            self.places[token[real]] = start_of_batch + real.flatten().nonzero()[:, 0]
+            tokens.append(token.flatten())
+            self.shapes.append(token.shape)
+            start_of_batch += token.numel()
+        self.tokens = torch.cat(tokens).to(device, non_blocking=True)
         self.places = self.places.to(device, non_blocking=True)
 
     @torch.compiler.disable  # shapes differ from one batch to the next
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention in each text. q: (B, H, T, E), k and v: (B, K, T, E). Returns (B, T, H, E)."""
-        sizes, found = [n * longest for n, longest in self.shapes], []
-        rows = [x.transpose(1, 2).flatten(0, 1).index_select(0, self.index).split(sizes) for x in (q, k, v)]
-        for shape, *own in zip(self.shapes, *rows, strict=True):
-            own = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in own)  # (texts, H or K, longest, E)
-            y = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
-            found.append(y.transpose(1, 2).flatten(0, 1))
-        return torch.cat(found).index_select(0, self.places).view(q.transpose(1, 2).shape)
+        sizes = [texts * longest for texts, longest in self.shapes]
+        parts = [x.transpose(1, 2).flatten(0, 1).index_select(0, self.tokens).split(sizes) for x in (q, k, v)]
+        outputs = []
+        for (texts, longest), *batch in zip(self.shapes, *parts, strict=True):
+            q_b, k_b, v_b = (x.view(texts, longest, *x.shape[1:]).transpose(1, 2) for x in batch)
+            place = torch.arange(longest, device=q.device)
+            mask = None if self.causal else sees(place[:, None], place)
+            y = softmax_attention(q_b, k_b, v_b, mask, self.causal)  # (texts, H, longest, E)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))
+        y = torch.cat(outputs).index_select(0, self.places)  # (B · T, H, E)
+        return y.view(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.eps, self.kernels = config.rms_norm_eps, config.kernels
-
-    def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The residual stream with what a layer adds to it, and its normalised copy, which the next layer reads."""
-        if delta is None:
-            return x, rms_norm(x, self.weight, self.eps, self.kernels)
-        return add_rms_norm(x, delta, self.weight, self.eps, self.kernels)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turns the pairs (x_i, x_{i + E/2}) by an angle that grows with the position.
-
-    x: (B, T, H, E); cos, sin: (T, 1, E) or (B, T, 1, E), the sines of the first half negated. Returns x's shape and
-    dtype. After it, q · k depends on the positions only through their difference (arXiv:2104.09864). The halves are
-    paired as in the Hugging Face layout.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention, with fewer key-value heads than query heads where the config says so."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
-        self.head_dim = config.head_dim
-        self.q = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
-        self.k = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
-        self.v = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
-        self.o = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        places: Tensor | None = None,
-        mask: Tensor | None = None,
-        texts: Texts | None = None,
-    ) -> Tensor:
-        B, T, _ = x.shape
-        q = rotate(self.q(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, E)
-        k = rotate(self.k(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, E)
-        v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, places)  # (B, K, S, E)
-        shared = self.n_kv_heads < self.n_heads
-        if texts is not None:
-            return self.o(texts.attend(q, k, v).reshape(B, T, -1))
-        causal = mask is None and k.shape[2] == T
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # from (B, H, T, E)
-
-
-class SwiGLU(nn.Module):
-    """The feed-forward network: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        d_ff = config.d_ff or 4 * config.d_model
-        self.gate = nn.Linear(config.d_model, d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, config.d_model, bias=False)
-        self.kernels = config.kernels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x), self.kernels))
-
-
-class Block(nn.Module):
-    """Attention, then the feed-forward network. What a layer adds to the residual stream travels beside it until the
-    next norm, which does the addition: so the stream is read and written once a layer."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.attn_norm, self.attn = RMSNorm(config), Attention(config, layer)
-        self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        places: Tensor | None = None,
-        mask: Tensor | None = None,
-        texts: Texts | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x: the stream, (B, T, D); delta: what the block before adds to it. Returns both for the block behind."""
-        x, y = self.attn_norm(x, delta)
-        x, y = self.mlp_norm(x, self.attn(y, cos, sin, cache, places, mask, texts))
-        return x, self.mlp(y)
+def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
+    """The texts of packed rows, from their positions (B, T): length, tokens shared with the last whole text, number of
+    the first token of its own, and number of that whole text's first token, counted over all rows."""
+    flat = positions.flatten()
+    begins = torch.cat([torch.tensor([True]), flat.diff() != 1]).nonzero()[:, 0].tolist()
+    valid = not positions[:, 0].any()
+    texts, first, whole = [], 0, 0
+    for start, end in itertools.pairwise([*begins, len(flat)]):
+        shared = int(flat[start])
+        if shared == 0:
+            first, whole = start, end - start
+        valid = valid and 0 <= shared <= whole
+        texts.append((shared + end - start, shared, start, first))
+    if not valid:
+        raise ValueError(
+            "positions of a row do not count from 0 in each text, or in another ending from a place in the text; "
+            "expected those of whole texts"
+        )
+    return texts
 
 
 class Projection(nn.Linear):
-    """From the residual stream to the vocabulary."""
+    """The output projection, from the residual stream to the vocabulary."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (…, D). Returns (…, V).
-
-        A CPU that decodes a few texts together takes the weight in slices that stay in its cache: MKL would copy all of
-        it first. A step of tiny with 8 texts is a seventh shorter for it.
-        """
+        """x: (…, D). Returns (…, V)."""
         rows = x.flatten(0, -2)
         if torch.is_grad_enabled() or x.is_cuda or not 1 < len(rows) <= 16 or self.out_features % 512:
             return super().forward(x)
+        # A CPU that decodes a few texts takes the weight in slices that stay in its cache. MKL would first copy the
+        # whole weight: a step of tiny with 8 texts is a seventh shorter this way.
         y = rows @ self.weight.view(-1, 512, self.in_features).transpose(1, 2)  # (V / 512, N, 512)
         return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
 
-class Transformer(nn.Module):
-    """The model. Weights are float32, drawn from torch's global generator: normal with deviation 0.02, and for the two
-    projections that write into the residual stream 0.02 / √(2 · n_layers), so that its variance at the last block does
-    not grow with depth (GPT-2's rule)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.gradient_checkpointing = False  # keep a block's input only, and compute the rest again when it is due
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config)
-        self.head = Projection(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embed.weight
-        frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-        angle = torch.outer(torch.arange(config.context_length, dtype=torch.float64), frequency)[:, None]  # (T, 1, E/2)
-        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1).float(), persistent=False)  # (T, 1, E)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1).float(), persistent=False)
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
-
-    def num_parameters(self) -> int:
-        """Every trained number once, embeddings included."""
-        return sum(p.numel() for p in self.parameters())
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """What the output projection reads, (B, T, D), for tokens: (B, T) int64. The rest as in `forward`.
-
-        positions: (B, T) int64, for rows that are more than one text. Alone, they count from 0 in each of several texts
-        that stand one after another, and no text sees another; where they fall back to p > 0, another ending of the
-        last text from 0 begins, after its first p tokens. They have to be on the CPU. With a mask, (B, 1, T, T), True
-        where a query sees a key, they may be any; without a cache, a row may then be longer than context_length.
-        No position may.
-        """
-        T = tokens.shape[1]
-        used = [0] if cache is None else cache.used.tolist()
-        room = self.config.context_length if cache is None else cache.length
-        if positions is None and max(used) + T > room:
-            raise ValueError(f"{max(used) + T} tokens; context_length is {room}")
-        # Where every text holds as many tokens, their positions are the same, and one new token may see all of them.
-        cos, sin, texts = self.cos[used[0] : used[0] + T], self.sin[used[0] : used[0] + T], None
-        if positions is not None:
-            if mask is None and cache is not None:
-                raise ValueError("positions without a mask are those of whole texts; a cache holds earlier tokens")
-            texts = Texts(positions.cpu(), tokens.device) if mask is None else None
-            positions = positions.to(tokens.device, non_blocking=True)
-            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, 1, E)
-        elif min(used) < max(used) or (T > 1 and used[0] > 0):
-            at = (cache.used[:, None] + torch.arange(T)).to(tokens.device)  # (B, T)
-            cos, sin = self.cos[at], self.sin[at]  # (B, T, 1, E)
-            # A query sees the keys up to its own position.
-            mask = torch.arange(max(used) + T, device=tokens.device) <= at[:, None, :, None]  # (B, 1, T, S)
-        places = None if cache is None else cache.places(T)
-        x, delta = self.embed(tokens), None  # (B, T, D)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, delta = checkpoint(block, x, delta, cos, sin, cache, places, mask, texts, use_reentrant=False)
-            else:
-                x, delta = block(x, delta, cos, sin, cache, places, mask, texts)
-        if cache is not None:
-            cache.used += T
-        return self.norm(x, delta)[1]
-
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        reduction: str = "mean",
-    ) -> Tensor:
-        """Logits, or with `targets` the loss.
-
-        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, the token that follows each of `tokens`, or
-        −100 to ignore the position: the caller shifts, once; nothing is shifted here. cache: keys and values of earlier
-        tokens, extended by these. positions: (B, T) int64 on the CPU, where a row is several texts: from 0 in each, and
-        no text sees another (more in `hidden`). Returns logits (B, T, V), or a scalar: mean cross-entropy in nats,
-        without the logits ever being there at once; or, with the reduction "none", that of each target, (B, T), 0 where
-        it is ignored. Raises ValueError past the context.
-        """
-        x = self.hidden(tokens, cache, positions)
-        if targets is None:
-            return self.head(x)  # (B, T, V)
-        options = {"kernels": self.config.kernels, "reduction": reduction}
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), **options)
-        return loss if reduction == "mean" else loss.view(targets.shape).clone()  # FSDP warns of a view
+# -------------------------------------------------------------------------------------------------------- chunked loss
 
 
-# -------------------------------------------------------------------------------------------------------------- loss
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """`cross_entropy_torch`, or the Triton kernel for the same. logits: with contiguous rows."""
-    if not _use_triton(kernels, logits):
-        return cross_entropy_torch(logits, targets, ignore_index)
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    columns = min(4096, triton.next_power_of_2(logits.shape[1]))
-    sizes = logits.stride(0), logits.shape[1], ignore_index
-    warps = max(1, min(8, columns // 128))
-    _launch(
-        _cross_entropy_kernel, (len(logits),), logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps
-    )
-    return losses
-
-
-@torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    each: bool,
-    factors: Tensor | None,
-    learn_x: bool,
-    learn_weight: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `each` its terms; and its gradients, without ever holding all N × V
-    logits.
-
-    A chunk of rows at a time: logits, loss, at once the gradient that these logits have, carried on to x and W. One
-    buffer serves all chunks: at 32,768 pieces, fresh memory costs a CPU more in page faults than in arithmetic.
-    factors: (N,), of the terms in the sum whose gradients these are.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    n, w, keep = len(x), weight.to(dtype), None
-    if targets.device.type == "cpu":  # a GPU would have to be waited for, to know how many are left
-        live = targets != ignore_index
-        if not live.all():
-            keep = live.nonzero()[:, 0]
-            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
-            x, factors = x[keep], None if factors is None else factors[keep]
-        targets = targets.to(x.device, non_blocking=True)
-    chunk = 512 if x.device.type == "cpu" else 4096
-    buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
-    settings = ignore_index, dtype, each, factors, learn_x, learn_weight, kernels
-    loss, dx, dw = _linear_cross_entropy_fake(x, weight, targets, *settings)
-    loss.zero_()
-    if len(x) == 0:
-        dw.zero_()
-    for first in range(0, len(x), chunk):
-        rows = slice(first, min(first + chunk, len(x)))
-        xc, logits = x[rows].to(dtype), buffer[: rows.stop - first]
-        torch.mm(xc, w.T, out=logits)
-        losses = cross_entropy(logits, targets[rows], ignore_index, kernels)
-        if each:
-            loss[rows] = losses
-        else:
-            loss += losses.sum()
-        if factors is not None:
-            logits *= factors[rows, None]
-        if learn_x:
-            dx[rows] = logits @ w
-        if learn_weight and not each:
-            if x.is_cuda and dtype != wide:
-                product = torch.mm(logits.T, xc, out_dtype=wide)
-                dw = dw.add_(product) if first else product
-            else:
-                dw.addmm_(logits.T.to(wide), xc.to(wide), beta=float(first > 0))
-    if learn_x and keep is not None:
-        dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx)
-    if each and keep is not None:
-        loss = loss.new_zeros(n).index_copy_(0, keep, loss)
-    return loss, dx, dw
-
-
-@_linear_cross_entropy.register_fake
-def _linear_cross_entropy_fake(x, weight, targets, ignore_index, dtype, each, factors, learn_x, learn_weight, kernels):
-    wide = torch.promote_types(dtype, torch.float32)
-    dx = x.new_empty(x.shape if learn_x else 0)
-    dw = weight.new_empty(weight.shape if learn_weight and not each else 0, dtype=wide)
-    return x.new_empty(len(x) if each else (), dtype=wide), dx, dw
-
-
-def _linear_cross_entropy_setup(ctx, inputs, output):
-    x, weight, targets, *settings, ctx.learn_x, ctx.learn_weight, ctx.kernels = inputs
-    ctx.ignore_index, ctx.matmul_dtype, ctx.each, _ = settings
-    again = ctx.each and ctx.learn_weight
-    ctx.save_for_backward(*output[1:], *((x, weight, targets) if again else ()))
-    ctx.dtype = weight.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _linear_cross_entropy_gradients(ctx, dloss, *_):
-    if torch.is_grad_enabled():  # create_graph: dx and dw would pass for constants
-        raise RuntimeError("linear_cross_entropy can be differentiated once only")
-    if dloss is None:
-        return (None,) * 10
-    dx, dw, *inputs = ctx.saved_tensors
-    if ctx.learn_x:
-        dx = (dx.to(dloss.dtype) * (dloss[:, None] if ctx.each else dloss)).to(dx.dtype)
-    if inputs:  # a term's share in dw is only now known: the logits are made again
-        options = ctx.ignore_index, ctx.matmul_dtype, False, dloss, False, True, ctx.kernels
-        dw = _linear_cross_entropy(*inputs, *options)[2].to(ctx.dtype)
-    elif ctx.learn_weight:
-        dw = (dw * dloss).to(ctx.dtype)
-    return dx if ctx.learn_x else None, dw if ctx.learn_weight else None, *[None] * 8
-
-
-_linear_cross_entropy.register_autograd(_linear_cross_entropy_gradients, setup_context=_linear_cross_entropy_setup)
-
-
+@torch.compiler.disable  # nothing to fuse, and its shapes depend on the targets
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -549,14 +545,14 @@ def linear_cross_entropy(
     kernels: str = "auto",
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy, in nats, of `F.linear(x, weight)` against those `targets` that are not `ignore_index`.
+    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not `ignore_index`.
 
-    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Ignored rows are dropped before the
-    projection if `targets` is on the CPU, wherever x is; targets on a GPU are masked, because to count them there
-    would be to wait for it. Returns the mean, a scalar, float32 or wider: 0 if nothing is left; with the reduction
-    "none" the losses themselves, (N,), 0 where ignored: if the weight is learnt, their logits are made once more for
-    its gradient. It can be differentiated once, in reverse mode. Raises ValueError for targets of another length or
-    type, and for another reduction.
+    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Returns the mean, a scalar in float32 or
+    wider, 0 if nothing is left; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated
+    once, in reverse mode. Raises ValueError for targets of another length or type, and for another reduction.
+
+    Targets on the CPU let ignored rows be dropped before the projection, wherever x is. Targets on a GPU are masked:
+    to count them, the CPU would have to wait for the GPU.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
@@ -564,21 +560,161 @@ def linear_cross_entropy(
         raise ValueError(
             f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}; expected (N, D) and (N,) int64"
         )
-    learn = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
-    settings = ignore_index, _matmul_dtype(x), reduction == "none", None, *learn, kernels
-    loss = _linear_cross_entropy(x, weight, targets, *settings)[0]
+    learn = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
+    dtype = matmul_dtype(x)
+    loss = LinearCrossEntropy.apply(x, weight, targets, ignore_index, dtype, kernels, reduction == "none", *learn)
     return loss if reduction == "none" else loss / (targets != ignore_index).sum().clamp_min(1)
 
 
-# ----------------------------------------------------------------------------------------------------------- kernels
+class LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients together with the loss, while a chunk's logits are there: they are never computed twice,
+    and never kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, dtype, kernels, per_target, learn_x, learn_weight):
+        ctx.options = ignore_index, dtype, kernels
+        ctx.per_target, ctx.learn_x, ctx.learn_weight = per_target, learn_x, learn_weight
+        # With one loss per target, the weight's gradient depends on factors that only the backward pass knows.
+        early = learn_weight and not per_target
+        loss, dx, dw = loss_and_gradients(x, weight, targets, *ctx.options, per_target, None, learn_x, early)
+        again = (x, weight, targets) if learn_weight and per_target else ()
+        ctx.save_for_backward(dx, dw, *again)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        if torch.is_grad_enabled():  # create_graph=True: dx and dw would count as constants
+            raise RuntimeError("linear_cross_entropy can be differentiated once only")
+        dx, dw, *inputs = ctx.saved_tensors
+        if ctx.learn_x:
+            factor = dloss[:, None] if ctx.per_target else dloss
+            dx = (dx.to(dloss.dtype) * factor).to(dx.dtype)
+        if inputs:
+            dw = loss_and_gradients(*inputs, *ctx.options, False, dloss, False, True)[2].to(ctx.weight_dtype)
+        elif ctx.learn_weight:
+            dw = (dw * dloss).to(ctx.weight_dtype)
+        return dx, dw, *[None] * 7
+
+
+def loss_and_gradients(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    kernels: str,
+    per_target: bool,
+    factors: Tensor | None,
+    learn_x: bool,
+    learn_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms, and the gradients of x and W.
+
+    dtype: of matrix products. factors: (N,), each term's factor in the sum that is differentiated; None: 1.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    n, w, keep = len(x), weight.to(dtype), None
+    if targets.device.type == "cpu":
+        live = targets != ignore_index
+        if not live.all():
+            keep = live.nonzero()[:, 0]
+            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
+            x, factors = x[keep], None if factors is None else factors[keep]
+        targets = targets.to(x.device, non_blocking=True)
+    loss = x.new_zeros(len(x) if per_target else (), dtype=wide)
+    dx = x.new_empty(x.shape) if learn_x else None
+    dw = weight.new_empty(weight.shape, dtype=wide) if learn_weight else None
+    if learn_weight and (x.is_cuda or len(x) == 0):
+        dw.zero_()  # elsewhere the first chunk overwrites it
+    # One buffer serves all chunks. Fresh memory for each would cost a CPU more in page faults than the arithmetic.
+    chunk = 512 if x.device.type == "cpu" else 4096
+    buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        for first in range(0, len(x), chunk):
+            rows = slice(first, min(first + chunk, len(x)))
+            x_chunk, logits = x[rows].to(dtype), buffer[: rows.stop - first]
+            torch.mm(x_chunk, w.T, out=logits)
+            losses = cross_entropy(logits, targets[rows], ignore_index, kernels)  # and logits become their gradient
+            if per_target:
+                loss[rows] = losses
+            else:
+                loss += losses.sum()
+            if factors is not None:
+                logits *= factors[rows, None]
+            if learn_x:
+                dx[rows] = logits @ w
+            if learn_weight and x.is_cuda and dtype != wide:
+                dw += torch.mm(logits.T, x_chunk, out_dtype=wide)
+            elif learn_weight:
+                dw.addmm_(logits.T.to(wide), x_chunk.to(wide), beta=float(first > 0))
+    if keep is not None:  # the ignored rows have a loss and a gradient of 0
+        loss = loss.new_zeros(n).index_copy_(0, keep, loss) if per_target else loss
+        dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx) if learn_x else None
+    return loss, dx, dw
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
+    """`cross_entropy_torch`, or the Triton kernel for the same. logits: rows must be contiguous."""
+    if not use_triton(kernels, logits):
+        return cross_entropy_torch(logits, targets, ignore_index)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    columns = min(4096, triton.next_power_of_2(logits.shape[1]))
+    warps = max(1, min(8, columns // 128))
+    sizes = logits.stride(0), logits.shape[1], ignore_index
+    with torch.cuda.device_of(logits):
+        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
+    return losses
+
+
+def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`.
+
+    logits: (N, V). They are overwritten by the gradient of the losses' sum, softmax − onehot. targets: (N,) int64.
+    """
+    live = targets != ignore_index
+    at = targets.where(live, 0)[:, None]
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest, target_logit = p.amax(1, keepdim=True), p.gather(1, at)
+    torch.softmax(p, 1, out=p)
+    # log Σ exp is the largest logit minus the log of its probability. That is at least 1/V, so nothing underflows.
+    losses = (largest - p.amax(1, keepdim=True).log() - target_logit)[:, 0]
+    logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
+    if logits.is_cuda or not live.all():  # to ask a GPU would be to wait for it
+        logits.mul_(live[:, None])
+        losses = losses.where(live, 0.0)
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------------ Triton kernels
 #
-# Each kernel has a plain-PyTorch twin that says what it computes. The kernels read and write float32, float16 or
-# bfloat16 and compute in float32. Offsets are int64: a tensor may reach over more than 2³¹ elements. They are custom
-# operators, which torch.compile takes as they are; the twins it fuses with what stands around them.
+# Each kernel stands beside a plain-PyTorch function that computes the same. Kernels read and write float32, float16 or
+# bfloat16, and compute in float32. Offsets are int64, because a tensor may have more than 2³¹ elements. One program
+# handles a tile: R rows of C columns, powers of two, as Triton wants them. Inputs are made contiguous.
+
+
+def use_triton(kernels: str, x: Tensor) -> bool:
+    """Whether an operation on x runs as a Triton kernel. Not while torch.compile traces: it fuses the plain function."""
+    if triton is None or torch.compiler.is_compiling():
+        return False
+    return kernels == "triton" or (kernels == "auto" and x.is_cuda and x.dtype != torch.float64)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes on x here: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
+    """`rms_norm_torch`, or the Triton kernel for the same, in the dtype that the next linear layer computes in."""
+    if use_triton(kernels, x):
+        return TritonRMSNorm.apply(x, weight, eps, matmul_dtype(x))
+    return rms_norm_torch(x, weight, eps, matmul_dtype(x))
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 at least (arXiv:1910.07467).
+    """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 or wider (arXiv:1910.07467).
 
     x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
     """
@@ -587,304 +723,171 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | N
     return (wide * scale * weight).to(dtype or x.dtype)
 
 
+def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
+    """`swiglu_torch`, or the Triton kernel for the same."""
+    return TritonSwiGLU.apply(gate, up) if use_triton(kernels, gate) else swiglu_torch(gate, up)
+
+
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise (arXiv:2002.05202). gate, up: (..., d_ff) of one dtype; returns the same."""
+    """silu(gate) · up, elementwise. gate, up: (..., d_ff) of one dtype; returns the same."""
     return F.silu(gate) * up
 
 
-def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """−log softmax(logits)[target] of each row, (N,) in float32 at least; 0 where the target is `ignore_index`.
+class TritonRMSNorm(torch.autograd.Function):
+    """`rms_norm_torch`. Keeps each row's 1/rms for the backward pass."""
 
-    logits: (N, V), overwritten by the gradient that the sum of these losses has with respect to them, softmax − onehot.
-    targets: (N,) int64.
-    """
-    live = targets != ignore_index
-    at = targets.where(live, 0)[:, None]
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top, hit = p.amax(1, keepdim=True), p.gather(1, at)
-    torch.softmax(p, 1, out=p)
-    # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: nothing underflows.
-    loss = (top - p.amax(1, keepdim=True).log() - hit)[:, 0]
-    logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
-    if logits.is_cuda or not live.all():  # asked on a CPU only: a GPU would have to be waited for
-        logits.mul_(live[:, None])
-        loss = loss.where(live, 0.0)
-    return loss
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; they do not fit")
+        x, weight = x.contiguous(), weight.contiguous()
+        y = torch.empty_like(x, dtype=dtype)
+        scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, scale)
+        if x.numel():
+            D, (R, C, warps) = len(weight), tile(len(weight))
+            programs = triton.cdiv(scale.numel(), R)
+            with torch.cuda.device_of(x):
+                rms_norm_forward_kernel[(programs,)](x, weight, y, scale, scale.numel(), eps, D, R, C, num_warps=warps)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        dx, dy = torch.empty_like(x), dy.contiguous()
+        if not x.numel():
+            return dx, torch.zeros_like(weight), None, None
+        D, (R, C, warps) = len(weight), tile(len(weight))
+        programs = min(512, triton.cdiv(scale.numel(), R))
+        dw = x.new_empty(programs, D, dtype=torch.float32)
+        tensors = x, weight, scale, dy, dx, dw
+        with torch.cuda.device_of(x):
+            rms_norm_backward_kernel[(programs,)](*tensors, scale.numel(), D, R, C, num_warps=warps)
+        return dx, dw.sum(0).to(weight.dtype), None, None
+
+
+def tile(columns: int) -> tuple[int, int, int]:
+    """Rows R and columns C ≥ columns of a tile of about 4,096 numbers, and the warps that work on it."""
+    C = triton.next_power_of_2(columns)
+    R = max(1, 4096 // C)
+    return R, C, min(16, max(4, R * C // 1024))
+
+
+class TritonSwiGLU(torch.autograd.Function):
+    """`swiglu_torch`."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        if gate.shape != up.shape:
+            raise ValueError(f"gate is {tuple(gate.shape)} and up {tuple(up.shape)}; expected one shape")
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        if y.numel():
+            with torch.cuda.device_of(y):
+                swiglu_forward_kernel[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), 1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup, dy = torch.empty_like(gate), torch.empty_like(up), dy.contiguous()
+        if dy.numel():
+            with torch.cuda.device_of(dy):
+                grid = (triton.cdiv(dy.numel(), 1024),)
+                swiglu_backward_kernel[grid](gate, up, dy, dgate, dup, dy.numel(), 1024)
+        return dgate, dup
 
 
 if triton is not None:
 
     @triton.jit
-    def _rms_norm_forward_kernel(
-        x, delta, weight, total, y, scale, rows, x_stride, delta_stride, eps,
-        ADD: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    ):  # fmt: skip
-        """R rows a program, C ≥ D columns (a power of two). Keeps each row's 1/rms in `scale` for the backward pass.
+    def load(tensor, at, live):
+        """The numbers at these offsets in float32, 0 where they are not live: the tile reaches past the tensor."""
+        return tl.load(tensor + at, mask=live, other=0.0).to(tl.float32)
 
-        With ADD it is the sum of x and delta that is kept in `total` and normalised.
-        """
+    @triton.jit
+    def rms_norm_forward_kernel(
+        x, weight, y, scale, rows, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
         col = tl.arange(0, C)
+        at = row[:, None] * D + col[None, :]
         live = (row < rows)[:, None] & (col < D)[None, :]
-        here = row[:, None] * D + col[None, :]
-        wide = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-        if ADD:
-            wide += tl.load(delta + row[:, None] * delta_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-            kept = wide.to(total.dtype.element_ty)
-            tl.store(total + here, kept, mask=live)
-            wide = kept.to(tl.float32)
-        s = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / D + eps)
-        w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
-        tl.store(y + here, (wide * s[:, None] * w[None, :]).to(y.dtype.element_ty), mask=live)
+        x_tile = load(x, at, live)
+        w = load(weight, col, col < D)
+        s = 1.0 / tl.sqrt(tl.sum(x_tile * x_tile, 1) / D + eps)
+        tl.store(y + at, x_tile * s[:, None] * w[None, :], mask=live)
         tl.store(scale + row, s, mask=row < rows)
 
     @triton.jit
-    def _rms_norm_backward_kernel(
-        x, weight, scale, dy, dtotal, dx, ddelta, dw, rows, x_stride, dy_stride, dtotal_stride,
-        ADD: tl.constexpr, NARROW: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    def rms_norm_backward_kernel(
+        x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
     ):  # fmt: skip
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂.
 
-        With ADD, `dtotal` comes to dx along the residual stream; with NARROW dx is stored a second time, in the dtype
-        of what was added. A fixed number of programs strides over the rows; each sums its share of dw in float32 into
-        its own row of `dw`, and the caller adds those up, so that the result does not depend on who runs first.
+        A fixed number of programs strides over the rows. Each sums its share of dw in float32 into a row of its own,
+        and the caller adds these up: so the result does not depend on which program runs first.
         """
         program = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, C)
-        w = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
+        w = load(weight, col, col < D)[None, :]
         dw_sum = tl.zeros((C,), tl.float32)
         for first in range(program * R, rows, tl.num_programs(0) * R):
             row = (first + tl.arange(0, R)).to(tl.int64)
+            at = row[:, None] * D + col[None, :]
             live = (row < rows)[:, None] & (col < D)[None, :]
-            here = row[:, None] * D + col[None, :]
-            s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
-            x_hat = tl.load(x + row[:, None] * x_stride + col[None, :], mask=live, other=0.0).to(tl.float32) * s
-            g = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-            wg = g * w[None, :]
-            d = s * (wg - x_hat * (tl.sum(wg * x_hat, 1) / D)[:, None])
-            if ADD:
-                d += tl.load(dtotal + row[:, None] * dtotal_stride + col[None, :], mask=live, other=0.0).to(tl.float32)
-            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=live)
-            if NARROW:
-                tl.store(ddelta + here, d.to(ddelta.dtype.element_ty), mask=live)
+            s = load(scale, row, row < rows)[:, None]
+            x_hat = load(x, at, live) * s
+            g = load(dy, at, live)
+            mean = tl.sum(w * g * x_hat, 1) / D
+            tl.store(dx + at, s * (w * g - x_hat * mean[:, None]), mask=live)
             dw_sum += tl.sum(g * x_hat, 0)
         tl.store(dw + program * D + col, dw_sum, mask=col < D)
 
     @triton.jit
-    def _swiglu_forward_kernel(gate, up, y, rows, gate_stride, up_stride, D, R: tl.constexpr, C: tl.constexpr):
-        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
-        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
-        live = (row < rows) & (col < D)
-        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
-        tl.store(y + row * D + col, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=live)
+    def swiglu_forward_kernel(gate, up, y, n, C: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+        live = at < n
+        g = load(gate, at, live)
+        u = load(up, at, live)
+        tl.store(y + at, g * tl.sigmoid(g) * u, mask=live)
 
     @triton.jit
-    def _swiglu_backward_kernel(
-        gate, up, dy, dgate, dup, rows, gate_stride, up_stride, dy_stride, D, R: tl.constexpr, C: tl.constexpr
-    ):
+    def swiglu_backward_kernel(gate, up, dy, dgate, dup, n, C: tl.constexpr):
         """With σ = sigmoid(gate):  dup = dy · gate · σ,  dgate = dy · up · σ · (1 + gate · (1 − σ))."""
-        row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
-        col = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
-        live = (row < rows) & (col < D)
-        g = tl.load(gate + row * gate_stride + col, mask=live, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + col, mask=live, other=0.0).to(tl.float32)
-        d = tl.load(dy + row * dy_stride + col, mask=live, other=0.0).to(tl.float32)
-        sigma = 1.0 / (1.0 + tl.exp(-g))
-        dg = d * u * sigma * (1.0 + g * (1.0 - sigma))
-        tl.store(dgate + row * D + col, dg.to(dgate.dtype.element_ty), mask=live)
-        tl.store(dup + row * D + col, (d * g * sigma).to(dup.dtype.element_ty), mask=live)
+        at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+        live = at < n
+        g = load(gate, at, live)
+        u = load(up, at, live)
+        d = load(dy, at, live)
+        sigma = tl.sigmoid(g)
+        tl.store(dgate + at, d * u * sigma * (1.0 + g * (1.0 - sigma)), mask=live)
+        tl.store(dup + at, d * g * sigma, mask=live)
 
     @triton.jit
-    def _cross_entropy_kernel(logits, targets, loss, stride, V, ignore_index, C: tl.constexpr):
-        """A row a program, in two passes: the running maximum and sum of exponentials, then the gradient in place.
-        A target outside 0 … V − 1 gives NaN."""
+    def cross_entropy_kernel(logits, targets, losses, stride, V, ignore_index, C: tl.constexpr):
+        """One row for each program, in two passes over it: the largest logit and the sum of exponentials, then the
+        gradient in place of the logits. A target outside 0 … V − 1 gives NaN."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         logits += row * stride
-        top, total, hit = -float("inf"), 0.0, 0.0
+        largest = -float("inf")
+        total = 0.0
+        target_logit = tl.where((target >= 0) & (target < V), 0.0, float("nan"))
         for first in range(0, V, C):
             col = first + tl.arange(0, C)
-            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(top, tl.max(wide, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(wide - higher), 0)
-            hit += tl.sum(tl.where(col == target, wide, 0.0), 0)
-            top = higher
-        log_sum = top + tl.log(total)
+            x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            new = tl.maximum(largest, tl.max(x, 0))
+            # The sum so far is relative to the largest logit so far: rescale it when a larger one turns up.
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+            target_logit += tl.sum(tl.where(col == target, x, 0.0), 0)
+            largest = new
+        log_sum = largest + tl.log(total)
         live = target != ignore_index
-        hit = tl.where((target >= 0) & (target < V), hit, float("nan"))
-        tl.store(loss + row, tl.where(live, log_sum - hit, 0.0))
+        tl.store(losses + row, tl.where(live, log_sum - target_logit, 0.0))
         for first in range(0, V, C):
             col = first + tl.arange(0, C)
-            wide = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
-            d = tl.where(live, tl.exp(wide - log_sum) - tl.where(col == target, 1.0, 0.0), 0.0)
-            tl.store(logits + col, d.to(logits.dtype.element_ty), mask=col < V)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as (rows, D) whose last axis is contiguous: a view where there is one, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Runs a Triton kernel on the device of its first argument."""
-    with torch.cuda.device_of(arguments[0]):  # of a CPU's tensor: no change
-        kernel[grid](*arguments, **options)
-
-
-def _tile(d: int) -> dict[str, int]:
-    """One program's tile: R rows of C ≥ d columns, powers of two, about 4,096 elements; and its warps."""
-    columns = triton.next_power_of_2(d)
-    rows = max(1, 4096 // columns)
-    return {"R": rows, "C": columns, "num_warps": min(16, max(4, rows * columns // 1024))}
-
-
-@torch.library.custom_op("lumi::rms_norm", mutates_args=())
-def _rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum x + delta, its normalised copy in `dtype`, and 1/rms of each row.
-
-    Without a delta x itself is normalised, and the sum left empty: an operator must not return its input.
-    """
-    total, y, scale = _rms_norm_fake(x, delta, weight, eps, dtype)
-    if x.numel():
-        flat, added, tile = _rows(x), None if delta is None else _rows(delta), _tile(x.shape[-1])
-        strides = flat.stride(0), 0 if delta is None else added.stride(0)
-        tensors = flat, added, weight.contiguous(), total, y, scale
-        tile |= {"ADD": delta is not None, "D": x.shape[-1]}
-        _launch(
-            _rms_norm_forward_kernel, (triton.cdiv(len(flat), tile["R"]),), *tensors, len(flat), *strides, eps, **tile
-        )
-    return total, y, scale
-
-
-@_rms_norm.register_fake
-def _rms_norm_fake(x, delta, weight, eps, dtype):
-    if weight.shape != x.shape[-1:] or (delta is not None and delta.shape != x.shape):
-        added = "" if delta is None else f", delta {tuple(delta.shape)}"
-        raise ValueError(f"x is {tuple(x.shape)}{added}, weight {tuple(weight.shape)}; they do not fit")
-    total = x.new_empty(0 if delta is None else x.shape)
-    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
-    x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dtotal: Tensor | None, narrow: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of what was added to it if that is of another dtype, `narrow`, and of the weight."""
-    dx, ddelta, dw = _rms_norm_backward_fake(x, weight, scale, dy, dtotal, narrow)
-    if not x.numel():
-        return dx, ddelta, dw.zero_()
-    flat, dy, tile = _rows(x), _rows(dy), _tile(x.shape[-1])
-    dtotal = None if dtotal is None else _rows(dtotal)
-    strides = flat.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0)
-    programs = min(512, triton.cdiv(len(flat), tile["R"]))
-    parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
-    tensors = flat, weight.contiguous(), scale, dy, dtotal, dx, ddelta, parts
-    tile |= {"ADD": dtotal is not None, "NARROW": narrow is not None, "D": x.shape[-1]}
-    _launch(_rms_norm_backward_kernel, (programs,), *tensors, len(flat), *strides, **tile)
-    return dx, ddelta, dw.copy_(parts.sum(0))
-
-
-@_rms_norm_backward.register_fake
-def _rms_norm_backward_fake(x, weight, scale, dy, dtotal, narrow):
-    ddelta = x.new_empty(x.shape if narrow else 0, dtype=narrow or x.dtype)
-    return x.new_empty(x.shape), ddelta, weight.new_empty(weight.shape)
-
-
-def _rms_norm_setup(ctx, inputs, output):
-    x, delta, weight, _, _ = inputs
-    total, _, scale = output
-    ctx.save_for_backward(x if delta is None else total, weight, scale)
-    ctx.added = None if delta is None else delta.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _rms_norm_gradients(ctx, dtotal, dy, _):
-    x, weight, scale = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    dtotal = dtotal if ctx.added else None
-    narrow = None if ctx.added == x.dtype else ctx.added
-    dx, ddelta, dw = torch.ops.lumi.rms_norm_backward(x, weight, scale, dy, dtotal, narrow)
-    if ctx.added is None:
-        ddelta = None
-    elif narrow is None:
-        ddelta = dx
-    return dx, ddelta, dw, None, None
-
-
-_rms_norm.register_autograd(_rms_norm_gradients, setup_context=_rms_norm_setup)
-
-
-def _swiglu_launch(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Runs a kernel over the inputs' rows, in tiles of about 1,024 elements."""
-    if inputs[0].numel():
-        flat = [_rows(x) for x in inputs]
-        rows, d = flat[0].shape
-        c = min(1024, triton.next_power_of_2(d))
-        r = 1024 // c
-        grid = triton.cdiv(rows, r), triton.cdiv(d, c)
-        _launch(kernel, grid, *flat, *outputs, rows, *(x.stride(0) for x in flat), d, R=r, C=c)
-
-
-@torch.library.custom_op("lumi::swiglu", mutates_args=())
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = _swiglu_fake(gate, up)
-    _swiglu_launch(_swiglu_forward_kernel, [gate, up], [y])
-    return y
-
-
-@torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
-def _swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    _swiglu_launch(_swiglu_backward_kernel, [gate, up, dy], [dgate, dup])
-    return dgate, dup
-
-
-@_swiglu.register_fake
-def _swiglu_fake(gate, up):
-    if gate.shape != up.shape:
-        raise ValueError(f"gate is {tuple(gate.shape)} and up {tuple(up.shape)}; expected one shape")
-    return gate.new_empty(gate.shape)
-
-
-_swiglu_backward.register_fake(lambda gate, up, dy: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
-_swiglu.register_autograd(
-    lambda ctx, dy: torch.ops.lumi.swiglu_backward(*ctx.saved_tensors, dy),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-def _use_triton(kernels: str, x: Tensor) -> bool:
-    """ "auto" leaves to torch.compile what it can fuse with the operations around it, and float64 to PyTorch."""
-    if kernels != "auto":
-        return kernels == "triton"
-    return x.is_cuda and x.dtype != torch.float64 and triton is not None and not torch.compiler.is_compiling()
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes x in here: autocast's dtype, or its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
-    """`rms_norm_torch`, or the Triton kernel for the same, in the dtype that the next linear layer computes in."""
-    if _use_triton(kernels, x):
-        return _rms_norm(x, None, weight, eps, _matmul_dtype(x))[1]
-    return rms_norm_torch(x, weight, eps, _matmul_dtype(x))
-
-
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> tuple[Tensor, Tensor]:
-    """x + delta in x's dtype, and `rms_norm` of it: read once. delta: of x's shape and any floating dtype."""
-    if _use_triton(kernels, x):
-        return _rms_norm(x, delta, weight, eps, _matmul_dtype(x))[:2]
-    total = (x + delta).to(x.dtype)
-    return total, rms_norm_torch(total, weight, eps, _matmul_dtype(x))
-
-
-def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
-    """`swiglu_torch`, or the Triton kernel for the same."""
-    return _swiglu(gate, up) if _use_triton(kernels, gate) else swiglu_torch(gate, up)
+            x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(x - log_sum) - tl.where(col == target, 1.0, 0.0)
+            tl.store(logits + col, tl.where(live, gradient, 0.0), mask=col < V)
