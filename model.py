@@ -5,8 +5,8 @@ stream. Every block reads the stream twice and adds to it twice: attention moves
 feed-forward network works on each position alone. The last norm and the output projection turn the stream into one
 score (logit) for each piece of the vocabulary. There are no biases and no dropout.
 
-Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads, E head
-dimension, V vocabulary.
+Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads,
+E head dimension, V vocabulary.
 """
 
 import itertools
@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
-        self.head = Projection(config.d_model, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         cos, sin = rotary_tables(config)
@@ -358,7 +358,7 @@ class Transformer(nn.Module):
 # Fast paths: skip these at first reading. They compute the same, faster or in less memory.
 # ======================================================================================================================
 
-# -------------------------------------------------------------------------------------------- cache, packed rows, heads
+# -------------------------------------------------------------------------------------------- ------- cache, packed rows
 
 
 def is_causal(length: int) -> bool:
@@ -412,46 +412,38 @@ class Cached(Layout):
     """The keys lie in a cache: T new tokens of each text follow those that it holds. ValueError if they do not fit."""
 
     def __init__(self, model: Transformer, cache: KVCache, T: int):
-        self.cache, self.layer = cache, 0  # blocks call `attend` in order, once each
-        shortest, longest = int(cache.used.min()), int(cache.used.max())
-        self.start, self.end = longest, longest + T
-        if self.end > cache.length:
-            raise ValueError(f"{self.end} tokens; context_length is {cache.length}")
         device = cache.k.device
-        at = cache.used[:, None] + torch.arange(T)  # the new tokens' positions, (B, T)
-        self.slots = None  # all texts are equally long: one slice of the cache takes the new tokens
-        if shortest == longest:
-            cos, sin = model.cos[self.start : self.end], model.sin[self.start : self.end]
-        else:
-            cos, sin = model.cos[at.to(device)], model.sin[at.to(device)]  # (B, T, 1, E)
-            B, K = cache.k.shape[1:3]
-            row = cache.length * torch.arange(B * K).view(B, K, 1)  # where each text's and head's slots begin
-            self.slots = (row + at[:, None]).flatten().to(device)  # (B · K · T,), in a layer's B · K · length slots
+        positions = cache.used[:, None] + torch.arange(T)  # of the new tokens, (B, T)
+        end = int(positions.max()) + 1
+        if end > cache.length:
+            raise ValueError(f"{end} tokens; context_length is {cache.length}")
+        at = positions.to(device)
         mask = None
-        everything = shortest == longest and T == 1  # a text's newest token sees all of it
-        nothing_before = longest == 0  # no earlier tokens: plain causal
-        self.causal = nothing_before
-        if not model.causal or not (everything or nothing_before):
-            mask = sees(at.to(device)[:, None, :, None], torch.arange(self.end, device=device))  # (B, 1, T, S)
-            self.causal = False
-        super().__init__(cos, sin, mask)
+        equally_long = cache.used.min() == cache.used.max()
+        if not (model.causal and equally_long and T in (1, end)):  # a newest token sees all of its text
+            mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
+        super().__init__(model.cos[at], model.sin[at], mask)
+        self.causal = mask is None and T == end
+        self.cache, self.end = cache, end
+        self.layer = 0  # blocks call `attend` in order, once each
+        # Where the new keys go in a layer's B · K · length slots: (B · K · T,).
+        B, K = cache.k.shape[1:3]
+        first_slot = cache.length * torch.arange(B * K, device=device).view(B, K, 1)
+        self.slots = (first_slot + at[:, None]).flatten()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
         self.layer += 1
-        for slots, new in ((keys, k), (values, v)):
-            if self.slots is None:
-                slots[:, :, self.start : self.end] = new
-            else:
-                slots.view(-1, slots.shape[-1]).index_copy_(0, self.slots, new.flatten(0, 2))
+        for held, new in ((keys, k), (values, v)):
+            held.view(-1, held.shape[-1]).index_copy_(0, self.slots, new.flatten(0, 2))
         return softmax_attention(q, keys[:, :, : self.end], values[:, :, : self.end], self.mask, self.causal)
 
 
 class Packed(Layout):
     """Rows that hold several texts one after another, as fine-tuning packs them. No text sees another.
 
-    positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0 instead, another ending of the
-    last text from 0 begins, after its first p tokens: so two answers share one prompt. ValueError for other positions.
+    positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0 instead, another ending of
+    the last text from 0 begins, after its first p tokens: so two answers share one prompt. ValueError for others.
 
     Texts of similar length form a batch, padded at their ends. A causal query never sees the padding, so there is no
     mask, the fast kernels serve, and no scores are computed between texts, which would be most of a row's square.
@@ -517,20 +509,6 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
             "expected those of whole texts"
         )
     return texts
-
-
-class Projection(nn.Linear):
-    """The output projection, from the residual stream to the vocabulary."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, D). Returns (…, V)."""
-        rows = x.flatten(0, -2)
-        if torch.is_grad_enabled() or x.is_cuda or not 1 < len(rows) <= 16 or self.out_features % 512:
-            return super().forward(x)
-        # A CPU that decodes a few texts takes the weight in slices that stay in its cache. MKL would first copy the
-        # whole weight: a step of tiny with 8 texts is a seventh shorter this way.
-        y = rows @ self.weight.view(-1, 512, self.in_features).transpose(1, 2)  # (V / 512, N, 512)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 # -------------------------------------------------------------------------------------------------------- chunked loss
