@@ -358,7 +358,7 @@ class Transformer(nn.Module):
 # Fast paths: skip these at first reading. They compute the same, faster or in less memory.
 # ======================================================================================================================
 
-# -------------------------------------------------------------------------------------------- ------- cache, packed rows
+# --------------------------------------------------------------------------------------------- cache and packed rows
 
 
 def is_causal(length: int) -> bool:
@@ -423,7 +423,7 @@ class Cached(Layout):
         if not (model.causal and equally_long and T in (1, end)):  # a newest token sees all of its text
             mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
         super().__init__(model.cos[at], model.sin[at], mask)
-        self.causal = mask is None and T == end
+        self.causal = mask is None and end == T
         self.cache, self.end = cache, end
         self.layer = 0  # blocks call `attend` in order, once each
         # Where the new keys go in a layer's B · K · length slots: (B · K · T,).

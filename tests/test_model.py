@@ -236,6 +236,7 @@ def test_whole_model_with_kernels_equals_the_twins():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
 def test_compiled_blocks_are_one_graph(kernels, autocast):
     model = build(dataclasses.replace(SMALL, kernels=kernels)).to(device)
     compiled = build(dataclasses.replace(SMALL, kernels=kernels)).to(device)
