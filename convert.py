@@ -134,6 +134,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     with writing(out, arguments.force, directory) as temporary:
         model = checkpoint.load_model(directory)
         weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
+        must_be_llama(model, weights)
         if model.config.tie_embeddings:
             del weights["lm_head.weight"]
         saving(files.save_file, weights, temporary / "model.safetensors", {"format": "pt"})
@@ -154,6 +155,61 @@ def to_hf(arguments: argparse.Namespace) -> None:
         stage.write_json(temporary / "special_tokens_map.json", marks)
         (temporary / "tokenizer.model").write_bytes(spm.model)
     log.info(f"converted: {model.num_parameters():,} parameters, {spm.vocab_size:,} pieces -> {out}")
+
+
+def must_be_llama(model: Transformer, weights: dict[str, Tensor]) -> None:
+    """UserError if other programs would compute something else from the exported weights than the model does.
+
+    A changed architecture (another feed-forward network, a window, one more norm) would pass every check of names and
+    shapes and then answer nonsense elsewhere. So the exported weights go through a plain LLaMA written down here, on a
+    full context of random tokens.
+    """
+    c = model.config
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(c.vocab_size, (1, c.context_length), generator=draw)
+    refusal = "to-hf exports LLaMAs only, and the architecture in model.py was changed"
+    try:
+        expected = llama_logits(weights, c, tokens)
+    except KeyError as missing:
+        raise UserError(f"the model has no {missing.args[0]}; {refusal}") from None
+    with torch.inference_mode():
+        difference = float((model(tokens).double() - expected).abs().max() / expected.abs().max())
+    if not difference <= 1e-4:
+        raise UserError(
+            f"a plain LLaMA with these weights gives other logits (by {difference:.1e} of the largest); {refusal}"
+        )
+
+
+def llama_logits(weights: dict[str, Tensor], c: ModelConfig, tokens: Tensor) -> Tensor:
+    """The logits (1, T, V) of a LLaMA, in float64, from tensors by their Hugging Face names. tokens: (1, T)."""
+    T, E, heads = tokens.shape[1], c.head_dim, c.n_heads
+    weights = {name: weight.double() for name, weight in weights.items()}
+    frequency = c.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float64) / E)
+    angle = torch.outer(torch.arange(T, dtype=torch.float64), frequency).repeat(1, 2)  # (T, E)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weights[f"{name}.weight"]
+
+    def split(x: Tensor, name: str) -> Tensor:
+        return (x @ weights[f"{name}.weight"].T).view(T, -1, E).transpose(0, 1)  # (H or K, T, E)
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat((-second, first), -1) * angle.sin()
+
+    x = weights["model.embed_tokens.weight"][tokens[0]]  # (T, D)
+    for layer in range(c.n_layers):
+        at = f"model.layers.{layer}"
+        h = norm(x, f"{at}.input_layernorm")
+        q, k, v = (split(h, f"{at}.self_attn.{name}_proj") for name in "qkv")
+        k, v = (z.repeat_interleave(heads // len(z), 0) for z in (turn(k), v))
+        scores = turn(q) @ k.mT / E**0.5 + torch.full((T, T), -torch.inf).triu(1)
+        y = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1)
+        x = x + y @ weights[f"{at}.self_attn.o_proj.weight"].T
+        h = norm(x, f"{at}.post_attention_layernorm")
+        gate, up, down = (weights[f"{at}.mlp.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        x = x + (torch.nn.functional.silu(h @ gate) * (h @ up)) @ down
+    return (norm(x, "model.norm") @ weights["lm_head.weight"].T)[None]
 
 
 def llama_config(config: ModelConfig, spm: Tokenizer) -> dict:

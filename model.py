@@ -672,7 +672,7 @@ def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> T
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
-    """Whether an operation on x runs as a Triton kernel. Not while torch.compile traces: it fuses the plain function."""
+    """Whether an operation on x runs as a Triton kernel. Not under torch.compile, which fuses the plain function."""
     if triton is None or torch.compiler.is_compiling():
         return False
     return kernels == "triton" or (kernels == "auto" and x.is_cuda and x.dtype != torch.float64)

@@ -627,7 +627,7 @@ def test_training_goes_on_from_imported_weights(place: Place, foreign):
     assert "steps=1_000, batch_size=8, learning_rate=1e-4" in text
     settings = "steps=2, batch_size=2, learning_rate=1e-9, compile=False, eval_rows=2"
     config.write_text(text.replace("steps=1_000, batch_size=8, learning_rate=1e-4", settings))
-    assert "going on from the weights in" in place.run("train.py", config).stdout
+    assert "training continues from the weights in" in place.run("train.py", config).stdout
     start = checkpoint.load_model(place.path / "out").state_dict()
     end = checkpoint.load_model(place.runs / "out/pretrain/final").state_dict()
     for name, weight in end.items():
