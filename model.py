@@ -118,9 +118,10 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     position = torch.arange(config.context_length, dtype=torch.float64)
     # float64 until here: float32 would be off by a visible angle at large positions.
     angle = torch.outer(position, frequency)[:, None]  # (T, 1, E/2)
-    cos = torch.cat((angle.cos(), angle.cos()), -1).float()
-    sin = torch.cat((-angle.sin(), angle.sin()), -1).float()  # the sign of the rotation is in the first half
-    return cos, sin
+    cos, sin = angle.cos(), angle.sin()
+    cos = torch.cat((cos, cos), -1)
+    sin = torch.cat((-sin, sin), -1)  # the sign of the rotation is in the first half
+    return cos.float(), sin.float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     # A rotated q times a rotated k depends on the two positions only through their difference: attention then knows
     # "three tokens back" without knowing "token 517". The halves are paired as in the Hugging Face layout.
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    other_half = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, other_half, sin).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -210,7 +212,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # `up` proposes d_ff features, `gate` says for each how much of it passes. Try one matrix and F.gelu instead:
         # two thirds of the parameters, and a higher loss at equal size.
-        return self.down(swiglu(self.gate(x), self.up(x), self.kernels))  # (B, T, D)
+        h = swiglu(self.gate(x), self.up(x), self.kernels)  # (B, T, d_ff)
+        return self.down(h)  # (B, T, D)
 
 
 # --------------------------------------------------------------------------------------------------------------- block
@@ -321,8 +324,10 @@ class Transformer(nn.Module):
         if positions is None:
             if self.config.context_length < T:
                 raise ValueError(f"{T} tokens; context_length is {self.config.context_length}")
-            at = torch.arange(T, device=tokens.device)
-            return Layout(self.cos[:T], self.sin[:T], None if self.causal else sees(at[:, None], at)[None, None])
+            if not self.causal:
+                at = torch.arange(T, device=tokens.device)
+                mask = sees(at[:, None], at)[None, None]
+            return Layout(self.cos[:T], self.sin[:T], mask)
         if mask is None:
             return Packed(self, positions, tokens.device)
         at = positions.to(tokens.device, non_blocking=True)
@@ -385,7 +390,8 @@ class KVCache:
 
     def __getitem__(self, texts: slice) -> "KVCache":
         view = object.__new__(KVCache)
-        view.k, view.v, view.used = self.k[:, texts], self.v[:, texts], self.used[texts]
+        view.k, view.v = self.k[:, texts], self.v[:, texts]
+        view.used = self.used[texts]
         return view
 
     @property
@@ -435,8 +441,10 @@ class Cached(Layout):
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
         self.layer += 1
         for held, new in ((keys, k), (values, v)):
-            held.view(-1, held.shape[-1]).index_copy_(0, self.slots, new.flatten(0, 2))
-        return softmax_attention(q, keys[:, :, : self.end], values[:, :, : self.end], self.mask, self.causal)
+            slots = held.view(-1, held.shape[-1])  # (B · K · length, E)
+            slots.index_copy_(0, self.slots, new.flatten(0, 2))
+        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
+        return softmax_attention(q, keys, values, self.mask, self.causal)
 
 
 class Packed(Layout):
@@ -454,9 +462,12 @@ class Packed(Layout):
         super().__init__(model.cos[at], model.sin[at], None)
         self.causal = model.causal
         batches: list[list[tuple[int, int, int, int]]] = []
+        longest = math.inf
         for text in sorted(texts_in(positions.cpu()), reverse=True):  # the longest first
-            if not batches or text[0] < 0.8 * batches[-1][0][0]:
+            length = text[0]
+            if length < 0.8 * longest or not batches:
                 batches.append([])
+                longest = length
             batches[-1].append(text)
         # Number the places of all batches from 0. tokens: which of the B · T tokens stands in each place. places: in
         # which place each token stands. shapes: texts and longest text of each batch.
@@ -477,24 +488,32 @@ class Packed(Layout):
 
     @torch.compiler.disable  # shapes differ from one batch to the next
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sizes = [texts * longest for texts, longest in self.shapes]
-        parts = [x.transpose(1, 2).flatten(0, 1).index_select(0, self.tokens).split(sizes) for x in (q, k, v)]
+        q_batches, k_batches, v_batches = self.batches(q), self.batches(k), self.batches(v)
         outputs = []
-        for (texts, longest), *batch in zip(self.shapes, *parts, strict=True):
-            q_b, k_b, v_b = (x.view(texts, longest, *x.shape[1:]).transpose(1, 2) for x in batch)
-            place = torch.arange(longest, device=q.device)
-            mask = None if self.causal else sees(place[:, None], place)
-            y = softmax_attention(q_b, k_b, v_b, mask, self.causal)  # (texts, H, longest, E)
+        for q_batch, k_batch, v_batch in zip(q_batches, k_batches, v_batches, strict=True):
+            mask = None
+            if not self.causal:
+                place = torch.arange(q_batch.shape[2], device=q.device)
+                mask = sees(place[:, None], place)
+            y = softmax_attention(q_batch, k_batch, v_batch, mask, self.causal)  # (texts, H, longest, E)
             outputs.append(y.transpose(1, 2).flatten(0, 1))
         y = torch.cat(outputs).index_select(0, self.places)  # (B · T, H, E)
-        return y.view(q.transpose(1, 2).shape).transpose(1, 2)
+        B, H, T, E = q.shape
+        return y.view(B, T, H, E).transpose(1, 2)
+
+    def batches(self, x: Tensor) -> list[Tensor]:
+        """x (B, H, T, E) as batches of texts, (texts, H, longest, E) each."""
+        rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)  # (places, H, E)
+        parts = rows.split([texts * longest for texts, longest in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
     """The texts of packed rows, from their positions (B, T): length, tokens shared with the last whole text, number of
     the first token of its own, and number of that whole text's first token, counted over all rows."""
     flat = positions.flatten()
-    begins = torch.cat([torch.tensor([True]), flat.diff() != 1]).nonzero()[:, 0].tolist()
+    continues = flat.diff() == 1  # whether a token continues the text of the token before it
+    begins = [0, *((~continues).nonzero()[:, 0] + 1).tolist()]
     valid = not positions[:, 0].any()
     texts, first, whole = [], 0, 0
     for start, end in itertools.pairwise([*begins, len(flat)]):
@@ -794,8 +813,10 @@ if triton is not None:
         live = (row < rows)[:, None] & (col < D)[None, :]
         x_tile = load(x, at, live)
         w = load(weight, col, col < D)
-        s = 1.0 / tl.sqrt(tl.sum(x_tile * x_tile, 1) / D + eps)
-        tl.store(y + at, x_tile * s[:, None] * w[None, :], mask=live)
+        mean_square = tl.sum(x_tile * x_tile, 1) / D
+        s = 1.0 / tl.sqrt(mean_square + eps)
+        y_tile = x_tile * s[:, None] * w[None, :]
+        tl.store(y + at, y_tile, mask=live)
         tl.store(scale + row, s, mask=row < rows)
 
     @triton.jit
@@ -818,8 +839,10 @@ if triton is not None:
             s = load(scale, row, row < rows)[:, None]
             x_hat = load(x, at, live) * s
             g = load(dy, at, live)
-            mean = tl.sum(w * g * x_hat, 1) / D
-            tl.store(dx + at, s * (w * g - x_hat * mean[:, None]), mask=live)
+            wg = w * g
+            mean = tl.sum(wg * x_hat, 1) / D
+            dx_tile = s * (wg - x_hat * mean[:, None])
+            tl.store(dx + at, dx_tile, mask=live)
             dw_sum += tl.sum(g * x_hat, 0)
         tl.store(dw + program * D + col, dw_sum, mask=col < D)
 
@@ -840,7 +863,8 @@ if triton is not None:
         u = load(up, at, live)
         d = load(dy, at, live)
         sigma = tl.sigmoid(g)
-        tl.store(dgate + at, d * u * sigma * (1.0 + g * (1.0 - sigma)), mask=live)
+        slope = sigma * (1.0 + g * (1.0 - sigma))  # of silu
+        tl.store(dgate + at, d * u * slope, mask=live)
         tl.store(dup + at, d * g * sigma, mask=live)
 
     @triton.jit
@@ -858,7 +882,8 @@ if triton is not None:
             x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
             new = tl.maximum(largest, tl.max(x, 0))
             # The sum so far is relative to the largest logit so far: rescale it when a larger one turns up.
-            total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+            total *= tl.exp(largest - new)
+            total += tl.sum(tl.exp(x - new), 0)
             target_logit += tl.sum(tl.where(col == target, x, 0.0), 0)
             largest = new
         log_sum = largest + tl.log(total)
@@ -867,5 +892,6 @@ if triton is not None:
         for first in range(0, V, C):
             col = first + tl.arange(0, C)
             x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - log_sum) - tl.where(col == target, 1.0, 0.0)
+            onehot = tl.where(col == target, 1.0, 0.0)
+            gradient = tl.exp(x - log_sum) - onehot
             tl.store(logits + col, tl.where(live, gradient, 0.0), mask=col < V)
