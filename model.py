@@ -66,10 +66,8 @@ class ModelConfig:
             if field.name not in ("tie_embeddings", "kernels") and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field.name} is {value}; expected a positive number")
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model is {self.d_model} and n_heads {self.n_heads}; d_model / n_heads must be a whole, even "
-                "number, because rotary embedding turns pairs of dimensions"
-            )
+            shape = f"d_model is {self.d_model} and n_heads {self.n_heads}"
+            raise ValueError(f"{shape}; d_model / n_heads must be a whole, even number: RoPE turns pairs of dimensions")
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}")
         if self.kernels not in ("auto", "triton", "torch"):
@@ -87,9 +85,6 @@ class ModelConfig:
         """As `Transformer.flops_per_token`, without the memory for a model."""
         with torch.device("meta"):
             return Transformer(self).flops_per_token(T)
-
-
-# ------------------------------------------------------------------------------------------------------------- RMSNorm
 
 
 class RMSNorm(nn.Module):
@@ -195,9 +190,6 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(B, T, -1))  # the heads side by side again, mixed by o: (B, T, D)
 
 
-# -------------------------------------------------------------------------------------------------------------- SwiGLU
-
-
 class SwiGLU(nn.Module):
     """The feed-forward network: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
 
@@ -216,9 +208,6 @@ class SwiGLU(nn.Module):
         return self.down(h)  # (B, T, D)
 
 
-# --------------------------------------------------------------------------------------------------------------- block
-
-
 class Block(nn.Module):
     """One layer of the model: attention, then the feed-forward network."""
 
@@ -233,9 +222,6 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), layout)
         x = x + self.mlp(self.mlp_norm(x))
         return x  # (B, T, D)
-
-
-# --------------------------------------------------------------------------------------------------------- Transformer
 
 
 class Transformer(nn.Module):
@@ -361,9 +347,8 @@ class Transformer(nn.Module):
 
 # ======================================================================================================================
 # Fast paths: skip these at first reading. They compute the same, faster or in less memory.
-# ======================================================================================================================
 
-# --------------------------------------------------------------------------------------------- cache and packed rows
+# ----------------------------------------------------------------------------------------------- cache and packed rows
 
 
 def is_causal(length: int) -> bool:
@@ -396,7 +381,6 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens that it can hold of each text."""
         return self.k.shape[3]
 
     def move(self, source: int, target: int) -> None:
@@ -464,10 +448,9 @@ class Packed(Layout):
         batches: list[list[tuple[int, int, int, int]]] = []
         longest = math.inf
         for text in sorted(texts_in(positions.cpu()), reverse=True):  # the longest first
-            length = text[0]
-            if length < 0.8 * longest or not batches:
+            if text[0] < 0.8 * longest:
                 batches.append([])
-                longest = length
+                longest = text[0]
             batches[-1].append(text)
         # Number the places of all batches from 0. tokens: which of the B · T tokens stands in each place. places: in
         # which place each token stands. shapes: texts and longest text of each batch.
@@ -523,10 +506,7 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
         valid = valid and 0 <= shared <= whole
         texts.append((shared + end - start, shared, start, first))
     if not valid:
-        raise ValueError(
-            "positions of a row do not count from 0 in each text, or in another ending from a place in the text; "
-            "expected those of whole texts"
-        )
+        raise ValueError("positions of a row do not count from 0 in each text, or in another ending from a place in it")
     return texts
 
 
@@ -546,17 +526,13 @@ def linear_cross_entropy(
 
     x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Returns the mean, a scalar in float32 or
     wider, 0 if nothing is left; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated
-    once, in reverse mode. Raises ValueError for targets of another length or type, and for another reduction.
-
-    Targets on the CPU let ignored rows be dropped before the projection, wherever x is. Targets on a GPU are masked:
-    to count them, the CPU would have to wait for the GPU.
+    once, in reverse mode. Raises ValueError for targets that do not fit, and for another reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
     if x.dim() != 2 or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}; expected (N, D) and (N,) int64"
-        )
+        shapes = f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}"
+        raise ValueError(f"{shapes}; expected (N, D) and (N,) int64")
     learn = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     dtype = matmul_dtype(x)
     loss = LinearCrossEntropy.apply(x, weight, targets, ignore_index, dtype, kernels, reduction == "none", *learn)
@@ -573,7 +549,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.per_target, ctx.learn_x, ctx.learn_weight = per_target, learn_x, learn_weight
         # With one loss per target, the weight's gradient depends on factors that only the backward pass knows.
         early = learn_weight and not per_target
-        loss, dx, dw = loss_and_gradients(x, weight, targets, *ctx.options, per_target, None, learn_x, early)
+        loss, dx, dw = loss_and_gradients(x, weight, targets, ctx.options, per_target, None, learn_x, early)
         again = (x, weight, targets) if learn_weight and per_target else ()
         ctx.save_for_backward(dx, dw, *again)
         ctx.weight_dtype = weight.dtype
@@ -588,31 +564,23 @@ class LinearCrossEntropy(torch.autograd.Function):
             factor = dloss[:, None] if ctx.per_target else dloss
             dx = (dx.to(dloss.dtype) * factor).to(dx.dtype)
         if inputs:
-            dw = loss_and_gradients(*inputs, *ctx.options, False, dloss, False, True)[2].to(ctx.weight_dtype)
+            _, _, dw = loss_and_gradients(*inputs, ctx.options, False, dloss, False, True)
+            dw = dw.to(ctx.weight_dtype)
         elif ctx.learn_weight:
             dw = (dw * dloss).to(ctx.weight_dtype)
         return dx, dw, *[None] * 7
 
 
-def loss_and_gradients(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    kernels: str,
-    per_target: bool,
-    factors: Tensor | None,
-    learn_x: bool,
-    learn_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms, and the gradients of x and W.
+def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x, learn_weight):
+    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms; and the gradients of x and W, or None.
 
-    dtype: of matrix products. factors: (N,), each term's factor in the sum that is differentiated; None: 1.
+    options: ignore_index, the dtype of matrix products, kernels. factors: (N,), each term's factor in the sum that is
+    differentiated; None: 1.
     """
+    ignore_index, dtype, kernels = options
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
-    if targets.device.type == "cpu":
+    if targets.device.type == "cpu":  # drop ignored rows; on a GPU they are masked: to count them would be to wait
         live = targets != ignore_index
         if not live.all():
             keep = live.nonzero()[:, 0]
@@ -659,8 +627,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: s
     columns = min(4096, triton.next_power_of_2(logits.shape[1]))
     warps = max(1, min(8, columns // 128))
     sizes = logits.stride(0), logits.shape[1], ignore_index
-    with torch.cuda.device_of(logits):
-        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
+    cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
     return losses
 
 
@@ -685,9 +652,9 @@ def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> T
 
 # ------------------------------------------------------------------------------------------------------ Triton kernels
 #
-# Each kernel stands beside a plain-PyTorch function that computes the same. Kernels read and write float32, float16 or
-# bfloat16, and compute in float32. Offsets are int64, because a tensor may have more than 2³¹ elements. One program
-# handles a tile: R rows of C columns, powers of two, as Triton wants them. Inputs are made contiguous.
+# Each kernel computes what the plain function beside it computes, in float32, for tensors of float32, float16 or
+# bfloat16. One program handles a tile of R rows and C columns, powers of two, as Triton wants them. Offsets are int64:
+# a tensor may have more than 2³¹ elements.
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
@@ -741,25 +708,18 @@ class TritonRMSNorm(torch.autograd.Function):
         y = torch.empty_like(x, dtype=dtype)
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(x, weight, scale)
-        if x.numel():
-            D, (R, C, warps) = len(weight), tile(len(weight))
-            programs = triton.cdiv(scale.numel(), R)
-            with torch.cuda.device_of(x):
-                rms_norm_forward_kernel[(programs,)](x, weight, y, scale, scale.numel(), eps, D, R, C, num_warps=warps)
+        rows, D, (R, C, warps) = scale.numel(), len(weight), tile(len(weight))
+        rms_norm_forward_kernel[(triton.cdiv(rows, R),)](x, weight, y, scale, rows, eps, D, R, C, num_warps=warps)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, scale = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
-        if not x.numel():
-            return dx, torch.zeros_like(weight), None, None
-        D, (R, C, warps) = len(weight), tile(len(weight))
-        programs = min(512, triton.cdiv(scale.numel(), R))
+        rows, D, (R, C, warps) = scale.numel(), len(weight), tile(len(weight))
+        programs = min(512, triton.cdiv(rows, R))
         dw = x.new_empty(programs, D, dtype=torch.float32)
-        tensors = x, weight, scale, dy, dx, dw
-        with torch.cuda.device_of(x):
-            rms_norm_backward_kernel[(programs,)](*tensors, scale.numel(), D, R, C, num_warps=warps)
+        rms_norm_backward_kernel[(programs,)](x, weight, scale, dy, dx, dw, rows, D, R, C, num_warps=warps)
         return dx, dw.sum(0).to(weight.dtype), None, None
 
 
@@ -780,19 +740,15 @@ class TritonSwiGLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        if y.numel():
-            with torch.cuda.device_of(y):
-                swiglu_forward_kernel[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), 1024)
+        swiglu_forward_kernel[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), 1024)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dgate, dup, dy = torch.empty_like(gate), torch.empty_like(up), dy.contiguous()
-        if dy.numel():
-            with torch.cuda.device_of(dy):
-                grid = (triton.cdiv(dy.numel(), 1024),)
-                swiglu_backward_kernel[grid](gate, up, dy, dgate, dup, dy.numel(), 1024)
+        programs = triton.cdiv(dy.numel(), 1024)
+        swiglu_backward_kernel[(programs,)](gate, up, dy, dgate, dup, dy.numel(), 1024)
         return dgate, dup
 
 
