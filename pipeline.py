@@ -154,14 +154,17 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.status:
         print(status(experiment, arguments))
         return
-    # By default all of them; the reference is made for dpo if its config wants it.
-    chosen = [name for name in NAMES if name in arguments.stages or (not arguments.stages and name != "dpo_reference")]
+    wanted = arguments.stages or NAMES
+    if not arguments.stages and experiment.dpo.reference != "stored":
+        wanted = [name for name in NAMES if name != "dpo_reference"]
+    chosen = [name for name in NAMES if name in wanted]
     if "RANK" in os.environ:
         make_distributed(chosen, experiment, arguments)
         return
     made: set[Path] = set()
     for name in chosen:
-        arguments.force = arguments.force or name == arguments.force_from
+        if arguments.force_from and NAMES.index(name) >= NAMES.index(arguments.force_from):
+            arguments.force = True
         make(name, experiment, arguments, made)
 
 
