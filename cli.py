@@ -224,8 +224,8 @@ REFUSED = {
 
 
 def _stop(signum, frame):
-    """Ends the command. Ctrl-C reaches a stage's process twice, from the terminal and from its parent: the second signal
-    must not interrupt the clean-up."""
+    """Ends the command. Ctrl-C reaches a stage's process twice, from the terminal and from its parent: the second
+    signal must not interrupt the clean-up."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     raise Stopped(128 + signum)
@@ -316,7 +316,7 @@ def _leave_after_first(status: int) -> NoReturn:
 
 
 def _leave(status: int, message: str) -> NoReturn:
-    """Ends the process at once. During a normal exit the threads of a killed pool would print tracebacks, the threads of
+    """Ends the process at once. During a normal exit the threads of a killed pool would print tracebacks, those of
     torch's connections can abort, and a forked process would run its parent's clean-up."""
     with contextlib.suppress(OSError):
         if message:
