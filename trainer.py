@@ -1,9 +1,8 @@
 """The one training loop.
 
-A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest: optimizer,
-schedule, precision, accumulation, clipping, several processes, evaluation, checkpoints, resume, signals, logging.
-A run that is killed at any moment and started again ends with the same bytes as a run that was never disturbed: on a
-CPU in float32, on a GPU with deterministic=True. To read the code, start with `TrainConfig`, then go to `train`.
+A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest. A run that is
+killed at any moment and started again ends with the same bytes as a run that was never disturbed: on a CPU in float32,
+on a GPU with deterministic=True. To read this file, start with `TrainConfig` and `Task`, then go to `train`.
 """
 
 import math
@@ -54,7 +53,7 @@ class TrainConfig:
     decay_fraction: float = 0.2  # share of all steps in which "wsd" falls
     warmup_steps: int = 0  # steps in which the learning rate rises from 0 to the peak
     warmup_fraction: float | None = None  # or, instead, their share of all steps
-    optimizer: str = "adamw"  # (arXiv:1711.05101), or "muon" (arXiv:2502.16982) for the matrices of the blocks
+    optimizer: str = "adamw"  # or "muon" for the matrices of the blocks: see optim.py
     momentum: float = 0.95  # Muon: how much of the average gradient stays after a step
     beta1: float = 0.9  # AdamW: the same for its average gradient
     beta2: float = 0.95  # AdamW: and for its average squared gradient
@@ -63,13 +62,10 @@ class TrainConfig:
     max_skipped: int = free(5)  # so many steps in a row with a gradient that is not finite stop the run
     seed: int = 0  # of the initial weights and of the order of the data
     compile: bool = free(True)  # torch.compile: half a minute the first time, seconds after that
-    # Matrix products only; weights, optimizer and checkpoints stay float32. "auto": the fastest in hardware.
-    precision: str = free("auto")
-    # Keep each block's input only, and compute the rest again in the backward pass (arXiv:1604.06174).
-    gradient_checkpointing: bool = free(False)
+    precision: str = free("auto")  # of matrix products, "auto": the fastest in hardware; all else stays float32
+    gradient_checkpointing: bool = free(False)  # less memory: blocks compute again what they did not keep (1604.06174)
     parallel: str = free("ddp")  # several processes: each holds the whole model, or with "fsdp" a share of it
-    # Two runs give the same bytes. A GPU refuses operations whose result depends on timing; a CPU uses float32.
-    deterministic: bool = free(False)
+    deterministic: bool = free(False)  # two runs give the same bytes; slower, and "auto" is float32 on a CPU
     timeout: float = free(600.0)  # seconds until a silent process counts as dead
     tensorboard: bool = free(False)  # also write metrics to tensorboard/ (pip install tensorboard)
     log_every: int = free(10)  # steps between lines of metrics.jsonl
@@ -118,10 +114,8 @@ class Task:
     # loss(model, *batch): means over the batch's targets by name; `loss` is trained, the others are logged. It must
     # call the model as a function, or FSDP does not gather its weights.
     loss: Callable[..., dict[str, Tensor]]
-    # targets(*batch): how many targets these means are over.
-    targets: Callable[..., int]
-    # evaluate(model): metrics on held-out data by name, with `val_loss`, the same in every process.
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    targets: Callable[..., int]  # targets(*batch): how many targets these means are over
+    evaluate: Callable[[nn.Module], dict[str, float]]  # held-out metrics, with `val_loss`; the same in every process
     steps: int  # to train
     epoch: float  # steps per pass over the data
     flops: float  # floating-point operations per step, of all processes together
@@ -132,11 +126,9 @@ class Task:
 
 
 def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
-    """Yields this process's share of the chosen rows, at most `rows` at a time, and whether the share counts.
-
-    Every process gets as many shares as the others, because a sharded model must be called by all of them together.
-    A process with no row left gets the first row again; that share does not count.
-    """
+    """Yields this process's share of the chosen rows, at most `rows` at a time, and whether the share counts."""
+    # A sharded model must be called by all processes together, so each gets as many shares as the others. A process
+    # with no row left gets the first row again, and that share does not count.
     rank, ranks = parallel.rank(), parallel.ranks()
     for start in range(0, len(chosen), rows * ranks):
         share = chosen[start + rank * rows : start + (rank + 1) * rows]
@@ -153,6 +145,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
     or if the gradient stays not finite; Stopped, with everything saved, after Ctrl-C or SIGTERM.
     """
     run = Trainer(model, task, config, job, resume)
+    run.begin()
     config, progress, scale, report = run.config, run.progress, run.scale, run.report
     steps, first, stopping = task.steps, progress.step, 0
     batch = run.read_batch(first) if first < steps else ()
@@ -175,8 +168,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
                 with run.autocast:
                     parts = {name: mean * weight for name, mean in task.loss(model, *micro_batch).items()}
                 # Processes add up their gradients once per step, during the last backward pass.
-                last = micro_batch is micro_batches[-1]
-                with run.exchange.exchanging() if last else nullcontext():
+                with run.exchange.exchanging() if micro_batch is micro_batches[-1] else nullcontext():
                     (parts["loss"] * scale.value).backward()
                 for name, part in parts.items():
                     means[name] = means.get(name, 0.0) + part.detach()
@@ -233,19 +225,16 @@ class Trainer:
             warmup_steps = round(config.warmup_fraction * task.steps)
             config = replace(config, warmup_steps=warmup_steps, warmup_fraction=None)
         self.model, self.task, self.config, self.job = model, task, config, job
-        self.progress, self.record = Progress(), {}
-        ranks = parallel.ranks()
-        if config.batch_size % ranks:
-            parallel.refuse(
-                f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; change either"
-            )
-        self.device = machine.pick_device()
+        self.progress, self.record, self.planned = Progress(), None, task.steps
+        self.device, size, ranks = machine.pick_device(), config.batch_size, parallel.ranks()
+        if size % ranks:
+            parallel.refuse(f"batch_size is {size}, which {ranks} processes cannot share evenly; change one of them")
         if config.deterministic:
             machine.make_deterministic(self.device)
         machine.keep_freed_memory()
         self.dtype = parallel.lead(lambda: machine.training_dtype(self.device, config))
         start = parallel.lead(lambda: find_checkpoint(job, resume))
-        counts, state = self.load(start) if start else ({}, {})
+        state = self.load(start) if start else None
 
         compiled = config.compile and machine.compile_blocks(model, self.device)
         actual = replace(config, compile=compiled)
@@ -256,8 +245,8 @@ class Trainer:
         model.gradient_checkpointing = config.gradient_checkpointing
         self.exchange = parallel.distribute(model.train(), config.parallel, self.device, self.dtype)
         # Autocast runs matrix products in half precision and leaves norms, softmax and the loss in float32.
-        half = self.dtype != torch.float32
-        self.autocast = torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+        wide = self.dtype == torch.float32
+        self.autocast = nullcontext() if wide else torch.autocast(self.device.type, self.dtype)
         self.scale = LossScale(self.dtype)
         # After `distribute`: FSDP replaces parameters, and an optimizer must hold those that are trained.
         self.optimizers = make_optimizers(model, config)
@@ -268,31 +257,22 @@ class Trainer:
         self.report = Report(job.directory, task, model.num_parameters(), peak and peak * ranks)
         # A run of "wsd" can be made longer from the last checkpoint before the fall, so that one is never removed.
         self.stable = decay_start(config, task.steps) if config.schedule == "wsd" else 0
-        if state:
-            self.restore(start, state)
-        parallel.lead(self.begin)
         if start:
-            self.catch_up(counts.get("steps", task.steps))
+            self.restore(start, state)
 
-    def begin(self) -> None:
-        (self.job.directory / "manifest.json").unlink(missing_ok=True)  # a finished run is made longer
-        self.report.open(self.progress.step, self.config.tensorboard)
-
-    def load(self, start: Path) -> tuple[dict, dict]:
-        """Loads the weights of a checkpoint. Returns its counts, and the state for `restore`."""
-        counts = checkpoint.read_manifest(start)["counts"]
-        if counts["step"] > self.task.steps:
-            parallel.refuse(
-                f"{start} is at step {counts['step']} already; set steps to at least that, not {self.task.steps}"
-            )
-        self.record, self.job.earlier = counts["record"], counts["seconds"]
+    def load(self, start: Path) -> dict:
+        """Loads the weights of a checkpoint. Returns the rest of its state, for `restore`."""
+        counts, steps = checkpoint.read_manifest(start)["counts"], self.task.steps
+        if counts["step"] > steps:
+            parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
+        self.record, self.planned, self.job.earlier = counts["record"], counts.get("steps", steps), counts["seconds"]
         checkpoint.load_weights(start, self.model)
         state = checkpoint.read(start, "state.pt")
-        # On a CPU "auto" is measured, and another measurement must not change a run that has begun.
+        # On a CPU "auto" was measured, and another measurement must not change a run that has begun.
         measured = self.config.precision == "auto" and not self.config.deterministic
         if measured and self.device.type == state.get("device") == "cpu":
             self.dtype = getattr(torch, state.get("dtype", ""), self.dtype)
-        return counts, state
+        return state
 
     def restore(self, start: Path, state: dict) -> None:
         """Restores optimizers, loss scale, random generators and progress. UserError if they are of another run."""
@@ -317,17 +297,22 @@ class Trainer:
         if changed := self.job.changed_code(start):
             log.warning(f"{changed} changed since {start} was saved; the rest of the run uses the new code")
 
-    def catch_up(self, planned: int) -> None:
-        """Does what a checkpoint's own step still lacks: see `train`. planned: the steps of the run that saved it."""
+    def begin(self) -> None:
+        """Prepares the directory. After a resume, does what the checkpoint's own step may still lack: see `train`."""
+        parallel.lead(self.clear)
+        if self.record is None:
+            return
         step, steps = self.progress.step, self.task.steps
         if step == steps:
             self.save("final")  # `steps` was lowered to a numbered checkpoint
         self.evaluate_and_log()
-        if planned != steps:
-            before, after = self.record["lr"], learning_rate(self.config, step, steps)
-            log.info(
-                f"the schedule is now that of {steps} steps: the learning rate goes from {before:.1e} to {after:.1e}"
-            )
+        if self.planned != steps:
+            change = f"{self.record['lr']:.1e} to {learning_rate(self.config, step, steps):.1e}"
+            log.info(f"the schedule is now that of {steps} steps: the learning rate goes from {change}")
+
+    def clear(self) -> None:
+        (self.job.directory / "manifest.json").unlink(missing_ok=True)  # a finished run is made longer
+        self.report.open(self.progress.step, self.config.tensorboard)
 
     def read_batch(self, step: int) -> tuple[Tensor, ...]:
         batch = self.task.batch(step, parallel.rank(), parallel.ranks())
@@ -351,7 +336,7 @@ class Trainer:
         progress, record, every = self.progress, self.record, self.config.eval_every
         if self.due(every):
             self.model.eval()
-            # Not compiled: the rows of an evaluation come in other shapes, and each would be compiled anew.
+            # Not compiled: an evaluation has batches of other shapes, and every shape would be compiled again.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.autocast:
                 record.update(self.task.evaluate(self.model))
             self.model.train()
@@ -377,8 +362,7 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Saves a checkpoint. Every process takes part, because FSDP's shares are put together; the first writes."""
-        # Weights, optimizers, random generators and progress are all that a resumed run needs: batches are functions
-        # of the step.
+        # This is all that a resumed run needs: batches and learning rates are functions of the step.
         state = {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         state |= {"progress": vars(self.progress), "loss_scale": vars(self.scale), "rng": torch.get_rng_state()}
         state |= {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -386,30 +370,28 @@ class Trainer:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         file, weights = checkpoint.weights(self.model)
         files = parallel.whole({file: weights, "state.pt": state})
-        parallel.lead(lambda: self.write(name, files))
+        counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": round(self.job.seconds(), 1)}
+        about = self.job.about({}, counts | {"record": self.record} | self.used)
 
-    def write(self, name: str, files: dict[str, dict]) -> None:
-        directory, seconds = self.job.directory, round(self.job.seconds(), 1)
-        counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": seconds, "record": self.record}
-        if self.report.path.exists():
-            stage.sync(self.report.path)  # a checkpoint must not reach the disk before the log of its steps
-        checkpoint.save(directory / name, files, self.job.about({}, counts | self.used))
-        numbered = [path for at, path in checkpoint.steps(directory) if path.name != "final" and at != self.stable]
-        for path in numbered[self.config.keep_checkpoints :]:
-            checkpoint.remove(path)
+        def write() -> None:
+            if self.report.path.exists():
+                stage.sync(self.report.path)  # a checkpoint must not reach the disk before the log of its steps
+            checkpoint.save(self.job.directory / name, files, about)
+            steps = checkpoint.steps(self.job.directory)
+            numbered = [path for step, path in steps if path.name != "final" and step != self.stable]
+            for path in numbered[self.config.keep_checkpoints :]:
+                checkpoint.remove(path)
+
+        parallel.lead(write)
 
     def finish(self) -> None:
-        if self.progress.skipped:
-            log.warning(
-                f"{self.progress.skipped} of {self.task.steps} steps were skipped: their gradient was not finite"
-            )
-        counts = {"step": self.progress.step, "parameters": self.model.num_parameters(), "record": self.record}
+        steps, skipped = self.progress.step, self.progress.skipped
+        if skipped:
+            log.warning(f"{skipped} of {steps} steps were skipped: their gradient was not finite")
+        counts = {"step": steps, "parameters": self.model.num_parameters(), "record": self.record}
         names = checkpoint.weights(self.model)[0], "state.pt", "manifest.json"
         files = [self.job.directory / "final" / name for name in names]
         parallel.lead(lambda: self.job.finish(counts | self.used, files))
-
-
-# --------------------------------------------------------------------------------------------------- the loop's parts
 
 
 @dataclass
@@ -431,8 +413,8 @@ FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000
 class LossScale:
     """Keeps gradients in float16's range (arXiv:1710.03740): small ones would become 0, large ones infinite."""
 
-    # The loss is multiplied by `value`. An overflow halves it; GOOD_STEPS without one double it. bfloat16 has the
-    # range of float32 and needs no scale.
+    # The loss is multiplied by `value`. An overflow halves it; GOOD_STEPS without one double it.
+    # bfloat16 has the range of float32 and needs no scale.
 
     def __init__(self, dtype: torch.dtype):
         self.moves = dtype == torch.float16
@@ -468,9 +450,9 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
         checkpoint.read(start, "state.pt")
         step = stage.read_manifest(start)["counts"]["step"]
         if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
+            names = ", ".join(later)
             raise UserError(
-                f"resuming {start} would leave later checkpoints, {', '.join(later)}, in {job.directory}; move them "
-                "away, or give the experiment another name"
+                f"{start} is older than {names} in {job.directory}; move them away, or rename the experiment"
             )
     if start is not None:
         job.must_match(start)
@@ -483,10 +465,7 @@ def is_done(job: Stage, steps: int) -> bool:
         return False
     job.must_match(job.directory)
     if (step := manifest["counts"]["step"]) > steps:
-        raise UserError(
-            f"{job.directory} is trained to step {step} already; set steps to at least that, not {steps}, or train it "
-            f"again: {job.command} --force"
-        )
+        raise UserError(f"{job.directory} is trained to step {step} already; set steps to at least that, not {steps}")
     return step == steps and not stage.damage(job.directory, manifest["wrote"])
 
 
