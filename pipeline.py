@@ -110,16 +110,6 @@ STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
     "eval": evaluate,
 }
 NAMES = (*STAGES, "report")  # the report has no manifest: it is written anew each time
-INPUTS = {  # what a stage makes first if it is missing
-    "tokenizer": ("corpus",),
-    "pack": ("corpus", "tokenizer"),
-    "pretrain": ("pack",),
-    "sft_data": ("tokenizer",),
-    "sft": ("sft_data",),
-    "dpo_data": ("tokenizer",),
-    "dpo_reference": ("dpo_data",),
-    "dpo": ("dpo_data",),
-}
 
 
 def base_model(experiment: Experiment, after: str, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
@@ -146,26 +136,13 @@ def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made:
     if directory in made:
         return
     made.add(directory)
-    for owner, needed in inputs(name, experiment):
+    for owner, needed in experiment.inputs(name, arguments.force):
         make(needed, owner, unforced(arguments), made, apart)
 
     def this_one() -> None:
         eval.report.write(experiment) if name == "report" else STAGES[name](experiment, arguments).make()
 
     cli.apart(this_one) if apart else this_one()
-
-
-def inputs(name: str, experiment: Experiment) -> list[tuple[Experiment, str]]:
-    """The stages whose results a stage reads and makes if they are missing, with the experiments they belong to."""
-    pairs = [(experiment, needed) for needed in INPUTS.get(name, ())]
-    if name == "pretrain":
-        pairs += [(other, "pack") for other in experiment.beside]
-    if name == "dpo" and experiment.dpo.reference == "stored":
-        pairs.append((experiment, "dpo_reference"))
-    if name == "report" or stage.read_manifest(experiment.directory(name)) is None:
-        return pairs
-    # An input of a finished stage may have been moved away. One that is there must still match.
-    return [(owner, needed) for owner, needed in pairs if stage.read_manifest(owner.directory(needed)) is not None]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -202,7 +179,7 @@ def make_distributed(chosen: list[str], experiment: Experiment, arguments: argpa
 
     def make_inputs() -> None:
         made: set[Path] = set()
-        for owner, needed in inputs(name, experiment):
+        for owner, needed in experiment.inputs(name):
             make(needed, owner, unforced(arguments), made, apart=False)
 
     with parallel.joined(config.timeout):

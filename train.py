@@ -8,6 +8,7 @@ Makes the corpus, the tokenizer and the packed tokens if they are missing. The l
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -165,21 +166,24 @@ def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
     return Step(job, lambda: train(job, experiment, spm.sha256, force, resume))
 
 
-def make_inputs(experiment: Experiment, workers: int) -> None:
-    """Makes the packed tokens of the experiment and of those beside it, and their inputs, if they are missing."""
-    for owner in (experiment, *experiment.beside):
-        packed = stage.read_manifest(owner.directory("pack")) is not None
-        for name, step in (("corpus", corpus), ("tokenizer", tokenizer), ("pack", pack)):
-            # Once the tokens are packed, their inputs may have been moved away. Inputs that exist must still match.
-            if not packed or stage.read_manifest(owner.directory(name)) is not None:
-                step(owner, workers, force=False).make()
+DATA = {"corpus": corpus, "tokenizer": tokenizer, "pack": pack}
+
+
+def make_inputs(name: str, experiment: Experiment, workers: int, made: set[Path]) -> None:
+    """Makes the missing inputs of a stage, and their own inputs first. made: directories that are done already."""
+    for owner, needed in experiment.inputs(name):
+        directory = owner.directory(needed)
+        if directory not in made:
+            made.add(directory)
+            make_inputs(needed, owner, workers, made)
+            DATA[needed](owner, workers, force=False).make()
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config).owner("pretrain")
     with parallel.joined(experiment.pretrain.timeout):
         # The first process makes missing inputs; the others wait, however long it takes.
-        parallel.lead(lambda: make_inputs(experiment, arguments.workers), timeout=parallel.DAY)
+        parallel.lead(lambda: make_inputs("pretrain", experiment, arguments.workers, set()), timeout=parallel.DAY)
         pretrain(experiment, arguments.force, arguments.resume).make()
         log.info(f"next: {experiment.command('sft')}")
 

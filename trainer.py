@@ -139,11 +139,9 @@ def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], b
 
 
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
-    """Trains the model to the end. Writes checkpoints, metrics.jsonl and the manifest.
-
-    resume: "auto", or the checkpoint to resume. Raises UserError if that is from another config, or if memory runs out,
-    or if the gradient stays not finite; Stopped, with everything saved, after Ctrl-C or SIGTERM.
-    """
+    """Trains the model to the end. Writes checkpoints, metrics.jsonl, the manifest. resume: "auto", or a checkpoint."""
+    # Raises UserError if the checkpoint is from another config, or if the gradient stays not finite; and Stopped, with
+    # everything saved, after Ctrl-C or SIGTERM.
     run = Trainer(model, task, config, job, resume)
     run.begin()
     config, progress, scale, report = run.config, run.progress, run.scale, run.report
@@ -299,7 +297,9 @@ class Trainer:
 
     def begin(self) -> None:
         """Prepares the directory. After a resume, does what the checkpoint's own step may still lack: see `train`."""
-        parallel.lead(self.clear)
+        manifest, report = self.job.directory / "manifest.json", self.report
+        parallel.lead(lambda: manifest.unlink(missing_ok=True))  # a finished run that is made longer has one
+        parallel.lead(lambda: report.open(self.progress.step, self.config.tensorboard))
         if self.record is None:
             return
         step, steps = self.progress.step, self.task.steps
@@ -309,10 +309,6 @@ class Trainer:
         if self.planned != steps:
             change = f"{self.record['lr']:.1e} to {learning_rate(self.config, step, steps):.1e}"
             log.info(f"the schedule is now that of {steps} steps: the learning rate goes from {change}")
-
-    def clear(self) -> None:
-        (self.job.directory / "manifest.json").unlink(missing_ok=True)  # a finished run is made longer
-        self.report.open(self.progress.step, self.config.tensorboard)
 
     def read_batch(self, step: int) -> tuple[Tensor, ...]:
         batch = self.task.batch(step, parallel.rank(), parallel.ranks())
@@ -333,8 +329,8 @@ class Trainer:
 
     def evaluate_and_log(self) -> None:
         """Evaluates and logs this step if it is due."""
-        progress, record, every = self.progress, self.record, self.config.eval_every
-        if self.due(every):
+        progress, record = self.progress, self.record
+        if self.due(self.config.eval_every):
             self.model.eval()
             # Not compiled: an evaluation has batches of other shapes, and every shape would be compiled again.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.autocast:
@@ -351,13 +347,13 @@ class Trainer:
 
     def warn_of_overfitting(self) -> None:
         """Warns once per best step, after two evaluations in vain, and not before the data repeats."""
-        progress = self.progress
-        in_vain = progress.step >= progress.best_step + 2 * self.config.eval_every
-        if in_vain and progress.step > self.task.epoch and progress.best_step != progress.warned_of:
-            progress.warned_of = progress.best_step
+        progress, best, loss = self.progress, self.progress.best_step, self.progress.best_loss
+        in_vain = progress.step >= best + 2 * self.config.eval_every
+        if in_vain and progress.step > self.task.epoch and best != progress.warned_of:
+            progress.warned_of = best
             log.warning(
-                f"validation loss was lowest at step {progress.best_step}, {progress.best_loss:.4f}, and has not been "
-                "since: the model seems to overfit. best/ keeps that step; more text or fewer epochs may help"
+                f"validation loss was lowest at step {best}, {loss:.4f}, and has not been since: the model seems to "
+                "overfit. best/ keeps that step; more text or fewer epochs may help"
             )
 
     def save(self, name: str) -> None:
@@ -451,9 +447,7 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
         step = stage.read_manifest(start)["counts"]["step"]
         if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
             names = ", ".join(later)
-            raise UserError(
-                f"{start} is older than {names} in {job.directory}; move them away, or rename the experiment"
-            )
+            raise UserError(f"{start} is older than {names} in {job.directory}; move these away, or rename the run")
     if start is not None:
         job.must_match(start)
     return start
@@ -470,10 +464,7 @@ def is_done(job: Stage, steps: int) -> bool:
 
 
 def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainConfig, force: bool, resume: str) -> None:
-    """Makes a training stage, unless it is done: makes the model and trains it, in a locked directory.
-
-    make: returns the model; its random numbers are drawn after seeding. resume: "auto", or the checkpoint to resume.
-    """
+    """Makes a training stage in its locked directory, unless it is done. make: returns the model to train."""
     if force and resume != "auto":
         parallel.refuse("--force discards what --resume would continue; use one of them")
     if not force and resume == "auto" and parallel.lead(lambda: is_done(job, task.steps)):
@@ -482,7 +473,7 @@ def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainCo
     with ExitStack() as held:
         parallel.lead(lambda: held.enter_context(job.making(keep=not force)))
         parallel.lead(lambda: checkpoint.recover(job.directory))
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # before `make` draws the initial weights
         model = make()
         with machine.fitting(model.config, config, parallel.ranks()):
             train(model, task, config, job, resume)
