@@ -187,14 +187,14 @@ def load_adapter(directory: Path | str, model: Transformer, name: str = "default
     """Puts the adapter in a checkpoint directory on its base, beside those that are there, and in use.
 
     model: as `load_model` gives it for `base(directory)`. The row of a control piece in its output projection may
-    change (`lora.begin`). UserError for an adapter of another model.
+    change (`lora.init_end_piece`). UserError for an adapter of another model.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
     if getattr(model, "digest", "none") not in manifest["read"].values():
         raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
     if pieces := manifest["config"].get("begin"):
-        lora.begin(model, **pieces)
+        lora.init_end_piece(model, **pieces)
     fields = {key: value for key, value in manifest["config"]["lora"].items() if key != "type"}
     lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}), name)
     load_weights(directory, model, name)

@@ -30,7 +30,7 @@ class Base:
     shape: ModelConfig
     """The shape that the experiment's config gives it."""
     unseen: dict[str, int] | None
-    """Control pieces of the template that it has never seen: see `lora.begin`."""
+    """Control pieces of the template that it has never seen: see `lora.init_end_piece`."""
 
     def load(self) -> Transformer:
         """The model as training starts with it. UserError if it does not have the config's shape."""
@@ -38,7 +38,7 @@ class Base:
         if replace(model.config, kernels=self.shape.kernels) != self.shape:
             raise UserError(f"{self.checkpoint} holds a model of another shape than the config describes")
         if self.unseen:
-            lora.begin(model, **self.unseen)
+            lora.init_end_piece(model, **self.unseen)
         return model
 
     def settings(self, name: str, config: TrainConfig, adapter: LoRAConfig | None, directory: Path) -> dict:
