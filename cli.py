@@ -145,7 +145,7 @@ def _become_worker(initializer: Callable, *initargs) -> None:
 
 
 def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Yields function(item) for each item, in order. At most `ahead` items are in the pool; the rest are still unread."""
+    """Yields function(item) for each item, in order. At most `ahead` items are in the pool, the rest unread."""
     waiting = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))

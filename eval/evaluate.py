@@ -149,7 +149,7 @@ def digest(*values) -> str:
 
 
 def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
-    """The stage that measures every trained stage, or the checkpoint in `given`. where: a directory in place of DATA."""
+    """The stage that measures every trained stage, or the checkpoint `given`. where: a directory in place of DATA."""
     command = experiment.command("eval")
     if given is not None:
         final = Path(os.path.abspath(given))

@@ -1,5 +1,6 @@
 """A small experiment on real text, and the commands run as a user runs them."""
 
+import argparse
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+
+import configs
+import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,6 +86,13 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def build(name: str, experiment: configs.Experiment, **switches) -> Path:
+    """Makes a stage and what it needs, as pipeline.py does, but in this process. Returns its directory."""
+    defaults = {"workers": 1, "force": False, "resume": "auto", "checkpoint": None, "data": None}
+    pipeline.make(name, experiment, argparse.Namespace(**defaults | switches), set(), apart=False)
+    return experiment.directory(name)
+
+
 class Command(subprocess.Popen):
     """A command under way."""
 
@@ -114,6 +125,13 @@ class Place:
             assert err.startswith("error: "), err
             assert err.count("\n") == 1, err
         return subprocess.CompletedProcess(arguments, status, out, err)
+
+    def make(self, name: str, **switches) -> Path:
+        """Makes a stage of the config in this process: see `build`."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DATA", str(self.raw))
+            patch.setenv("RUNS", str(self.runs))
+            return build(name, configs.load(self.config), **switches)
 
     def edit(self, *pairs: tuple[str, str]) -> Path:
         """Changes the config, text by text."""
@@ -180,7 +198,7 @@ def trained(made: Place, tmp_path: Path) -> Place:
 def fine_tuned(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """One whose model is fine-tuned too, without a disturbance."""
     place = Place(shutil.copytree(made.path, tmp_path_factory.mktemp("tuned"), dirs_exist_ok=True))
-    place.output = place.run("-m", "sft.train", place.config).stdout
+    place.output = place.run("pipeline.py", place.config, "sft").stdout
     return place
 
 
@@ -195,5 +213,5 @@ def tuned(fine_tuned: Place, tmp_path: Path) -> Place:
 def preferring(fine_tuned: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """One whose fine-tuned model has learnt preferences too, without a disturbance."""
     place = Place(shutil.copytree(fine_tuned.path, tmp_path_factory.mktemp("preferring"), dirs_exist_ok=True))
-    place.output = place.run("-m", "dpo.train", place.config).stdout
+    place.output = place.run("pipeline.py", place.config, "dpo").stdout
     return place

@@ -528,13 +528,13 @@ def test_a_converted_model_is_evaluated_on_text_packed_with_its_tokenizer(traine
     out = trained.path / "llama"
     trained.run("convert.py", "from-hf", foreign, out)
     config = out / "config.py"
-    skipped = trained.run("-m", "eval", trained.config, "--checkpoint", out).stdout
+    skipped = trained.run("pipeline.py", trained.config, "eval", "--checkpoint", out).stdout
     assert re.search("validation skipped: .* was packed with another tokenizer", skipped)
     source = 'Files(paths=("text.jsonl",), min_chars=20)'
     text = config.read_text().replace("PythonDocs()", source).replace("import PythonDocs", "import Files")
     config.write_text(text.replace("PackConfig()", "PackConfig(val_fraction=0.1)"))
-    trained.run("-m", "data.pack", config)
-    trained.run("-m", "eval", config, "--checkpoint", out, "--force")
+    trained.run("pipeline.py", config, "pack")
+    trained.run("pipeline.py", config, "eval", "--checkpoint", out, "--force")
     results = json.loads((trained.path / "eval_llama/results.json").read_text())
     assert results["pretrain"]["validation"]["loss"] > 1
 
@@ -597,7 +597,7 @@ import resource, signal, sys, convert
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 parsed = convert.arguments().parse_args(sys.argv[1:])
-convert.stage.run(parsed.command, parsed)
+convert.cli.run(parsed.command, parsed)
 """
     found = place.run("-c", code, "from-hf", foreign, place.path / "out", status=2)
     assert "weights.pt cannot be written" in found.stderr
@@ -644,7 +644,7 @@ def half(value, path):
     os.kill(os.getpid(), signal.{{}})
 torch.save = half
 parsed = convert.arguments().parse_args(["from-hf", {str(foreign)!r}, {str(out)!r}])
-convert.stage.run(parsed.command, parsed)
+convert.cli.run(parsed.command, parsed)
 """
     place.run("-c", code.format("SIGKILL"), status=-signal.SIGKILL)
     assert not out.exists()

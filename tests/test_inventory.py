@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sft.lora
 import torch
 
 import configs
@@ -28,12 +27,14 @@ import dpo.loss
 import dpo.pairs
 import dpo.reference
 import eval.tasks
+import lora
+import pipeline
 import serving.api
 import serving.chat
 import serving.served
 import sft.conversations
 import stage
-import train
+import trainer
 from data import sources
 from sft.templates import TEMPLATES
 from tests.conftest import ROOT, Place
@@ -43,10 +44,7 @@ from tests.eval.test_tasks import RECORDS
 
 WRITTEN = ROOT / "tests/inventory.json"
 COMMANDS = {  # how each is started: a file and, after it, the subcommand if there is one
-    **{"corpus": "data/corpus.py", "tokenizer": "tokenizer/train.py", "pack": "data/pack.py", "pretrain": "train.py"},
-    **{"sft_data": "sft/data.py", "sft": "sft/train.py", "dpo_data": "dpo/data.py"},
-    **{"dpo_reference": "dpo/reference.py", "dpo": "dpo/train.py"},
-    **{"eval": "eval/__main__.py", "report": "eval/report.py", "download": "eval/download.py"},
+    **{"pipeline": "pipeline.py", "pretrain": "train.py", "download": "eval/download.py"},
     **{"inspect": "data/inspect.py", "sft_inspect": "sft/inspect.py"},
     **{name: f"serve.py {name}" for name in ("generate", "chat", "api")},
     **{name: f"convert.py {name}" for name in ("to-hf", "from-hf")},
@@ -57,9 +55,10 @@ NAMES = {  # that configs, requests and data may have in them
     "text files": sources.Files.formats,
     "record files": sources.FileRecords.formats,
     "compressed": list(sources.OPEN),
+    "stages": pipeline.NAMES,
     "templates": {name: hashlib.sha256(form.jinja.encode()).hexdigest() for name, form in TEMPLATES.items()},
-    "training": train.CHOICES,
-    "LoRA targets": sft.lora.TARGETS,
+    "training": trainer.CHOICES,
+    "LoRA targets": lora.TARGETS,
     "DPO losses": list(dpo.loss.LOSSES),
     "tasks": eval.tasks.TASKS,
     "chat commands": serving.chat.COMMANDS.split(),
@@ -174,8 +173,8 @@ def run_files(place: Place) -> tuple[dict, dict]:
         for name in ("fromfile", "memmap"):
             patch.setattr(np, name, noting(getattr(np, name)))
         evaluate(place)
-        dpo.reference.load(place.runs / "mini/dpo_reference", "")
-    place.run("-m", "eval.report", place.config)
+        dpo.reference.load(place.runs / "mini/dpo_reference")
+    place.run("pipeline.py", place.config, "report")
     to_hf = convert.arguments().parse_args(["to-hf", str(place.config), str(place.path / "converted")])
     to_hf.command(to_hf)
     return files(place.runs / "mini", dtypes), files(place.path / "converted", dtypes)

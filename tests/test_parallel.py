@@ -23,7 +23,7 @@ from tests.test_train import assert_same_run
 FAULT = """
 import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
-import stage, train
+import cli, train
 from data.batches import Mixture
 from model import Transformer
 rank, fault, at = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
@@ -43,8 +43,8 @@ if int(os.environ.get("RANK", 0)) == rank and first:
     if fault == "late":
         leave = cli._leave
         cli._leave = lambda *rest: (time.sleep(2), leave(*rest))
-p = cli.parser("", makes=True, many=True)
-p.add_argument("--resume", default="auto")
+p = cli.parser("")
+cli.add_training_switches(p)
 cli.run(train.main, p.parse_args())
 """
 

@@ -27,7 +27,9 @@ class Config:
 
 def make(directory, config=None, read=None, force=False) -> bool:
     """Makes a directory unless it is up to date; whether it did."""
-    job = Stage(directory, config or Config(), {"x": "1"} if read is None else read, "make it", free={"free"})
+    job = Stage(
+        directory, config or Config(), {"x": "1"} if read is None else read, "make it", stage.__file__, free={"free"}
+    )
     if job.up_to_date(force):
         return False
     with job.making():
@@ -63,7 +65,7 @@ def test_another_config_or_input_stops(tmp_path):
 
 def test_interrupted_making_is_unfinished(tmp_path):
     make(tmp_path / "a")
-    job = Stage(tmp_path / "a", Config(size=4), {}, "make it")
+    job = Stage(tmp_path / "a", Config(size=4), {}, "make it", stage.__file__)
 
     def interrupted():
         with job.making():
@@ -179,7 +181,7 @@ def test_a_pool_within_a_pool_leaves_the_outer_one_alone():
 def test_progress_off_a_terminal(monkeypatch, caplog):
     caplog.set_level("INFO")
     clock = iter(range(0, 10**6, 4))
-    monkeypatch.setattr(stage.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
     assert list(cli.progress("abcdefgh", 8, "letters", "spelling")) == list("abcdefgh")
     assert caplog.messages == [
         "spelling: 3 of 8 letters, 0.2 a second, 20 s left",

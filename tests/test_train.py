@@ -27,10 +27,11 @@ import stage
 import train
 import trainer
 from cli import UserError
+from data.batches import mixture
 from model import ModelConfig, Transformer
+from optim import learning_rate, make_optimizers
 from stage import Stage
 from tests.conftest import Place
-from train import learning_rate
 from trainer import TrainConfig
 
 CONFIG = TrainConfig(steps=10, batch_size=8, learning_rate=1e-2, compile=False, precision="float32")
@@ -47,9 +48,9 @@ def killing(original, calls=[0]):
         return original(*a, **k)
     return wrapped
 {module}.{function} = killing({module}.{function})
-import stage, train
-p = cli.parser("", makes=True, many=True)
-p.add_argument("--resume", default="auto")
+import cli, train
+p = cli.parser("")
+cli.add_training_switches(p)
 cli.run(train.main, p.parse_args())
 """
 
@@ -84,7 +85,7 @@ def test_learning_rate_by_hand():
 
 def test_norms_are_not_decayed():
     model = Transformer(ModelConfig(vocab_size=9, n_layers=1, d_model=4, n_heads=1))
-    matrices, vectors = train.make_optimizers(model, CONFIG)[0].param_groups
+    matrices, vectors = make_optimizers(model, CONFIG)[0].param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert sum(p.numel() for p in vectors["params"]) == 3 * 4  # two norms of the block and the last one
     assert sum(p.numel() for p in matrices["params"]) + 12 == model.num_parameters()
@@ -102,14 +103,19 @@ class Numbers:
 def counting(config: TrainConfig, length: int = 16) -> tuple[Transformer, trainer.Task]:
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=61, context_length=length, n_layers=1, d_model=32, n_heads=2)
-    experiment = type("Experiment", (), {"name": "x", "mixture": (), "model": shape, "pretrain": config})
-    return Transformer(shape), train.pretraining(experiment, {"train": Numbers, "val": Numbers})
+    return Transformer(shape), predicting(shape, config, Numbers, Numbers)
+
+
+def predicting(shape: ModelConfig, config: TrainConfig, training: type, validation: type) -> trainer.Task:
+    """The task of pretraining."""
+    batches = mixture("x", (), training, {}, shape.context_length, config.batch_size, config.seed)
+    return train.pretraining(config, shape, batches, validation, mixed=False)
 
 
 def run_counting(directory: Path, config: TrainConfig) -> tuple[Transformer, list[dict]]:
     """Trains on counting; returns the model and what was logged."""
     model, task = counting(config)
-    job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "")
+    job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "", stage.__file__)
     with job.making():
         trainer.train(model, task, config, job, "auto")
     return model, [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -153,7 +159,7 @@ def train_counting(directory: Path, config: TrainConfig, crash: int = -1, **chan
             raise Crash
         return counting(config)[1].batch(step, *part)
 
-    job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "python train.py x.py")
+    job = Stage(directory, {"model": model.config, "pretrain": config}, {}, "python train.py x.py", stage.__file__)
     with job.making(keep=True):
         checkpoint.recover(directory)
         trainer.train(model, replace(task, batch=batch), config, job, "auto")
@@ -186,7 +192,7 @@ def not_a_number(*steps: int) -> Callable:
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_whatever_is_trained_resumes_exactly(tmp_path, monkeypatch, precision, optimizer, schedule):
     """Optimizers, schedule, and float16's scale, which overflows at first and moves while training."""
-    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**30)
+    monkeypatch.setattr(trainer, "FIRST_SCALE", 2.0**30)
     changes = {"precision": precision, "optimizer": optimizer, "schedule": schedule, "warmup_steps": 3}
     config = replace(CONFIG, steps=16, save_every=4, eval_every=8, log_every=1, **changes)
     undisturbed = train_counting(tmp_path / "undisturbed", config)
@@ -199,7 +205,7 @@ def test_whatever_is_trained_resumes_exactly(tmp_path, monkeypatch, precision, o
 
 
 def test_the_loss_is_scaled_as_pytorch_scales_it(monkeypatch):
-    monkeypatch.setattr(train, "GOOD_STEPS", 5)
+    monkeypatch.setattr(trainer, "GOOD_STEPS", 5)
     ours, theirs = trainer.LossScale(torch.float16), torch.amp.GradScaler("cpu", growth_interval=5)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer, chance = torch.optim.SGD([weight]), random.Random(0)
@@ -255,9 +261,8 @@ def test_a_model_that_overfits_is_warned_of_with_its_best_step(tmp_path, caplog)
         tokens = noise[1_000:]
 
     model, _ = counting(config)
-    experiment = type("Experiment", (), {"name": "x", "mixture": (), "model": model.config, "pretrain": config})
-    task = train.pretraining(experiment, {"train": Noise, "val": Other})
-    job = Stage(tmp_path, {"model": model.config, "pretrain": config}, {}, "")
+    task = predicting(model.config, config, Noise, Other)
+    job = Stage(tmp_path, {"model": model.config, "pretrain": config}, {}, "", stage.__file__)
     with job.making():
         trainer.train(model, task, config, job, "auto")
     log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -331,7 +336,7 @@ def kill_points() -> list:
         pytest.param("os", "rename", 1, id="first checkpoint written, not yet renamed"),
         pytest.param("torch", "save", 4, id="second checkpoint, between its files"),
         pytest.param("checkpoint", "stage.write_json", 6, id="a later checkpoint, before its manifest"),
-        pytest.param("train", "Report.write", 10, id="step 10 saved, not yet logged"),
+        pytest.param("trainer", "Report.write", 10, id="step 10 saved, not yet logged"),
     ]
 
 
@@ -557,7 +562,10 @@ def test_a_damaged_model_is_not_put_to_use(trained: Place, name, file):
     directory = trained.runs / "mini/pretrain" / name
     flip(directory / file, (directory / file).stat().st_size // 2)
     chosen = ("--checkpoint", directory) if name == "best" else ()
-    for command in (["-m", "eval", trained.config, *chosen], ["serve.py", *chosen, trained.config, "generate", "x"]):
+    for command in (
+        ["pipeline.py", trained.config, "eval", *chosen],
+        ["serve.py", *chosen, trained.config, "generate", "x"],
+    ):
         process = trained.run(*command, status=2)
         assert f"{name}/{file}" in process.stderr
         assert "damaged" in process.stderr
@@ -776,7 +784,7 @@ def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     packed.edit(("compile=False", "compile=False, tensorboard=True"))
-    code = KILL.format(module="train", function="Report.write", at=13)
+    code = KILL.format(module="trainer", function="Report.write", at=13)
     packed.start("-c", code, packed.config).communicate(timeout=60)
     packed.run("train.py", packed.config)
     events = EventAccumulator(str(packed.runs / "mini/pretrain/tensorboard")).Reload()
@@ -811,7 +819,7 @@ def test_truncated_packed_data_is_named(packed: Place, file):
     os.truncate(path, path.stat().st_size - 3)
     error = packed.run("train.py", packed.config, status=2).stderr
     assert file in error
-    assert "python -m data.pack" in error
+    assert "python pipeline.py" in error
     assert not (packed.runs / "mini/pretrain").exists()
 
 

@@ -107,7 +107,7 @@ class Tokenizer:
 
 
 def load(directory: Path | str, command: str | None = None) -> Tokenizer:
-    """The tokenizer in a finished directory. UserError, naming the command, if it is missing or not as its manifest says."""
+    """The tokenizer in a finished directory. UserError, naming the command, if it is missing or damaged."""
     directory = Path(directory)
     manifest = stage.finished(directory, command)
     return Tokenizer((directory / "spm.model").read_bytes(), manifest["wrote"]["spm.model"]["sha256"])

@@ -155,7 +155,7 @@ def test_empty_records_fill_a_batch_too(raw, monkeypatch, tmp_path):
 
 def test_a_damaged_rest_is_not_gone_on_from(place: Place, small):
     config = place.config
-    place.run("-m", "data.corpus", config)
+    place.run("pipeline.py", config, "corpus")
     whole = (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes()
     kill = "import os, stage, data.corpus\ndata.corpus.SHARD_BYTES = 3_000\nwrite = stage.write_json\n"
     kill += "stage.write_json = lambda *a: (write(*a), os._exit(9))\n"
@@ -163,10 +163,10 @@ def test_a_damaged_rest_is_not_gone_on_from(place: Place, small):
     for name in ("keys.bin", "shingles.bin"):
         place.run("-c", kill, config, "--force", status=9)
         os.truncate(place.runs / "mini/corpus/partial" / name, 8)
-        assert "going on" not in place.run("-m", "data.corpus", config).stdout
+        assert "going on" not in place.run("pipeline.py", config, "corpus").stdout
         assert (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes() == whole
     place.run("-c", kill, config, "--force", status=9)
-    assert "going on after 1 finished shards" in place.run("-m", "data.corpus", config).stdout
+    assert "going on after 1 finished shards" in place.run("pipeline.py", config, "corpus").stdout
 
 
 BOOK = st.lists(st.text("ab .\n", min_size=0, max_size=3000), max_size=30).map("\n\n".join)
@@ -227,7 +227,7 @@ def test_limits_hold_over_an_interruption(raw, tmp_path, small):
 
 def test_a_budget_larger_than_the_source_is_said(place: Place):
     place.edit(("min_chars=20", "min_chars=20, max_tokens=1_000_000"))
-    process = place.run("-m", "data.corpus", place.config)
+    process = place.run("pipeline.py", place.config, "corpus")
     assert "files gave about" in process.stderr
     assert "of the 1,000,000 tokens asked of it: it has no more" in process.stderr
 
@@ -302,7 +302,7 @@ def test_nothing_is_left_of_another_build(place: Place):
     partial.mkdir(parents=True)
     (partial / "state.json").write_text(json.dumps(beginning() | {"made": "something else", "source": 1}))
     (partial.parent / "shard_00007.jsonl").write_text('{"text": "left"}')
-    place.run("-m", "data.corpus", place.config)
+    place.run("pipeline.py", place.config, "corpus")
     assert sorted(p.name for p in partial.parent.iterdir() if p.name != ".lock") == [
         *("DATA_CARD.md", "log.txt", "manifest.json", "shard_00000.jsonl")
     ]
@@ -325,7 +325,7 @@ def test_what_could_not_be_read_is_said(place: Place):
     lines = (place.raw / "text.jsonl").read_text().splitlines()
     (place.raw / "text.jsonl").write_text("\n".join([*lines[:20], "{", '{"body": 3}', *lines[20:]]))
     place.edit(("min_chars=20", 'min_chars=20, unreadable="skip"'))
-    process = place.run("-m", "data.corpus", place.config)
+    process = place.run("pipeline.py", place.config, "corpus")
     assert f"files: 2 of {len(lines) + 2} records could not be read; see the card" in process.stderr
     card = (place.runs / "mini/corpus/DATA_CARD.md").read_text()
     assert "line 21: not JSON" in card
@@ -377,19 +377,19 @@ def tmpfs(tmp_path):
 def test_a_disk_that_fills_up_is_named_and_nothing_counts_as_finished(place: Place, tmpfs, tmp_path):
     write(place.raw / "text.jsonl", varied(3_000))
     place.env["RUNS"] = str(tmpfs)
-    error = place.run("-m", "data.corpus", place.config, status=2).stderr
+    error = place.run("pipeline.py", place.config, "corpus", status=2).stderr
     assert "No space left on device" in error
     assert not (tmpfs / "mini/corpus/manifest.json").exists()
     place.env["RUNS"] = str(tmp_path / "roomy")
-    place.run("-m", "data.corpus", place.config)
+    place.run("pipeline.py", place.config, "corpus")
 
 
 # Runs all data stages with small shards, so that there is something to go on from.
 STAGES = """
-import sys, stage, data.corpus, data.pack
+import cli, data.corpus, data.pack, pipeline
 data.corpus.SHARD_BYTES, data.corpus.BATCH_CHARS, data.pack.CHUNK = 30_000, 3_000, 9_000
 print("ready", flush=True)
-cli.run(data.pack.main, cli.parser("", makes=True, many=True).parse_args())
+cli.run(pipeline.main, pipeline.parser().parse_args())
 """
 
 
@@ -399,12 +399,12 @@ def test_ten_random_kills_change_no_byte(place: Place, tmp_path):
     write(place.raw / "text.jsonl", [part for path in sorted(paths) for part in path.read_text().split("\n\n")])
     place.env["RUNS"] = str(tmp_path / "whole")
     started = time.monotonic()
-    place.run("-c", STAGES, place.config, "--workers", 1)
+    place.run("-c", STAGES, place.config, "pack", "--workers", 1)
     seconds = time.monotonic() - started
     place.env["RUNS"] = str(tmp_path / "killed")
     rng, kills = random.Random(time.time_ns()), 0
     while kills < 10:
-        process = place.start("-c", STAGES, place.config, "--workers", 4)
+        process = place.start("-c", STAGES, place.config, "pack", "--workers", 4)
         process.wait_for("ready")
         try:
             process.wait(rng.uniform(0, seconds))
@@ -416,5 +416,5 @@ def test_ten_random_kills_change_no_byte(place: Place, tmp_path):
             for path in sorted((tmp_path / "killed/mini").iterdir()):
                 if path.is_dir() and rng.random() < 0.7:
                     shutil.rmtree(path)
-    place.run("-c", STAGES, place.config, "--workers", 4)
+    place.run("-c", STAGES, place.config, "pack", "--workers", 4)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")

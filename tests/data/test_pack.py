@@ -22,7 +22,7 @@ def spm(made: Place) -> tokenizer.Tokenizer:
 
 
 def test_documents_come_back(made: Place, spm):
-    splits = data.pack.load(made.runs / "mini/packed", spm.sha256, "")
+    splits = data.pack.load(made.runs / "mini/packed", spm.sha256)
     corpus = [record["text"] for record in records(made.runs / "mini/corpus")]
     for split, packed in splits.items():
         texts = [text for text in corpus if held_out(text.encode(), 0.1) == (split == "val")]
@@ -53,7 +53,7 @@ def test_format_on_disk(made: Place):
 
 def test_another_tokenizer_is_refused(made: Place):
     with pytest.raises(UserError, match=r"was packed with tokenizer .*, but the tokenizer here is 0{12}…; pack again"):
-        data.pack.load(made.runs / "mini/packed", "0" * 64, "python -m data.pack x.py")
+        data.pack.load(made.runs / "mini/packed", "0" * 64)
 
 
 def two_sources(place: Place) -> None:
@@ -78,9 +78,9 @@ def two_sources(place: Place) -> None:
 
 def test_each_source_is_a_part(place: Place):
     two_sources(place)
-    place.run("-m", "data.pack", place.config)
+    place.run("pipeline.py", place.config, "pack")
     spm = tokenizer.load(place.runs / "mini/tokenizer")
-    packed = data.pack.load(place.runs / "mini/packed", spm.sha256, "")["train"]
+    packed = data.pack.load(place.runs / "mini/packed", spm.sha256)["train"]
     files, more = packed.of("files"), packed.of("more")
     assert np.concatenate([files.tokens, more.tokens]).tolist() == packed.tokens.tolist()
     assert (len(files.starts) + len(more.starts), files.bytes + more.bytes) == (len(packed.starts), packed.bytes)
@@ -129,7 +129,7 @@ experiment = replace(first, name="mini", shared={{"tokenizer": first}}, beside=(
 def test_inspect_shows_documents_and_batches(made: Place):
     shown = ("--documents", 2, "--step", 5, "--rows", 3, "--chars", 10_000)
     process = made.run("-m", "data.inspect", made.config, "--split", "val", *shown)
-    packed = data.pack.load(made.runs / "mini/packed", tokenizer.load(made.runs / "mini/tokenizer").sha256, "")
+    packed = data.pack.load(made.runs / "mini/packed", tokenizer.load(made.runs / "mini/tokenizer").sha256)
     assert f"{len(packed['train'].tokens):,} tokens" in process.stdout
     assert process.stdout.count("⟨end⟩") >= 2
     assert process.stdout.count("the last target") == 3
@@ -139,8 +139,9 @@ def test_inspect_shows_documents_and_batches(made: Place):
 def test_documents_of_a_batch_are_found_by_their_numbers(made: Place):
     """The numbers are those of data.inspect: every row of the batch is text of the documents that it then shows."""
     spm = tokenizer.load(made.runs / "mini/tokenizer")
-    packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["train"]
-    batches = mixture(configs.load(made.config), packed, {})
+    packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["train"]
+    config = configs.load(made.config).pretrain
+    batches = mixture("mini", (), packed, {}, 64, config.batch_size, config.seed)
     (line,) = batches.documents(7)
     assert line.startswith(f"{made.runs}/mini/packed/train.bin: documents ")
     held, documents = batches.sets["mini"].documents(batches.drawn(7 * 12)[1]), list(packed.documents())
@@ -155,11 +156,11 @@ def test_documents_of_a_batch_are_found_by_their_numbers(made: Place):
 
 def test_inspect_names_what_is_missing(place: Place):
     error = place.run("-m", "data.inspect", place.config, status=2).stderr
-    assert f"python -m tokenizer.train {place.config}" in error
+    assert f"python pipeline.py {place.config} tokenizer" in error
 
 
 def test_a_split_without_documents_is_named(place: Place):
     place.edit(("val_fraction=0.1", "val_fraction=1e-9"))
-    error = place.run("-m", "data.pack", place.config, status=2).stderr
+    error = place.run("pipeline.py", place.config, "pack", status=2).stderr
     assert "none is left for val" in error
     assert stage.read_manifest(place.runs / "mini/packed") is None

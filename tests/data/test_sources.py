@@ -272,19 +272,19 @@ def test_a_corpus_from_the_hub_and_from_parquet_is_the_same(place: Place, datase
     shutil.rmtree(dataset)
     dataset.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), dataset / "train.parquet")
-    place.run("-m", "data.corpus", place.config)
+    place.run("pipeline.py", place.config, "corpus")
     plain = (place.runs / "mini/corpus/shard_00000.jsonl").read_text()
     place.edit(
         ('Files(paths=("text.jsonl",), min_chars=20)', f'Hub(dataset="{dataset}", name="files", min_chars=20)'),
         ("import Files", "import Hub"),
     )
-    place.run("-m", "data.corpus", place.config, "--force")
+    place.run("pipeline.py", place.config, "corpus", "--force")
     assert (place.runs / "mini/corpus/shard_00000.jsonl").read_text() == plain.replace("text.jsonl:", "files:")
-    assert place.run("-m", "data.corpus", place.config).stdout.endswith("is up to date\n")
+    assert place.run("pipeline.py", place.config, "corpus").stdout.endswith("is up to date\n")
 
 
 def test_without_a_network_a_dataset_is_named(place: Place):
     place.env["HF_HUB_OFFLINE"] = "1"
     hub = 'Hub(dataset="nobody/nothing", retries=0)'
     place.edit(('Files(paths=("text.jsonl",), min_chars=20)', hub), ("import Files", "import Hub"))
-    assert "dataset nobody/nothing" in place.run("-m", "data.corpus", place.config, status=2).stderr
+    assert "dataset nobody/nothing" in place.run("pipeline.py", place.config, "corpus", status=2).stderr

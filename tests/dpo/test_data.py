@@ -13,11 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
 import configs
 import dpo.data
 import stage
-import tokenizer.train
 from cli import UserError
 from configs import Experiment
 from data.sources import PythonDocs
@@ -26,7 +24,7 @@ from dpo.filters import PairFilters
 from dpo.pairs import DocPairs, Pair, Pairs
 from sft.conversations import Chats, DocQuestions, Message
 from sft.templates import TEMPLATES, render
-from tests.conftest import MINI, WORDS, Place, write_lines
+from tests.conftest import MINI, WORDS, Place, build, write_lines
 
 ANY = PairFilters(language=None)
 PAIRS = [
@@ -45,10 +43,7 @@ def preferred(tmp_path_factory, text) -> Place:
     head, tail = MINI.split("    dpo=DPOConfig(")
     data = '    dpo=DPOConfig(data=PairConfig(sources=(Pairs(paths=("pairs.jsonl",)),), val_fraction=0.2)),\n'
     place.config.write_text(head + data + tail[tail.index("    eval=") :])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA", str(place.raw))
-        patch.setenv("RUNS", str(place.runs))
-        tokenizer.train.build(configs.load(place.config), 1)
+    place.make("tokenizer")
     return place
 
 
@@ -84,7 +79,7 @@ def made(place: Place, *records: dict, **changes) -> tuple[Path, dict]:
     """The directory made of records, and its counts."""
     if records:
         write_lines(place.raw / "pairs.jsonl", records)
-    directory = dpo.data.build(described(place, **changes), force=True)
+    directory = build("dpo_data", described(place, **changes), force=True)
     return directory, json.loads((directory / "manifest.json").read_text())["counts"]
 
 
@@ -493,7 +488,7 @@ def test_two_runs_give_the_same_bytes(here: Place):
         f"{split}.{end}" for split in ("train", "val") for end in ("bin", "idx", "txt")
     }
     shutil.rmtree(directory)
-    dpo.data.build(described(here, sources=sources), workers=3)
+    build("dpo_data", described(here, sources=sources), workers=3)
     assert first == {name: (directory / name).read_bytes() for name in first}
 
 
@@ -508,13 +503,11 @@ def test_a_split_without_pairs_is_one_clear_error(here: Place, split, left):
 
 
 def test_the_command_makes_it_once(here: Place, caplog):
-    command = cli.parser("", makes=True, many=True).parse_args([str(here.config)])
     with caplog.at_level("INFO", "lumi"):
-        dpo.data.main(command)
-    directory = here.runs / "mini/dpo_data"
+        directory = here.make("dpo_data")
     assert "pairs: 28 of 28 pairs kept (dropped: none)" in caplog.text
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir() if path.suffix in (".bin", ".json")}
-    dpo.data.main(command)
+    here.make("dpo_data")
     assert before == {name: (directory / name).stat().st_mtime_ns for name in before}
 
 
@@ -533,12 +526,12 @@ def test_another_config_is_refused_by_the_field(here: Place, changes, named):
     directory, _ = made(here)
     before = (directory / "manifest.json").read_bytes()
     with pytest.raises(UserError, match=named) as refused:
-        dpo.data.build(described(here, **changes))
-    assert f"python -m dpo.data {here.config} --force" in str(refused.value)
+        build("dpo_data", described(here, **changes))
+    assert f"python pipeline.py {here.config} dpo_data --force" in str(refused.value)
     assert (directory / "manifest.json").read_bytes() == before
-    dpo.data.build(described(here, **changes), force=True)
+    build("dpo_data", described(here, **changes), force=True)
     assert (directory / "manifest.json").read_bytes() != before
-    dpo.data.build(described(here, **changes))
+    build("dpo_data", described(here, **changes))
 
 
 def test_other_pairs_are_refused_and_none_stand(here: Place):
@@ -546,11 +539,11 @@ def test_other_pairs_are_refused_and_none_stand(here: Place):
     directory, _ = made(here)
     write_lines(here.raw / "pairs.jsonl", PAIRS[1:])
     with pytest.raises(UserError, match=r"was made from something else: .*pairs\.jsonl was"):
-        dpo.data.build(described(here))
+        build("dpo_data", described(here))
     (here.raw / "pairs.jsonl").unlink()
-    assert dpo.data.build(described(here)) == directory
+    assert build("dpo_data", described(here)) == directory
     with pytest.raises(UserError, match=r"no file at .*pairs\.jsonl"):
-        dpo.data.build(described(here), force=True)
+        build("dpo_data", described(here), force=True)
 
 
 def test_an_interrupted_build_leaves_no_manifest(here: Place, monkeypatch):
@@ -565,24 +558,27 @@ def test_an_interrupted_build_leaves_no_manifest(here: Place, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(dpo.data, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
-                dpo.data.build(described(here), force=True)
+                build("dpo_data", described(here), force=True)
         assert stage.read_manifest(directory) is None
-        with pytest.raises(UserError, match="unfinished; make it with: again"):
-            dpo.data.load(directory, "", "again")
-    dpo.data.build(described(here))
+        with pytest.raises(UserError, match=r"unfinished; make it with: python pipeline\.py CONFIG dpo_data"):
+            dpo.data.load(directory, "")
+    build("dpo_data", described(here))
     assert (directory / "manifest.json").read_bytes() == whole
 
 
 def test_what_is_loaded_is_whole_and_of_the_tokenizer(here: Place):
     directory, counts = made(here)
     (digest,) = {k: v for k, v in stage.read_manifest(directory)["read"].items() if k.endswith("spm.model")}.values()
-    assert dpo.data.load(directory, digest, "make it") == counts
-    with pytest.raises(UserError, match="was made with another tokenizer; make it anew: make it --force"):
-        dpo.data.load(directory, "0" * 64, "make it")
+    assert dpo.data.load(directory, digest) == counts
+    with pytest.raises(
+        UserError,
+        match=r"was made with another tokenizer; make it again with: .* dpo_data --force",
+    ):
+        dpo.data.load(directory, "0" * 64)
     path = directory / "train.bin"
     path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
-    with pytest.raises(UserError, match=r"train\.bin has SHA-256 .*make it --force"):
-        dpo.data.load(directory, digest, "make it")
+    with pytest.raises(UserError, match=r"train\.bin has SHA-256 .*python pipeline.py CONFIG dpo_data --force"):
+        dpo.data.load(directory, digest)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What the reference thinks of pairs: that both ways to it agree, and that what is stored is never used for others."""
 
-import argparse
 import copy
 import math
 import shutil
@@ -17,13 +16,13 @@ import dpo.data
 import dpo.reference
 import dpo.train
 import lora
-import sft.train
 import stage
 from cli import UserError
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
 from dpo.reference import of_pairs
+from finetune import Base
 from model import Transformer
 from tests.conftest import PREFERENCES, Place, write_lines
 from tests.dpo.test_train import adapted, held_out, prefer, task_of, thought
@@ -32,12 +31,7 @@ from tests.test_train import digest, tree
 
 def refer(place: Place, **options) -> Path:
     """Computes the log-probabilities as the command does. Returns their directory."""
-    arguments = {"checkpoint": None, "force": False, "workers": 1, "log_level": "info"} | options
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA", str(place.raw))
-        patch.setenv("RUNS", str(place.runs))
-        dpo.reference.main(argparse.Namespace(config=place.config, **arguments))
-    return place.runs / "mini/dpo_reference"
+    return place.make("dpo_reference", **options)
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def ready(preferring: Place, tmp_path: Path) -> Place:
 
 
 def stored(place: Place) -> dict[str, torch.Tensor]:
-    return dpo.reference.load(place.runs / "mini/dpo_reference", "make it")
+    return dpo.reference.load(place.runs / "mini/dpo_reference")
 
 
 def rows(place: Place, split: str) -> PairRows:
@@ -190,7 +184,7 @@ def test_made_again_it_is_the_same_and_nothing_else_is(ready: Place):
 def test_another_model_is_named_and_the_command(ready: Place):
     start = ready.runs / "mini/sft/step_0000009"
     before = tree(ready.runs / "mini/dpo_reference")
-    command = f"reference {ready.config} --checkpoint {start} --force"
+    command = f"pipeline.py {ready.config} dpo_reference --checkpoint {start} --force"
     error = rf"dpo_reference was made from something else: .*sft/.*was .*{command}"
     for call in (refer, prefer):
         with pytest.raises(UserError, match=error) as refused:
@@ -210,7 +204,7 @@ def test_other_pairs_are_named_and_the_command(ready: Place):
     for call in (refer, prefer):
         with pytest.raises(
             UserError,
-            match=rf"dpo_reference was made from something else: .*dpo_data/.*dpo\.reference {ready.config} --force",
+            match=rf"dpo_reference was made from something else: .*dpo_data/.*{ready.config} dpo_reference --force",
         ):
             call(ready)
     refer(ready, force=True)
@@ -227,7 +221,7 @@ def test_a_damaged_file_is_named_and_the_command(ready: Place, file, harm):
         path.unlink()
     else:
         path.write_bytes(content if harm == "changed" else content[:-8])
-    with pytest.raises(UserError, match=rf"^{path} .*python -m dpo\.reference {ready.config} --force") as refused:
+    with pytest.raises(UserError, match=rf"^{path} .*python pipeline.py CONFIG dpo_reference --force") as refused:
         prefer(ready)
     assert "\n" not in str(refused.value)
     assert not (ready.runs / "mini/dpo").exists()
@@ -244,7 +238,7 @@ def test_weights_that_are_not_finite_are_one_error(ready: Place):
     with pytest.raises(UserError, match=rf"pair 0 of {pairs.file} is not finite; the weights are damaged, or their"):
         of_pairs(model, pairs, "val")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo.reference, "load_base", lambda *_: model)
+        patch.setattr(Base, "load", lambda _: model)
         with pytest.raises(UserError, match="is not finite; the weights are damaged"):
             refer(ready, force=True)
     assert stage.read_manifest(ready.runs / "mini/dpo_reference") is None
@@ -269,19 +263,22 @@ def test_the_first_pair_that_is_not_finite_is_named(ready: Place):
 
 def test_a_missing_base_is_one_error_and_a_missing_reference_is_made(ready: Place):
     shutil.rmtree(ready.runs / "mini/dpo_reference")
-    with pytest.raises(UserError, match="dpo_reference is not there or unfinished; make it with: make it"):
+    with pytest.raises(
+        UserError,
+        match=r"dpo_reference is missing or unfinished; make it with: .* CONFIG dpo_reference",
+    ):
         stored(ready)
     prefer(ready)
     assert set(stored(ready)) == set(SPLITS)
     shutil.rmtree(ready.runs / "mini/sft")
-    with pytest.raises(UserError, match=rf"train it with: python -m sft\.train {ready.config}"):
+    with pytest.raises(UserError, match=rf"train it with: python pipeline.py {ready.config} sft"):
         refer(ready)
 
 
 def test_another_base_behind_the_same_path_is_refused(ready: Place):
     """The fine-tuned model made anew, with another seed."""
     ready.edit(("learning_rate=1e-2", "learning_rate=2e-2"))
-    prefer(ready, main=sft.train.main, force=True)
+    prefer(ready, name="sft", force=True)
     for call in (refer, prefer):
         with pytest.raises(UserError, match=r"dpo_reference was made from something else: .*sft/final/adapter\.pt was"):
             call(ready)
@@ -289,8 +286,6 @@ def test_another_base_behind_the_same_path_is_refused(ready: Place):
 
 def test_a_config_of_another_model_is_refused(ready: Place):
     experiment = configs.load(ready.config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RUNS", str(ready.runs))
-        other = replace(experiment, model=replace(experiment.model, d_ff=96))
-        with pytest.raises(UserError, match=r"holds another model than .* describes"):
-            sft.train.load_base(other, ready.runs / "mini/sft/final")
+    base = Base(ready.runs / "mini/sft/final", replace(experiment.model, d_ff=96), None)
+    with pytest.raises(UserError, match=r"holds a model of another shape than the config describes"):
+        base.load()

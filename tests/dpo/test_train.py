@@ -1,12 +1,10 @@
 """Preferences: that they are learnt, what is logged and saved, and that a run cannot be harmed by killing it."""
 
-import argparse
 import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,24 +14,24 @@ import torch
 
 import checkpoint
 import configs
+import dpo.data
 import dpo.train
 import generate
 import lora
-import sft.train
 import stage
 import tokenizer
-import train
 import trainer
 from cli import UserError
 from dpo.data import PairConfig, PairRows
 from dpo.pairs import Pairs
 from dpo.train import DPOConfig
+from finetune import Base
 from lora import LoRAConfig
 from model import Transformer
+from optim import learning_rate
 from tests.conftest import CHATS, Place, write_lines
 from tests.sft.test_train import with_two
 from tests.test_train import digest, tree
-from train import learning_rate
 
 LOGGED = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected")
 
@@ -42,9 +40,8 @@ class Crash(Exception):
     """Ends a run in this process as a kill would: nothing is saved any more."""
 
 
-def prefer(place: Place, crash: int | None = None, main: Callable = dpo.train.main, **options) -> Path:
+def prefer(place: Place, crash: int | None = None, name: str = "dpo", **options) -> Path:
     """Trains as the command does, in this process; crashes in the n-th forward pass. Returns the directory."""
-    arguments = {"checkpoint": None, "resume": "auto", "force": False, "workers": 1, "log_level": "info"}
     calls, forward = itertools.count(1), Transformer.forward
 
     def crashing(*inputs, **named):
@@ -53,12 +50,9 @@ def prefer(place: Place, crash: int | None = None, main: Callable = dpo.train.ma
         return forward(*inputs, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA", str(place.raw))
-        patch.setenv("RUNS", str(place.runs))
         if crash:
             patch.setattr(Transformer, "forward", crashing)
-        main(argparse.Namespace(config=place.config, **arguments | options))
-    return place.runs / "mini/dpo"
+        return place.make(name, **options)
 
 
 @pytest.fixture
@@ -170,8 +164,9 @@ def task_of(place: Place, stored: dict | None = None, **changes) -> trainer.Task
     experiment = configs.load(place.config)
     experiment = replace(experiment, dpo=replace(experiment.dpo, **changes))
     spm = tokenizer.load(place.runs / "mini/tokenizer")
-    base = place.runs / "mini/sft/final"
-    return dpo.train.preference_learning(experiment, base, place.runs / "mini/dpo_data", spm, stored)
+    base, pairs = Base(place.runs / "mini/sft/final", experiment.model, None), place.runs / "mini/dpo_data"
+    counts = dpo.data.load(pairs, spm.sha256)
+    return dpo.train.preference_learning(experiment.dpo, base, pairs, counts, stored)
 
 
 def adapted(place: Place, fill: bool = False) -> Transformer:
@@ -216,7 +211,7 @@ def test_the_model_that_is_loaded_is_the_one_that_was_trained(ready: Place):
         kept["model"] = model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", keeping)
+        patch.setattr(trainer, "train", keeping)
         directory = prefer(ready)
     loaded, model = checkpoint.load_model(directory / "final"), kept["model"].eval()
     assert not lora.layers(loaded)
@@ -279,7 +274,7 @@ def test_killed_with_its_adapter_off_it_goes_on_too(ready: Place, tmp_path_facto
 def test_sigterm_saves_and_says_how_to_go_on(ready: Place, preferring: Place):
     kill = """
 import os, signal
-import model, dpo.train, stage
+import cli, model, pipeline
 forward, calls = model.Transformer.forward, [0]
 def killing(*a, **k):
     calls[0] += a[0].training
@@ -287,15 +282,13 @@ def killing(*a, **k):
         os.kill(os.getpid(), signal.SIGTERM)
     return forward(*a, **k)
 model.Transformer.forward = killing
-p = cli.parser("", makes=True, many=True)
-p.add_argument("--checkpoint")
-p.add_argument("--resume", default="auto")
-cli.run(dpo.train.main, p.parse_args())
+cli.apart = lambda function: function()
+cli.run(pipeline.main, pipeline.parser().parse_args())
 """
-    killed = ready.start("-c", kill, ready.config)
+    killed = ready.start("-c", kill, ready.config, "dpo")
     _, err = killed.communicate(timeout=120)
     assert killed.returncode == 143, err
-    assert f"saved at step 5 of 9; go on with: python -m dpo.train {ready.config}" in err
+    assert f"saved at step 5 of 9; go on with: python pipeline.py {ready.config} dpo" in err
     prefer(ready)
     assert digest(ready.runs / "mini/dpo/final/adapter.pt") == digest(preferring.runs / "mini/dpo/final/adapter.pt")
     assert ready.metrics("dpo") == preferring.metrics("dpo")
@@ -389,8 +382,8 @@ def test_weights_over_two_sources(ready: Place):
 
 @pytest.mark.slow
 def test_without_a_fine_tuned_model_nothing_is_made(place: Place):
-    error = place.run("-m", "dpo.train", place.config, status=2).stderr
-    assert f"train it with: python -m sft.train {place.config}" in error
+    error = place.run("pipeline.py", place.config, "dpo", status=2).stderr
+    assert f"train it with: python pipeline.py {place.config} sft" in error
     assert not place.runs.exists()
 
 
@@ -400,7 +393,7 @@ def test_a_base_that_was_trained_anew_is_refused(done: Place):
     directory = done.runs / "mini/dpo"
     before = tree(directory)
     done.edit(("learning_rate=1e-2", "learning_rate=2e-2"))
-    prefer(done, main=sft.train.main, force=True)
+    prefer(done, name="sft", force=True)
     with pytest.raises(UserError, match="holds an adapter of another model than the one that is now in"):
         checkpoint.load_model(directory / "final")
     with pytest.raises(UserError, match=r"dpo_reference was made from something else: .*sft/final/adapter\.pt was"):
@@ -463,10 +456,7 @@ def test_other_pairs_are_refused(done: Place):
     write_lines(done.raw / "pairs.jsonl", [{"prompt": c["prompt"], "chosen": "x", "rejected": "y"} for c in CHATS])
     with pytest.raises(UserError, match=r"dpo_data was made from something else: .*pairs\.jsonl was"):
         prefer(done)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA", str(done.raw))
-        patch.setenv("RUNS", str(done.runs))
-        dpo.data.build(configs.load(done.config), force=True)
+    done.make("dpo_data", force=True)
     with pytest.raises(UserError, match=r"dpo_reference was made from something else: .*dpo_data/train\.bin was"):
         prefer(done)
 
@@ -489,7 +479,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(ready: Plac
         calls = itertools.count()
         with pytest.raises(UserError, match=r"in 3 steps in a row, the last of them step 7, on .*train\.bin") as e:
             prefer(ready, force=True)
-    assert "python -m dpo.train" in str(e.value)
+    assert "pipeline.py {ready.config} dpo --force" in str(e.value)
     assert "\n" not in str(e.value)
 
 

@@ -102,7 +102,7 @@ def test_both_stages_are_measured_and_the_report_sets_them_side_by_side(tuned: P
         before, after = texts["pretrain"][task], texts["sft"][task]
         assert [(text["prompt"], text["seed"]) for text in before] == [(text["prompt"], text["seed"]) for text in after]
     assert "is up to date" in evaluate(tuned)
-    page = tuned.run("-m", "eval.report", tuned.config) and (tuned.runs / "mini/REPORT.md").read_text()
+    page = tuned.run("pipeline.py", tuned.config, "report") and (tuned.runs / "mini/REPORT.md").read_text()
     for text in texts["pretrain"]["answers"]:
         at = page.index(text["prompt"].splitlines()[1])
         assert page.index("After pretrain", at) < page.index("After sft", at)
@@ -130,4 +130,4 @@ def test_a_checkpoint_by_path_is_the_stage_that_it_is_of(tuned: Place):
 def test_without_conversations_the_task_is_skipped(trained: Place):
     evaluate(trained)
     entry = json.loads((trained.runs / "mini/eval/results.json").read_text())["pretrain"]["answers"]
-    assert entry["skipped"] == f"no conversations; make them with: python -m sft.data {trained.config}"
+    assert entry["skipped"] == f"no conversations; make them with: python pipeline.py {trained.config} sft_data"

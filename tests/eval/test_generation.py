@@ -68,7 +68,7 @@ def test_each_rule(answer, fails):
 @pytest.fixture(scope="module")
 def subject(made: Place):
     spm = tokenizer.load(made.runs / "mini/tokenizer")
-    packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["val"]
+    packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["val"]
     return checkpoint.load_model(made.runs / "mini/pretrain/final"), spm, packed
 
 

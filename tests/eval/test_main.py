@@ -1,4 +1,4 @@
-"""`python -m eval` as a user runs it: what is there is measured, nothing is measured twice, nothing is lost."""
+"""The stage `eval` as a user runs it: what is there is measured, nothing is measured twice, nothing is lost."""
 
 import json
 import logging
@@ -8,9 +8,9 @@ import shutil
 import signal
 
 import pytest
-from eval.__main__ import main
 
 import cli
+import pipeline
 from cli import UserError
 from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
@@ -32,9 +32,6 @@ def put(place: Place, *names: str) -> None:
 
 def evaluate(place: Place, *options, status: int = 0) -> str:
     """The command in this process, which has imported everything: what it logs, or for status 2 the user's mistake."""
-    p = cli.parser("", makes=True)
-    p.add_argument("--checkpoint")
-    p.add_argument("--data")
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -45,12 +42,13 @@ def evaluate(place: Place, *options, status: int = 0) -> str:
         patch.setattr(cli.log, "level", logging.INFO)
         patch.setattr(cli.log, "handlers", [handler])
         patch.setattr(cli.log, "propagate", False)
-        arguments = p.parse_args(list(map(str, [place.config, *options])))
+        patch.setattr(cli, "apart", lambda function: function())
+        arguments = pipeline.parser().parse_args(list(map(str, [place.config, "eval", *options])))
         if status == 2:
             with pytest.raises(UserError) as mistake:
-                main(arguments)
+                pipeline.main(arguments)
             return str(mistake.value)
-        main(arguments)
+        pipeline.main(arguments)
     return "\n".join(["", *lines, ""])
 
 
@@ -58,8 +56,8 @@ def test_all_tasks(trained: Place):
     put(trained, *RECORDS)
     (trained.raw / "wikitext-2").mkdir()
     (trained.raw / "wikitext-2/wiki.test.raw.xz").write_bytes(lzma.compress(RAW.encode()))
-    trained.run("-m", "sft.data", trained.config)
-    out = trained.run("-m", "eval", trained.config).stdout
+    trained.run("pipeline.py", trained.config, "sft_data")
+    out = trained.run("pipeline.py", trained.config, "eval").stdout
     found = results(trained)
     assert list(found) == TASKS
     assert found.pop("preference").keys() == {"skipped"}
@@ -74,7 +72,7 @@ def test_all_tasks(trained: Place):
     last = trained.metrics()[-1]
     assert found["validation"]["loss"] == pytest.approx(last["val_loss"], rel=0.1)  # there: 8 windows, and no overlap
     assert found["validation"]["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=0.1)
-    again = trained.run("-m", "eval", trained.config).stdout
+    again = trained.run("pipeline.py", trained.config, "eval").stdout
     assert "is up to date" in again
     assert f"{found['boolq']['accuracy']:.4f} ± {found['boolq']['stderr']:.4f}" in again
     seconds = json.loads((trained.runs / "mini/eval/seconds.json").read_text())
@@ -116,14 +114,14 @@ def test_other_data_and_other_weights_are_noticed(trained: Place):
     (trained.raw / "piqa_val.jsonl").write_text(json.dumps(RECORDS["piqa"] | {"goal": "cut cake"}) + "\n")
     error = evaluate(trained, status=2)
     assert "piqa_val was" in error
-    assert f"python -m eval {trained.config} --force" in error
+    assert f"python pipeline.py {trained.config} eval --force" in error
     assert results(trained)["piqa"]["n"] == 2
     evaluate(trained, "--force")
     assert results(trained)["piqa"]["n"] == 1
     trained.edit(("steps=24", "steps=26"))
     trained.run("train.py", trained.config)
     assert "pretrain/final/weights.pt was" in evaluate(trained, status=2)
-    assert "of another checkpoint" in trained.run("-m", "eval.report", trained.config).stdout
+    assert "of another checkpoint" in trained.run("pipeline.py", trained.config, "report").stdout
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("{}\n", "line 1: not a record"), ("[", "line 1")])
@@ -144,18 +142,18 @@ def test_an_interrupted_run_goes_on_with_the_next_task(trained: Place, signum):
     trained.edit(("new_tokens=8)", "new_tokens=8, answer_tokens=400)"))  # there is much to do after the signal
     whole = trained.path / "whole"
     shutil.copytree(trained.runs, whole)
-    with trained.start("-m", "eval", trained.config) as run:
+    with trained.start("pipeline.py", trained.config, "eval") as run:
         run.wait_for("validation: ")
         run.send_signal(signum)
         run.wait(60)
     assert not (trained.runs / "mini/eval/manifest.json").exists()
     assert "validation" in results(trained)
-    assert "is not there or unfinished" in trained.run("-m", "eval.report", trained.config, status=2).stderr
-    out = trained.run("-m", "eval", trained.config).stdout
+    assert "is missing or unfinished" in trained.run("pipeline.py", trained.config, "report", status=2).stderr
+    out = trained.run("pipeline.py", trained.config, "eval").stdout
     assert "validation: " not in out
     assert "prompts: " in out
     trained.env["RUNS"] = str(whole)
-    trained.run("-m", "eval", trained.config)
+    trained.run("pipeline.py", trained.config, "eval")
     for name in ("results.json", "generations.json"):
         undisturbed = (whole / "mini/eval" / name).read_bytes()
         assert (trained.runs / "mini/eval" / name).read_bytes() == undisturbed
@@ -194,7 +192,7 @@ def test_no_held_out_document_is_long_enough(trained: Place):
 def test_a_path_that_is_not_utf_8(trained: Place):
     directory = os.fsdecode(b"caf\xe9")
     shutil.copytree(trained.runs / "mini/pretrain/best", trained.path / directory)
-    trained.run("-m", "eval", trained.config, "--checkpoint", trained.path / directory)
+    trained.run("pipeline.py", trained.config, "eval", "--checkpoint", trained.path / directory)
     found = json.loads((trained.path / f"eval_{directory}/results.json").read_text())["pretrain"]
     assert found["validation"]["n"] > 0
 
@@ -218,7 +216,7 @@ def test_another_tokenizer(trained: Place):
     shutil.rmtree(trained.runs / "mini/tokenizer")
     shutil.rmtree(trained.runs / "mini/packed")
     shutil.move(trained.runs / "mini/pretrain", trained.path)  # while it is there, no other tokenizer is made
-    trained.run("-m", "tokenizer.train", trained.config)
+    trained.run("pipeline.py", trained.config, "tokenizer")
     shutil.move(trained.path / "pretrain", trained.runs / "mini")
     error = evaluate(trained, status=2)
     assert "was trained with tokenizer" in error
@@ -228,7 +226,7 @@ def test_another_tokenizer(trained: Place):
 def test_without_packed_tokens_the_rest_is_measured(trained: Place):
     shutil.rmtree(trained.runs / "mini/packed")
     out = evaluate(trained)
-    assert f"validation skipped: no packed tokens; make them with: python -m data.pack {trained.config}" in out
+    assert f"validation skipped: no packed tokens; make them with: python pipeline.py {trained.config} pack" in out
     assert "skipped" in results(trained)["continuations"]
 
 
@@ -272,7 +270,7 @@ def test_what_is_no_checkpoint(trained: Place, name, hint):
 
 
 def test_an_untrained_experiment_says_how_to_train_it(packed: Place):
-    for command in (["-m", "eval", packed.config], ["serve.py", packed.config, "generate", "x"]):
+    for command in (["pipeline.py", packed.config, "eval"], ["serve.py", packed.config, "generate", "x"]):
         assert f"train it with: python train.py {packed.config}" in packed.run(*command, status=2).stderr
     assert not (packed.runs / "mini/eval").exists()
 

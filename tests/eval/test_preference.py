@@ -104,7 +104,7 @@ def test_three_stages_and_the_report(preferring: Place):
         margins.append(rewards[0] - rewards[1])
     assert found["dpo"]["preference"]["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
     assert found["dpo"]["preference"]["win_rate"] == np.mean(np.array(margins) > 0)
-    preferring.run("-m", "eval.report", preferring.config)
+    preferring.run("pipeline.py", preferring.config, "report")
     page = " ".join((preferring.runs / "mini/REPORT.md").read_text().split())
     for text in ("dpo wins", "What that has cost", "### Everyday prompts", "plots/dpo.png", "dpo_data"):
         assert text in page, text
@@ -118,4 +118,4 @@ def test_three_stages_and_the_report(preferring: Place):
 def test_without_pairs_the_task_is_skipped(tuned: Place):
     evaluate(tuned)
     entry = json.loads((tuned.runs / "mini/eval/results.json").read_text())["sft"]["preference"]
-    assert entry["skipped"] == f"no pairs; make them with: python -m dpo.data {tuned.config}"
+    assert entry["skipped"] == f"no pairs; make them with: python pipeline.py {tuned.config} dpo_data"

@@ -1,6 +1,5 @@
 """The page tells what the files say, whatever they say: tasks that nobody knows, text that would break Markdown."""
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -29,7 +28,7 @@ def choice(accuracy: float, p: float, **more) -> dict:
 
 
 def results(sha256: str) -> dict:
-    """Of three stages, as `python -m eval` leaves them."""
+    """Of three stages, as `pipeline.py CONFIG eval` leaves them."""
     fields = {"syntax": {"accuracy": 0.6321, "stderr": 0.0031, "n": 26_000}}
     measured = {
         "validation": {"loss": 3.1, "perplexity": 22.2, "bits_per_byte": 1.2345, "stderr": 0.0135, "baseline": 2.4690},
@@ -73,7 +72,7 @@ def evaluated(place: Place, found: dict | None = None, said: dict | None = None)
 def write(place: Place, monkeypatch) -> str:
     """The page that the command writes."""
     monkeypatch.setenv("RUNS", str(place.runs))
-    report.main(argparse.Namespace(config=str(place.config)))
+    report.write(configs.load(place.config))
     return (place.runs / "mini/REPORT.md").read_text(encoding="utf-8")
 
 
@@ -111,8 +110,8 @@ def test_numbers_are_those_of_the_files(trained: Place, monkeypatch):
         assert ("val_loss" in m) == any(row[0] == str(m["step"]) and f"{m['loss']:.4f}" in row for row in table)
     for text in ("winogrande (pretrain): no file at data/raw", "<somewhere>", manifest["counts"]["machine"], "3.99"):
         assert text in page
-    for module in ("data.corpus", "tokenizer.train", "data.pack", "eval"):
-        assert f"    python -m {module} {trained.config}\n" in page
+    for name in ("corpus", "tokenizer", "pack", "eval"):
+        assert f"    python pipeline.py {trained.config} {name}\n" in page
     assert f"    {manifest['counts']['command']}\n" in page
     assert "temperature 0.75, seed 0" in page
     assert page.count("seed 77") == 5
@@ -158,7 +157,7 @@ def test_without_matplotlib_the_page_says_how_to_get_it(trained: Place, tmp_path
     (tmp_path / "without").mkdir()
     (tmp_path / "without/matplotlib.py").write_text("raise ModuleNotFoundError('No module named matplotlib')")
     evaluated(trained).env["PYTHONPATH"] += f":{tmp_path / 'without'}"
-    printed = trained.run("-m", "eval.report", trained.config).stdout
+    printed = trained.run("pipeline.py", trained.config, "report").stdout
     page = (trained.runs / "mini/REPORT.md").read_text()
     assert page.startswith(printed[: printed.index("\nNext:")].rstrip())
     assert "`pip install matplotlib`" in page
@@ -200,17 +199,19 @@ def test_a_log_without_an_evaluation_or_with_nothing_finite(trained: Place, monk
 @pytest.mark.parametrize(
     ("gone", "command"),
     [
-        ("corpus", "python -m data.corpus"),
-        ("tokenizer", "python -m tokenizer.train"),
-        ("packed", "python -m data.pack"),
-        ("pretrain", "python train.py"),
-        ("eval", "python -m eval"),
+        ("corpus", "pipeline.py CONFIG corpus"),
+        ("tokenizer", "pipeline.py CONFIG tokenizer"),
+        ("packed", "pipeline.py CONFIG pack"),
+        ("pretrain", "train.py CONFIG"),
+        ("eval", "pipeline.py CONFIG eval"),
     ],
 )
 def test_a_missing_stage_is_named_with_its_command_and_the_old_page_stays(trained: Place, monkeypatch, gone, command):
     before = write(evaluated(trained), monkeypatch)
     shutil.rmtree(trained.runs / "mini" / gone)
-    with pytest.raises(UserError, match=f"not there or unfinished; make it with: {command} {trained.config}"):
+    with pytest.raises(
+        UserError, match=f"missing or unfinished; make it with: python {command.replace('CONFIG', str(trained.config))}"
+    ):
         write(trained, monkeypatch)
     assert (trained.runs / "mini/REPORT.md").read_text() == before
 
@@ -242,7 +243,7 @@ def test_results_of_another_checkpoint_are_told_of(trained: Place, monkeypatch):
     page = write(evaluated(trained, results("0" * 64)), monkeypatch).replace("\n", " ")
     before_the_summary = page.split("mini has")[0]
     assert "The results of pretrain are of another checkpoint" in before_the_summary
-    assert f"`python -m eval {trained.config} --force`" in before_the_summary
+    assert f"`python pipeline.py {trained.config} eval --force`" in before_the_summary
 
 
 def test_later_stages_show_up(trained: Place, monkeypatch):

@@ -269,7 +269,7 @@ def test_mistakes_and_a_reader_that_goes_away(fine_tuned: Place):
     assert "standard input is not UTF-8: invalid start byte in line 2" in error
     plain = fine_tuned.runs / "mini/pretrain/final"
     error = piped(fine_tuned, "--checkpoint", plain, stdin="Hello\n", status=2).stderr.decode()
-    assert f"python -m sft.train {fine_tuned.config}" in error
+    assert f"python pipeline.py {fine_tuned.config} sft" in error
     assert f"python serve.py {fine_tuned.config} generate" in error
     with fine_tuned.start("serve.py", fine_tuned.config, "chat") as run:
         run.stdout.close()

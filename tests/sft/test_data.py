@@ -28,7 +28,8 @@ from sft.filters import Filters
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
 from sft.train import SFTConfig, fine_tuning
-from tests.conftest import CHATS, MINI, Place, write_lines
+from tests.conftest import CHATS, MINI, Place, build, write_lines
+from trainer import Task
 
 ANY = Filters(language=None, near_duplicates=None)
 
@@ -41,10 +42,7 @@ def spoken(tmp_path_factory, text) -> Place:
     write_lines(place.raw / "text.jsonl", ({"text": part} for part in text))
     write_lines(place.raw / "chats.jsonl", CHATS)
     place.config.write_text(MINI)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA", str(place.raw))
-        patch.setenv("RUNS", str(place.runs))
-        sft.data.build(configs.load(place.config))
+    place.make("sft_data")
     return place
 
 
@@ -70,7 +68,7 @@ def made(place: Place, *records: dict, context: int = 64, **changes) -> tuple[Pa
     """The directory made of records, and its counts."""
     if records:
         write_lines(place.raw / "chats.jsonl", records)
-    directory = sft.data.build(described(place, context, **changes), force=True)
+    directory = build("sft_data", described(place, context, **changes), force=True)
     return directory, json.loads((directory / "manifest.json").read_text())["counts"]
 
 
@@ -271,7 +269,7 @@ def test_two_runs_give_the_same_bytes(here: Place):
     assert set(first) == {"manifest.json"} | {
         f"{split}.{end}" for split in ("train", "val") for end in ("bin", "mask", "idx", "rows", "txt")}  # fmt: skip
     shutil.rmtree(directory)
-    sft.data.build(described(here), workers=3)
+    build("sft_data", described(here), workers=3)
     assert first == {name: (directory / name).read_bytes() for name in first}
 
 
@@ -288,11 +286,11 @@ def test_a_split_without_conversations_is_one_clear_error(here: Place, split, le
 
 
 def test_the_command_makes_it_once(here: Place):
-    out = here.run("-m", "sft.data", here.config).stdout
+    out = here.run("pipeline.py", here.config, "sft_data").stdout
     assert "chats: 44 of 44 conversations kept (dropped: none)" in out
     directory = here.runs / "mini/sft_data"
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir() if path.suffix in (".bin", ".json")}
-    assert "is up to date" in here.run("-m", "sft.data", here.config).stdout
+    assert "is up to date" in here.run("pipeline.py", here.config, "sft_data").stdout
     assert before == {name: (directory / name).stat().st_mtime_ns for name in before}
 
 
@@ -309,30 +307,30 @@ def test_another_config_is_refused_by_the_field(here: Place, changes, named):
     directory, _ = made(here)
     before = (directory / "manifest.json").read_bytes()
     with pytest.raises(UserError, match=named) as refused:
-        sft.data.build(described(here, **changes))
-    assert f"python -m sft.data {here.config} --force" in str(refused.value)
+        build("sft_data", described(here, **changes))
+    assert f"python pipeline.py {here.config} sft_data --force" in str(refused.value)
     assert (directory / "manifest.json").read_bytes() == before
-    sft.data.build(described(here, **changes), force=True)
+    build("sft_data", described(here, **changes), force=True)
     assert (directory / "manifest.json").read_bytes() != before
-    sft.data.build(described(here, **changes))
+    build("sft_data", described(here, **changes))
 
 
 def test_other_conversations_are_refused(here: Place):
     made(here)
     write_lines(here.raw / "chats.jsonl", CHATS[1:])
     with pytest.raises(UserError, match=r"was made from something else: .*chats\.jsonl was"):
-        sft.data.build(described(here))
+        build("sft_data", described(here))
 
 
 def test_without_its_raw_files_a_finished_directory_stands(here: Place):
     directory, _ = made(here)
     (here.raw / "chats.jsonl").unlink()
-    assert sft.data.build(described(here)) == directory
+    assert build("sft_data", described(here)) == directory
     with pytest.raises(UserError, match=r"val_fraction was 0\.2, is now 0\.3"):
-        sft.data.build(described(here, val_fraction=0.3))
+        build("sft_data", described(here, val_fraction=0.3))
     shutil.rmtree(directory)
     with pytest.raises(UserError, match=r"chats\.jsonl"):
-        sft.data.build(described(here))
+        build("sft_data", described(here))
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.mask", "train.rows"])
@@ -342,22 +340,25 @@ def test_a_damaged_file_is_named(here: Place, name):
     content = bytearray((directory / name).read_bytes())
     content[-1] ^= 1
     (directory / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} has SHA-256 .*python -m x --force"):
-        sft.data.load(directory, spm.sha256, "python -m x")
+    with pytest.raises(UserError, match=rf"{name} has SHA-256 .*python pipeline.py CONFIG sft_data --force"):
+        sft.data.load(directory, spm.sha256)
     os.truncate(directory / name, 3)
-    with pytest.raises(UserError, match=rf"{name} has 3 bytes.*python -m sft.data .* --force"):
-        sft.data.build(described(here))
+    with pytest.raises(UserError, match=rf"{name} has 3 bytes.*python pipeline.py .* sft_data --force"):
+        build("sft_data", described(here))
     (directory / name).unlink()
     with pytest.raises(UserError, match=rf"{name} is missing"):
-        sft.data.build(described(here))
+        build("sft_data", described(here))
 
 
 def test_another_tokenizer_is_refused(here: Place):
     directory, _ = made(here)
-    with pytest.raises(UserError, match="was made with another tokenizer; make it anew: python -m x --force"):
-        sft.data.load(directory, "0" * 64, "python -m x")
-    with pytest.raises(UserError, match="nowhere is not there or unfinished; make it with: python -m x"):
-        sft.data.load(here.path / "nowhere", "0" * 64, "python -m x")
+    with pytest.raises(
+        UserError,
+        match=r"was made with another tokenizer; make it again with: .* sft_data --force",
+    ):
+        sft.data.load(directory, "0" * 64)
+    with pytest.raises(UserError, match=r"nowhere is missing or unfinished; make it with: python pipeline\.py"):
+        sft.data.load(here.path / "nowhere", "0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +426,12 @@ def test_rows_give_each_conversation_back(tmp_path_factory, lengths, seed):
     assert len(found) <= len(talks) + rows.count  # a filling at most in each row
 
 
+def task_of(experiment: Experiment, directory: Path) -> Task:
+    """The task of learning the conversations in a directory."""
+    spm = experiment.load_tokenizer()
+    return fine_tuning(experiment.sft, experiment.model, directory, sft.data.load(directory, spm.sha256), spm)
+
+
 @pytest.fixture
 def task(here: Place):
     """Makes the task of learning two sources by weight."""
@@ -435,8 +442,8 @@ def task(here: Place):
         found = described(here, sources=sources, filters=ANY)
         training = replace(found.sft.train, batch_size=batch_size, micro_batch_size=1, seed=seed)
         found = replace(found, sft=replace(found.sft, train=training, weights=weights))
-        directory = sft.data.build(found)
-        return fine_tuning(found, directory, found.load_tokenizer()), directory
+        directory = build("sft_data", found)
+        return task_of(found, directory), directory
 
     return make
 
@@ -506,6 +513,6 @@ def test_a_source_of_which_nothing_is_left_cannot_be_drawn_from(here: Place):
     sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",)))
     found = described(here, sources=sources)
     found = replace(found, sft=replace(found.sft, weights={"chats": 1, "other": 1}))
-    directory = sft.data.build(found)
+    directory = build("sft_data", found)
     with pytest.raises(UserError, match="weights names other, of which no training conversation is left"):
-        fine_tuning(found, directory, found.load_tokenizer())
+        task_of(found, directory)

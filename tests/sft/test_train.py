@@ -1,6 +1,5 @@
 """Fine-tuning: what is trained and saved, what the base keeps, and that a run cannot be harmed by killing it."""
 
-import argparse
 import itertools
 import json
 import os
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,31 +17,30 @@ import torch
 
 import checkpoint
 import configs
+import finetune
 import generate
 import lora
 import sft.data
-import sft.train
 import stage
 import tokenizer
-import train
 import trainer
 from cli import UserError
 from lora import LoRAConfig
 from model import ModelConfig, Transformer
+from optim import learning_rate
 from sft import templates
 from sft.data import Rows
 from sft.train import fine_tuning
 from stage import Stage
-from tests.conftest import MINI, ROOT, Place, write_lines
+from tests.conftest import MINI, ROOT, Place, build, write_lines
 from tests.sft.test_data import HELD
 from tests.test_train import digest, tree
-from train import learning_rate
 from trainer import TrainConfig
 
-# Runs sft.train in a process that sends itself a signal at the n-th forward pass of training.
+# Fine-tunes in a process that sends itself a signal at the n-th forward pass of training.
 KILL = """
 import os, signal, sys
-import model, sft.train, stage
+import cli, model, pipeline
 forward, calls = model.Transformer.forward, [0]
 def killing(*a, **k):
     calls[0] += a[0].training
@@ -51,10 +48,8 @@ def killing(*a, **k):
         os.kill(os.getpid(), signal.{signal})
     return forward(*a, **k)
 model.Transformer.forward = killing
-p = cli.parser("", makes=True, many=True)
-p.add_argument("--checkpoint")
-p.add_argument("--resume", default="auto")
-cli.run(sft.train.main, p.parse_args())
+cli.apart = lambda function: function()
+cli.run(pipeline.main, pipeline.parser().parse_args())
 """
 
 
@@ -62,9 +57,8 @@ class Crash(Exception):
     """Ends a run in this process as a kill would: nothing is saved any more."""
 
 
-def tuned(place: Place, crash: int | None = None, main: Callable = sft.train.main, **options) -> Path:
+def tuned(place: Place, crash: int | None = None, name: str = "sft", **options) -> Path:
     """Fine-tunes as the command does, in this process; crashes in the n-th forward pass. Returns the directory."""
-    arguments = {"checkpoint": None, "resume": "auto", "force": False, "workers": 1, "log_level": "info"}
     calls, forward = itertools.count(1), Transformer.forward
 
     def crashing(*inputs, **named):
@@ -73,12 +67,9 @@ def tuned(place: Place, crash: int | None = None, main: Callable = sft.train.mai
         return forward(*inputs, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA", str(place.raw))
-        patch.setenv("RUNS", str(place.runs))
         if crash:
             patch.setattr(Transformer, "forward", crashing)
-        main(argparse.Namespace(config=place.config, **arguments | options))
-    return place.runs / "mini/sft"
+        return place.make(name, **options)
 
 
 @pytest.fixture
@@ -189,13 +180,13 @@ def test_killed_and_restarted_equals_fine_tuned(ready: Place, fine_tuned: Place,
 @pytest.mark.parametrize(("name", "status"), [pytest.param("SIGKILL", -9, marks=pytest.mark.slow), ("SIGTERM", 143)])
 def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name, status):
     """SIGTERM has the step finished and saved; the line says how to go on."""
-    killed = ready.start("-c", KILL.format(at=2 * 5 + 2, signal=name), ready.config)
+    killed = ready.start("-c", KILL.format(at=2 * 5 + 2, signal=name), ready.config, "sft")
     _, err = killed.communicate(timeout=120)
     assert killed.returncode == status, err
     steps = [step for step, _ in checkpoint.steps(ready.runs / "mini/sft")]
     assert steps == ([3] if name == "SIGKILL" else [6, 3])
     if name == "SIGTERM":
-        assert f"saved at step 6 of 10; go on with: python -m sft.train {ready.config}" in err
+        assert f"saved at step 6 of 10; go on with: python pipeline.py {ready.config} sft" in err
     tuned(ready)
     for file in ("adapter.pt", "state.pt"):
         ours, theirs = (p.runs / "mini/sft/final" / file for p in (ready, fine_tuned))
@@ -206,7 +197,8 @@ def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name,
 def test_dropout_depends_on_what_is_trained_on_not_on_what_was_drawn_before(ready: Place, fine_tuned: Place):
     experiment = configs.load(ready.config)
     spm = tokenizer.load(fine_tuned.runs / "mini/tokenizer")
-    task = fine_tuning(experiment, fine_tuned.runs / "mini/sft_data", spm)
+    rows = fine_tuned.runs / "mini/sft_data"
+    task = fine_tuning(experiment.sft, experiment.model, rows, sft.data.load(rows, spm.sha256), spm)
     model = checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
     lora.attach(model, LoRAConfig(rank=4, dropout=0.5))
     for layer in lora.layers(model).values():
@@ -240,7 +232,7 @@ def test_full_fine_tuning_writes_the_weights(ready: Place, made: Place):
 
 
 def test_without_a_pretrained_model_nothing_is_made(place: Place):
-    error = place.run("-m", "sft.train", place.config, status=2).stderr
+    error = place.run("pipeline.py", place.config, "sft", status=2).stderr
     assert f"train it with: python train.py {place.config}" in error
     assert not place.runs.exists()
 
@@ -286,7 +278,7 @@ def test_a_base_that_was_trained_anew_is_refused(ready: Place):
     directory = tuned(ready)
     before = tree(directory)
     ready.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
-    tuned(ready, main=train.main, force=True)
+    tuned(ready, name="pretrain", force=True)
     for call in (lambda: checkpoint.load_model(directory / "final"), lambda: checkpoint.base(directory / "final")):
         with pytest.raises(UserError, match="holds an adapter of another model than the one that is now in") as refused:
             call()
@@ -347,16 +339,16 @@ def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatc
     config = TrainConfig(steps=steps, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, compile=False,
                          precision="float32", eval_every=steps, log_every=1, save_every=steps)  # fmt: skip
     found = replace(found, model=shape, sft=replace(found.sft, lora=adapter, train=config))
-    rows = sft.data.build(found)
+    rows = build("sft_data", found)
     spm = found.load_tokenizer()
     torch.manual_seed(0)
     model = Transformer(shape)
     with torch.no_grad():
         model.head.weight.mul_(20), model.embed.weight.mul_(20)  # as far apart as training makes them
-    task = sft.train.fine_tuning(found, rows, spm)
-    job = Stage(directory / "out", {"model": shape, "sft": config}, {}, "")
+    task = fine_tuning(found.sft, shape, rows, sft.data.load(rows, spm.sha256), spm)
+    job = Stage(directory / "out", {"model": shape, "sft": config}, {}, "", stage.__file__)
     with job.making():
-        trainer.train(sft.train.adapt(model, adapter), task, config, job, "auto")
+        trainer.train(finetune.adapt(model, adapter), task, config, job, "auto")
     log = [json.loads(line) for line in (directory / "out/metrics.jsonl").read_text().splitlines()]
     return model, spm, Rows(rows, "train", stage.read_manifest(rows)["counts"], 64), log
 
@@ -403,18 +395,10 @@ def test_warmup_that_cannot_be_is_refused(changes):
 
 def with_two(place: Place, name: str = "sft") -> str:
     """Trains a stage in two processes; what was printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        f"{name}.train",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pipeline.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(
-        [*command, str(place.config)], cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes
+        [*command, str(place.config), name], cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes
     )
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out

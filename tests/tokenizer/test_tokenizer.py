@@ -103,7 +103,7 @@ def test_training_is_deterministic(made: Place, algorithm):
 
 def test_more_pieces_than_the_text_holds_are_refused(place: Place):
     place.edit(("vocab_size=512", "vocab_size=300_000"))
-    assert "lower vocab_size or add text" in place.run("-m", "tokenizer.train", place.config, status=2).stderr
+    assert "lower vocab_size or add text" in place.run("pipeline.py", place.config, "tokenizer", status=2).stderr
 
 
 def test_a_damaged_tokenizer_is_named(packed: Place):
@@ -111,7 +111,7 @@ def test_a_damaged_tokenizer_is_named(packed: Place):
         file.write(b"x")
     with pytest.raises(UserError, match=r"spm.model has .* bytes; its manifest says"):
         tokenizer.load(packed.runs / "mini/tokenizer")
-    with pytest.raises(UserError, match=r"make it with: python -m tokenizer\.train"):
+    with pytest.raises(UserError, match=r"make it with: python pipeline\.py CONFIG"):
         tokenizer.load(packed.path / "nowhere")
 
 
@@ -156,17 +156,17 @@ def test_impossible_settings_are_refused(field, value):
 
 
 def test_a_tokenizer_in_use_is_not_overwritten(packed: Place):
-    error = packed.run("-m", "tokenizer.train", packed.config, "--force", status=2).stderr
+    error = packed.run("pipeline.py", packed.config, "tokenizer", "--force", status=2).stderr
     assert f"tokenizer is what {packed.runs}/mini/packed was made with" in error
     before = (packed.runs / "mini/tokenizer/spm.model").read_bytes()
     shutil.rmtree(packed.runs / "mini/packed")
-    packed.run("-m", "tokenizer.train", packed.config, "--force")
+    packed.run("pipeline.py", packed.config, "tokenizer", "--force")
     assert (packed.runs / "mini/tokenizer/spm.model").read_bytes() == before
 
 
 def test_a_tokenizer_that_models_speak_is_not_overwritten(trained: Place):
     shutil.rmtree(trained.runs / "mini/packed")
-    error = trained.run("-m", "tokenizer.train", trained.config, "--force", status=2).stderr
+    error = trained.run("pipeline.py", trained.config, "tokenizer", "--force", status=2).stderr
     assert "mini/pretrain" in error
 
 
