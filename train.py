@@ -27,7 +27,7 @@ from data.batches import Mixture, Windows, mixture
 from data.pack import Packed
 from model import ModelConfig, Transformer
 from stage import Stage, Step
-from trainer import FREE, Task, TrainConfig, run
+from trainer import FREE, Task, TrainConfig, run, shared_rows
 
 
 def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, mixed: bool) -> Task:
@@ -36,8 +36,7 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
     held_out = Windows(validation, length)
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
-    rank, ranks = parallel.rank(), parallel.ranks()
-    rows = machine.rows_held(config, ranks)
+    rows = machine.rows_held(config, parallel.ranks())
     bits = len(validation.tokens) / validation.bytes / math.log(2)  # turns nats per token into bits per byte
 
     def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -47,11 +46,9 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
     def evaluate(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for i in range(0, count, rows * ranks):
-            own = chosen[i + rank * rows : min(count, i + (rank + 1) * rows)]
-            # Sharded models are called by all processes together, those with no row left among them.
-            tokens, targets = (t.to(device) for t in held_out.read(own or chosen[:1]))
-            total += model(tokens, targets).double() * len(own)
+        for windows, counts in shared_rows(chosen, rows):
+            tokens, targets = held_out.read(windows)
+            total += model(tokens.to(device), targets.to(device)).double() * (len(windows) * counts)
         loss = float(parallel.add_up(total)) / count
         return {
             "val_loss": loss,

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -392,6 +392,18 @@ class Report:
             for name, value in ({k: v for k, v in record.items() if k != "seen"} | seen).items():
                 self.board.add_scalar(name, value, record["step"])
             self.board.flush()
+
+
+def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
+    """Yields this process's share of the chosen rows, at most `rows` at a time, and whether the share counts.
+
+    Every process gets as many shares as the others, because a sharded model must be called by all of them together.
+    A process with no row left gets the first row again; that share does not count.
+    """
+    rank, ranks = parallel.rank(), parallel.ranks()
+    for start in range(0, len(chosen), rows * ranks):
+        share = chosen[start + rank * rows : start + (rank + 1) * rows]
+        yield share or chosen[:1], bool(share)
 
 
 @contextmanager
