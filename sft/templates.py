@@ -154,7 +154,7 @@ def render(
 
 
 def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> dict[str, int] | None:
-    """The pieces that `lora.init_end_piece` needs, if the template has control pieces that the model in `base` has not seen.
+    """The pieces for `lora.init_end_piece`, if the template has control pieces that the model in `base` has not seen.
 
     Pretraining shows a model no control piece, fine-tuning shows it those of its template. Nothing is known about what
     an imported model was shown.

@@ -140,8 +140,10 @@ def test_merged_it_computes_the_same_and_unmerged_the_base_is_back_bit_for_bit(t
         changed = {
             name for name, p in model.named_parameters() if before.get(name, b"") != p.detach().numpy().tobytes()
         }
-        assert changed & before.keys() == {f"{name}.weight" for name in lora.layers(model)}
+        assert not changed & before.keys()
         assert contents(model) == before  # what would be saved: the adapter is beside it
+        lora.use(model, "default")  # unmerges
+        lora.merge(model)
         for _ in range(times):
             lora.unmerge(model)
         assert contents(model) == before
@@ -362,7 +364,6 @@ WRONG = [
     ({"dropout": None}, TypeError, "dropout"),
     ({"targets": ()}, ValueError, "targets"),
     ({"targets": ("q", "q")}, ValueError, "targets"),
-    ({"targets": ("q", "head")}, ValueError, "targets"),
     ({"targets": ["q"]}, TypeError, "targets"),
     ({"targets": "q"}, TypeError, "targets"),
     ({"targets": (1,)}, TypeError, "targets"),
@@ -549,7 +550,7 @@ def test_a_saved_adapter_is_refused_by_another_model(saved):
 def test_a_merged_model_is_not_trained():
     model = adapted().train()
     lora.merge(model)
-    with pytest.raises(RuntimeError, match=r"lora\.unmerge the model before"):
+    with pytest.raises(RuntimeError, match=r"lora\.unmerge\(model\) before you train"):
         model(TOKENS)
 
 
@@ -569,6 +570,8 @@ def test_an_adapter_of_float32_on_a_base_of_bfloat16():
     assert found.dtype == torch.bfloat16
     assert relative(found.float(), logits(adapted())) < 0.05
     lora.merge(model)
+    assert logits(model).dtype == torch.bfloat16
+    lora.fold(model)
     assert model.blocks[0].attn.q.weight.dtype == torch.bfloat16
 
 
