@@ -3,8 +3,8 @@
     python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
 
 The loop is trainer.py's. It trains an adapter (LoRA) over the fine-tuned model, or with lora=None every weight. The
-reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or log-probabilities
-that dpo.reference computed before training. The losses are in dpo/loss.py.
+reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers that
+dpo.reference computed before training. The losses are in dpo/loss.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -137,13 +137,7 @@ def test_merged_it_computes_the_same_and_unmerged_the_base_is_back_bit_for_bit(t
         for _ in range(times):
             lora.merge(model)
         assert relative(logits(model), apart) < 1e-5
-        changed = {
-            name for name, p in model.named_parameters() if before.get(name, b"") != p.detach().numpy().tobytes()
-        }
-        assert not changed & before.keys()
         assert contents(model) == before  # what would be saved: the adapter is beside it
-        lora.use(model, "default")  # unmerges
-        lora.merge(model)
         for _ in range(times):
             lora.unmerge(model)
         assert contents(model) == before
