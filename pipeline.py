@@ -63,7 +63,7 @@ def sft_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
 def sft_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
     experiment = experiment.owner("sft")
     config, rows = experiment.sft, experiment.directory("sft_data")
-    base, spm = base_model(experiment, "pretrain", arguments)
+    base, spm = base_model("sft", experiment, arguments)
     job = sft.train.job(config, base, rows, spm, experiment.directory("sft"), command(experiment, "sft", arguments))
     return Step(job, lambda: sft.train.train(job, config, base, rows, spm, arguments.force, arguments.resume))
 
@@ -76,7 +76,7 @@ def dpo_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
 
 
 def dpo_reference(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    base, spm = base_model(experiment, "sft", arguments)
+    base, spm = base_model("dpo_reference", experiment, arguments)
     pairs, directory = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
     dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
     job = dpo.reference.job(base, pairs, dtype, directory, command(experiment, "dpo_reference", arguments))
@@ -85,7 +85,7 @@ def dpo_reference(experiment: Experiment, arguments: argparse.Namespace) -> Step
 
 def dpo_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
     config, template = experiment.dpo, experiment.sft.data.template
-    base, spm = base_model(experiment, "sft", arguments)
+    base, spm = base_model("dpo", experiment, arguments)
     pairs, reference = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
     directory = experiment.directory("dpo")
     job = dpo.train.job(config, template, base, pairs, spm, directory, command(experiment, "dpo", arguments))
@@ -109,22 +109,18 @@ STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
     "dpo": dpo_,
     "eval": evaluate,
 }
+BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
 NAMES = (*STAGES, "report")  # the report has no manifest: it is written anew each time
-INPUTS = {  # what a stage makes first if it is missing
-    "tokenizer": ("corpus",),
-    "pack": ("corpus", "tokenizer"),
-    "pretrain": ("pack",),
-    "sft_data": ("tokenizer",),
-    "sft": ("sft_data",),
-    "dpo_data": ("tokenizer",),
-    "dpo_reference": ("dpo_data",),
-    "dpo": ("dpo_data",),
-}
 
 
-def base_model(experiment: Experiment, after: str, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
-    """The model that fine-tuning starts from, --checkpoint or the final one of the stage before, and its tokenizer."""
-    checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained(after)
+def base_checkpoint(name: str, experiment: Experiment, arguments: argparse.Namespace) -> Path:
+    """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
+    return Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained(BASES[name])
+
+
+def base_model(name: str, experiment: Experiment, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
+    """The model that a stage starts from, and its tokenizer."""
+    checkpoint = base_checkpoint(name, experiment, arguments)
     spm = experiment.load_tokenizer(checkpoint)
     pieces = unseen(checkpoint, experiment.sft.data.template, spm, experiment.imported is not None)
     return Base(checkpoint, experiment.model, pieces), spm
@@ -146,26 +142,17 @@ def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made:
     if directory in made:
         return
     made.add(directory)
-    for owner, needed in inputs(name, experiment):
+    if name in BASES:  # before the minutes that making its data takes
+        checkpoint = base_checkpoint(name, experiment, arguments)
+        if name == "dpo":
+            dpo.train.must_be_taught(checkpoint, experiment.sft.data.template)
+    for owner, needed in experiment.inputs(name, arguments.force):
         make(needed, owner, unforced(arguments), made, apart)
 
     def this_one() -> None:
         eval.report.write(experiment) if name == "report" else STAGES[name](experiment, arguments).make()
 
     cli.apart(this_one) if apart else this_one()
-
-
-def inputs(name: str, experiment: Experiment) -> list[tuple[Experiment, str]]:
-    """The stages whose results a stage reads and makes if they are missing, with the experiments they belong to."""
-    pairs = [(experiment, needed) for needed in INPUTS.get(name, ())]
-    if name == "pretrain":
-        pairs += [(other, "pack") for other in experiment.beside]
-    if name == "dpo" and experiment.dpo.reference == "stored":
-        pairs.append((experiment, "dpo_reference"))
-    if name == "report" or stage.read_manifest(experiment.directory(name)) is None:
-        return pairs
-    # An input of a finished stage may have been moved away. One that is there must still match.
-    return [(owner, needed) for owner, needed in pairs if stage.read_manifest(owner.directory(needed)) is not None]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -177,14 +164,17 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.status:
         print(status(experiment, arguments))
         return
-    # By default all of them; the reference is made for dpo if its config wants it.
-    chosen = [name for name in NAMES if name in arguments.stages or (not arguments.stages and name != "dpo_reference")]
+    wanted = arguments.stages or NAMES
+    if not arguments.stages and experiment.dpo.reference != "stored":
+        wanted = [name for name in NAMES if name != "dpo_reference"]
+    chosen = [name for name in NAMES if name in wanted]
     if "RANK" in os.environ:
         make_distributed(chosen, experiment, arguments)
         return
     made: set[Path] = set()
     for name in chosen:
-        arguments.force = arguments.force or name == arguments.force_from
+        if arguments.force_from and NAMES.index(name) >= NAMES.index(arguments.force_from):
+            arguments.force = True
         make(name, experiment, arguments, made)
 
 
@@ -202,7 +192,7 @@ def make_distributed(chosen: list[str], experiment: Experiment, arguments: argpa
 
     def make_inputs() -> None:
         made: set[Path] = set()
-        for owner, needed in inputs(name, experiment):
+        for owner, needed in experiment.inputs(name):
             make(needed, owner, unforced(arguments), made, apart=False)
 
     with parallel.joined(config.timeout):

@@ -8,6 +8,7 @@ Makes the corpus, the tokenizer and the packed tokens if they are missing.
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -115,14 +116,17 @@ def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
     return Step(job, lambda: train(job, experiment, spm.sha256, force, resume))
 
 
-def make_inputs(experiment: Experiment, workers: int) -> None:
-    """Makes the packed tokens of the experiment, and of those beside it, and what they are made from, if missing."""
-    for owner in (experiment, *experiment.beside):
-        packed = stage.read_manifest(owner.directory("pack")) is not None
-        for name, step in (("corpus", corpus), ("tokenizer", tokenizer), ("pack", pack)):
-            # An input of finished packed tokens may have been moved away; if it is there, it must still match.
-            if not packed or stage.read_manifest(owner.directory(name)) is not None:
-                step(owner, workers, force=False).make()
+DATA = {"corpus": corpus, "tokenizer": tokenizer, "pack": pack}
+
+
+def make_inputs(name: str, experiment: Experiment, workers: int, made: set[Path]) -> None:
+    """Makes what a stage reads, and first what that is made from, if missing. made: directories already seen to."""
+    for owner, needed in experiment.inputs(name):
+        directory = owner.directory(needed)
+        if directory not in made:
+            made.add(directory)
+            make_inputs(needed, owner, workers, made)
+            DATA[needed](owner, workers, force=False).make()
 
 
 def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool, resume: str) -> None:
@@ -152,7 +156,7 @@ def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config).owner("pretrain")
     with parallel.joined(experiment.pretrain.timeout):
         # The first process makes what is missing, however long that takes. The others wait.
-        parallel.lead(lambda: make_inputs(experiment, arguments.workers), timeout=parallel.DAY)
+        parallel.lead(lambda: make_inputs("pretrain", experiment, arguments.workers, set()), timeout=parallel.DAY)
         pretrain(experiment, arguments.force, arguments.resume).make()
 
 

@@ -46,6 +46,16 @@ DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "
 DIRECTORIES |= {name: name for name in ("sft_data", "sft", "dpo_data", "dpo_reference", "dpo", "eval")}
 TRAINED = ("pretrain", "sft", "dpo")  # the stages that train, in order
 SHARED = ("corpus", "tokenizer", "pack", "pretrain", "sft")
+INPUTS = {  # what a stage makes first if it is missing; a trained model takes hours and is never made this way
+    "tokenizer": ("corpus",),
+    "pack": ("corpus", "tokenizer"),
+    "pretrain": ("pack",),
+    "sft_data": ("tokenizer",),
+    "sft": ("sft_data",),
+    "dpo_data": ("tokenizer",),
+    "dpo_reference": ("dpo_data",),
+    "dpo": ("dpo_data", "dpo_reference"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,25 @@ class Experiment:
         if owner.imported and stage_name == "tokenizer":
             return owner.imported / "tokenizer"
         return stage.runs() / owner.name / DIRECTORIES[stage_name]
+
+    def inputs(self, stage_name: str, force: bool = False) -> list[tuple["Experiment", str]]:
+        """The stages that a stage makes first if they are missing, each with the experiment it belongs to.
+
+        A finished stage of data stands without its inputs, unless it is made again by force: then only those that are
+        still there are named, because they must still match.
+        """
+        owner = self.owner(stage_name)
+        if stage_name == "tokenizer" and owner.imported:
+            return []  # it came with the model
+        needed = [(owner, name) for name in INPUTS.get(stage_name, ())]
+        if stage_name == "pretrain":
+            needed += [(other, "pack") for other in owner.beside]
+        if stage_name == "dpo" and owner.dpo.reference != "stored":
+            needed.remove((owner, "dpo_reference"))
+        stands = stage_name in ("tokenizer", "pack", "sft_data", "dpo_data") and not force
+        if not stands or stage.read_manifest(owner.directory(stage_name)) is None:
+            return needed
+        return [(other, name) for other, name in needed if stage.read_manifest(other.directory(name)) is not None]
 
     def load_tokenizer(self, checkpoint: Path | None = None) -> Tokenizer:
         """The experiment's tokenizer, or the one that a checkpoint brings with it, as a converted model does.

@@ -22,8 +22,7 @@ def main(arguments: argparse.Namespace) -> None:
     spm = experiment.load_tokenizer()
 
     def load(other):
-        make = other.command("pack")
-        return data.pack.load(other.directory("pack"), spm.sha256, make)
+        return data.pack.load(other.directory("pack"), spm.sha256)
 
     def show(ids: np.ndarray) -> str:
         """The text of ids, on one line, cut to --chars."""

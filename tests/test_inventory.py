@@ -95,6 +95,8 @@ def switches(command: str) -> dict:
                 parsers.append(action.choices[subcommand[0]])
             elif not isinstance(action, argparse._HelpAction):
                 about = {"default": action.default, "choices": action.choices, "nargs": action.nargs}
+                if action.dest == "workers":
+                    del about["default"]  # the cores of this machine
                 kept = {key: value for key, value in about.items() if value not in (None, argparse.SUPPRESS)}
                 found.setdefault(" ".join(action.option_strings) or action.dest, {}).update(kept)
     return found
@@ -121,6 +123,8 @@ def shape(value, name: str = ""):
         many = len(value) > 200 or (value and all(isinstance(key, int) for key in value))
         if name == "wrote":  # digests
             return sorted(value)
+        if name == "code":  # digests of whatever files make the stage
+            return "object"
         return {"*": shape(max(value.items())[1])} if many else {key: shape(each, key) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [shape(value[0])] if value and isinstance(value[0], dict) else "list"

@@ -145,7 +145,7 @@ def test_empty_records_fill_a_batch_too(raw, monkeypatch, tmp_path):
     monkeypatch.setattr(data.corpus, "BATCH_CHARS", 1_000)
     sizes = []
     monkeypatch.setattr(
-        data.corpus.stage, "ordered", lambda pool, function, items, ahead: sizes.extend(map(len, items)) or []
+        data.corpus.cli, "ordered", lambda pool, function, items, ahead: sizes.extend(map(len, items)) or []
     )
     write(raw / "a.jsonl", [""] * 95)
     make(CorpusConfig(sources=(source("a"),)), tmp_path / "corpus")
@@ -157,15 +157,15 @@ def test_a_damaged_rest_is_not_gone_on_from(place: Place, small):
     config = place.config
     place.run("pipeline.py", config, "corpus")
     whole = (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes()
-    kill = "import os, stage, data.corpus\ndata.corpus.SHARD_BYTES = 3_000\nwrite = stage.write_json\n"
+    kill = "import os, cli, pipeline, stage, data.corpus\ndata.corpus.SHARD_BYTES = 3_000\nwrite = stage.write_json\n"
     kill += "stage.write_json = lambda *a: (write(*a), os._exit(9))\n"
-    kill += "cli.run(data.corpus.main, cli.parser('', makes=True, many=True).parse_args())"
+    kill += "cli.run(pipeline.main, pipeline.parser().parse_args())"
     for name in ("keys.bin", "shingles.bin"):
-        place.run("-c", kill, config, "--force", status=9)
+        place.run("-c", kill, config, "corpus", "--force", status=9)
         os.truncate(place.runs / "mini/corpus/partial" / name, 8)
         assert "going on" not in place.run("pipeline.py", config, "corpus").stdout
         assert (place.runs / "mini/corpus/shard_00000.jsonl").read_bytes() == whole
-    place.run("-c", kill, config, "--force", status=9)
+    place.run("-c", kill, config, "corpus", "--force", status=9)
     assert "going on after 1 finished shards" in place.run("pipeline.py", config, "corpus").stdout
 
 

@@ -23,7 +23,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
     model = Transformer(ModelConfig(vocab_size=512, context_length=64, n_layers=1, d_model=16, n_heads=2)).eval()
     torch.nn.init.zeros_(model.head.weight)
     spm = tokenizer.load(made.runs / "mini/tokenizer")
-    packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["val"]
+    packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["val"]
     found = validation(model, packed, spm, 10**9)
     assert found["perplexity"] == pytest.approx(512)
     assert found["bits_per_byte"] == pytest.approx(9 * len(packed.tokens) / packed.bytes)
@@ -93,7 +93,7 @@ def test_the_error_of_a_ratio():
 def test_of_many_held_out_documents_some_are_read(made: Place):
     model = checkpoint.load_model(made.runs / "mini/pretrain/final")
     spm = tokenizer.load(made.runs / "mini/tokenizer")
-    packed = data.pack.load(made.runs / "mini/packed", spm.sha256, "")["val"]
+    packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["val"]
     whole, third = (validation(model, packed, spm, n) for n in (len(packed.tokens), len(packed.tokens) // 3 + 1))
     documents = [len(ids) for ids in packed.documents()]
     assert (whole["n"], third["n"]) == (sum(documents), sum(documents[::3]))

@@ -157,7 +157,7 @@ def test_impossible_settings_are_refused(field, value):
 
 def test_a_tokenizer_in_use_is_not_overwritten(packed: Place):
     error = packed.run("pipeline.py", packed.config, "tokenizer", "--force", status=2).stderr
-    assert f"tokenizer is what {packed.runs}/mini/packed was made with" in error
+    assert f"{packed.runs}/mini/packed was made with the tokenizer in {packed.runs}/mini/tokenizer;" in error
     before = (packed.runs / "mini/tokenizer/spm.model").read_bytes()
     shutil.rmtree(packed.runs / "mini/packed")
     packed.run("pipeline.py", packed.config, "tokenizer", "--force")
