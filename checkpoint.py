@@ -1,8 +1,12 @@
-"""Checkpoints: saved whole or not at all, verified before they are read, and never able to run code.
+"""Checkpoints: saved whole or not at all, checked before they are read, and unable to run code.
 
-A checkpoint is a directory with `weights.pt` (float32, by parameter name), `state.pt` (what resuming needs beside them)
-and `manifest.json` with the digests of both. It is written under a temporary name, flushed to disk, and renamed. Of a
-model that is frozen in part, `adapter.pt` has the rest, and the manifest says where its base is and with what digest.
+    runs/tiny/pretrain/step_0005000/
+        weights.pt       float32 weights by parameter name; if most are frozen, adapter.pt with the others instead
+        state.pt         what else resuming needs: optimizers, random generators, the step
+        manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
+
+A checkpoint is written to `.step_0005000.partial`, flushed to disk, and renamed. A rename is atomic: after a crash at
+any moment the directory is there with all its bytes, or not at all.
 """
 
 import os
@@ -22,10 +26,10 @@ from model import ModelConfig, Transformer
 
 
 def save(directory: Path, files: dict[str, dict], about: dict) -> None:
-    """Writes a checkpoint directory, atomically, in place of one of the same name.
+    """Writes a checkpoint directory, atomically. It replaces one of the same name.
 
-    files: by name, what `torch.load(weights_only=True)` reads: tensors, numbers, strings, and containers of them.
-    about: the rest of the manifest, as `Stage.about` gives it.
+    files: by name, what `torch.load(weights_only=True)` can read: tensors, numbers, strings, and containers of them.
+    about: the rest of the manifest, from `Stage.about`.
     """
     temporary = directory.with_name(f".{directory.name}.partial")
     remove(temporary)
@@ -34,17 +38,18 @@ def save(directory: Path, files: dict[str, dict], about: dict) -> None:
         for name, content in files.items():
             with open(temporary / name, "wb") as file:
                 torch.save(_interned(content), file)
-        wrote = stage.digests(temporary, temporary.glob("*.pt"))
+        wrote = stage.digests(temporary, temporary.glob("*.pt"))  # flushes each file first
         stage.write_manifest(temporary, about | {"wrote": wrote})
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.__context__  # torch covers what the disk said with an error of its own
+        reason = error.__context__  # torch hides the disk's error, such as "no space left", behind its own
         raise reason if isinstance(reason, OSError) else error from None
     put(temporary, directory)
 
 
 def _interned(x):
-    """Equal strings as one object: a pickle notes which are, and equal content is to give equal bytes."""
+    """The same content with equal strings as one object. Pickle writes an object once and then refers to it, so equal
+    content would otherwise not always give equal bytes."""
     if isinstance(x, dict):
         return {_interned(key): _interned(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -53,21 +58,22 @@ def _interned(x):
 
 
 def put(temporary: Path, directory: Path) -> None:
-    """Renames a finished directory to its name, in place of one that is there."""
-    if os.path.lexists(directory):  # two renames, with the old one whole beside until the new one stands: see `recover`
-        old = directory.with_name(f".{directory.name}.old")
+    """Renames a finished directory to its name, and replaces one that has the name."""
+    # A directory cannot be renamed over another. The old one moves aside first; `recover` puts it back after a crash
+    # between the two renames.
+    old = directory.with_name(f".{directory.name}.old")
+    replaces = os.path.lexists(directory)
+    if replaces:
         remove(old)
         os.rename(directory, old)
-        os.rename(temporary, directory)
-        stage.sync(directory.parent)
+    os.rename(temporary, directory)
+    stage.sync(directory.parent)
+    if replaces:
         remove(old)
-    else:
-        os.rename(temporary, directory)
-        stage.sync(directory.parent)
 
 
 def remove(path: Path) -> None:
-    """Removes what may stand at a path: a directory, a file, or a link, without what it leads to."""
+    """Removes a directory, a file, or a link without its target. Nothing happens if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -75,59 +81,61 @@ def remove(path: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Clears up after a process killed while saving: restores what was moved aside, removes what is partial."""
+    """Cleans up after a process that was killed while saving: restores what was moved aside, removes partial ones."""
     for old in parent.glob(".*.old"):
-        if not (target := parent / old.name[1:-4]).exists():
-            remove(target)  # a link that leads nowhere
-            os.rename(old, target)
-        else:
+        target = parent / old.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
             remove(old)
+        else:
+            remove(target)  # it may be a link to nowhere
+            os.rename(old, target)
     for partial in parent.glob(".*.partial"):
         remove(partial)
 
 
 def read_manifest(directory: Path) -> dict:
     """A checkpoint's manifest. UserError if it is missing or damaged."""
-    if (manifest := stage.read_manifest(directory)) is None:
+    manifest = stage.read_manifest(directory)
+    if manifest is None:
         raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
     return manifest
 
 
 def read(directory: Path, file: str) -> dict:
-    """One of a checkpoint's files, on the CPU, its digest checked first. UserError if it is missing or damaged."""
-    manifest = read_manifest(directory)
-    if file not in manifest["wrote"]:
-        raise UserError(f"{directory} has no {file}; it holds {', '.join(manifest['wrote'])}")
-    if wrong := stage.damage(directory, {file: manifest["wrote"][file]}):
+    """One of a checkpoint's files, on the CPU. UserError if it is missing or its digest is wrong."""
+    wrote = read_manifest(directory)["wrote"]
+    if file not in wrote:
+        raise UserError(f"{directory} has no {file}; it holds {', '.join(wrote)}")
+    if wrong := stage.damage(directory, {file: wrote[file]}):
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of other pickles: those are refused
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(directory / file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file made to harm can break the reader anywhere; torch advises to read it unsafely
+    except Exception as error:  # a malicious file can fail anywhere in the reader; torch's message suggests to trust it
         what = f"holds something other than tensors and numbers ({type(error).__name__})"
         raise UserError(f"{directory / file} {what}; use another checkpoint") from None
 
 
 def weights(model: torch.nn.Module) -> tuple[str, dict]:
-    """What a checkpoint keeps of a model, and in which file: all of it, or, if part of it is frozen, the rest."""
+    """What a checkpoint keeps of a model, and in which file: all of it, or the trained part if the rest is frozen."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     return "adapter.pt" if frozen else "weights.pt", kept
 
 
 def load_weights(directory: Path, model: torch.nn.Module, name: str = "default") -> None:
-    """Puts into a model what `weights` has kept of it. UserError if that is missing, damaged, or another model's.
+    """Loads what `weights` has kept into a model. UserError if it is missing, damaged, or another model's.
 
-    name: of the adapter, if it is one; on disk it is always "default".
+    name: the adapter's name in this model; on disk it is always "default".
     """
     file, expected = weights(model)
-    found = read(directory, file)
+    tensors = read(directory, file)
     if file == "adapter.pt":
-        found = {key.removesuffix("default") + name: tensor for key, tensor in found.items()}
+        tensors = {key.removesuffix("default") + name: tensor for key, tensor in tensors.items()}
     try:
-        if missing := sorted(expected.keys() - found.keys()):
+        if missing := sorted(expected.keys() - tensors.keys()):
             raise RuntimeError(f"it has no {missing[0]}")
-        if unexpected := model.load_state_dict(found, strict=False).unexpected_keys:
+        if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
             raise RuntimeError(f"the model has no {unexpected[0]}")
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
@@ -135,19 +143,20 @@ def load_weights(directory: Path, model: torch.nn.Module, name: str = "default")
 
 def steps(parent: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint that a run can resume from, newest first."""
-    found = []
+    table = []
     for path in parent.glob("*"):
-        if re.fullmatch(r"step_\d+|final", path.name):
-            try:
-                if manifest := stage.read_manifest(path):
-                    found.append((int(manifest["counts"]["step"]), path))
-            except (UserError, LookupError, TypeError, ValueError) as error:
-                log.warning(f"{error!s}: passing over {path}")
-    return sorted(found, reverse=True)
+        if not re.fullmatch(r"step_\d+|final", path.name):
+            continue
+        try:
+            if manifest := stage.read_manifest(path):
+                table.append((int(manifest["counts"]["step"]), path))
+        except (UserError, LookupError, TypeError, ValueError) as error:
+            log.warning(f"{error!s}: passing over {path}")
+    return sorted(table, reverse=True)
 
 
 def newest(parent: Path) -> Iterator[Path]:
-    """Checkpoints to resume from, newest first, those with a damaged file left out with a warning."""
+    """Checkpoints to resume from, newest first. Damaged ones are left out with a warning."""
     for _, directory in steps(parent):
         if wrong := stage.damage(directory, stage.read_manifest(directory)["wrote"]):
             log.warning(f"{wrong}: passing over {directory}")
@@ -155,20 +164,32 @@ def newest(parent: Path) -> Iterator[Path]:
             yield directory
 
 
+def digest(directory: Path) -> str:
+    """The SHA-256 of a checkpoint's weights or adapter. UserError if it has neither."""
+    wrote = read_manifest(directory)["wrote"]
+    for name in ("weights.pt", "adapter.pt"):
+        if name in wrote:
+            return wrote[name]["sha256"]
+    hint = f"; did you mean {directory / 'final'}?" if (directory / "final").is_dir() else ""
+    raise UserError(f"{directory} is not a checkpoint: it has no weights.pt and no adapter.pt{hint}")
+
+
 def must_match(directory: Path, tokenizer_sha256: str) -> None:
-    """UserError if a checkpoint was not trained on the output of this tokenizer."""
-    manifest = read_manifest(directory)
-    found = next((digest for path, digest in manifest["read"].items() if path.endswith("spm.model")), "none")
-    if found != tokenizer_sha256:
+    """UserError if a checkpoint was not trained with this tokenizer."""
+    read = read_manifest(directory)["read"]
+    trained_with = next((digest for path, digest in read.items() if path.endswith("spm.model")), "none")
+    if trained_with != tokenizer_sha256:
         raise UserError(
-            f"{directory} was trained with tokenizer {found[:12]}…, but the tokenizer here is "
-            f"{tokenizer_sha256[:12]}…; use the config that it was trained with, or train it anew"
+            f"{directory} was trained with tokenizer {trained_with[:12]}…, but the tokenizer here is "
+            f"{tokenizer_sha256[:12]}…; use the config that it was trained with, or train it again with this tokenizer"
         )
 
 
 def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
-    """The trained model in a checkpoint directory, ready to generate; an adapter merged into its base. UserError if one
-    of them is missing, damaged, or not what the other was trained with."""
+    """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base.
+
+    UserError if a file is missing or damaged, or if the base is not the one that the adapter was trained on.
+    """
     directory = Path(directory)
     if adapts(directory):
         model = load_model(base(directory))
@@ -176,7 +197,7 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
         lora.fold(model)
     else:
         shape = dict(read_manifest(directory)["config"]["model"])
-        del shape["type"], shape["kernels"]  # the kernels are those of this machine
+        del shape["type"], shape["kernels"]  # this machine chooses its own kernels
         model = Transformer(ModelConfig(**shape))
         load_weights(directory, model)
     model.digest = digest(directory)
@@ -184,50 +205,43 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
 
 
 def load_adapter(directory: Path | str, model: Transformer, name: str = "default") -> None:
-    """Puts the adapter in a checkpoint directory on its base, beside those that are there, and in use.
+    """Adds the adapter in a checkpoint directory to its base model and activates it. Other adapters stay.
 
-    model: as `load_model` gives it for `base(directory)`. The row of a control piece in its output projection may
-    change (`lora.begin`). UserError for an adapter of another model.
+    model: from `load_model(base(directory))`. `lora.init_end_piece` may change a row of its output projection. Raises
+    UserError for an adapter of another model.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
     if getattr(model, "digest", "none") not in manifest["read"].values():
         raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
     if pieces := manifest["config"].get("begin"):
-        lora.begin(model, **pieces)
-    fields = {key: value for key, value in manifest["config"]["lora"].items() if key != "type"}
-    lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}), name)
+        lora.init_end_piece(model, **pieces)
+    fields = dict(manifest["config"]["lora"])
+    del fields["type"]
+    fields["targets"] = tuple(fields["targets"])  # JSON has no tuples
+    lora.attach(model, lora.LoRAConfig(**fields), name)
     load_weights(directory, model, name)
 
 
 def template(directory: Path) -> str | None:
-    """How a checkpoint's model was taught to answer; None: it was not, and goes on with a text."""
+    """The template in which a checkpoint's model learnt to answer. None: it did not, and continues a text."""
     return read_manifest(directory)["config"].get("template")
 
 
-def digest(directory: Path) -> str:
-    """The SHA-256 of a checkpoint's weights or adapter. UserError if it has neither."""
-    wrote = read_manifest(directory)["wrote"]
-    if not (found := [file["sha256"] for name, file in wrote.items() if name in ("weights.pt", "adapter.pt")]):
-        meant = f"; did you mean {directory / 'final'}?" if (directory / "final").is_dir() else ""
-        raise UserError(f"{directory} is not a checkpoint: it has no weights.pt and no adapter.pt{meant}")
-    return found[0]
-
-
 def adapts(directory: Path) -> bool:
-    """Whether a checkpoint holds an adapter only."""
+    """True if a checkpoint holds only an adapter."""
     return "adapter.pt" in read_manifest(directory)["wrote"]
 
 
 def base(directory: Path) -> Path:
-    """The checkpoint that an adapter was trained on. UserError if it is not there, or not what it was."""
+    """The checkpoint that an adapter was trained on. UserError if it is missing or has changed."""
     manifest = read_manifest(directory)
-    found = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))  # which may be absolute
-    if stage.read_manifest(found) is None:
-        raise UserError(f"{directory} holds an adapter of the model in {found}, which is not there; put it back there")
-    if digest(found) not in manifest["read"].values():
+    path = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))  # relative or absolute
+    if stage.read_manifest(path) is None:
+        raise UserError(f"{directory} holds an adapter of the model in {path}, which is not there; put it back there")
+    if digest(path) not in manifest["read"].values():
         raise UserError(
-            f"{directory} holds an adapter of another model than the one that is now in {found} "
-            f"({digest(found)[:12]}…); put that back, or train the adapter anew"
+            f"{directory} holds an adapter of another model than the one that is now in {path} "
+            f"({digest(path)[:12]}…); put the old one back, or train the adapter again"
         )
-    return found
+    return path

@@ -1,9 +1,9 @@
-"""LoRA by hand: a frozen matrix W and, trained beside it, the product of two thin ones (arXiv:2106.09685).
+"""LoRA by hand: train two thin matrices beside each frozen weight matrix (arXiv:2106.09685).
 
-    y = W x + (alpha / rank) · B A dropout(x)         A: (rank, in), B: (out, rank)
+    y = W x + (alpha / rank) · B A dropout(x)         W: (out, in), frozen; A: (rank, in); B: (out, rank)
 
-A is drawn at random and B is zero, so that an adapter changes nothing until it is trained. Several adapters can stand
-on one model, of which one, or none, is in use.
+A starts random and B starts at zero, so a new adapter changes nothing until it is trained. A model can carry several
+adapters. One of them, or none, is active.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cli import UserError
 from model import Transformer
 from stage import check_types
 
@@ -23,16 +24,18 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """The shape of an adapter. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """The shape of an adapter. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
+    # Try rank=4: an eighth of the numbers to train, and often nearly the same loss.
     rank: int = 32
-    """Rows of A, columns of B."""
+    """Rows of A and columns of B."""
     alpha: float = 64.0
     """B A is multiplied by alpha / rank."""
     dropout: float = 0.05
     """Share of the adapter's inputs that a training step sets to 0."""
     targets: tuple[str, ...] = TARGETS
-    """The projections of every block that are adapted: of attention q, k, v, o, of the feed-forward gate, up, down."""
+    """Names of the linear layers that get an adapter, in every block: q, k, v, o of attention; gate, up, down of the
+    feed-forward network. A changed architecture may have other names; `attach` checks them."""
 
     def __post_init__(self):
         check_types(self)
@@ -42,78 +45,77 @@ class LoRAConfig:
             raise ValueError(f"alpha is {self.alpha}; expected a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected at least 0, less than 1")
-        if not self.targets or not set(self.targets) <= set(TARGETS) or len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets are {self.targets}; expected one or more of {', '.join(TARGETS)}, each once")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets are {self.targets}; expected one or more names of linear layers, each once")
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer without bias, whose weight it takes over and freezes, with adapters beside it."""
+    """Takes over the weight and bias of a linear layer and holds its adapters."""
 
     def __init__(self, linear: nn.Linear):
+        # Skip nn.Linear's own __init__: it would allocate and draw a weight that nobody needs.
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight.requires_grad_(False), None
+        self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
-        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()  # by the adapter's name
+        # By adapter name. A checkpoint calls them `blocks.0.attn.q.a.default` and `blocks.0.attn.q.b.default`.
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
-        self.register_buffer("base", None, persistent=False)  # while an adapter is merged: the weight without it
+        # W + (alpha / rank) · B A while an adapter is merged, else None. Only W and the adapter are saved.
+        self.register_buffer("merged", None, persistent=False)
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """A new adapter, float32, drawn from torch's global generator as `nn.Linear` draws its weight; now in use."""
+        """Adds an adapter in float32, drawn from torch's global generator as `nn.Linear` draws its weight."""
         a = self.weight.new_empty(config.rank, self.in_features, dtype=torch.float32)
+        b = self.weight.new_zeros(self.out_features, config.rank, dtype=torch.float32)
+        # Only one of them may start at zero. The gradient of each is a product with the other.
         self.a[name] = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
-        self.b[name] = nn.Parameter(self.weight.new_zeros(self.out_features, config.rank, dtype=torch.float32))
-        self.configs[name], self.active = config, name
+        self.b[name] = nn.Parameter(b)
+        self.configs[name] = config
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
-        y = F.linear(x, self.weight)
-        if self.base is not None and self.training:
-            raise RuntimeError("an adapter is merged into the weights; lora.unmerge the model before training goes on")
-        if self.active is None or self.base is not None:
+        if self.merged is not None:
+            if self.training:
+                raise RuntimeError("an adapter is merged into the weights; call lora.unmerge(model) before you train")
+            return F.linear(x, self.merged, self.bias)
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        if self.active is None:
             return y
         config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
         scale = config.alpha / config.rank
         if self.training and config.dropout:
-            x, scale = dropped(x, config.dropout, a), scale / (1 - config.dropout)
+            # Only the adapter's input is dropped. Its mean shrinks by 1 - p, and the scale makes up for that.
+            x = dropped(x, config.dropout, a)
+            scale = scale / (1 - config.dropout)
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(a.dtype)  # of a model in another dtype
-        # Scaled last, as peft does it: elsewhere it would round otherwise.
-        return y + (scale * F.linear(F.linear(x, a), b)).to(y.dtype)
-
-    def merge(self) -> None:
-        """Puts the adapter in use into the weight. The weight without it is kept: to subtract would be to round."""
-        if self.active is not None and self.base is None:
-            config, self.base = self.configs[self.active], self.weight.data
-            product = self.b[self.active].data @ self.a[self.active].data  # (out, in)
-            self.weight.data = (self.base + config.alpha / config.rank * product).to(self.base.dtype)
-
-    def unmerge(self) -> None:
-        if self.base is not None:
-            self.weight.data, self.base = self.base, None
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.base is not None:  # merged weights beside the adapter would be the adapter twice
-            destination[f"{prefix}weight"] = self.base
+            x = x.to(a.dtype)  # the base model may be in bfloat16
+        # Two thin products, (..., in) -> (..., rank) -> (..., out). B A itself would be as large as W.
+        delta = F.linear(F.linear(x, a), b)
+        # Scale last, as the peft library does. Another order rounds differently.
+        return y + (scale * delta).to(y.dtype)
 
 
 def dropped(x: Tensor, p: float, reader: Tensor | None = None) -> Tensor:
-    """Dropout without the division by 1 - p: elements are 0 with probability p, to the nearest 1/65,536.
+    """Dropout without the division by 1 - p. Sets elements to 0 with probability p, to the nearest 1/65,536.
 
-    reader: what reads the result, and tells one call from another: of equal ones torch.compile would make only one.
-    Drawn from 16 random bits an element: on a CPU a fifth of the time of PyTorch's, which would be a quarter of a step.
+    reader: any tensor that differs from call to call; torch.compile merges calls with equal arguments into one.
     """
     return torch.where(_kept(x, p, reader), x, 0.0)
 
 
+# 16 random bits per element decide: on a CPU that takes a fifth of the time of F.dropout, which would be a quarter of
+# a training step. torch.compile cannot trace this random_. As an operator of its own it stays one node in the graph;
+# without that, the graph would break at every adapted layer.
 @torch.library.custom_op("lumi::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _kept(x: Tensor, p: float, reader: Tensor | None) -> Tensor:
-    """Which elements are kept: an operator that torch.compile leaves alone, for it cannot draw from all of int64."""
-    whole = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    bits = whole.view(torch.int16)[: x.numel()].view(x.shape)
-    return bits >= min(round(p * 65_536), 65_535) - 32_768  # int16 holds no bound that would drop all
+    """True where an element of x is kept."""
+    words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None)  # all 64 bits are random
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    # int16 starts at -32,768. Its largest value as the threshold still keeps 1 in 65,536.
+    return bits >= min(round(p * 65_536), 65_535) - 32_768
 
 
 @_kept.register_fake
@@ -129,37 +131,67 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def adapters(model: nn.Module) -> set[str]:
+    """The names of the model's adapters."""
+    return {name for layer in layers(model).values() for name in layer.configs}
+
+
 def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> None:
-    """Adds an adapter, which is then in use and alone is trained: everything else is frozen. ValueError for a name that
-    is taken or has a dot in it."""
-    if "." in name or not name or any(name in layer.configs for layer in layers(model).values()):
+    """Adds an adapter and activates it. It alone is trained: all other parameters are frozen.
+
+    Raises UserError for targets that no block has, ValueError for a name that is taken or contains a dot.
+    """
+    if not name or "." in name or name in adapters(model):
         raise ValueError(f"the adapter's name is {name!r}; expected one without a dot that no other adapter has")
+    known = linear_layers(model.blocks)
+    missing = [target for target in config.targets if target not in known]
+    if missing:
+        raise UserError(
+            f"targets names {', '.join(map(repr, missing))}; the model's blocks have {', '.join(known)}: "
+            f"set lora=LoRAConfig(targets={tuple(known)})"
+        )
     unmerge(model)
     model.requires_grad_(False)
+    # Block by block, in the order of `targets`: the order of random draws is part of a run's result.
     for block in model.blocks:
+        paths = linear_layers(block)
         for target in config.targets:
-            part = block.attn if hasattr(block.attn, target) else block.mlp
-            if not isinstance(getattr(part, target), LoRALinear):
-                setattr(part, target, LoRALinear(getattr(part, target)))
-            getattr(part, target).add(name, config)
+            for path in paths.get(target, []):
+                layer = block.get_submodule(path)
+                if not isinstance(layer, LoRALinear):
+                    layer = LoRALinear(layer)
+                    block.set_submodule(path, layer)
+                layer.add(name, config)
     use(model, name)
 
 
+def linear_layers(module: nn.Module) -> dict[str, list[str]]:
+    """The paths of a module's linear layers by their last name: {"q": ["attn.q"], …}."""
+    # By name, not by class: so you can rewrite attention or the feed-forward network and still adapt it.
+    paths: dict[str, list[str]] = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            name = path.rpartition(".")[2]
+            paths.setdefault(name, []).append(path)
+    return paths
+
+
 def use(model: nn.Module, name: str | None) -> None:
-    """Which adapter a model uses, and trains; None: none, as if there were none. KeyError for one that it lacks."""
-    if name is not None and not any(name in layer.configs for layer in layers(model).values()):
+    """Activates an adapter, which alone is then trained. None: the model without any. KeyError for an unknown name."""
+    if name is not None and name not in adapters(model):
         raise KeyError(f"the model has no adapter {name!r}")
     unmerge(model)
     for layer in layers(model).values():
         layer.active = name if name in layer.configs else None
-        for each in layer.configs if name else ():
-            layer.a[each].requires_grad_(each == name)
-            layer.b[each].requires_grad_(each == name)
+        # None switches off for a moment only, so it does not change which adapter is trained afterwards.
+        for adapter in layer.configs if name else ():
+            layer.a[adapter].requires_grad_(adapter == name)
+            layer.b[adapter].requires_grad_(adapter == name)
 
 
 @contextmanager
 def without(model: nn.Module) -> Iterator[None]:
-    """The model as it is without the adapter in use: for the length of a block, and without a second copy of it."""
+    """Switches the adapter off inside a `with` block: DPO gets its reference model without a second copy."""
     before = {layer: layer.active for layer in layers(model).values()}
     use(model, None)
     try:
@@ -170,37 +202,42 @@ def without(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Puts the adapter in use into the weights: the same outputs, but for rounding, at the cost of a plain model."""
+    """Adds the active adapter to the weights: the same outputs up to rounding, at the speed of a plain model."""
     for layer in layers(model).values():
-        layer.merge()
+        if layer.active is not None:
+            config, a, b = layer.configs[layer.active], layer.a[layer.active], layer.b[layer.active]
+            weight = layer.weight.data + config.alpha / config.rank * (b.data @ a.data)  # (out, in)
+            # A copy beside W. To subtract the product from W again would leave rounding errors behind.
+            layer.merged = weight.to(layer.weight.dtype)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Takes it out again: the weights are the base's, bit for bit."""
+    """Returns to the base model's weights, bit for bit, with the adapter beside them."""
     for layer in layers(model).values():
-        layer.unmerge()
+        layer.merged = None
 
 
 def fold(model: Transformer) -> None:
-    """Makes plain layers of the adapted ones, the adapter in use merged for good."""
+    """Merges the active adapter for good: all adapted layers become plain ones."""
     merge(model)
     for name, layer in layers(model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(layer.weight.data)
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, plain)
+        plain.weight = layer.weight if layer.merged is None else nn.Parameter(layer.merged)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
     model.requires_grad_(True)
 
 
-def begin(model: Transformer, end: int, start: int, eos: int) -> None:
-    """Gives a model that has never seen a template's control pieces an end that it can learn to use.
+def init_end_piece(model: Transformer, end: int, start: int, eos: int) -> None:
+    """Gives <|im_end|>, which pretraining never shows, a row in the output projection that LoRA can work with.
 
-    Pieces that no text is spelt with have all been pushed the same way in the output projection, and while that is
-    frozen they cannot be told apart: with LoRA alone the demo gave <|im_end|> a probability of 0.02 where every answer
-    ends. Its row becomes that of the piece that ends a text, plus what tells two unseen pieces apart.
+    Pretraining pushes the rows of all unseen pieces in the same direction, and LoRA freezes them. So a model could not
+    tell <|im_end|> from <|im_start|>: in the demo it had a probability of 0.02 where every answer ends.
     """
-    if end not in getattr(model, "begun", ()):  # else another adapter has needed it already
-        with torch.no_grad():
-            rows = model.head.weight
-            rows[end] = rows[eos] + (rows[end] - rows[start])
-        model.begun = {end}
+    if getattr(model, "end_piece", None) == end:
+        return  # done for another adapter on this model; a second time would move the row again
+    model.end_piece = end
+    with torch.no_grad():
+        rows = model.head.weight  # (V, D)
+        # The row of the piece that ends a text, plus the small difference between the two unseen pieces.
+        rows[end] = rows[eos] + (rows[end] - rows[start])

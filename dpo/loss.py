@@ -1,11 +1,16 @@
-"""What is learnt from a pair of answers: the equations of DPO and its kin, and the log-probabilities they are of.
+"""The losses of preference learning, and the log-probabilities that they compare.
 
-With π the model, ref the reference, x a prompt, c its chosen and r its rejected answer, the reward that a model implies
-is  r(x, y) = β · (log π(y|x) − log ref(y|x)),  and  h = (log π(c) − log ref(c)) − (log π(r) − log ref(r)).
+DPO (arXiv:2305.18290) needs no reward model: the trained model π is one itself. With ref the model before training, x a
+prompt and y an answer, the reward that π implies is
+
+    r(x, y) = β · (log π(y | x) − log ref(y | x))
+
+A pair has a chosen answer c and a rejected answer r. The margin without its β is what every loss here starts from:
+
+    h = (log π(c) − log ref(c)) − (log π(r) − log ref(r))
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +23,18 @@ from stage import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Which loss. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """Which loss. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
     loss: str = "sigmoid"
     """"sigmoid" (DPO, arXiv:2305.18290), "ipo" (arXiv:2310.12036) or "hinge" (SLiC, arXiv:2305.10425)."""
+    # Try 0.01 and 1: with a weak pull the margin grows fast, and the answers soon stop being good English.
     beta: float = 0.1
-    """How dear it is to leave the reference."""
+    """Strength of the pull towards the reference; higher stays closer."""
     label_smoothing: float = 0.0
-    """Of "sigmoid": the share of pairs that are thought to be the wrong way round."""
+    """For "sigmoid": the share of pairs assumed to be labelled the wrong way round."""
     chosen_weight: float = 0.0
-    """Of the chosen answer's own loss, in nats a token, which keeps its likelihood from falling with the rejected one's
-    (RPO, arXiv:2404.19733)."""
+    """Weight of the chosen answer's own loss, in nats a token. It keeps the chosen answer's likelihood from falling
+    together with the rejected one's (RPO, arXiv:2404.19733)."""
 
     def __post_init__(self):
         check_types(self)
@@ -45,24 +51,34 @@ class LossConfig:
             raise ValueError(f"chosen_weight is {self.chosen_weight}; expected 0 or more")
 
 
-def sigmoid(h: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """−(1 − ε) log σ(β h) − ε log σ(−β h), ε the label smoothing: equation 7 of DPO; with ε its authors' cDPO."""
-    h, smoothing = config.beta * (h[:, 0] - h[:, 1]), config.label_smoothing
-    return -(1 - smoothing) * F.logsigmoid(h) - smoothing * F.logsigmoid(-h)
+# The losses take log π − log ref of both answers, (pairs, 2), and the answers' lengths in tokens, (pairs, 2).
 
 
-def ipo(h: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """(h − 1 / 2β)²: equation 17, with h of means over an answer's tokens rather than sums, as its authors advise."""
-    means = h / lengths
-    return (means[:, 0] - means[:, 1] - 1 / (2 * config.beta)).square()
+def sigmoid(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+    """−(1 − ε) log σ(β h) − ε log σ(−β h), ε the label smoothing: equation 7 of DPO, with ε its authors' cDPO."""
+    # σ(β h) is the probability that the chosen answer wins (Bradley-Terry). This is its cross-entropy: like a
+    # classifier of two classes whose logit is the margin. Pairs that are clearly right hardly pull any more.
+    margin = config.beta * (ratios[:, 0] - ratios[:, 1])  # (pairs,)
+    right = F.logsigmoid(margin)
+    wrong = F.logsigmoid(-margin)
+    return -(1 - config.label_smoothing) * right - config.label_smoothing * wrong
 
 
-def hinge(h: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+def ipo(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+    """(h − 1 / 2β)²: equation 17 of IPO, with means over an answer's tokens rather than sums, as its authors advise."""
+    # A fixed goal for the margin: there the loss is 0. The sigmoid has none, and can overfit pairs that agree.
+    means = ratios / lengths
+    h = means[:, 0] - means[:, 1]
+    return (h - 1 / (2 * config.beta)).square()
+
+
+def hinge(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
     """max(0, 1 − β h)."""
-    return torch.relu(1 - config.beta * (h[:, 0] - h[:, 1]))
+    # Pairs with a margin above 1 have no gradient at all.
+    return torch.relu(1 - config.beta * (ratios[:, 0] - ratios[:, 1]))
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, LossConfig], Tensor]] = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
+LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
 
 
 def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
@@ -72,52 +88,68 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: 
     their tokens.
     """
     loss = LOSSES[config.loss](policy - reference, lengths, config)
-    return loss - config.chosen_weight * policy[:, 0] / lengths[:, 0] if config.chosen_weight else loss
+    if config.chosen_weight:
+        # h can grow while both answers become less likely. This term does not let the chosen one.
+        loss = loss - config.chosen_weight * policy[:, 0] / lengths[:, 0]
+    return loss
 
 
 def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    """What is logged of pairs, (pairs,) each, by name: rewards, their margin, and whether the chosen one is greater (a
-    tie counts half). They are of whole answers, whatever the loss; that of "ipo" is of means over their tokens."""
-    chosen, rejected = (config.beta * (policy - reference).detach()).unbind(1)
+    """What is logged of each pair, by name, (pairs,) each. Rewards are of whole answers, for "ipo" too."""
+    # Watch logp_chosen beside margin: a growing margin with a falling logp_chosen is the failure described above.
+    ratios = (policy - reference).detach()
+    chosen = config.beta * ratios[:, 0]
+    rejected = config.beta * ratios[:, 1]
     margin = chosen - rejected
+    right, tie = (margin > 0).double(), (margin == 0).double()
     return {
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "margin": margin,
-        "accuracy": (margin > 0).double() + (margin == 0).double() / 2,
+        "accuracy": right + tie / 2,  # 0.5 before the first step, when all margins are 0
         "logp_chosen": policy[:, 0].detach(),
         "logp_rejected": policy[:, 1].detach(),
     }
 
 
-def laid_out(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Pairs as one row without padding, in which a prompt stands once and both answers follow it.
+def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Pairs as one row without padding: each prompt once, and both answers behind it.
 
-    ids: (pairs, width) int64: prompt, chosen and rejected answer of each, then anything. bounds: (pairs, 3) int64,
-    where each of them ends. Returns inputs, targets and positions, (1, T) each, for `Transformer`: an answer's targets
-    are its ids moved on by one, which happens here, and nowhere else; and the lengths of all answers.
-
-    Of the prompt the last id stands twice, for there the answers part: it predicts the first id of each.
+    ids: (pairs, width) int64, on the CPU: prompt, chosen and rejected answer of each pair, then anything. bounds:
+    (pairs, 3) int64, where these three end. Returns inputs, targets and positions, (1, T) each, for `Transformer`, and
+    the lengths of all answers, chosen and rejected in turn.
     """
+    # The usual way computes every prompt twice, with padding. Here a prompt "a b" with answers "c d" and "x y" is
+    #   inputs     a  b  c    b  x
+    #   targets    -  c  d    x  y      the ids shifted by one: here, and nowhere else. "-" is IGNORED
+    #   positions  0  1  2    1  2
+    # The last id of the prompt stands twice, because it predicts the first id of both answers. The fall from position
+    # 2 to 1 tells the model that the second answer continues the prompt and does not see the first answer.
     inputs, targets, positions, lengths = [], [], [], []
-    for row, (p, c, r) in zip(ids, bounds.tolist(), strict=True):
-        inputs += [row[: c - 1], row[p - 1 : p], row[c : r - 1]]
-        targets += [row.new_full((p - 1,), IGNORED), row[p:r]]
-        positions += [torch.arange(c - 1), torch.arange(p - 1, p - 1 + r - c)]
-        lengths += [c - p, r - c]
-    return *(torch.cat(parts)[None] for parts in (inputs, targets, positions)), lengths
+    for row, ends in zip(ids, bounds.tolist(), strict=True):
+        prompt, chosen, rejected = ends
+        inputs.append(row[: chosen - 1])
+        inputs.append(row[prompt - 1 : prompt])
+        inputs.append(row[chosen : rejected - 1])
+        targets.append(torch.full((prompt - 1,), IGNORED))
+        targets.append(row[prompt:rejected])
+        positions.append(torch.arange(chosen - 1))
+        positions.append(torch.arange(rejected - chosen) + prompt - 1)
+        lengths.append(chosen - prompt)
+        lengths.append(rejected - chosen)
+    return torch.cat(inputs)[None], torch.cat(targets)[None], torch.cat(positions)[None], lengths
 
 
 def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
-    """log π of the answers of pairs, in nats: (pairs, 2) float64, chosen and rejected. ids, bounds: as in `laid_out`,
-    on the CPU.
-
-    Logits are made a chunk at a time, and only where an answer is predicted.
-    """
-    inputs, targets, positions, lengths = laid_out(ids, bounds)
+    """log π of the answers of pairs, in nats: (pairs, 2) float64, chosen and rejected. ids, bounds: as in
+    `pack_pairs`."""
+    inputs, targets, positions, lengths = pack_pairs(ids, bounds)
     device = next(model.parameters()).device
-    answers = (targets[0] != IGNORED).nonzero()[:, 0].to(device, non_blocking=True)
-    losses = model(inputs.to(device, non_blocking=True), targets, positions=positions, reduction="none")[0]
-    # float64: the difference of two such sums is what is learnt from.
-    sums = [part.sum() for part in losses[answers].double().split(lengths)]
+    # Cross-entropy of a token is −log π(token). The model makes logits only where a target is not IGNORED.
+    inputs = inputs.to(device, non_blocking=True)
+    losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,)
+    answers = (targets[0] != IGNORED).nonzero()[:, 0]
+    losses = losses[answers.to(device, non_blocking=True)]
+    # float64: the loss is a small difference between such sums, and float32 would lose its last digits.
+    sums = [part.sum() for part in losses.double().split(lengths)]
     return -torch.stack(sums).view(-1, 2)

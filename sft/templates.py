@@ -1,11 +1,10 @@
-"""Templates: how a conversation is spelt in ids, and which of them are trained.
+"""Templates: how a conversation becomes token ids, and which of them are trained.
 
-Ids and mask are made together, in `render`, and nowhere else: training, evaluation and serving spell a conversation
-alike, and so does the exported tokenizer, whose template stands beside each. Trained is what the assistant says, and
-the piece that ends it.
+    chatml    <|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵Hello!<|im_end|>↵
+                                                                  ^^^^^^^^^^^^^^^^ trained
 
-A control piece that a message spells is text, and gets ordinary pieces. An answer is encoded apart from what stands
-before it: pieces may reach over the end of a line, and a model is to be asked with the ids that it was trained on.
+`render` makes ids and mask together, and nothing else in the project does. So training, evaluation and serving agree on
+every id. The exported tokenizer agrees too: its Jinja template stands beside each template here.
 """
 
 import itertools
@@ -22,28 +21,39 @@ from tokenizer import Tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 RESPONSE = "### Response:\n"
+# Stanford Alpaca's first lines, for an instruction without an input and with one.
 OPENING = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
     "response that appropriately completes the request.\n\n",
-)  # Stanford Alpaca's, without an input and with one
+)
 
 
 class Part(NamedTuple):
-    """A stretch of a conversation: text, or the name of a control piece, "" for the one that ends a text."""
+    """A piece of a conversation: text, or the name of a control piece, "" for the one that ends a text (eos)."""
 
     text: str
     trained: bool = False
     control: bool = False
 
 
+def with_input(message: Message, before: str = "\n\n") -> str:
+    """The message's text and, if it has an input, that."""
+    return message.content + before + message.input if message.input else message.content
+
+
 def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
-    for role, content, given in messages:
-        answer = role == "assistant"
+    # Control pieces mark every turn. No text is ever encoded to them, so a user cannot fake the end of a turn.
+    for message in messages:
+        answer = message.role == "assistant"
         yield Part(START, control=True)
-        yield Part("assistant\n" if answer else f"{role}\n{content}" + f"\n\n{given}" * bool(given))
         if answer:
-            yield Part(content, trained=True)
+            yield Part("assistant\n")
+            yield Part(message.content, trained=True)
+        else:
+            yield Part(f"{message.role}\n{with_input(message)}")
+        # Train the end of an answer too: a model that never learns END never stops. The "\n" behind it is not
+        # trained, because generation has stopped by then.
         yield Part(END, trained=answer, control=True)
         yield Part("\n")
     if ask:
@@ -52,14 +62,16 @@ def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
 
 
 def instruct(messages: Sequence[Message], ask: bool, before_input: str = "\n\n") -> Iterator[Part]:
-    for role, content, given in messages:
-        if role == "assistant":
-            yield Part(content, trained=True)
+    # Headings in plain text: works with a tokenizer without control pieces, and eos ends an answer.
+    for message in messages:
+        if message.role == "assistant":
+            yield Part(message.content, trained=True)
             yield Part("", trained=True, control=True)
-        elif role == "system":
-            yield Part(f"{content}\n\n")
+        elif message.role == "system":
+            yield Part(f"{message.content}\n\n")
         else:
-            yield Part(f"### Instruction:\n{content}" + f"{before_input}{given}" * bool(given) + f"\n\n{RESPONSE}")
+            # The heading of the answer ends the question. So `ask` needs nothing more.
+            yield Part(f"### Instruction:\n{with_input(message, before_input)}\n\n{RESPONSE}")
 
 
 def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
@@ -70,52 +82,63 @@ def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class Template:
-    """parts(messages, ask): the stretches of a conversation, in order; ask: an answer is to follow. jinja: the same for
-    transformers. cut: a regular expression of the places where text is encoded apart, seen from one control piece to
-    the next. marks: what no answer may have in it. needs: control pieces that the tokenizer must have."""
+    """A way to write conversations. To add your own, write a function like `chatml` and an entry in TEMPLATES."""
 
     parts: Callable[[Sequence[Message], bool], Iterator[Part]]
+    """parts(messages, ask): the parts in order. ask: end where the assistant's next answer begins."""
     jinja: str
+    """The same for the `transformers` library."""
     cut: str
+    """A regular expression for the places in a text where the next token must begin."""
     marks: tuple[str, ...]
+    """Strings that no good answer contains."""
     needs: tuple[str, ...] = ()
+    """Control pieces that the tokenizer must have."""
 
 
-JINJA = """\
+CHATML_JINJA = """\
+{{ bos_token }}{% for message in messages %}{% if message['role'] != 'system' or message['content'] | trim %}\
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}\
+{% if message['input'] %}{{ '\n\n' + message['input'] }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+ALPACA_JINJA = """\
+{% set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}\
+{% set first = messages[1] if messages[0]['role'] == 'system' else messages[0] %}\
+{% if not system %}{{ WITH_INPUT if first['input'] else WITHOUT }}{% endif %}"""
+ALPACA_JINJA = ALPACA_JINJA.replace("WITH_INPUT", repr(OPENING[1])).replace("WITHOUT", repr(OPENING[0]))
+
+
+def instruct_jinja(opening: str, before_input: str) -> str:
+    """The Jinja template of `instruct` and `alpaca`."""
+    text = """\
 {{ bos_token }}OPENING{% for message in messages %}{% if message['role'] == 'assistant' %}\
 {{ message['content'] + eos_token }}\
 {% elif message['role'] == 'system' %}{% if message['content'] | trim %}{{ message['content'] + '\n\n' }}{% endif %}\
 {% else %}{{ '### Instruction:\n' + message['content'] }}\
 {% if message['input'] %}{{ BEFORE_INPUT + message['input'] }}{% endif %}{{ '\n\n### Response:\n' }}\
 {% endif %}{% endfor %}"""
-JINJA_OPENING = """\
-{% set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}\
-{% set first = messages[1] if messages[0]['role'] == 'system' else messages[0] %}\
-{% if not system %}{{ WITH_INPUT if first['input'] else WITHOUT }}{% endif %}"""
+    return text.replace("OPENING", opening).replace("BEFORE_INPUT", repr(before_input))
+
+
+# Why cut? A piece may span the end of a line: "\nHello" can be one piece. In training the answer is known and such a
+# piece could begin in the prompt; when the model is asked, it is not. With a cut both give the same ids.
 TEMPLATES = {
     "chatml": Template(
         chatml,
-        """\
-{{ bos_token }}{% for message in messages %}{% if message['role'] != 'system' or message['content'] | trim %}\
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}\
-{% if message['input'] %}{{ '\n\n' + message['input'] }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-        r"(?<=\Aassistant\n)|(?<=\A assistant\n)",  # transformers has put the space there, for a model that wants one
+        CHATML_JINJA,
+        r"(?<=\Aassistant\n)|(?<=\A assistant\n)",  # transformers adds the space for a model that wants one
         (START, END),
         (START, END),
     ),
     "instruct": Template(
         instruct,
-        JINJA.replace("OPENING", "").replace("BEFORE_INPUT", repr("\n\n")),
+        instruct_jinja("", "\n\n"),
         f"(?<={RESPONSE})",
         ("### Instruction:", "### Response:"),
     ),
     "alpaca": Template(
         alpaca,
-        JINJA.replace("OPENING", JINJA_OPENING)
-        .replace("WITH_INPUT", repr(OPENING[1]))
-        .replace("WITHOUT", repr(OPENING[0]))
-        .replace("BEFORE_INPUT", repr("\n\n### Input:\n")),
+        instruct_jinja(ALPACA_JINJA, "\n\n### Input:\n"),
         f"(?<={RESPONSE})",
         ("### Instruction:", "### Input:", "### Response:"),
     ),
@@ -125,68 +148,77 @@ TEMPLATES = {
 def render(
     template: str, messages: Sequence[Message], tokenizer: Tokenizer, ask: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, begun as a document is, and for each whether it is trained.
+    """The ids of a conversation, with bos first, and for each id whether it is trained.
 
-    ask: up to where the next answer begins. A blank system message counts as none. UserError if the tokenizer lacks a
-    control piece.
+    ask: end where the next answer begins. UserError if the tokenizer lacks a control piece.
     """
     form = TEMPLATES[template]
-    if lacks := [piece for piece in form.needs if piece not in tokenizer.control]:
+    missing = [piece for piece in form.needs if piece not in tokenizer.control]
+    if missing:
         raise UserError(
-            f"the tokenizer has no {' and no '.join(lacks)}, which the template {template!r} needs; set template to "
+            f"the tokenizer has no {' and no '.join(missing)}, which the template {template!r} needs; set template to "
             '"instruct" or "alpaca"'
         )
-    said = [message for message in messages if message.role != "system" or message.content.strip()]
+    # Chat programs send an empty system message when the user sets none: treat it as none.
+    messages = [message for message in messages if message.role != "system" or message.content.strip()]
     ids, trained = [tokenizer.bos], [False]
-    seen = ""  # since the last control piece: as transformers sees it, a text begins there, and there a cut may look to
-    for (learnt, control), parts in itertools.groupby(form.parts(said, ask), key=lambda part: part[1:]):
-        text = "".join(part.text for part in parts)
+    text = ""  # since the last control piece: transformers begins a new text there, and `cut` may look back to it
+    # Encode neighbours with the same mask as one text, as transformers does: their pieces may span the seam.
+    for (learnt, control), parts in itertools.groupby(form.parts(messages, ask), key=lambda part: part[1:]):
+        new = "".join(part.text for part in parts)
         if control:
-            new, seen = [tokenizer.control[text] if text else tokenizer.eos], ""
+            new_ids = [tokenizer.control[new] if new else tokenizer.eos]
+            text = ""
         else:
-            start, seen = len(seen), seen + text
-            places = [start, *(match.start() for match in re.compile(form.cut).finditer(seen, start)), len(seen)]
-            cuts = itertools.pairwise(places)
-            new = [i for a, b in cuts for i in tokenizer.encode(seen[a:b], begins=a == 0)]
-        ids += new
-        trained += [learnt] * len(new)
+            start = len(text)
+            text += new
+            cuts = [match.start() for match in re.compile(form.cut).finditer(text, start)]
+            new_ids = []
+            for first, last in itertools.pairwise([start, *cuts, len(text)]):
+                new_ids += tokenizer.encode(text[first:last], begins=first == 0)
+        ids += new_ids
+        trained += [learnt] * len(new_ids)
     return ids, trained
 
 
 def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> dict[str, int] | None:
-    """The pieces that `lora.begin` needs, if the template has control pieces that the model in `base` has not seen.
+    """The pieces for `lora.init_end_piece`, if the template has control pieces that the model in `base` has not seen.
 
-    Pretraining shows a model no control piece, fine-tuning shows it those of its template. Nothing is known about what
-    an imported model was shown.
+    Pretraining shows a model no control piece, and fine-tuning shows it those of its template.
     """
-    while (taught := checkpoint.template(base)) is not None and END not in TEMPLATES[taught].needs:
-        if not checkpoint.adapts(base):
-            break
+    if END not in TEMPLATES[template].needs or imported:  # nothing is known about what an imported model has seen
+        return None
+    taught = checkpoint.template(base)
+    # An adapter that learnt a template without control pieces has seen none. Its base may have.
+    while taught is not None and END not in TEMPLATES[taught].needs and checkpoint.adapts(base):
         base = checkpoint.base(base)
+        taught = checkpoint.template(base)
     config = checkpoint.read_manifest(base)["config"]
-    known = not imported and ("pretrain" in config or "sft" in config)
     seen = taught is not None and END in TEMPLATES[taught].needs
-    if END not in TEMPLATES[template].needs or not known or seen:
+    if seen or not ("pretrain" in config or "sft" in config):
         return None
     return {"end": tokenizer.control[END], "start": tokenizer.control[START], "eos": tokenizer.eos}
 
 
 def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer."""
-    return tokenizer.eos, *(tokenizer.control[piece] for piece in TEMPLATES[template].needs if piece == END)
+    # eos ends it in every template: a chatml model may still fall back to what pretraining taught it.
+    return (tokenizer.eos, tokenizer.control[END]) if END in TEMPLATES[template].needs else (tokenizer.eos,)
 
 
 def marked(template: str, ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether the ids of an answer have a mark of the template in them, as a control piece or spelt."""
+    """True if an answer contains a mark of the template, as a control piece or as text."""
+    if not set(tokenizer.control.values()).isdisjoint(ids):
+        return True
     text = tokenizer.decode(list(ids), begins=False)
-    return not set(tokenizer.control.values()).isdisjoint(ids) or any(m in text for m in TEMPLATES[template].marks)
+    return any(mark in text for mark in TEMPLATES[template].marks)
 
 
 def shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of ids, with the names of control pieces where they stand."""
+    """The text of ids, with control pieces by their names. `decode` alone would leave them out."""
     names = {i: piece for piece, i in tokenizer.control.items()}
-    groups = itertools.groupby(ids, key=names.get)
-    return "".join(
-        tokenizer.decode(list(group), begins=False) if name is None else name * len(list(group))
-        for name, group in groups
-    )
+    text = ""
+    for name, group in itertools.groupby(ids, key=names.get):
+        group = list(group)
+        text += tokenizer.decode(group, begins=False) if name is None else name * len(group)
+    return text

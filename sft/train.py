@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: a pretrained model learns to answer.
+"""Supervised fine-tuning (SFT): a pretrained model learns to answer.
 
     python pipeline.py configs/tiny.py sft   ->  runs/tiny/sft
 
-The loop is that of trainer.py. Trained is an adapter (LoRA) over the frozen model, or, with lora=None, the model itself;
-the loss is of what the assistant says. Rows hold many conversations, none of which sees another.
+The loop is trainer.py's, as in pretraining. This file says what is different: what is trained (an adapter over the
+frozen model, or with lora=None every weight), on which tokens (those that the assistant says), and how it is measured.
 """
 
 import math
@@ -22,33 +22,33 @@ import machine
 import parallel
 import sft.data
 import stage
-from cli import UserError, log
-from data.batches import Mixture, Phase
-from finetune import Base, adapt
+from cli import log
+from finetune import Base, Tuning, check_weights, device_of
 from lora import LoRAConfig
 from model import ModelConfig, Transformer
 from sft.data import IGNORED, ConversationConfig, Rows
 from sft.templates import shown
 from stage import Stage, check_types
 from tokenizer import Tokenizer
-from trainer import Task, TrainConfig
+from trainer import TrainConfig, shared_rows
 
-SAMPLES, SAMPLE_TOKENS = 2, 48  # answers shown at each evaluation, and their length
+SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs, and their length
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    """How a model is fine-tuned. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """How a model is fine-tuned. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
     data: ConversationConfig = ConversationConfig()
     lora: LoRAConfig | None = LoRAConfig()
-    """The adapter that is trained; None trains every weight of the model."""
+    """The adapter that is trained. None trains every weight of the model."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Of the sources of `data` that rows are drawn from, in any unit; empty: every row once an epoch."""
+    """How often each source of `data` is drawn from, in any unit. Empty: every row once an epoch."""
     train: TrainConfig = TrainConfig(
         epochs=3,
         batch_size=32,
         micro_batch_size=4,
+        # An adapter takes about ten times the learning rate of full fine-tuning. With lora=None try 1e-4.
         learning_rate=1e-3,
         warmup_fraction=0.1,
         weight_decay=0.0,
@@ -59,98 +59,89 @@ class SFTConfig:
 
     def __post_init__(self):
         check_types(self)
-        if self.weights:
-            Phase(start=0, weights=self.weights)
-            if unknown := set(self.weights) - {source.name for source in self.data.sources}:
-                raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
+        check_weights(self.weights, self.data.sources)
 
 
-def fine_tuning(sft_config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer) -> Task:
-    """The task of learning the conversations in a finished directory of sft.data, whose manifest has these counts."""
-    config, length = sft_config.train, shape.context_length
-    weights = dict(sft_config.weights) or {"": 1}  # "": all sources together
-    sets = {name: Rows(directory, "train", counts, length, config.seed, name) for name in weights}
-    if empty := [name for name, rows in sets.items() if not rows.count]:
-        raise UserError(f"weights names {', '.join(empty)}, of which no training conversation is left")
-    mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
-    held_out = Rows(directory, "val", counts, length)
-    count = min(config.eval_rows, held_out.count)
-    chosen = [i * held_out.count // count for i in range(count)]
-    total = int((held_out.read(chosen)[1] != IGNORED).sum())
-    rank, ranks = parallel.rank(), parallel.ranks()
-    rows = machine.rows_held(config, ranks)
+class FineTuning(Tuning):
+    """The task of learning the conversations in a finished directory of sft.data; counts: from its manifest."""
 
-    def batch(step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
-        size = config.batch_size // ranks
-        samples = torch.arange(size) + step * config.batch_size + rank * size
-        return *mixture.batch(step, rank, ranks), samples
+    def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
+        self.adapter, self.shape, self.spm = config.lora, shape, spm
+        weights = dict(config.weights) or finetune.ALL
+        length, seed = shape.context_length, config.train.seed
+        sets = {name: Rows(directory, "train", counts, length, seed, name) for name in weights}
+        super().__init__(config.train, sets, weights, "row")
+        self.held_out = Rows(directory, "val", counts, length)
+        # Evenly spaced, so that every source of the held-out rows is measured, and the same rows at each evaluation.
+        count = min(config.train.eval_rows, self.held_out.count)
+        self.chosen = [i * self.held_out.count // count for i in range(count)]
+        self.measured = int((self.held_out.read(self.chosen)[1] != IGNORED).sum())  # tokens
+
+    def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
+        """Inputs, targets and positions, (rows, T) int64 each, and the number of each row counted over all steps."""
+        # A row packs several conversations, so that nothing is computed for padding. Three things keep them apart:
+        # - positions count from 0 in each. The model takes a restart as a new text, which sees none of the others.
+        # - targets are already shifted by one inside each conversation (`Rows.read`). To shift again would train the
+        #   model to skip a token; the loss would fall all the same, and the answers would be nonsense.
+        # - targets are IGNORED except where the assistant speaks. Else the model would learn to ask, too.
+        size = self.config.batch_size // ranks
+        numbers = torch.arange(size) + step * self.config.batch_size + rank * size  # (rows,)
+        return *self.mixture.batch(step, rank, ranks), numbers
 
     def loss(
-        model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, samples: Tensor
+        self, model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor
     ) -> dict[str, Tensor]:
-        # What dropout draws depends on the first row of a micro-batch, not on what was drawn before: a resumed run, and
-        # one of several processes, draws the same wherever its micro-batches are the same.
-        torch.manual_seed(((config.seed << 32) + int(samples[0])) % 2**63)
-        device = next(model.parameters()).device
-        return {"loss": model(tokens.to(device, non_blocking=True), targets, positions=positions)}
+        # LoRA's dropout draws random numbers. Seed them by the first row of the micro-batch: a resumed run then draws
+        # the same as one that was never interrupted, and so does one of several processes.
+        torch.manual_seed(((self.config.seed << 32) + int(numbers[0])) % 2**63)
+        # Targets and positions stay on the CPU: there the model can see, without waiting for a GPU, which rows need
+        # logits and where conversations begin.
+        tokens = tokens.to(device_of(model), non_blocking=True)
+        return {"loss": model(tokens, targets, positions=positions)}
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        device = next(model.parameters()).device
+    def targets(self, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor) -> int:
+        # Micro-batches are weighed by their trained tokens, not by their rows: a long answer counts for more tokens.
+        return int((targets != IGNORED).sum())
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        device, ranks = device_of(model), parallel.ranks()
+        # Sums in float64, divided once at the end: the mean over tokens does not depend on how rows are grouped.
         nats = torch.zeros((), dtype=torch.float64, device=device)
-        for i in range(0, count, rows * ranks):
-            own = chosen[i + rank * rows : min(count, i + (rank + 1) * rows)]
-            # Sharded models are called by all processes together, those with no row left among them.
-            tokens, targets, positions = held_out.read(own or chosen[:1])
+        for rows, counts in shared_rows(self.chosen, machine.rows_held(self.config, ranks)):
+            tokens, targets, positions = self.held_out.read(rows)
             mean = model(tokens.to(device), targets, positions=positions)
-            nats += mean.double() * int((targets != IGNORED).sum()) * bool(own)
-        mean = float(parallel.add_up(nats)) / total
-        if rank == 0 and (ranks == 1 or config.parallel == "ddp"):
-            show_samples(model, held_out, spm)
+            nats += mean.double() * int((targets != IGNORED).sum()) * counts
+        mean = float(parallel.add_up(nats)) / self.measured
+        # FSDP shards the weights: there one process cannot generate alone.
+        if parallel.rank() == 0 and (ranks == 1 or self.config.parallel == "ddp"):
+            show_samples(model, self.held_out, self.spm)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
-    if sum(rows.count for rows in sets.values()) < config.batch_size:
-        log.warning(
-            f"a batch of {config.batch_size} rows is more than there are ({counts['train']['rows']}): each step sees "
-            "all of them, some twice; lower batch_size"
-        )
-    epoch, first = sum(rows.count for rows in sets.values()) / config.batch_size, next(iter(sets.values()))
-    return Task(
-        batch=batch,
-        loss=loss,
-        targets=lambda tokens, targets, positions, samples: int((targets != IGNORED).sum()),
-        evaluate=evaluate,
-        steps=config.steps or max(1, round(config.epochs * epoch)),
-        epoch=epoch,
-        flops=config.batch_size * length * flops_per_token(shape, sft_config.lora, first),
-        seen=lambda step: (
-            {name: n * length for name, n in mixture.seen(step).items()} if weights.get("") is None else {}
-        ),
-        documents=lambda step: "; ".join(mixture.documents(step)),
-    )
-
-
-def flops_per_token(model: ModelConfig, adapter: LoRAConfig | None, rows: Rows) -> float:
-    """Of a training step, as `ModelConfig.flops_per_token` counts them, but: logits are made where a token is trained,
-    attention reaches as far as a conversation does, and a frozen matrix has no gradient of its own (4, not 6)."""
-    lengths, trained = np.diff(rows.starts) - 1.0, rows.trained.mean()
-    head = model.vocab_size * model.d_model
-    blocks = model.flops_per_token(0) / 6 - head
-    attention = 12 * model.n_layers * model.d_model * np.square(lengths).sum() / lengths.sum()
-    with torch.device("meta"):
-        adapted = adapt(Transformer(model), adapter)
-    extra = machine.numbers(p for p in adapted.parameters() if p.requires_grad) if adapter else 0
-    return (4 if adapter else 6) * (blocks + trained * head) + attention + 6 * extra
+    def flops(self) -> float:
+        """Of a training step: as PaLM counts them (arXiv:2204.02311), but only for what is really computed."""
+        rows = next(iter(self.sets.values()))
+        # Logits are made only where a token is trained.
+        trained = rows.trained.mean()
+        per_token = finetune.sizes(self.shape, self.adapter).trained(1, trained)
+        # Attention reaches back to the beginning of a conversation, not of the row.
+        lengths = np.diff(rows.starts) - 1.0
+        reach = np.square(lengths).sum() / lengths.sum()
+        per_token += 12 * self.shape.n_layers * self.shape.d_model * reach
+        return self.config.batch_size * self.shape.context_length * per_token
 
 
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
-    """Logs how the model answers the same few held-out questions."""
-    count, stop = len(held_out.starts) - 1, (spm.eos, *spm.control.values())
-    with torch.autocast(model.embed.weight.device.type, enabled=False):
+    """Logs how the model answers the same few held-out questions: numbers alone do not show a model that babbles."""
+    count = len(held_out.starts) - 1
+    # Any control piece ends the sample. A model that has not learnt to stop would else run on.
+    stop = (spm.eos, *spm.control.values())
+    with torch.autocast(device_of(model).type, enabled=False):
         for number in range(0, count, max(1, count // SAMPLES))[:SAMPLES]:
             ids, trained = held_out.conversation(number)
-            first = int(trained.argmax())
+            first = int(trained.argmax())  # where the first answer begins
             new = generate.generate(model, ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stop)
-            question, answer = (" ".join(shown(part, spm).split()) for part in (ids[1:first].tolist(), new))
+            question = " ".join(shown(ids[1:first].tolist(), spm).split())
+            answer = " ".join(shown(new, spm).split())
             log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
 
 
@@ -158,6 +149,7 @@ def job(config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, directory: Pa
     """The stage that fine-tunes the base on the rows in a directory. command: what the user types."""
     settings = {"weights": dict(config.weights), "template": config.data.template}
     settings |= base.settings("sft", config.train, config.lora, directory)
+    # Digests of everything that is read: when one changes, the stage is out of date and says so.
     read = stage.outputs(rows) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
     return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
 
@@ -167,5 +159,6 @@ def train(
 ) -> None:
     """Fine-tunes the base, unless that is done."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
-    task = fine_tuning(config, base.shape, rows, sft.data.load(rows, spm.sha256), spm)
+    counts = sft.data.load(rows, spm.sha256)
+    task = FineTuning(config, base.shape, rows, counts, spm).task()
     finetune.tune(job, base, task, config.train, config.lora, force, resume)

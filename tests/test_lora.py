@@ -137,10 +137,6 @@ def test_merged_it_computes_the_same_and_unmerged_the_base_is_back_bit_for_bit(t
         for _ in range(times):
             lora.merge(model)
         assert relative(logits(model), apart) < 1e-5
-        changed = {
-            name for name, p in model.named_parameters() if before.get(name, b"") != p.detach().numpy().tobytes()
-        }
-        assert changed & before.keys() == {f"{name}.weight" for name in lora.layers(model)}
         assert contents(model) == before  # what would be saved: the adapter is beside it
         for _ in range(times):
             lora.unmerge(model)
@@ -362,7 +358,6 @@ WRONG = [
     ({"dropout": None}, TypeError, "dropout"),
     ({"targets": ()}, ValueError, "targets"),
     ({"targets": ("q", "q")}, ValueError, "targets"),
-    ({"targets": ("q", "head")}, ValueError, "targets"),
     ({"targets": ["q"]}, TypeError, "targets"),
     ({"targets": "q"}, TypeError, "targets"),
     ({"targets": (1,)}, TypeError, "targets"),
@@ -549,7 +544,7 @@ def test_a_saved_adapter_is_refused_by_another_model(saved):
 def test_a_merged_model_is_not_trained():
     model = adapted().train()
     lora.merge(model)
-    with pytest.raises(RuntimeError, match=r"lora\.unmerge the model before"):
+    with pytest.raises(RuntimeError, match=r"lora\.unmerge\(model\) before you train"):
         model(TOKENS)
 
 
@@ -569,6 +564,8 @@ def test_an_adapter_of_float32_on_a_base_of_bfloat16():
     assert found.dtype == torch.bfloat16
     assert relative(found.float(), logits(adapted())) < 0.05
     lora.merge(model)
+    assert logits(model).dtype == torch.bfloat16
+    lora.fold(model)
     assert model.blocks[0].attn.q.weight.dtype == torch.bfloat16
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lora
 from dpo import loss as dpo_loss
-from dpo.loss import LossConfig, laid_out, log_probs, preference_loss, rewards
+from dpo.loss import LossConfig, log_probs, pack_pairs, preference_loss, rewards
 from lora import LoRAConfig
 from model import ModelConfig, Transformer
 from sft.data import IGNORED
@@ -200,10 +200,10 @@ def test_log_probs_of_any_lengths_are_those_of_separate_texts(lengths, seed):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_pair_is_laid_out_by_hand():
+def test_a_pair_is_pack_pairs_by_hand():
     """Prompt 1 2 3, chosen 4 5, rejected 6 7 8; then prompt 9, of which each answer has one token."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 0, 0, 0, 0, 0]])
-    inputs, targets, positions, lengths = laid_out(ids, torch.tensor([[3, 5, 8], [1, 2, 3]]))
+    inputs, targets, positions, lengths = pack_pairs(ids, torch.tensor([[3, 5, 8], [1, 2, 3]]))
     assert inputs.tolist() == [[1, 2, 3, 4, 3, 6, 7, 9, 9]]
     assert targets.tolist() == [[IGNORED, IGNORED, 4, 5, 6, 7, 8, 10, 11]]
     assert positions.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 0]]

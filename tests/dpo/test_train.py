@@ -166,7 +166,7 @@ def task_of(place: Place, stored: dict | None = None, **changes) -> trainer.Task
     spm = tokenizer.load(place.runs / "mini/tokenizer")
     base, pairs = Base(place.runs / "mini/sft/final", experiment.model, None), place.runs / "mini/dpo_data"
     counts = dpo.data.load(pairs, spm.sha256)
-    return dpo.train.preference_learning(experiment.dpo, base, pairs, counts, stored)
+    return dpo.train.PreferenceLearning(experiment.dpo, base, pairs, counts, stored).task()
 
 
 def adapted(place: Place, fill: bool = False) -> Transformer:
@@ -408,7 +408,7 @@ def test_a_base_that_was_trained_anew_is_refused(done: Place):
 
 def test_another_template_is_refused(ready: Place):
     ready.edit(("data=ConversationConfig(", 'data=ConversationConfig(template="alpaca", '))
-    with pytest.raises(UserError, match=r"was taught to answer by the template 'chatml', .* by 'alpaca'; set template"):
+    with pytest.raises(UserError, match=r"learnt to answer in the template 'chatml', .* in 'alpaca'; set template"):
         prefer(ready)
     assert not (ready.runs / "mini/dpo").exists()
 

@@ -27,7 +27,7 @@ from sft.data import ConversationConfig, Rows, Split, write
 from sft.filters import Filters
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
-from sft.train import SFTConfig, fine_tuning
+from sft.train import FineTuning, SFTConfig
 from tests.conftest import CHATS, MINI, Place, build, write_lines
 from trainer import Task
 
@@ -429,7 +429,8 @@ def test_rows_give_each_conversation_back(tmp_path_factory, lengths, seed):
 def task_of(experiment: Experiment, directory: Path) -> Task:
     """The task of learning the conversations in a directory."""
     spm = experiment.load_tokenizer()
-    return fine_tuning(experiment.sft, experiment.model, directory, sft.data.load(directory, spm.sha256), spm)
+    counts = sft.data.load(directory, spm.sha256)
+    return FineTuning(experiment.sft, experiment.model, directory, counts, spm).task()
 
 
 @pytest.fixture

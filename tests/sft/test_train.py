@@ -30,7 +30,7 @@ from model import ModelConfig, Transformer
 from optim import learning_rate
 from sft import templates
 from sft.data import Rows
-from sft.train import fine_tuning
+from sft.train import FineTuning
 from stage import Stage
 from tests.conftest import MINI, ROOT, Place, build, write_lines
 from tests.sft.test_data import HELD
@@ -198,7 +198,7 @@ def test_dropout_depends_on_what_is_trained_on_not_on_what_was_drawn_before(read
     experiment = configs.load(ready.config)
     spm = tokenizer.load(fine_tuned.runs / "mini/tokenizer")
     rows = fine_tuned.runs / "mini/sft_data"
-    task = fine_tuning(experiment.sft, experiment.model, rows, sft.data.load(rows, spm.sha256), spm)
+    task = FineTuning(experiment.sft, experiment.model, rows, sft.data.load(rows, spm.sha256), spm).task()
     model = checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
     lora.attach(model, LoRAConfig(rank=4, dropout=0.5))
     for layer in lora.layers(model).values():
@@ -345,7 +345,7 @@ def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatc
     model = Transformer(shape)
     with torch.no_grad():
         model.head.weight.mul_(20), model.embed.weight.mul_(20)  # as far apart as training makes them
-    task = fine_tuning(found.sft, shape, rows, sft.data.load(rows, spm.sha256), spm)
+    task = FineTuning(found.sft, shape, rows, sft.data.load(rows, spm.sha256), spm).task()
     job = Stage(directory / "out", {"model": shape, "sft": config}, {}, "", stage.__file__)
     with job.making():
         trainer.train(finetune.adapt(model, adapter), task, config, job, "auto")
