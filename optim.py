@@ -127,9 +127,11 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: Transformer, config) -> list[torch.optim.Optimizer]:
     """AdamW for the trained parameters; or Muon for the matrices of the blocks, and AdamW for the rest."""
-    # Embedding and head are tables: a row stands for a token, and in most steps a rare token has no gradient.
-    # Orthogonalised updates would move its row as far as the others.
-    tables = {model.embed.weight, model.head.weight}
+    tables = set()
+    if config.optimizer == "muon":
+        # Embedding and head are tables: a row stands for a token, and in most steps a rare token has no gradient.
+        # Orthogonalised updates would move its row as far as the others.
+        tables = {model.embed.weight, model.head.weight}
     inner, decayed, vectors = [], [], []
     for p in model.parameters():
         if not p.requires_grad:
