@@ -31,18 +31,12 @@ class Sampling:
     fewer candidates.
     """
 
-    temperature: float = 1.0
-    """0 takes the likeliest token, 1 samples the model's own distribution."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the fewest tokens whose probabilities reach p (arXiv:1904.09751)."""
-    min_p: float | None = None
-    """Sample among tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens already in the text, and multiplies negative ones (arXiv:1909.05858)."""
-    no_repeat_ngram: int | None = None
-    """No run of this many tokens is written a second time."""
+    temperature: float = 1.0  # 0 takes the likeliest token, 1 samples the model's own distribution
+    top_k: int | None = None  # sample among the k likeliest tokens
+    top_p: float | None = None  # among the fewest tokens whose probabilities reach p (arXiv:1904.09751)
+    min_p: float | None = None  # among tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # makes tokens that the text already has less likely (arXiv:1909.05858)
+    no_repeat_ngram: int | None = None  # no run of this many tokens is written a second time
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:

@@ -32,38 +32,31 @@ except ImportError:  # not on Linux: the plain-PyTorch functions serve
 class ModelConfig:
     """The shape of a model. Raises TypeError or ValueError, naming the field, for an impossible shape."""
 
-    vocab_size: int
-    """Rows of the embedding: one for each piece of the tokenizer."""
-    context_length: int = 1_024
-    """The most tokens of a text that the model can see at once."""
-    n_layers: int
-    """Number of blocks."""
-    d_model: int
-    """Width of the residual stream."""
-    n_heads: int
-    """Query heads. Each is d_model / n_heads wide."""
-    n_kv_heads: int | None = None
-    """Key-value heads; n_heads / n_kv_heads query heads share each of them (arXiv:2305.13245). None: n_heads."""
-    d_ff: int | None = None
-    """Width of the feed-forward network. None: 4 × d_model."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary wavelengths (arXiv:2104.09864)."""
-    rms_norm_eps: float = 1e-5
-    """Added to the mean square before the root, so that a row of zeros divides by more than 0."""
-    tie_embeddings: bool = False
-    """Use the embedding matrix as the output projection too."""
+    vocab_size: int  # rows of the embedding, one for each piece of the tokenizer
+    context_length: int = 1_024  # the most tokens of a text that the model can see at once
+    n_layers: int  # number of blocks
+    d_model: int  # width of the residual stream
+    n_heads: int  # query heads, d_model / n_heads wide each
+    n_kv_heads: int | None = (
+        None  # key-value heads, each shared by as many query heads (arXiv:2305.13245); None: n_heads
+    )
+    d_ff: int | None = None  # width of the feed-forward network; None: 4 × d_model
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths (arXiv:2104.09864)
+    rms_norm_eps: float = 1e-5  # added to the mean square before the root: a row of zeros divides by more than 0
+    tie_embeddings: bool = False  # use the embedding matrix as the output projection too
+    # RMSNorm, SwiGLU and cross-entropy by "triton" or "torch"; "auto" is Triton on a GPU. Compiled blocks use PyTorch's
+    # operations in any case: torch.compile fuses them with their neighbours, which it cannot do with a kernel of ours.
     kernels: str = "auto"
-    """RMSNorm, SwiGLU and cross-entropy by "triton" or "torch". "auto" is Triton on a GPU, PyTorch elsewhere. Compiled
-    blocks use PyTorch's operations in any case: torch.compile fuses them with their neighbours."""
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
             allowed = (int, float) if field.type is float else field.type
-            if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
+            is_bool = isinstance(value, bool)
+            if not isinstance(value, allowed) or (is_bool and field.type is not bool):
                 expected = getattr(field.type, "__name__", field.type)
                 raise TypeError(f"{field.name} is {value!r} ({type(value).__name__}); expected {expected}")
-            if field.name not in ("tie_embeddings", "kernels") and value is not None and not 0 < value < math.inf:
+            if isinstance(value, (int, float)) and not is_bool and not 0 < value < math.inf:
                 raise ValueError(f"{field.name} is {value}; expected a positive number")
         if self.d_model % (2 * self.n_heads):
             shape = f"d_model is {self.d_model} and n_heads {self.n_heads}"
@@ -755,9 +748,9 @@ class TritonSwiGLU(torch.autograd.Function):
 if triton is not None:
 
     @triton.jit
-    def load(tensor, at, live):
-        """The numbers at these offsets in float32, 0 where they are not live: the tile reaches past the tensor."""
-        return tl.load(tensor + at, mask=live, other=0.0).to(tl.float32)
+    def load(tensor, at, live, other=0.0):
+        """The numbers at these offsets in float32; `other` where they lie past the tensor."""
+        return tl.load(tensor + at, mask=live, other=other).to(tl.float32)
 
     @triton.jit
     def rms_norm_forward_kernel(
@@ -835,7 +828,7 @@ if triton is not None:
         target_logit = tl.where((target >= 0) & (target < V), 0.0, float("nan"))
         for first in range(0, V, C):
             col = first + tl.arange(0, C)
-            x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            x = load(logits, col, col < V, -float("inf"))
             new = tl.maximum(largest, tl.max(x, 0))
             # The sum so far is relative to the largest logit so far: rescale it when a larger one turns up.
             total *= tl.exp(largest - new)
@@ -847,7 +840,7 @@ if triton is not None:
         tl.store(losses + row, tl.where(live, log_sum - target_logit, 0.0))
         for first in range(0, V, C):
             col = first + tl.arange(0, C)
-            x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+            x = load(logits, col, col < V, -float("inf"))
             onehot = tl.where(col == target, 1.0, 0.0)
             gradient = tl.exp(x - log_sum) - onehot
             tl.store(logits + col, tl.where(live, gradient, 0.0), mask=col < V)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import generate
 import model as lumi
 from generate import Continuation, Decoder, Sampling
 from model import ModelConfig, Transformer
+from tests.conftest import ROOT
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,6 +211,38 @@ def test_kernels_take_no_rows():
 def test_rms_norm_backward_where_a_program_takes_several_tiles():
     kernel = lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton")  # noqa: E731
     compare(kernel, plain_rms_norm, norm_inputs((600, 4096), torch.float32))
+
+
+# Compiles every kernel for an H100 (no GPU is needed for that), in a process where Triton is not interpreted.
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import model
+norm = {"x": "*bf16", "weight": "*fp32", "scale": "*fp32", "rows": "i32", "D": "constexpr", "R": "constexpr", "C": "constexpr"}
+tile = {"D": 768, "R": 4, "C": 1024}
+cases = [
+    (model.rms_norm_forward_kernel, norm | {"y": "*bf16", "eps": "fp32"}, tile),
+    (model.rms_norm_backward_kernel, norm | {"dy": "*bf16", "dx": "*bf16", "dw": "*fp32"}, tile),
+    (model.swiglu_forward_kernel, {"gate": "*bf16", "up": "*bf16", "y": "*bf16", "n": "i32", "C": "constexpr"}, {"C": 1024}),
+    (model.swiglu_backward_kernel, dict.fromkeys(("gate", "up", "dy", "dgate", "dup"), "*bf16")
+     | {"n": "i32", "C": "constexpr"}, {"C": 1024}),
+    (model.cross_entropy_kernel, {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i32", "V": "i32",
+     "ignore_index": "i32", "C": "constexpr"}, {"C": 4096}),
+]
+for kernel, types, constants in cases:
+    types = {name: types[name] for name in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, len(compiled.asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("_kernel") == 5
 
 
 def test_twins_pass_gradcheck():
