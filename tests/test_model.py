@@ -219,14 +219,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import model
-norm = {"x": "*bf16", "weight": "*fp32", "scale": "*fp32", "rows": "i32", "D": "constexpr", "R": "constexpr", "C": "constexpr"}
+sizes = dict.fromkeys("DRC", "constexpr")
+norm = {"x": "*bf16", "weight": "*fp32", "scale": "*fp32", "rows": "i32"} | sizes
+swiglu = dict.fromkeys(("gate", "up", "y", "dy", "dgate", "dup"), "*bf16") | {"n": "i32"} | sizes
 tile = {"D": 768, "R": 4, "C": 1024}
 cases = [
     (model.rms_norm_forward_kernel, norm | {"y": "*bf16", "eps": "fp32"}, tile),
     (model.rms_norm_backward_kernel, norm | {"dy": "*bf16", "dx": "*bf16", "dw": "*fp32"}, tile),
-    (model.swiglu_forward_kernel, {"gate": "*bf16", "up": "*bf16", "y": "*bf16", "n": "i32", "C": "constexpr"}, {"C": 1024}),
-    (model.swiglu_backward_kernel, dict.fromkeys(("gate", "up", "dy", "dgate", "dup"), "*bf16")
-     | {"n": "i32", "C": "constexpr"}, {"C": 1024}),
+    (model.swiglu_forward_kernel, swiglu, {"C": 1024}),
+    (model.swiglu_backward_kernel, swiglu, {"C": 1024}),
     (model.cross_entropy_kernel, {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i32", "V": "i32",
      "ignore_index": "i32", "C": "constexpr"}, {"C": 4096}),
 ]
