@@ -31,7 +31,6 @@ import stage
 import train
 from cli import UserError
 from configs import Experiment
-from eval.markdown import table
 from finetune import Base
 from sft.templates import unseen
 from stage import Step
@@ -205,7 +204,7 @@ def make_distributed(chosen: list[str], experiment: Experiment, arguments: argpa
 
 def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows = []
+    rows = [("stage", "seconds", "result", "state")]
     for name, step in STAGES.items():
         directory = experiment.directory(name)
         try:
@@ -213,8 +212,9 @@ def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
         except UserError as error:  # what it starts from is missing
             state = f"missing: {error}"
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append([name, f"{seconds:,.1f}" if seconds else "", main_number(name, directory), state])
-    return table(["stage", "seconds", "result", "state"], rows)
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", main_number(name, directory), state))
+    wide = max(len(result) for _, _, result, _ in rows)
+    return "\n".join(f"{name:13} {seconds:>9}  {result:{wide}}  {state}" for name, seconds, result, state in rows)
 
 
 def main_number(name: str, directory: Path) -> str:
