@@ -249,14 +249,15 @@ class Trainer:
         # After `distribute`: FSDP replaces parameters, and an optimizer must hold those that are trained.
         self.optimizers = make_optimizers(model, config)
         self.rows = machine.rows_held(config, ranks)
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.parameters = [p for group in self.groups for p in group["params"]]
         peak = machine.peak_flops(self.device, self.dtype)
         self.report = Report(job.directory, task, model.num_parameters(), peak and peak * ranks)
         # A run of "wsd" can be made longer from the last checkpoint before the fall, so that one is never removed.
         self.stable = decay_start(config, task.steps) if config.schedule == "wsd" else 0
         if start:
             self.restore(start, state)
+        # After `restore`: an optimizer that loads its state gets new groups, and the old ones have no effect any more.
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.parameters = [p for group in self.groups for p in group["params"]]
 
     def load(self, start: Path) -> dict:
         """Loads the weights of a checkpoint. Returns the rest of its state, for `restore`."""
