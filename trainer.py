@@ -135,9 +135,6 @@ def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], b
         yield share or chosen[:1], bool(share)
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end. Writes checkpoints, metrics.jsonl, the manifest. resume: "auto", or a checkpoint."""
     # Raises UserError if the checkpoint is from another config, or if the gradient stays not finite; and Stopped, with
@@ -367,10 +364,10 @@ class Trainer:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         file, weights = checkpoint.weights(self.model)
         files = parallel.whole({file: weights, "state.pt": state})
-        counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": round(self.job.seconds(), 1)}
-        about = self.job.about({}, counts | {"record": self.record} | self.used)
 
         def write() -> None:
+            counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": round(self.job.seconds(), 1)}
+            about = self.job.about({}, counts | {"record": self.record} | self.used)
             if self.report.path.exists():
                 stage.sync(self.report.path)  # a checkpoint must not reach the disk before the log of its steps
             checkpoint.save(self.job.directory / name, files, about)
@@ -386,8 +383,8 @@ class Trainer:
         if skipped:
             log.warning(f"{skipped} of {steps} steps were skipped: their gradient was not finite")
         counts = {"step": steps, "parameters": self.model.num_parameters(), "record": self.record}
-        names = checkpoint.weights(self.model)[0], "state.pt", "manifest.json"
-        files = [self.job.directory / "final" / name for name in names]
+        final, weights = self.job.directory / "final", checkpoint.weights(self.model)[0]
+        files = [final / weights, final / "state.pt", final / "manifest.json"]
         parallel.lead(lambda: self.job.finish(counts | self.used, files))
 
 
