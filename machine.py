@@ -54,9 +54,6 @@ DATASHEET = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ device and precision
-
-
 def pick_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
@@ -66,11 +63,7 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """The dtype of matrix products; weights and optimizer stay float32.
-
-    precision: TrainConfig's. "auto" is the fastest in hardware: bfloat16, else float16 on a GPU, else float32.
-    Logs a warning if the precision is forced and the device is slow in it.
-    """
+    """The dtype of matrix products. "auto" is the fastest in hardware: bfloat16, or float16 on a GPU, or float32."""
     if precision == "auto":
         if native(device, torch.bfloat16):
             return torch.bfloat16
@@ -100,12 +93,10 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the hardware multiplies matrices of a half precision.
-
-    A CPU is measured, because flags mislead: one with amx_bf16 and avx512_bf16 took 200 times as long as in float32.
-    """
+    """Whether the hardware multiplies matrices of a half precision."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 0))
+    # A CPU is measured, because flags mislead: one with amx_bf16 and avx512_bf16 took 200 times as long as in float32.
     return slowdown(device, dtype) <= 0.5  # native is at least twice as fast; noise does not cross that margin
 
 
@@ -144,23 +135,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
-    """Lets torch.compile fuse the operations between a block's matrix products. Logs a warning and returns False if
-    this machine cannot compile.
-
-    One block is compiled and its code serves all of them: 11 s for tiny, where the whole model takes 29.
-    """
+    """Lets torch.compile fuse the operations between matrix products. False, with a warning, if it cannot here."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning(f"training goes on uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
-    for block in model.blocks:
+    for block in model.blocks:  # one block's code serves all of them: 11 s for tiny, where the whole model takes 29
         block.compile()
     return True
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
 
 
 def keep_freed_memory() -> None:
@@ -284,9 +268,6 @@ def smaller(model: ModelConfig, config, processes: int) -> str:
     changes += [("d_ff", max(1, d_ff // 2), d_ff), ("n_kv_heads", 1, heads)]
     first = [f"{name}={new!r} (now {old!r})" for name, new, old in changes if new != old][:3]
     return f"set {first[0]}, then {', then '.join(first[1:])}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- page
 
 
 def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:

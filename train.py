@@ -111,7 +111,7 @@ def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool
         model = Transformer(shape)  # random weights, drawn after run() has set the seed
         if experiment.imported:  # a model from Hugging Face: see convert.py
             checkpoint.load_weights(experiment.imported, model)
-            log.info(f"training starts from the weights in {experiment.imported}")
+            log.info(f"training continues from the weights in {experiment.imported}")
         return model
 
     run(job, make, task, config, force, resume)

@@ -135,9 +135,6 @@ def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], b
         yield share or chosen[:1], bool(share)
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end. Writes checkpoints, metrics.jsonl, the manifest. resume: "auto", or a checkpoint."""
     # Raises UserError if the checkpoint is from another config, or if the gradient stays not finite; and Stopped, with
@@ -249,14 +246,15 @@ class Trainer:
         # After `distribute`: FSDP replaces parameters, and an optimizer must hold those that are trained.
         self.optimizers = make_optimizers(model, config)
         self.rows = machine.rows_held(config, ranks)
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.parameters = [p for group in self.groups for p in group["params"]]
         peak = machine.peak_flops(self.device, self.dtype)
         self.report = Report(job.directory, task, model.num_parameters(), peak and peak * ranks)
         # A run of "wsd" can be made longer from the last checkpoint before the fall, so that one is never removed.
         self.stable = decay_start(config, task.steps) if config.schedule == "wsd" else 0
         if start:
             self.restore(start, state)
+        # After `restore`: an optimizer that loads its state gets new groups, and the old ones have no effect any more.
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.parameters = [p for group in self.groups for p in group["params"]]
 
     def load(self, start: Path) -> dict:
         """Loads the weights of a checkpoint. Returns the rest of its state, for `restore`."""
@@ -366,10 +364,10 @@ class Trainer:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         file, weights = checkpoint.weights(self.model)
         files = parallel.whole({file: weights, "state.pt": state})
-        counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": round(self.job.seconds(), 1)}
-        about = self.job.about({}, counts | {"record": self.record} | self.used)
 
         def write() -> None:
+            counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": round(self.job.seconds(), 1)}
+            about = self.job.about({}, counts | {"record": self.record} | self.used)
             if self.report.path.exists():
                 stage.sync(self.report.path)  # a checkpoint must not reach the disk before the log of its steps
             checkpoint.save(self.job.directory / name, files, about)
@@ -385,8 +383,8 @@ class Trainer:
         if skipped:
             log.warning(f"{skipped} of {steps} steps were skipped: their gradient was not finite")
         counts = {"step": steps, "parameters": self.model.num_parameters(), "record": self.record}
-        names = checkpoint.weights(self.model)[0], "state.pt", "manifest.json"
-        files = [self.job.directory / "final" / name for name in names]
+        final, weights = self.job.directory / "final", checkpoint.weights(self.model)[0]
+        files = [final / weights, final / "state.pt", final / "manifest.json"]
         parallel.lead(lambda: self.job.finish(counts | self.used, files))
 
 
