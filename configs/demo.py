@@ -19,7 +19,7 @@ experiment = Experiment(
     name="demo",  # everything it makes goes to runs/demo/
     # 1. The model: a LLaMA with 4 layers, 128 numbers wide. It reads at most 256 tokens.
     model=ModelConfig(vocab_size=4_096, context_length=256, n_layers=4, d_model=128, n_heads=2),
-    # 2. The text: Python's own documentation, which comes with Python. No download.
+    # 2. The text: the documentation inside Python and the packages on this machine. No download.
     corpus=CorpusConfig(sources=(PythonDocs(),)),
     # 3. The tokenizer cuts text into 4,096 different pieces. It is trained on the corpus.
     tokenizer=TokenizerConfig(vocab_size=4_096),
@@ -39,7 +39,7 @@ experiment = Experiment(
         eval_rows=128,
         save_every=500,
     ),
-    # 6. Supervised fine-tuning (SFT): the model learns to answer questions. The questions are made from the corpus.
+    # 6. Supervised fine-tuning (SFT): the model learns to answer questions about the same documentation.
     #    Only an adapter (LoRA) is trained; add lora=None to train every weight.
     sft=SFTConfig(
         train=TrainConfig(
