@@ -1,4 +1,8 @@
-"""demo: a small model on the embedded corpus, every stage of it, in minutes on two CPU cores."""
+"""demo: the whole life of a small language model, in minutes on two CPU cores. Run it with `make demo`.
+
+Start here. An experiment is one file like this: copy it, rename it, change a number, and run
+`python pipeline.py configs/mine.py`. What is not said here has a default, documented at its class.
+"""
 
 from configs import Experiment
 from data.corpus import CorpusConfig
@@ -12,30 +16,37 @@ from tokenizer.train import TokenizerConfig
 from trainer import TrainConfig
 
 experiment = Experiment(
-    name="demo",
+    name="demo",  # everything it makes goes to runs/demo/
+    # 1. The model: a LLaMA with 4 layers, 128 numbers wide. It reads at most 256 tokens.
     model=ModelConfig(vocab_size=4_096, context_length=256, n_layers=4, d_model=128, n_heads=2),
+    # 2. The text: the documentation inside Python and the packages on this machine. No download.
     corpus=CorpusConfig(sources=(PythonDocs(),)),
+    # 3. The tokenizer cuts text into 4,096 different pieces. It is trained on the corpus.
     tokenizer=TokenizerConfig(vocab_size=4_096),
+    # 4. The corpus as one long file of tokens, a small share of it held out to measure on.
     pack=PackConfig(),
+    # 5. Pretraining: the model learns to predict the next token.
     pretrain=TrainConfig(
         steps=1_800,
-        compile=False,  # two minutes are too short a run for it to pay off
-        batch_size=4,
-        learning_rate=3e-3,
+        compile=False,  # compiling takes half a minute: too long for a run of two minutes
+        batch_size=4,  # rows of 256 tokens per step
+        learning_rate=3e-3,  # the highest; the schedule rises to it and falls to 0
         optimizer="muon",
         schedule="linear",
-        beta2=0.99,  # steps this small are noisy: a longer memory steadies them
+        beta2=0.99,  # gradients of such small batches are noisy: average over more steps
         warmup_steps=100,
         eval_every=500,
         eval_rows=128,
         save_every=500,
     ),
+    # 6. Supervised fine-tuning (SFT): the model learns to answer questions about the same documentation.
+    #    Only an adapter (LoRA) is trained; add lora=None to train every weight.
     sft=SFTConfig(
         train=TrainConfig(
-            epochs=1.5,
+            epochs=1.5,  # passes over the conversations
             compile=False,
             batch_size=4,
-            learning_rate=4e-3,
+            learning_rate=4e-3,  # an adapter takes a higher one than a whole model
             warmup_fraction=0.1,
             schedule="linear",
             weight_decay=0.0,
@@ -43,13 +54,14 @@ experiment = Experiment(
             save_every=500,
         ),
     ),
+    # 7. Preference learning (DPO): from pairs of a better and a worse answer it learns which to give.
     dpo=DPOConfig(
-        loss=LossConfig(beta=0.5),
-        reference="adapter_off",  # less than an epoch: to note what the reference thinks of all pairs would take longer
+        loss=LossConfig(beta=0.5),  # how strongly it is held to what SFT taught it
+        reference="adapter_off",  # the run sees less than an epoch: storing numbers for all pairs would take longer
         train=TrainConfig(
             steps=300,
             compile=False,
-            batch_size=16,
+            batch_size=16,  # pairs
             learning_rate=2e-4,
             warmup_fraction=0.1,
             schedule="linear",

@@ -1,12 +1,13 @@
-"""What the reference thinks of every pair: its log-probabilities, computed once and kept.
+"""The reference model's log-probabilities of every pair, computed once and stored.
 
     python pipeline.py configs/tiny.py dpo_reference   ->  runs/tiny/dpo_reference
 
-`train.logp` and `val.logp` hold two little-endian float64 numbers a pair, in the order of dpo_data: the log-probability
-of the chosen and of the rejected answer, in nats, computed in the precision of training. They are bound to the digests
-of the model and of the pairs: made anew if asked to, never used for others.
+`train.logp` and `val.logp` hold two little-endian float64 numbers per pair, in the order of dpo_data: the
+log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training. The manifest
+binds them to the digests of the model and of the pairs, so they are never used with others.
 """
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,40 +23,42 @@ from cli import UserError, log, progress
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
-from finetune import Base
+from finetune import Base, device_of
 from model import Transformer
 from stage import Stage
 from tokenizer import Tokenizer
 
-TOKENS = {"cpu": 8_192, "cuda": 131_072}  # read at once, if the pairs were as long as the longest
+TOKENS = {"cpu": 8_192, "cuda": 131_072}  # per batch, at most
 
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
-    """log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
-    size = max(1, TOKENS[model.embed.weight.device.type] // pairs.width)
-    batches = progress(pairs.batches(size), -(-pairs.count // size), "batches", name)
+    """Log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
+    size = max(1, TOKENS[device_of(model).type] // pairs.width)  # pairs per batch
+    batches = progress(pairs.batches(size), math.ceil(pairs.count / size), "batches", name)
     with torch.inference_mode():
-        found = torch.cat([log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches])
-    if not found.isfinite().all():
-        wrong = int((~found.isfinite()).any(1).nonzero()[0])
+        parts = [log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches]
+    values = torch.cat(parts)
+    finite = values.isfinite().all(dim=1)
+    if not finite.all():
+        wrong = int((~finite).nonzero()[0])
         raise UserError(
             f"the log-probability of pair {wrong:,} of {pairs.file} is not finite; the weights are damaged, or their "
             "training diverged"
         )
-    return found
+    return values
 
 
 def job(base: Base, pairs: Path, dtype: torch.dtype, directory: Path, command: str) -> Stage:
-    """The stage that computes the log-probabilities by `base` of the pairs in a directory.
+    """The stage that computes the log-probabilities of the pairs in a directory, with `base` as the reference.
 
-    dtype: of matrix products, as in training. command: what the user types to make them."""
+    dtype: of matrix products, as in training. command: what the user types."""
     settings = {"model": base.shape, "begin": base.unseen, "dtype": str(dtype)}
     read = stage.outputs(pairs) | stage.outputs(base.checkpoint)
     return Stage(directory, settings, read, command, __file__)
 
 
 def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenizer, force: bool = False) -> None:
-    """Computes them, unless they are there."""
+    """Computes the log-probabilities, unless that is done."""
     directory = job.directory
     checkpoint.must_match(base.checkpoint, spm.sha256)
     if job.up_to_date(force):
@@ -67,15 +70,18 @@ def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenize
         total = 0
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
             for split in SPLITS:
-                log_probabilities = of_pairs(model, PairRows(pairs, split, counts), f"reference, {split}")
-                log_probabilities.numpy().astype("<f8").tofile(directory / f"{split}.logp")
-                total += len(log_probabilities)
+                values = of_pairs(model, PairRows(pairs, split, counts), f"reference, {split}")
+                values.numpy().astype("<f8").tofile(directory / f"{split}.logp")
+                total += len(values)
         job.finish({split: counts[split]["pairs"] for split in SPLITS})
         log.info(f"reference: log-probabilities of {total:,} pairs by {base.checkpoint} -> {directory}")
 
 
 def load(directory: Path) -> dict[str, Tensor]:
-    """Both splits' of a finished directory, (pairs, 2) float64 each. UserError if a file is missing or damaged."""
+    """The log-probabilities by split, (pairs, 2) float64 each. UserError if a file is missing or damaged."""
     stage.finished(directory)
-    read = {split: np.fromfile(directory / f"{split}.logp", dtype="<f8").reshape(-1, 2) for split in SPLITS}
-    return {split: torch.from_numpy(each.astype(np.float64)) for split, each in read.items()}
+    stored = {}
+    for split in SPLITS:
+        values = np.fromfile(directory / f"{split}.logp", dtype="<f8").reshape(-1, 2)
+        stored[split] = torch.from_numpy(values.astype(np.float64))
+    return stored

@@ -45,6 +45,7 @@ def with_input(message: Message, before: str = "\n\n") -> str:
 def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
     # Control pieces mark every turn. No text is ever encoded to them, so a user cannot fake the end of a turn.
     for message in messages:
+        # The mask follows the role. Nothing else decides what is trained.
         answer = message.role == "assistant"
         yield Part(START, control=True)
         if answer:
@@ -75,6 +76,7 @@ def instruct(messages: Sequence[Message], ask: bool, before_input: str = "\n\n")
 
 
 def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
+    # A system message takes the place of the opening lines.
     if messages[0].role != "system":
         yield Part(OPENING[bool(messages[0].input)])
     yield from instruct(messages, ask, "\n\n### Input:\n")
@@ -96,6 +98,7 @@ class Template:
     """Control pieces that the tokenizer must have."""
 
 
+# Change a function above and its Jinja template together: tests compare their ids with those of `transformers`.
 CHATML_JINJA = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] != 'system' or message['content'] | trim %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}\
@@ -161,6 +164,7 @@ def render(
         )
     # Chat programs send an empty system message when the user sets none: treat it as none.
     messages = [message for message in messages if message.role != "system" or message.content.strip()]
+    # Start as a document of the corpus does: pretraining has taught the model what bos means.
     ids, trained = [tokenizer.bos], [False]
     text = ""  # since the last control piece: transformers begins a new text there, and `cut` may look back to it
     # Encode neighbours with the same mask as one text, as transformers does: their pieces may span the seam.
@@ -170,6 +174,7 @@ def render(
             new_ids = [tokenizer.control[new] if new else tokenizer.eos]
             text = ""
         else:
+            # `begins`: some tokenizers add a space at the beginning of a text, and only there.
             start = len(text)
             text += new
             cuts = [match.start() for match in re.compile(form.cut).finditer(text, start)]
@@ -208,6 +213,7 @@ def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def marked(template: str, ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     """True if an answer contains a mark of the template, as a control piece or as text."""
+    # A model that writes "### Instruction:" plays the user's part too. Evaluation counts such answers.
     if not set(tokenizer.control.values()).isdisjoint(ids):
         return True
     text = tokenizer.decode(list(ids), begins=False)

@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
+import finetune
 import lora
 import stage
 from cli import UserError
@@ -536,6 +537,71 @@ def test_a_saved_adapter_is_refused_by_another_model(saved):
         with pytest.raises(UserError, match=r"adapter holds an adapter of another model; load the one in .*base"):
             checkpoint.load_adapter(saved[0] / "adapter", model)
         assert not lora.layers(model)
+
+
+# ------------------------------------------------------------------------------------------------- other architectures
+
+
+class GELUMLP(nn.Module):
+    """A feed-forward network as GPT-2 has it: no gate, and with biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+def gelu_base() -> Transformer:
+    model = base()
+    for block in model.blocks:
+        block.mlp = GELUMLP()
+    return model.eval()
+
+
+def test_targets_that_the_model_lacks_are_named_with_those_that_it_has():
+    model = gelu_base()
+    with pytest.raises(UserError, match="'gate'; the model's blocks have q, k, v, o, up, down: set lora=LoRAConfig"):
+        lora.attach(model, LoRAConfig())
+    with pytest.raises(UserError, match="targets names 'head', 'x'; the model's blocks have q, k, v, o, gate, up,"):
+        lora.attach(base(), LoRAConfig(targets=("q", "head", "x")))
+    assert not lora.layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_another_feed_forward_network_is_adapted_biases_and_all():
+    model = gelu_base()
+    before = logits(model)
+    lora.attach(model, LoRAConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q", "k", "v", "o", "up", "down")))
+    assert torch.equal(logits(model), before)
+    fill(model, "default", 1)
+    apart = logits(model)
+    assert relative(apart, before) > 0.1
+    model(TOKENS, TARGET_IDS).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * 2 * 6
+    assert all(name.endswith(("a.default", "b.default")) for name in trained)
+    lora.merge(model)
+    assert relative(logits(model), apart) < 1e-5
+    lora.fold(model)
+    assert relative(logits(model), apart) < 1e-5
+    assert list(model.state_dict()) == list(gelu_base().state_dict())
+
+
+@pytest.mark.parametrize("adapter", [None, SMALL], ids=["full", "adapter"])
+def test_flops_of_a_step_follow_from_the_layers(adapter, monkeypatch):
+    """6 for a trained weight, 4 for a frozen one; half of the tokens pass the output projection."""
+    shape = ModelConfig(**SHAPE)
+    block, head = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40, 96 * 16
+    extra = 4 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * (16 + 40)) if adapter else 0
+    assert finetune.sizes(shape, adapter) == (2 * block, head, 2 * extra)
+    found = finetune.sizes(shape, adapter).trained(1, 0.5)
+    assert found == (4 if adapter else 6) * (2 * block + head / 2) + 6 * 2 * extra
+    if adapter is None:
+        assert finetune.sizes(shape, None).trained(1, 1) == shape.flops_per_token(0)
+    monkeypatch.setattr(finetune, "Transformer", lambda shape: gelu_base())
+    assert finetune.sizes(shape, None).blocks == 2 * (block - 16 * 40)
 
 
 # ------------------------------------------------------------------------------------------- what is easily done wrong
