@@ -1,19 +1,19 @@
-"""One model on many processes, as torchrun starts them; with one process, nothing of this happens.
+"""One model on many processes, as torchrun starts them. With one process, nothing here does anything.
 
     torchrun --nproc_per_node=8 train.py configs/base.py
 
-Every process computes the gradient of its rows of the global batch, and the sum of all is what each of them steps by.
-"ddp": each holds the whole model. "fsdp": each holds a share of every matrix, of its gradient and of the optimizer's
-state; a block is put together when it is needed. The first process alone writes to the disk.
+Every process computes the gradient of its rows of the global batch; all of them step by the sum. With "ddp" each holds
+the whole model. With "fsdp" each holds a share of every matrix, of its gradient and of the optimizer's state; a block
+is put together when it is needed. Only the first process writes to the disk.
 """
 
 import datetime
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -38,35 +38,18 @@ def ranks() -> int:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
-    """Joins the processes that torchrun has started with this one, and leaves them at the end.
+    """Joins the processes that torchrun started, and leaves them at the end.
 
-    timeout: seconds that one waits for the others. Where another ends, or does not answer in that time, this one stops
-    too, with one line and status 1, or, in the middle of NCCL's work, by its watchdog. GPUs speak through NCCL,
-    processors through gloo.
+    timeout: seconds to wait for another process. If one ends, or does not answer in time, this one stops too, with one
+    line and status 1 (in the middle of NCCL's work, by NCCL's watchdog).
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= there:
-            raise UserError(f"{local + 1} or more processes here, {there} GPUs; start --nproc_per_node={there}")
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        cli.end_with_parent(signal.SIGTERM)  # torchrun, if it is killed, cannot end its processes any more
-    wait = datetime.timedelta(seconds=timeout)
+        cli.end_with_parent(signal.SIGTERM)  # a killed torchrun cannot end its processes any more
     try:
-        # After a restart torchrun's store still has the addresses of the dead: each attempt gets names of its own. They
-        # are counted in the store, for torchrun counts on each machine by itself.
-        store, this, count = next(dist.rendezvous("env://", timeout=wait))
-        attempt = dist.PrefixStore(f"attempt {store.add('attempts', 0)}", store)
-        try:
-            dist.init_process_group(backend, store=attempt, rank=this, world_size=count, timeout=wait)
-        finally:
-            if this == 0:
-                store.add("attempts", 1)
+        _connect(_backend(), datetime.timedelta(seconds=timeout))
         if rank():
             log.setLevel("ERROR")
         yield
@@ -83,34 +66,85 @@ def joined(timeout: float) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         what = f"has not answered for {timeout:g} s" if re.search("[Tt]imed out|[Tt]imeout", reason) else "has ended"
         raise Stopped(
-            1, f"process {rank()}: another one {what}, and so this one stops; the same command goes on ({reason})"
+            1, f"process {rank()}: another process {what}, so this one stops; run the same command again ({reason})"
         ) from None
 
 
-def lead(function: Callable, timeout: float | None = None):
-    """What the function gives in the first process, which alone calls it, on all. If it raises, all of them stop.
+def _backend() -> str:
+    """NCCL for GPUs, one GPU per process; gloo for CPUs."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        raise UserError(f"{local + 1} or more processes here, {gpus} GPUs; start --nproc_per_node={gpus}")
+    torch.cuda.set_device(local)
+    return "cpu:gloo,cuda:nccl"
 
-    timeout: seconds that the others wait for it, if not as long as for anything else.
+
+def _connect(backend: str, timeout: datetime.timedelta) -> None:
+    # After a restart, torchrun's store still has the addresses of the dead processes, so each attempt uses its own
+    # names. The store counts the attempts, because every machine's torchrun has a count of its own.
+    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = dist.PrefixStore(f"attempt {store.add('attempts', 0)}", store)
+    try:
+        dist.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=timeout)
+    finally:
+        if number == 0:
+            store.add("attempts", 1)
+
+
+class Signals:
+    """Remembers Ctrl-C and SIGTERM, so that the loop can finish its step and save. A second one exits at once."""
+
+    def __init__(self):
+        self.caught, self.when = 0, 0.0
+
+    def __enter__(self) -> "Signals":
+        self.before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        now = time.monotonic()
+        # One Ctrl-C can arrive twice: the terminal sends it to all processes, and the parent (pipeline.py, or
+        # torchrun, which takes longer) passes it on.
+        patience = 1 if ranks() == 1 else 5
+        if not self.caught:
+            self.caught, self.when = signum, now
+            if rank() == 0:
+                os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
+        elif now - self.when > patience:
+            os._exit(128 + signum)
+
+
+def lead(function: Callable, timeout: float | None = None):
+    """Calls a function in the first process only, and returns its result in all. If it raises, all processes stop.
+
+    timeout: seconds that the others wait, if that may be longer than for anything else.
     """
     if ranks() == 1:
         return function()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)) if timeout else None
-    cpu, found = torch.device("cpu"), [None, None]
+    cpu, message = torch.device("cpu"), [None, None]  # the result, and the exit status of an error
     if rank() == 0:
         try:
-            found[0] = function()
-        except BaseException as error:  # whatever it is, the others wait for it
-            found[1] = getattr(error, "status", 2)
-            dist.broadcast_object_list(found, 0, group, cpu)
+            message[0] = function()
+        except BaseException as error:  # even Ctrl-C: the others wait for an answer
+            message[1] = getattr(error, "status", 2)
+            dist.broadcast_object_list(message, 0, group, cpu)
             raise
-    dist.broadcast_object_list(found, 0, group, cpu)
-    if found[1] is not None:
-        raise Stopped(found[1], "")
-    return found[0]
+    dist.broadcast_object_list(message, 0, group, cpu)
+    result, status = message
+    if status is not None:
+        raise Stopped(status, "")
+    return result
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends every process, each of which has to call it, with status 2; the first one says why."""
+    """Ends all processes with status 2, and the first one says why. Every process must call it."""
     raise UserError(message) if rank() == 0 else Stopped(2, "")
 
 
@@ -122,79 +156,79 @@ def add_up(x: Tensor) -> Tensor:
 
 
 def total(number: int) -> int:
-    """Its sum over all processes."""
+    """The sum of a number over all processes."""
     return int(add_up(torch.tensor(number))) if ranks() > 1 else number
 
 
 def largest(number: int) -> int:
-    """The largest that any process has."""
+    """The largest of a number over all processes."""
     if ranks() == 1:
         return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    x = torch.tensor(number)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x)
 
 
 def command(remake: str) -> str:
-    """The command that was given, as far as it is known: on several machines torchrun takes more."""
+    """The user's command with torchrun before it. On several machines torchrun takes more switches."""
     if ranks() == 1:
         return remake
     return remake.replace("python", f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}", 1)
 
 
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
 class Exchange:
     """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704).
 
-    A gradient is a view of a bucket, 25 MB of them in a row, from the last parameter to the first: the order in which
-    the backward pass comes to them. A bucket whose gradients are all there is on its way. Which gradient lies where
-    never changes, and so neither does the order of any sum: a run that is resumed gives the same bytes. A parameter
-    that has no part in the loss has a gradient of zeros, not none: freeze it, if it is to stay as it is.
+    Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
+    resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        buckets: list[list[nn.Parameter]] = [[]]
-        for p in reversed([p for p in parameters if p.requires_grad]):
-            if buckets[-1] and sum(q.numel() for q in buckets[-1]) + p.numel() > 25_000_000 // 4:
-                buckets.append([])
-            buckets[-1].append(p)
-        self.sizes, self.sums, self.open = [len(bucket) for bucket in buckets], [], False
-        for i, bucket in enumerate(buckets):
-            self.sums.append(torch.zeros(sum(p.numel() for p in bucket), device=bucket[0].device))
-            for p, gradient in zip(bucket, self.sums[i].split([p.numel() for p in bucket]), strict=True):
-                dist.broadcast(p.data, 0)  # they are the same, or else are from here on
-                p.grad = gradient.view_as(p)  # which backward adds to
-                p.register_post_accumulate_grad_hook(partial(self._arrived, i))
+        # The backward pass reaches the last layer first. The order is fixed, because gradients that a process sends
+        # in another order than the others would be added to the wrong ones.
+        self.parameters = [p for p in parameters if p.requires_grad][::-1]
+        self.ready, self.sent, self.active = set(), [], False
+        for p in self.parameters:
+            dist.broadcast(p.data, 0)
+            p.register_post_accumulate_grad_hook(self._arrived)
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Around the last backward pass of a step. After it every gradient is the sum of all processes'."""
-        self.missing, self.sent, self.open = list(self.sizes), [], True
+        """Around the last backward pass of a step. After it, every gradient is the sum over all processes."""
+        self.ready, self.sent, self.active = set(), [], True
         yield
-        self.open = False
-        self._send(len(self.sums))  # and those that had no part in the loss
+        self.active = False
+        for p in self.parameters[len(self.sent) :]:  # parameters that had no part in this process's loss
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            self._send(p)
         for work in self.sent:
             work.wait()
 
-    def _arrived(self, bucket: int, _: nn.Parameter) -> None:
-        if self.open:
-            self.missing[bucket] -= 1
-            self._send(next((i for i, missing in enumerate(self.missing) if missing), len(self.missing)))
+    def _arrived(self, p: nn.Parameter) -> None:
+        self.ready.add(p)
+        while self.active and len(self.sent) < len(self.parameters):
+            following = self.parameters[len(self.sent)]
+            if following not in self.ready:
+                break
+            self._send(following)
 
-    def _send(self, until: int) -> None:
-        """Sends the buckets before one: all processes in the same order."""
-        for total in self.sums[len(self.sent) : until]:
-            self.sent.append(dist.all_reduce(total, async_op=True))
+    def _send(self, p: nn.Parameter) -> None:
+        self.sent.append(dist.all_reduce(p.grad, async_op=True))
 
 
-def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange | None:
-    """Moves a model to the device, in whole or in part, and has the processes add up their gradients: with "ddp" by
-    what is returned, with "fsdp" by themselves, wherever the model is called as a function.
+def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange:
+    """Moves a model, or this process's share of it, to the device. Returns what adds up its gradients.
 
-    dtype: of matrix products. With "fsdp" the blocks travel in it, and sums of gradients in float32 as everywhere.
+    how: "ddp" or "fsdp", which adds up gradients by itself wherever the model is called as a function.
+    dtype: of matrix products; with "fsdp" the blocks travel in it, and gradients in float32.
     """
-    if ranks() == 1 or how == "ddp":
+    if how == "ddp" or ranks() == 1:
         model.to(device)
-        return Exchange(model.parameters()) if ranks() > 1 else None
+        return Exchange(model.parameters() if ranks() > 1 else [])
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -202,19 +236,22 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=narrow)
-    fully_shard(model, mesh=mesh)  # embedding, last norm and output projection stay float32: so does the stream
+    fully_shard(model, mesh=mesh)  # embedding, last norm and head stay float32, and so does the residual stream
     for module in (*model.blocks, model):  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+    return Exchange([])
+
+
+# -------------------------------------------------------------------------------------------------------- sharded state
 
 
 def _sharded(x) -> bool:
-    return hasattr(x, "full_tensor")  # a DTensor; its class takes a second to import
+    return hasattr(x, "full_tensor")  # a DTensor; importing its class takes a second
 
 
 def whole(x):
-    """Tensors in nested containers, those that are shared out put together, on the CPU. Every process must call it;
-    only the first gets them."""
+    """Gathers sharded tensors in nested containers, on the CPU. Every process must call it; the first gets them."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     if isinstance(x, list):
@@ -226,7 +263,7 @@ def whole(x):
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, if that which it belongs to is shared out; else all of it."""
+    """This process's share of a whole tensor if `like`, the parameter it belongs to, is sharded; else all of it."""
     if not _sharded(like) or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""Batches of packed tokens. A batch is a pure function of (seed, step): no loader has a state that could be lost."""
+"""Batches of packed tokens. A batch is a pure function of (seed, step): the loader has no state that could be lost."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,31 +16,33 @@ from stage import check_types
 
 
 class Shuffled:
-    """Numbered things, of which each epoch sees every one once, in an order of its own."""
+    """Numbers 0 … count - 1 in random order, each once per epoch. Every epoch has another order."""
 
-    holds = "documents"  # what they are made of
+    holds = "documents"  # what a sample consists of, for messages
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
-        self._order = lru_cache(maxsize=2)(self._order)  # the epoch's permutation, and at its edge the next one's
+        # Two orders stay in memory: a batch at the edge of an epoch needs this one and the next.
+        self._order = lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
+        # Not from the order of the epoch before: so a resumed run can start in the middle of any epoch.
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
     def drawn(self, sample: int) -> int:
-        """Which one the sample of that number is, counted from 0 over all epochs."""
-        return int(self._order(sample // self.count)[sample % self.count])
+        """The number that is drawn for a sample, counted from 0 over all epochs."""
+        epoch, place = divmod(sample, self.count)
+        return int(self._order(epoch)[place])
 
 
 class Windows(Shuffled):
-    """Packed tokens cut into windows of `length` inputs; each epoch sees every window once, in an order of its own.
+    """Packed tokens cut into windows of `length` inputs."""
 
-    Window w is tokens w·length … w·length + length: one more than the inputs, because the targets are the inputs moved
-    on by one. That shift happens here, and nowhere else.
-    """
+    # Window w is the tokens w·length … w·length + length: one more than the inputs, because the targets are the inputs
+    # shifted by one. The last token of a window is also the first of the next, so every token is a target once.
 
     def __init__(self, packed: Packed, length: int, seed: int = 0):
-        self.packed, self.tokens, self.length = packed, packed.tokens, length
+        self.packed, self.tokens, self.file, self.length = packed, packed.tokens, packed.file, length
         super().__init__((len(self.tokens) - 1) // length, seed)
         if self.count < 1:
             raise UserError(
@@ -48,20 +50,17 @@ class Windows(Shuffled):
                 f"{length + 1:,}. Add text, or shorten the context"
             )
 
-    @property
-    def file(self) -> str:
-        """The packed file that they are in."""
-        return self.packed.file
-
     def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the windows named, (windows, length) int64."""
-        starts = [w * self.length for w in windows]
-        rows = np.stack([self.tokens[s : s + self.length + 1] for s in starts]).astype(np.int64)
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        """Inputs and targets of the windows with these numbers, both (B, T) int64."""
+        starts = np.array(windows)[:, None] * self.length  # (B, 1)
+        # The file is memory-mapped: this reads the rows of the batch and leaves the rest on the disk.
+        rows = torch.from_numpy(self.tokens[starts + np.arange(self.length + 1)].astype(np.int64))  # (B, T + 1)
+        # The only place where targets are shifted. With a second shift elsewhere the model would learn to skip every
+        # other token: the loss still falls, but the model writes nonsense.
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (B, T), (B, T)
 
     def documents(self, window: int) -> range:
-        """The documents that a window holds, or parts of them, by their numbers in the packed file."""
+        """Numbers, in the packed file, of the documents that a window holds or holds a part of."""
         ends = window * self.length, (window + 1) * self.length
         first, last = np.searchsorted(self.packed.starts, ends, side="right") - 1
         return range(self.packed.first + int(first), self.packed.first + int(last) + 1)
@@ -69,47 +68,52 @@ class Windows(Shuffled):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What is drawn from a step on. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """The sets that batches are drawn from, from a step on. Raises TypeError or ValueError, naming the field."""
 
-    start: int
-    """The first step of it, counted from 0; it lasts until the next phase starts."""
+    start: int  # first step of the phase, counted from 0; it lasts until the next phase starts
+    # How much of each set, in any unit. The sets are sources of the corpus, and experiments beside this one.
     weights: Mapping[str, float]
-    """Of the sets that batches are drawn from, in any unit: sources of the corpus, and experiments beside it."""
 
     def __post_init__(self):
         check_types(self)
         if self.start < 0:
             raise ValueError(f"start is {self.start}; expected at least 0")
-        if not self.weights or not all(isinstance(w, (int, float)) and 0 < w < math.inf for w in self.weights.values()):
-            raise ValueError(f"weights are {self.weights}; expected a positive number for each set that is drawn from")
+        positive = [isinstance(w, (int, float)) and 0 < w < math.inf for w in self.weights.values()]
+        if not positive or not all(positive):
+            raise ValueError(f"weights are {self.weights}; expected a positive number for each set")
         if sum(self.units) > 1_000_000:
             raise ValueError(f"weights are {self.weights}; expected rounder numbers, whose ratio is one of integers")
 
     @property
     def units(self) -> list[int]:
-        """The weights as the smallest integers of the same ratio."""
+        """The smallest integers in the ratio of the weights: 0.5, 0.25, 0.25 becomes 2, 1, 1."""
         exact = [Fraction(str(weight)) for weight in self.weights.values()]
-        scaled = [int(each * math.lcm(*(e.denominator for e in exact))) for each in exact]
-        return [each // math.gcd(*scaled) for each in scaled]
+        divisor = exact[0]
+        for weight in exact:  # Euclid's algorithm, which works for fractions too
+            while weight:
+                divisor, weight = weight, divisor % weight
+        return [int(weight / divisor) for weight in exact]
 
 
 class Turns:
-    """An endless sequence of sets in which every beginning has each set within one of its share.
+    """An endless sequence of sets: after any number of turns, each set is less than one turn from its share."""
 
-    The quota method of Balinski and Young (1975): of the sets that would not get more than their share, rounded up, the
-    next turn goes to the one that has most weight for each turn it would then have had. After sum(units) turns every
-    set has had exactly its share, and the sequence begins again.
-    """
+    # Sets drawn at random would meet the weights only on average. This is the quota method (Balinski and Young 1975):
+    # among the sets that another turn does not lift above their share, rounded up, the next turn goes to the set with
+    # the most weight per turn. After sum(units) turns every set has exactly its share, and the sequence repeats.
 
     def __init__(self, units: Sequence[int]):
         self.units, self.period = units, sum(units)
-        had = [0] * len(units)
+        had = [0] * len(units)  # turns of each set so far
         self.order = np.empty(self.period, dtype=np.int64)
         for turn in range(self.period):
-            allowed = [i for i, unit in enumerate(units) if had[i] * self.period < unit * (turn + 1)]
-            chosen = max(allowed, key=lambda i: units[i] / (had[i] + 1))
-            self.order[turn] = chosen
-            had[chosen] += 1
+            best, most = 0, 0.0
+            for i, unit in enumerate(units):
+                weight = unit / (had[i] + 1)
+                if weight > most and had[i] * self.period < unit * (turn + 1):
+                    best, most = i, weight
+            self.order[turn] = best
+            had[best] += 1
         self.places = [np.flatnonzero(self.order == i) for i in range(len(units))]
 
     def whose(self, turn: int) -> int:
@@ -117,89 +121,92 @@ class Turns:
         return int(self.order[turn % self.period])
 
     def before(self, index: int, turn: int) -> int:
-        """How many turns a set has had before one."""
-        rounds, rest = divmod(turn, self.period)
+        """How many turns a set has before this turn."""
+        rounds, rest = divmod(turn, self.period)  # whole periods, and turns of the current one
         return rounds * self.units[index] + int(np.searchsorted(self.places[index], rest))
 
 
 class Mixture:
-    """Batches from several sets of windows by weight, the weights changing at given steps.
-
-    sets: by name. phases: in order, the first from step 0. size: rows of a global batch.
-    """
+    """Batches from several sets of windows by weight. The weights may change at given steps."""
 
     def __init__(self, sets: Mapping[str, Windows], phases: Sequence[Phase], size: int):
+        """sets: by name. phases: in order, the first from step 0. size: rows of a global batch."""
         self.sets, self.size = sets, size
-        self.phases = []  # (first sample, names, turns, samples that each set has given before)
+        self.phases = []  # (first sample, names, turns, samples that each set gave before)
         for phase in phases:
+            # A set continues where the phase before left it: no window is read twice before all are read once.
             given = self.seen(phase.start) if self.phases else dict.fromkeys(sets, 0)
             self.phases.append((phase.start * size, list(phase.weights), Turns(phase.units), given))
 
     def seen(self, step: int) -> dict[str, int]:
-        """How many rows each set gives in the first so many steps."""
+        """How many rows each set gives before a step."""
         sample = step * self.size
         first, names, turns, given = self._phase(sample)
-        return given | {name: given[name] + turns.before(i, sample - first) for i, name in enumerate(names)}
+        rows = dict(given)
+        for i, name in enumerate(names):
+            rows[name] += turns.before(i, sample - first)
+        return rows
 
-    def _phase(self, sample: int) -> tuple[int, list[str], Turns, dict[str, int]]:
-        return next(phase for phase in reversed(self.phases) if phase[0] <= sample)
+    def _phase(self, sample: int) -> tuple:
+        for phase in reversed(self.phases):
+            if phase[0] <= sample:
+                return phase
 
     def drawn(self, sample: int) -> tuple[str, int]:
-        """The set and the window that a sample is, counted from 0 over all batches."""
+        """The set and the window of a sample, counted from 0 over all batches."""
         first, names, turns, given = self._phase(sample)
         index = turns.whose(sample - first)
         name = names[index]
         return name, self.sets[name].drawn(given[name] + turns.before(index, sample - first))
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
-        """A rank's part of the step's global batch, steps counted from 0: inputs and targets, (rows, length) int64.
-
-        The parts of all ranks, one after another, are the same global batch for any number of ranks.
-        """
-        rows = range(step * self.size + self.size * rank // ranks, step * self.size + self.size * (rank + 1) // ranks)
-        if not rows:  # more ranks than rows
-            return tuple(part[:0] for part in next(iter(self.sets.values())).read([0]))
-        read = [self.sets[name].read([window]) for name, window in map(self.drawn, rows)]
-        return tuple(torch.cat(part) for part in zip(*read, strict=True))
+        """A process's part of the global batch of a step, counted from 0: inputs and targets, (B, T) int64."""
+        # The parts of all processes are the global batch: the same rows in the same order for any number of them.
+        # That makes a run on eight GPUs comparable with a run on one, and lets it resume on another number.
+        start, rows = step * self.size, []
+        for sample in range(start + self.size * rank // ranks, start + self.size * (rank + 1) // ranks):
+            name, window = self.drawn(sample)
+            rows.append(self.sets[name].read([window]))
+        return tuple(map(torch.cat, zip(*rows, strict=True)))
 
     def documents(self, step: int) -> list[str]:
-        """What the step's global batch holds, a line for each packed file, for a message: of documents the numbers are
-        those that `python -m data.inspect CONFIG --first NUMBER` shows."""
-        found: dict[tuple[str, str], set[int]] = {}
-        for name, window in map(self.drawn, range(step * self.size, (step + 1) * self.size)):
+        """What the global batch of a step holds, a line per packed file. `python -m data.inspect` shows documents."""
+        numbers = {}  # (file, kind): the documents of that file
+        for sample in range(step * self.size, (step + 1) * self.size):
+            name, window = self.drawn(sample)
             windows = self.sets[name]
-            found.setdefault((windows.file, windows.holds), set()).update(windows.documents(window))
-        return [f"{file}: {holds} {ranges(numbers)}" for (file, holds), numbers in found.items()]
+            numbers.setdefault((windows.file, windows.holds), set()).update(windows.documents(window))
+        lines = []
+        for (file, holds), found in numbers.items():
+            lines.append(f"{file}: {holds} {ranges(found)}")
+        return lines
 
 
 def ranges(numbers: Iterable[int], most: int = 20) -> str:
-    """Numbers to read, neighbours as one: "3, 5-9"; of more than `most` such parts, the first ones."""
+    """Numbers as text, neighbours together: "3, 5-9". After `most` parts: "and 12 more"."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:
             parts[-1][1] = number
         else:
             parts.append([number, number])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts[:most])
-    rest = sum(last - first + 1 for first, last in parts[most:])
-    return f"{text} and {rest:,} more" if rest else text
+    text, rest = [], 0
+    for first, last in parts:
+        if len(text) == most:
+            rest += last - first + 1
+        else:
+            text.append(str(first) if first == last else f"{first}-{last}")
+    return ", ".join(text) + (f" and {rest:,} more" if rest else "")
 
 
 def mixture(
-    name: str,
-    phases: Sequence[Phase],
-    packed: Packed,
-    others: Mapping[str, Packed],
-    length: int,
-    batch_size: int,
-    seed: int,
+    name: str, phases: Sequence[Phase], packed: Packed, others: Mapping[str, Packed], length: int, size: int, seed: int
 ) -> Mixture:
-    """The training batches of an experiment called `name`: rows of `length` tokens from its own packed tokens and, by
-    name, those of other experiments. No phases: all of its own."""
-    if not phases:
-        return Mixture({name: Windows(packed, length, seed)}, [Phase(start=0, weights={name: 1})], batch_size)
+    """The training batches of the experiment `name`: rows of `length` tokens of its own, and of `others` by name."""
+    if not phases:  # all of its own tokens
+        return Mixture({name: Windows(packed, length, seed)}, [Phase(start=0, weights={name: 1})], size)
     sets = {}
     for phase in phases:
         for used in phase.weights:
             sets[used] = Windows(others.get(used) or packed.of(used), length, seed)
-    return Mixture(sets, phases, batch_size)
+    return Mixture(sets, phases, size)

@@ -1,22 +1,21 @@
-"""What is said of the machine: precision, speed, memory; estimates beside what PyTorch really does."""
+"""The machine: precision, speed, memory, and the page before training."""
 
 import dataclasses
-import functools
 import itertools
 import platform
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import machine
 import stage
+from cli import UserError
 from model import ModelConfig, Transformer
 from tests.conftest import ROOT, Place
 from trainer import Task, TrainConfig
@@ -118,102 +117,39 @@ def test_flops_are_those_that_pytorch_counts(config):
     assert config.flops_per_token(T) * tokens.numel() == counter.get_total_flops()
 
 
-def test_attention_is_named_by_what_ran():
-    for config, dtype in itertools.product((SHAPE, GROUPED), (torch.float32, torch.bfloat16)):
-        assert machine.attention_backend(config, CPU, dtype) == "flash"
-        with sdpa_kernel(SDPBackend.MATH):
-            assert machine.attention_backend(config, CPU, dtype) == "math"
-
-
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-class Kept:
-    """Counts the bytes that autograd keeps while it is entered, every storage once, but for the model's own."""
-
-    def __init__(self, model: Transformer):
-        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.storages = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                self.storages[storage.data_ptr()] = storage
-            return tensor
-
-        self.hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
-
-    def __enter__(self):
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-        self.bytes = sum(storage.nbytes() for storage in self.storages.values())
+def needed(config: TrainConfig, processes: int, monkeypatch, model: Transformer) -> int:
+    """Bytes with which `must_fit` is content, and below which it refuses: found from its refusal."""
+    monkeypatch.setattr(machine, "_bytes", str)
+    monkeypatch.setattr(machine, "memory_available", lambda where: 0)
+    with pytest.raises(UserError) as refusal:
+        machine.must_fit(model, config, processes)
+    found = int(re.search(r"parameters take (\d+) for", str(refusal.value))[1])
+    monkeypatch.setattr(machine, "memory_available", lambda where: found)
+    machine.must_fit(model, config, processes)
+    return found
 
 
-def kept_by_loss(model: Transformer, rows: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of activations after a forward pass; not the output projection's gradient, which the loss keeps."""
-    c = model.config
-    tokens = torch.randint(c.vocab_size, (rows, c.context_length))
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), Kept(model) as kept:
-        loss = model(tokens, tokens.roll(-1, 1))
-    assert loss.requires_grad
-    return kept.bytes - 4 * c.vocab_size * c.d_model
-
-
-WIDE = dataclasses.replace(SHAPE, n_layers=1, d_ff=1_024)
-LONG = dataclasses.replace(SHAPE, context_length=256, n_heads=16, n_kv_heads=4, d_ff=32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", [SHAPE, GROUPED, WIDE, LONG])
-def test_activations_are_those_that_autograd_keeps(no_gpu, config, dtype):
-    estimate = machine.memory_estimate(meta(config), CONFIG, dtype)["activations"]
-    assert estimate == pytest.approx(kept_by_loss(Transformer(config), 4, dtype), rel=0.02)
-
-
-@pytest.mark.skipif(machine.triton is None or torch.cuda.is_available(), reason="has Triton interpreted, on a CPU")
-def test_triton_kernels_keep_less(no_gpu):
-    config = dataclasses.replace(SHAPE, kernels="triton", n_layers=1)
-    estimate = machine.memory_estimate(meta(config), CONFIG, torch.float32)["activations"]
-    assert estimate == pytest.approx(kept_by_loss(Transformer(config), 4), rel=0.02)
-    assert estimate < machine.memory_estimate(meta(SHAPE), CONFIG, torch.float32)["activations"]
-
-
-def test_math_attention_keeps_the_probabilities(no_gpu):
-    with sdpa_kernel(SDPBackend.MATH):
-        estimate = machine.memory_estimate(meta(LONG), CONFIG, torch.float32)["activations"]
-        assert estimate == pytest.approx(kept_by_loss(Transformer(LONG), 4), rel=0.15)
-
-
-@pytest.mark.parametrize("config", [SHAPE, GROUPED])
-def test_checkpointing_keeps_the_inputs_of_all_blocks_and_one_block(no_gpu, config):
-    model, rows = Transformer(config), 4
-    block, x = model.blocks[1], torch.randn(2, rows, config.context_length, config.d_model, requires_grad=True)
-    with Kept(model) as one:
-        block(x[0] + 0, x[1] + 0, model.cos, model.sin)
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    kept = kept_by_loss(model, rows) + one.bytes
-    checkpointing = dataclasses.replace(CONFIG, gradient_checkpointing=True)
-    estimate = machine.memory_estimate(meta(config), checkpointing, torch.float32)["activations"]
-    assert estimate == pytest.approx(kept, rel=0.02)
-
-
-def test_memory_of_parameters_by_hand(no_gpu):
+def test_memory_of_parameters_by_hand(no_gpu, monkeypatch):
+    """Weights, gradients, and two averages of AdamW, or one of Muon for the matrices of the blocks; all in float32."""
     model = meta(SHAPE)
     n, hidden = model.num_parameters(), 3 * 4 * 64 * (64 + 3 * 64)
-    found = machine.memory_estimate(model, CONFIG, torch.float32)
-    assert [found[kind] for kind in ("weights", "gradients", "optimizer")] == [4 * n, 4 * n, 8 * n]
-    muon = dataclasses.replace(CONFIG, optimizer="muon", parallel="fsdp")
-    shared = machine.memory_estimate(model, muon, torch.float32, processes=2)
-    assert [shared[kind] for kind in ("weights", "gradients", "optimizer")] == [2 * n, 2 * n, 4 * n - 2 * hidden]
-    assert shared["activations"] == found["activations"] / 2  # each has half of the rows
+    assert needed(CONFIG, 1, monkeypatch, model) == needed(CONFIG, 2, monkeypatch, model) == 16 * n
+    shared = dataclasses.replace(CONFIG, optimizer="muon", parallel="fsdp")
+    assert needed(shared, 2, monkeypatch, model) == (16 * n - 4 * hidden) // 2
     model.embed.requires_grad_(False)
-    left = n - 96 * 64
-    frozen = machine.memory_estimate(model, CONFIG, torch.float32)
-    assert [frozen[kind] for kind in ("weights", "gradients", "optimizer")] == [4 * n, 4 * left, 8 * left]
+    assert needed(CONFIG, 1, monkeypatch, model) == 4 * n + 12 * (n - 96 * 64)
+
+
+def test_the_peak_of_memory_is_measured(monkeypatch):
+    held = torch.ones(2**24)  # 64 MiB
+    monkeypatch.setattr(machine, "memory_available", lambda where: 10 * 2**30)
+    peak, total = re.match(r"(.*) at the peak of the first step, of (.*)", machine.peak_memory(CPU)).groups()
+    mebibytes = float(peak.split()[0]) * (1024 if peak.endswith("GiB") else 1)
+    assert held.nbytes / 2**20 < mebibytes < 16_384
+    assert float(total.removesuffix(" GiB")) == pytest.approx(10 + mebibytes / 1024, abs=0.1)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -302,42 +238,36 @@ def test_advice_is_three_changes_that_can_be_made(changes, processes, fields):
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def test_the_page(no_gpu, warnings, monkeypatch):
-    monkeypatch.setattr(machine, "memory_available", lambda where: 10 * 2**30)
+def test_the_page(no_gpu, warnings):
     config = dataclasses.replace(CONFIG, micro_batch_size=2, gradient_checkpointing=True, warmup_steps=1)
     model = Transformer(SHAPE)
-    lines = machine.page(model, config, torch.float32, task(1_000, 400))
+    lines = machine.page(model, config, torch.float32, task(1_000, 400), 1)
     text, n = "\n".join(lines), model.num_parameters()
     each, flops = 128_000 / n, SHAPE.flops_per_token(32)
     assert max(map(len, lines)) <= 80
     for expected in (
         f"parameters  {n:,}\n",
         "steps       1,000 of 4 rows × 32 tokens, 2 rows at a time\n",
-        f"tokens      128,000 in 2.50 epochs; {each:.2f} a parameter, {each / 20:.2g} of Chinchilla's 20\n",
-        f"FLOPs       {flops:.1e} a token, {128_000 * flops:.1e} in all\n",
-        "of 10.0 GiB available\n",
+        f"tokens      128,000 in 2.50 epochs; {each:.2f} per parameter, {each / 20:.2g} of Chinchilla's 20\n",
+        f"FLOPs       {flops:.1e} per token, {128_000 * flops:.1e} in all\n",
         "precision   float32; weights and optimizer in float32\n",
-        "torch kernels, flash attention, gradient checkpointing\n",
         "1 step of warm-up",
     ):
         assert expected in text
     assert warnings == []
 
 
-def test_the_page_of_a_stage_that_trains_a_part(no_gpu, monkeypatch):
+def test_the_page_of_a_stage_that_trains_a_part(no_gpu):
     model = Transformer(SHAPE)
     model.embed.requires_grad_(False)
-    lines = machine.page(model, CONFIG, torch.float32, task(1, 1))
+    lines = machine.page(model, CONFIG, torch.float32, task(1, 1), 1)
     assert lines[0].endswith(f" {model.num_parameters():,}, {model.num_parameters() - 96 * 64:,} of them trained")
 
 
-def test_the_page_warns_of_what_will_not_fit(no_gpu, warnings, monkeypatch):
-    needed = sum(machine.memory_estimate(meta(SHAPE), CONFIG, torch.float32, processes=2).values())
-    for spare, count in ((2, 0), (-2, 1)):  # on one machine, both processes take of the same memory
-        monkeypatch.setattr(machine, "memory_available", lambda where, free=2 * needed + spare: free)
-        lines = machine.page(meta(SHAPE), CONFIG, torch.float32, task(1, 1), processes=2)
-        assert "2 processes by ddp" in "\n".join(lines)
-        assert len(warnings) == count
+def test_the_page_names_several_processes_and_warns_of_a_warm_up_without_end(no_gpu, warnings):
+    lines = machine.page(meta(SHAPE), dataclasses.replace(CONFIG, warmup_steps=5), torch.float32, task(5, 1), 2)
+    assert "2 processes by ddp" in "\n".join(lines)
+    assert warnings == ["warmup_steps is 5 of 5 steps: the learning rate never peaks"]
 
 
 def test_the_manifest_says_what_a_run_ran_on(made: Place, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import optim
+import trainer
 from model import ModelConfig, Transformer
 from optim import Muon, learning_rate, make_optimizers, orthogonalise
 from trainer import TrainConfig
@@ -72,6 +75,16 @@ def test_wsd_by_hand():
 
 def test_wsd_that_falls_all_the_way_is_linear():
     assert rates(12, warmup_steps=4, schedule="wsd", decay_fraction=1.0) == rates(12, warmup_steps=4, schedule="linear")
+
+
+def test_a_schedule_is_added_in_one_place(monkeypatch):
+    with pytest.raises(ValueError, match="schedule is 'exponential'; expected one of cosine, linear, wsd"):
+        rates(3, schedule="exponential")
+    with pytest.raises(KeyError, match="exponential"):
+        learning_rate(SimpleNamespace(schedule="exponential", warmup_steps=0), 1, 3)
+    monkeypatch.setitem(optim.SCHEDULES, "exponential", lambda config, step, steps: 0.1 ** (step / steps))
+    monkeypatch.setitem(trainer.CHOICES, "schedule", tuple(optim.SCHEDULES))
+    assert rates(2, schedule="exponential") == pytest.approx([1.0, 0.2 + 0.8 * 0.1**0.5, 0.28])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 8, 40])

@@ -244,7 +244,7 @@ def test_a_signal_stops_all_after_the_same_step(packed: Place, signum):
             break
     os.kill(process.pid, signum)
     out, _ = process.communicate(timeout=60)
-    step = int(re.search(r"saved at step (\d+) of 100000; go on with: torchrun --nproc_per_node=2 train.py", out)[1])
+    step = int(re.search(r"saved at step (\d+) of 100000; resume with: torchrun --nproc_per_node=2 train.py", out)[1])
     packed.edit(("steps=100_000", f"steps={step + 3}"))
     assert f"resumed from step {step} " in train(packed, 2)
 

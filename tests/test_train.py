@@ -23,6 +23,7 @@ import torch
 
 import checkpoint
 import generate
+import parallel
 import stage
 import train
 import trainer
@@ -304,6 +305,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(kernels):
         {"weight_decay": -1.0},
         {"eval_every": 0},
         {"schedule": "sawtooth"},
+        {"seed": 2**63},
+        {"decay_fraction": 0.0},
+        {"warmup_steps": 1, "warmup_fraction": 0.1},
+        {"keep_checkpoints": 0},
     ],
 )
 def test_impossible_settings_are_refused(changes):
@@ -319,6 +324,8 @@ def test_run_logs_what_it_should(made: Place):
     assert [m["step"] for m in made.metrics() if "val_loss" in m] == [8, 16, 24]
     first, last = made.metrics()[0], made.metrics()[-1]
     assert first["loss"] == pytest.approx(math.log(512), rel=0.02)
+    assert re.search(r"^memory: [\d.]+ [MG]iB at the peak of the first step, of [\d.]+ [MG]iB$", made.output, re.M)
+    assert f"trained: {made.runs / 'mini/pretrain/final'}\nnext: python pipeline.py {made.config} sft\n" in made.output
     assert last["val_loss"] < 0.9 * first["loss"]
     assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
     assert sorted(p.name for p in (made.runs / "mini/pretrain").glob("*_*")) == ["step_0000015", "step_0000020"]
@@ -386,11 +393,43 @@ def test_signals_save_and_say_how_to_go_on(packed: Place, made: Place, signum, s
     run.send_signal(signum)
     _, err = run.communicate(timeout=60)
     assert run.returncode == status
-    step = int(re.search(r"saved at step (\d+) of 100000; go on with: python train.py", err)[1])
+    step = int(re.search(r"saved at step (\d+) of 100000; resume with: python train.py", err)[1])
     packed.edit(("steps=100_000", f"steps={step + 3}"))
     again = packed.run("train.py", packed.config)
     assert f"resumed from step {step} " in again.stdout
     assert packed.metrics()[-1]["step"] == step + 3
+
+
+def test_a_signal_that_arrives_twice_is_one(monkeypatch):
+    """A terminal's Ctrl-C reaches the child of pipeline.py directly and through its parent."""
+    now, exits = [100.0], []
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(parallel.os, "_exit", exits.append)
+    monkeypatch.setattr(parallel.os, "write", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with parallel.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 0.9
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (signals.caught, exits) == (signal.SIGINT, [])
+        now[0] += 0.2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert exits == [128 + signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("count", "rows", "ranks"), [(7, 2, 1), (7, 2, 2), (8, 3, 3), (1, 4, 3), (12, 2, 2)])
+def test_rows_of_an_evaluation_are_shared_once_each(monkeypatch, count, rows, ranks):
+    """Every process is called equally often, so that sharded models can be put together; each row counts once."""
+    monkeypatch.setattr(parallel, "ranks", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(list(trainer.shared_rows(list(range(10, 10 + count)), rows)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(1 <= len(numbers) <= rows for share in shares for numbers, _ in share)
+    counted = [number for share in shares for numbers, counts in share if counts for number in numbers]
+    assert sorted(counted) == list(range(10, 10 + count))
 
 
 def test_without_a_compiler_training_goes_on_uncompiled(packed: Place, made: Place, tmp_path: Path):
@@ -759,7 +798,7 @@ def test_two_runs_give_the_same_bytes(packed: Place, threads, tmp_path_factory: 
     again.env["OMP_NUM_THREADS"] = threads
     for place in (packed, again):
         out = place.run("train.py", place.config).stdout
-        assert f"CPU, {threads} thread" in out
+        assert f", {threads} thread" in out
         assert "precision   float32" in out
     assert_same_run(packed, again)
 

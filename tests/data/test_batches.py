@@ -16,7 +16,7 @@ from data.pack import Packed
 
 def windows(n: int, length: int, seed: int = 0, offset: int = 0) -> Windows:
     tokens = np.arange(offset, offset + n, dtype="<u4")
-    return Windows(type("Packed", (), {"tokens": tokens, "name": "train.bin"}), length, seed)
+    return Windows(type("Packed", (), {"tokens": tokens, "name": "train.bin", "file": "x/train.bin"}), length, seed)
 
 
 def plain(n: int, length: int, size: int, seed: int = 0) -> Mixture:
@@ -105,7 +105,7 @@ def test_phases_meet_their_weights_and_sets_go_on_where_they_were(mixture):
 def test_any_number_of_ranks_sees_the_same_global_batch(mixture, step):
     whole = mixture.batch(step)
     assert whole[0].shape == (mixture.size, 5)
-    for ranks in (1, 2, 3, 8):
+    for ranks in {1, 2, 3, 8} & set(range(mixture.size + 1)):
         parts = [mixture.batch(step, rank, ranks) for rank in range(ranks)]
         for k in (0, 1):
             assert torch.cat([part[k] for part in parts]).equal(whole[k])

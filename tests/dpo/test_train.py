@@ -288,7 +288,7 @@ cli.run(pipeline.main, pipeline.parser().parse_args())
     killed = ready.start("-c", kill, ready.config, "dpo")
     _, err = killed.communicate(timeout=120)
     assert killed.returncode == 143, err
-    assert f"saved at step 5 of 9; go on with: python pipeline.py {ready.config} dpo" in err
+    assert f"saved at step 5 of 9; resume with: python pipeline.py {ready.config} dpo" in err
     prefer(ready)
     assert digest(ready.runs / "mini/dpo/final/adapter.pt") == digest(preferring.runs / "mini/dpo/final/adapter.pt")
     assert ready.metrics("dpo") == preferring.metrics("dpo")

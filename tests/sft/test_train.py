@@ -186,7 +186,7 @@ def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name,
     steps = [step for step, _ in checkpoint.steps(ready.runs / "mini/sft")]
     assert steps == ([3] if name == "SIGKILL" else [6, 3])
     if name == "SIGTERM":
-        assert f"saved at step 6 of 10; go on with: python pipeline.py {ready.config} sft" in err
+        assert f"saved at step 6 of 10; resume with: python pipeline.py {ready.config} sft" in err
     tuned(ready)
     for file in ("adapter.pt", "state.pt"):
         ours, theirs = (p.runs / "mini/sft/final" / file for p in (ready, fine_tuned))

@@ -1,0 +1,122 @@
+"""What a training run reports: metrics.jsonl, a bar on a terminal, plain lines elsewhere, and TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import parallel
+from cli import UserError, log
+
+SHOWN = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_margin", "val_accuracy", "val_kl")
+
+
+class Report:
+    """The numbers of a run, for people and for files. task and progress are trainer's."""
+
+    def __init__(self, directory: Path, task, parameters: int, peak: float | None):
+        """parameters: the model's. peak: FLOP/s of all processes together, for the MFU; None if unknown."""
+        self.path, self.board = directory / "metrics.jsonl", None
+        self.task, self.parameters, self.peak = task, parameters, peak
+
+    def open(self, step: int, tensorboard: bool) -> None:
+        """Removes the lines of the step and later ones: an interrupted run wrote them after its last checkpoint."""
+        kept = []
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + b"\n")
+            except (ValueError, TypeError, KeyError):
+                continue  # the run was killed while it wrote this line
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(self.path)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("tensorboard=True, but it is not installed; pip install tensorboard") from None
+            self.board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=step)
+
+    def start(self, progress) -> tqdm:
+        """Starts the clock and returns the bar."""
+        self.hidden = parallel.rank() > 0 or not sys.stderr.isatty()
+        self.first, self.shown = progress.step, 0.0
+        self.restart_clock(progress)
+        shape = "{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
+        steps, disable = self.task.steps, self.hidden
+        self.bar = tqdm(total=steps, initial=progress.step, bar_format=shape, disable=disable, dynamic_ncols=True)
+        return self.bar
+
+    def restart_clock(self, progress) -> None:
+        """Leaves saving and evaluation out of the speed, and the first step, which compiles, out of the time left."""
+        self.time, self.step, self.tokens = time.perf_counter(), progress.step, progress.tokens
+        if progress.step <= self.first + 1:
+            self.began, self.since = self.time, progress.step
+
+    def measure(self, progress, means: dict[str, float], lr: float, norm: float) -> dict:
+        """The record of a step. means: what the task's loss returned."""
+        seconds = time.perf_counter() - self.time
+        record = {
+            "step": progress.step,
+            **means,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": progress.tokens,
+            "tokens_per_parameter": progress.tokens / self.parameters,
+            "epoch": progress.step / self.task.epoch,
+            "tokens_per_second": (progress.tokens - self.tokens) / seconds,
+            "skipped": progress.skipped,
+        }
+        if self.peak:  # model FLOPs utilisation (arXiv:2204.02311): the share of what the hardware could do
+            record["mfu"] = (progress.step - self.step) * self.task.flops / seconds / self.peak
+        if seen := self.task.seen(progress.step):
+            record["seen"] = seen
+        self.bar.set_postfix_str(self.numbers(record))
+        return record
+
+    def numbers(self, record: dict) -> str:
+        """The main numbers first, for a narrow terminal."""
+        text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f", {record['mfu']:.1%} MFU"
+        return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"
+
+    def line(self, record: dict) -> str:
+        text = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}"
+        for name in SHOWN:
+            if name in record:
+                text += f", {name.replace('_', ' ')} {record[name]:.4f}"
+        return text
+
+    def show(self, record: dict) -> None:
+        """Without a terminal, logs a line every ten seconds. A step that was evaluated has its line already."""
+        now = time.perf_counter()
+        if self.hidden and "val_loss" not in record and (now - self.shown > 10 or record["step"] == self.first + 1):
+            left = (now - self.began) / (record["step"] - self.since) * (self.task.steps - record["step"])
+            log.info(f"{self.line(record)}, {left // 60:.0f} min {left % 60:.0f} s left")
+            self.shown = now
+
+    def show_evaluation(self, record: dict) -> None:
+        """Logs a line for every evaluation, and one for the tokens drawn from a mixture."""
+        log.info(self.line(record))
+        if seen := record.get("seen"):
+            total = sum(seen.values())
+            log.info("drawn so far: " + ", ".join(f"{k} {n:,} tokens ({n / total:.1%})" for k, n in seen.items()))
+
+    def write(self, record: dict) -> None:
+        """Appends a record to metrics.jsonl. JSON has no NaN: a number that is not finite becomes null."""
+        if parallel.rank():
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        if self.board:
+            scalars = record | {f"seen/{name}": tokens for name, tokens in record.get("seen", {}).items()}
+            scalars.pop("seen", None)
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
