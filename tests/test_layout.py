@@ -12,7 +12,7 @@ ORDER = [
     "model cli",
     "stage",
     "generate lora optim parallel checkpoint machine tokenizer",
-    "trainer data tokenizer.train",
+    "trainer metrics data tokenizer.train",
     "finetune",
     "sft",
     "dpo",

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -226,7 +227,8 @@ def test_stopped_in_training_it_saves_and_resumes_exactly(packed: Place, tmp_pat
     """A terminal's Ctrl-C reaches every process of the command; `kill` only the first."""
     packed.edit(("steps=24", "steps=100_000"), ("learning_rate=3e-3, w", "learning_rate=3e-3, min_lr=3e-3, w"))
     run = packed.start("pipeline.py", packed.config, "pretrain", start_new_session=True)
-    run.wait_for("step 5 of")
+    run.wait_for("step 1 of")
+    time.sleep(0.5)
     if by == "terminal":
         os.killpg(run.pid, signal.SIGINT)
     else:
