@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -223,6 +224,10 @@ REFUSED = {
 
 
 def _stop(signum, frame):
+    """Ends the command. Ctrl-C reaches a stage's process twice, from the terminal and from its parent: the second
+    signal must not interrupt the clean-up."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     raise Stopped(128 + signum)
 
 
@@ -250,17 +255,24 @@ def apart(function: Callable[[], None]) -> None:
     if (child := os.fork()) == 0:
         end_with_parent(signal.SIGTERM)
         _exit_after(function)
-    stopped = None
-    while True:
-        try:
-            _, status = os.waitpid(child, 0)
-            break
-        except Stopped as stop:  # pass the signal on, and wait until the child has saved its work
-            stopped = stop
-            os.kill(child, stop.status - 128)
+    caught = []
+
+    def pass_on(signum, frame):
+        caught.append(signum)
+        with contextlib.suppress(ProcessLookupError):  # the child has just ended
+            os.kill(child, signum)
+
+    before = {number: signal.signal(number, pass_on) for number in STOPPING}
+    _, status = os.waitpid(child, 0)  # until the child has saved its work, whatever signals come
+    for number, handler in before.items():
+        signal.signal(number, handler)
     code = os.waitstatus_to_exitcode(status)
-    if code or stopped:
-        raise Stopped(stopped.status if stopped else code if code > 0 else 128 - code, "")  # the child said why
+    if code < 0:
+        raise Stopped(128 - code, f"ended by {signal.Signals(-code).name}; run the same command again to continue")
+    if code:
+        raise Stopped(code, "")  # the child said why
+    if caught:
+        raise Stopped(128 + caught[0])
 
 
 def _exit_after(function: Callable[[], None]) -> NoReturn:
@@ -274,21 +286,20 @@ def _exit_after(function: Callable[[], None]) -> NoReturn:
         _fail(f"error: {error}")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        where = error.filename or "while writing"
-        _fail(f"error: {error.strerror}: {where}; fix that and run the same command again")
+        _leave(128 + signal.SIGPIPE, "")
     except Stopped as stop:
         if follower and not str(stop):
             _leave_after_first(stop.status)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _leave(stop.status, str(stop))
-    if "RANK" in os.environ:
-        _leave(0, "")  # the threads of torch's connections can abort an interpreter that shuts down in the usual way
-    sys.exit(0)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            where = error.filename or "while writing"
+            _fail(f"error: {error.strerror}: {where}; fix that and run the same command again")
+        traceback.print_exc()
+        _leave(1, "")
+    _leave(0, "")
 
 
 def _fail(message: str) -> NoReturn:
@@ -305,7 +316,8 @@ def _leave_after_first(status: int) -> NoReturn:
 
 
 def _leave(status: int, message: str) -> NoReturn:
-    """Ends the process at once: a killed pool's threads would print tracebacks during a normal exit."""
+    """Ends the process at once. During a normal exit the threads of a killed pool would print tracebacks, those of
+    torch's connections can abort, and a forked process would run its parent's clean-up."""
     with contextlib.suppress(OSError):
         if message:
             print(message, file=sys.stderr, flush=True)

@@ -31,7 +31,6 @@ import stage
 import train
 from cli import UserError
 from configs import Experiment
-from eval.markdown import table
 from finetune import Base
 from sft.templates import unseen
 from stage import Step
@@ -63,7 +62,7 @@ def sft_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
 def sft_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
     experiment = experiment.owner("sft")
     config, rows = experiment.sft, experiment.directory("sft_data")
-    base, spm = base_model(experiment, "pretrain", arguments)
+    base, spm = base_model("sft", experiment, arguments)
     job = sft.train.job(config, base, rows, spm, experiment.directory("sft"), command(experiment, "sft", arguments))
     return Step(job, lambda: sft.train.train(job, config, base, rows, spm, arguments.force, arguments.resume))
 
@@ -76,7 +75,7 @@ def dpo_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
 
 
 def dpo_reference(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    base, spm = base_model(experiment, "sft", arguments)
+    base, spm = base_model("dpo_reference", experiment, arguments)
     pairs, directory = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
     dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
     job = dpo.reference.job(base, pairs, dtype, directory, command(experiment, "dpo_reference", arguments))
@@ -85,7 +84,7 @@ def dpo_reference(experiment: Experiment, arguments: argparse.Namespace) -> Step
 
 def dpo_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
     config, template = experiment.dpo, experiment.sft.data.template
-    base, spm = base_model(experiment, "sft", arguments)
+    base, spm = base_model("dpo", experiment, arguments)
     pairs, reference = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
     directory = experiment.directory("dpo")
     job = dpo.train.job(config, template, base, pairs, spm, directory, command(experiment, "dpo", arguments))
@@ -109,12 +108,18 @@ STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
     "dpo": dpo_,
     "eval": evaluate,
 }
+BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
 NAMES = (*STAGES, "report")  # the report has no manifest: it is written anew each time
 
 
-def base_model(experiment: Experiment, after: str, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
-    """The model that fine-tuning starts from, --checkpoint or the final one of the stage before, and its tokenizer."""
-    checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained(after)
+def base_checkpoint(name: str, experiment: Experiment, arguments: argparse.Namespace) -> Path:
+    """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
+    return Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained(BASES[name])
+
+
+def base_model(name: str, experiment: Experiment, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
+    """The model that a stage starts from, and its tokenizer."""
+    checkpoint = base_checkpoint(name, experiment, arguments)
     spm = experiment.load_tokenizer(checkpoint)
     pieces = unseen(checkpoint, experiment.sft.data.template, spm, experiment.imported is not None)
     return Base(checkpoint, experiment.model, pieces), spm
@@ -136,6 +141,10 @@ def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made:
     if directory in made:
         return
     made.add(directory)
+    if name in BASES:  # before the minutes that making its data takes
+        checkpoint = base_checkpoint(name, experiment, arguments)
+        if name == "dpo":
+            dpo.train.must_be_taught(checkpoint, experiment.sft.data.template)
     for owner, needed in experiment.inputs(name, arguments.force):
         make(needed, owner, unforced(arguments), made, apart)
 
@@ -154,14 +163,17 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.status:
         print(status(experiment, arguments))
         return
-    # By default all of them; the reference is made for dpo if its config wants it.
-    chosen = [name for name in NAMES if name in arguments.stages or (not arguments.stages and name != "dpo_reference")]
+    wanted = arguments.stages or NAMES
+    if not arguments.stages and experiment.dpo.reference != "stored":
+        wanted = [name for name in NAMES if name != "dpo_reference"]
+    chosen = [name for name in NAMES if name in wanted]
     if "RANK" in os.environ:
         make_distributed(chosen, experiment, arguments)
         return
     made: set[Path] = set()
     for name in chosen:
-        arguments.force = arguments.force or name == arguments.force_from
+        if arguments.force_from and NAMES.index(name) >= NAMES.index(arguments.force_from):
+            arguments.force = True
         make(name, experiment, arguments, made)
 
 
@@ -192,7 +204,7 @@ def make_distributed(chosen: list[str], experiment: Experiment, arguments: argpa
 
 def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows = []
+    rows = [("stage", "seconds", "result", "state")]
     for name, step in STAGES.items():
         directory = experiment.directory(name)
         try:
@@ -200,8 +212,9 @@ def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
         except UserError as error:  # what it starts from is missing
             state = f"missing: {error}"
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append([name, f"{seconds:,.1f}" if seconds else "", main_number(name, directory), state])
-    return table(["stage", "seconds", "result", "state"], rows)
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", main_number(name, directory), state))
+    wide = max(len(result) for _, _, result, _ in rows)
+    return "\n".join(f"{name:13} {seconds:>9}  {result:{wide}}  {state}" for name, seconds, result, state in rows)
 
 
 def main_number(name: str, directory: Path) -> str:

@@ -317,6 +317,8 @@ class Stage:
             if read_manifest(self.directory) is None:
                 made = self.directory.is_dir() and any(path.name != ".lock" for path in self.directory.iterdir())
                 return "unfinished" if made else "missing"
+            if different := self.different(self.directory):
+                return f"stale: {'; '.join(different)}"
             self.is_finished()
         except UserError as error:
             return f"stale: {error}"
@@ -329,13 +331,17 @@ class Stage:
         names = [name for name in was | self.code if was.get(name) != self.code.get(name)]
         return ", ".join(names)
 
+    def different(self, directory: Path) -> list[str]:
+        """A phrase for each part of the config and each input that changed since a directory was finished."""
+        manifest = read_manifest(directory)
+        found = list(differences(manifest["config"], self.config, "", self.free))
+        if self.read:
+            found += differences(manifest["read"], self.read)
+        return found
+
     def must_match(self, directory: Path) -> None:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
-        manifest = read_manifest(directory)
-        different = list(differences(manifest["config"], self.config, "", self.free))
-        if self.read:
-            different += differences(manifest["read"], self.read)
-        if different:
+        if different := self.different(directory):
             raise UserError(
                 f"{directory} was made from something else: {'; '.join(different[:4])}. "
                 f"Give the experiment another name, or make it again with: {self.command} --force"

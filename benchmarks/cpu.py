@@ -54,12 +54,15 @@ def probe() -> Callable[[], object]:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def training_step(model: torch.nn.Module, loss: Callable, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def training_step(
+    model: torch.nn.Module, loss: Callable, optimizers: list[torch.optim.Optimizer]
+) -> Callable[[], None]:
     def step() -> None:
         loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -77,13 +80,13 @@ def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]
     if whose == "ours":
         if experiment.pretrain.compile:
             machine.compile_blocks(model, torch.device("cpu"))
-        [optimizer] = make_optimizers(model, experiment.pretrain)
-        return training_step(model, lambda: model(x, y), optimizer)
+        optimizers = make_optimizers(model, experiment.pretrain)
+        return training_step(model, lambda: model(x, y), optimizers)
     from tests.test_model import to_transformers
 
     model = to_transformers(model).train()
     loss = lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
-    return training_step(model, loss, torch.optim.AdamW(model.parameters()))
+    return training_step(model, loss, [torch.optim.AdamW(model.parameters())])
 
 
 def worker(*arguments) -> None:

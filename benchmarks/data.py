@@ -56,16 +56,16 @@ def pss(root: int) -> int:
 def stages(runs: Path) -> dict:
     """Seconds and peak memory of each stage of configs/prose_tiny.py, as commands with two workers."""
     found = {}
-    for module in ("data.corpus", "tokenizer.train", "data.pack"):
+    for key, name in {"data.corpus": "corpus", "tokenizer.train": "tokenizer", "data.pack": "pack"}.items():
         peak, started = 0, time.perf_counter()
-        command = [sys.executable, "-m", module, "configs/prose_tiny.py", "--workers", "2"]
+        command = [sys.executable, "pipeline.py", "configs/prose_tiny.py", name, "--workers", "2"]
         with subprocess.Popen(command, env=os.environ | {"RUNS": str(runs)}) as process:
             while process.poll() is None:
                 peak = max(peak, pss(process.pid))
                 time.sleep(0.2)
         if process.returncode:
             sys.exit(process.returncode)
-        found[module] = {"seconds": round(time.perf_counter() - started, 1), "peak_gb": round(peak / 1e9, 2)}
+        found[key] = {"seconds": round(time.perf_counter() - started, 1), "peak_gb": round(peak / 1e9, 2)}
     found["seconds"] = round(sum(each["seconds"] for each in found.values()), 1)
     return found
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 import cli
 import configs
-import dpo.data
 import lora
 import machine
+import pipeline
 import stage
 from benchmarks.cpu import ratio
 from benchmarks.sft import timed
@@ -48,7 +48,7 @@ WAYS = ("stored", "adapter_off", "usual", "usual_together")
 
 def train_pairs(experiment) -> PairRows:
     directory = experiment.directory("dpo_data")
-    return PairRows(directory, "train", stage.finished(directory, f"python -m dpo.data {experiment.path}")["counts"])
+    return PairRows(directory, "train", stage.finished(directory, experiment.command("dpo_data"))["counts"])
 
 
 def batch(pairs: PairRows, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ def trainer(way: str, path: str) -> Callable[[], int]:
     model = Transformer(experiment.model)
     base = copy.deepcopy(model).requires_grad_(False) if way.startswith("usual") else None
     lora.attach(model, experiment.dpo.lora)
-    [optimizer] = make_optimizers(model, experiment.dpo.train)
+    optimizers = make_optimizers(model, experiment.dpo.train)
     pairs, done = train_pairs(experiment), 0
     stored = -100 * torch.rand(pairs.count, 2, dtype=torch.float64)
     losses = pair_losses(way, model, base, stored, experiment.dpo.loss)
@@ -145,8 +145,9 @@ def trainer(way: str, path: str) -> Callable[[], int]:
         nonlocal done
         losses(*batch(pairs, done)).mean().backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         done += 1
         return PAIRS
 
@@ -172,7 +173,7 @@ def training(path: str) -> dict:
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    dpo.data.build(experiment)
+    pipeline.main(pipeline.parser().parse_args([arguments.config, "dpo_data"]))
     check(experiment)
     pairs = train_pairs(experiment)
     tokens = (pairs.bounds[:, 1:] - pairs.bounds[:, :-1]).mean(0).round(1).tolist()

@@ -166,7 +166,7 @@ class Trainer:
         theirs = self.kernels == "transformers"
         if theirs:
             model = to_transformers(model).train()
-        [optimizer] = make_optimizers(model, configs.load(f"configs/{self.name}.py").pretrain)
+        optimizers = make_optimizers(model, configs.load(f"configs/{self.name}.py").pretrain)
         parameters = list(model.parameters())
         if self.mode == "blocks" and GPU:
             machine.compile_blocks(model, DEVICE)
@@ -190,8 +190,9 @@ class Trainer:
                 value = loss()
             value.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
         return step
 

@@ -102,10 +102,8 @@ class Prompts:
     """Beginnings that the model has not seen, as ids: of the held-out documents."""
 
     def __init__(self, experiment: configs.Experiment, seed: int):
-        make = f"python -m data.pack {experiment.path}"
-        self.tokens = data.pack.load(experiment.directory("pack"), experiment.load_tokenizer().sha256, make)[
-            "val"
-        ].tokens
+        packed = data.pack.load(experiment.directory("pack"), experiment.load_tokenizer().sha256)
+        self.tokens = packed["val"].tokens
         self.random = random.Random(seed)
 
     def draw(self, least: int, most: int) -> list[int]:

@@ -27,6 +27,7 @@ import cli
 import configs
 import lora
 import machine
+import pipeline
 import sft.data
 import stage
 from benchmarks.cpu import ratio
@@ -88,9 +89,9 @@ def trainer(way: str, path: str) -> Callable[[], int]:
     model = Transformer(experiment.model)
     if way != "full":
         lora.attach(model, experiment.sft.lora)
-    [optimizer] = make_optimizers(model, experiment.sft.train)
+    optimizers = make_optimizers(model, experiment.sft.train)
     directory = experiment.directory("sft_data")
-    counts = stage.finished(directory, f"python -m sft.data {path}")["counts"]
+    counts = stage.finished(directory, experiment.command("sft_data"))["counts"]
     rows = Rows(directory, "train", counts, experiment.model.context_length)
     padded = way.startswith("padded")
     batches = padded_batches(rows) if padded else packed_batches(rows)
@@ -109,8 +110,9 @@ def trainer(way: str, path: str) -> Callable[[], int]:
         batch = next(batches)
         loss(*batch).backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if padded:
             return int((batch[0] != 0).sum())
         return int(batch[0].numel() - (batch[0] == 0).sum())
@@ -171,7 +173,7 @@ def training(path: str) -> dict[str, float]:
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    sft.data.build(experiment)
+    pipeline.main(pipeline.parser().parse_args([arguments.config, "sft_data"]))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
         "command": f"python -m benchmarks.sft {Path(arguments.config).name}",

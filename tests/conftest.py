@@ -154,27 +154,26 @@ def text() -> list[str]:
     return [part for part in (ROOT / "tests/text.txt").read_text("utf-8").split("\n\n") if len(part) > 20]
 
 
-@pytest.fixture
-def place(tmp_path: Path, text: list[str]) -> Place:
-    """A fresh directory: text and config, nothing made yet."""
-    (tmp_path / "raw").mkdir()
-    write_lines(tmp_path / "raw/text.jsonl", ({"text": part} for part in text))
-    write_lines(tmp_path / "raw/chats.jsonl", CHATS)
-    write_lines(tmp_path / "raw/pairs.jsonl", PREFERENCES)
-    (tmp_path / "mini.py").write_text(MINI)
-    return Place(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> Place:
-    """One with corpus, tokenizer and packed tokens, and a model trained without a disturbance."""
-    path = tmp_path_factory.mktemp("made")
+def furnish(path: Path, text: list[str]) -> Place:
+    """Text and config in a directory, nothing made yet."""
     (path / "raw").mkdir()
     write_lines(path / "raw/text.jsonl", ({"text": part} for part in text))
     write_lines(path / "raw/chats.jsonl", CHATS)
     write_lines(path / "raw/pairs.jsonl", PREFERENCES)
     (path / "mini.py").write_text(MINI)
-    place = Place(path)
+    return Place(path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, text: list[str]) -> Place:
+    """A fresh directory: text and config, nothing made yet."""
+    return furnish(tmp_path, text)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> Place:
+    """One with corpus, tokenizer and packed tokens, and a model trained without a disturbance."""
+    place = furnish(tmp_path_factory.mktemp("made"), text)
     place.output = place.run("train.py", place.config).stdout
     return place
 

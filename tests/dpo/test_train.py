@@ -479,7 +479,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(ready: Plac
         calls = itertools.count()
         with pytest.raises(UserError, match=r"in 3 steps in a row, the last of them step 7, on .*train\.bin") as e:
             prefer(ready, force=True)
-    assert "pipeline.py {ready.config} dpo --force" in str(e.value)
+    assert f"pipeline.py {ready.config} dpo --force" in str(e.value)
     assert "\n" not in str(e.value)
 
 

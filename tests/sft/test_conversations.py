@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import configs
 from cli import UserError
 from data import corpus
 from data.clean import Cleaning, clean
@@ -346,7 +345,7 @@ def test_pairs_are_held_out_as_their_documents_are(place: Place, monkeypatch):
         ('Files(paths=("text.jsonl",), min_chars=20)', "PythonDocs(packages=(), max_documents=800, min_chars=20)"),
         ("import Files", "import PythonDocs"),
     )
-    built = list(corpus.records(corpus.build(configs.load(place.config))))
+    built = list(corpus.records(place.make("corpus")))
     documents = {record["id"]: record["text"] for record in reversed(built)}  # of one name the first
     pairs = DocQuestions(docs=PythonDocs(packages=()), max_documents=80).conversations(1)
     found = [(c.key, documents[c.id]) for c in pairs if c.id in documents]

@@ -163,7 +163,7 @@ def test_the_same_command_again_finds_it_done(fine_tuned: Place):
 @pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 1, 2 * 4 + 5, -3])
 def test_killed_and_restarted_equals_fine_tuned(ready: Place, fine_tuned: Place, crash):
     """With dropout, which draws the same in a run that is gone on with."""
-    assert configs.load(ready.config).lora.dropout == 0.1
+    assert configs.load(ready.config).sft.lora.dropout == 0.1
     if crash < 0:  # counted from the end: the last evaluation
         whole, forward = itertools.count(1), Transformer.forward
         with pytest.MonkeyPatch.context() as patch:
