@@ -42,7 +42,8 @@ class Windows(Shuffled):
     # shifted by one. The last token of a window is also the first of the next, so every token is a target once.
 
     def __init__(self, packed: Packed, length: int, seed: int = 0):
-        self.packed, self.tokens, self.file, self.length = packed, packed.tokens, packed.file, length
+        self.packed, self.file = packed, packed.file
+        self.tokens, self.length = packed.tokens, length
         super().__init__((len(self.tokens) - 1) // length, seed)
         if self.count < 1:
             raise UserError(
@@ -54,10 +55,12 @@ class Windows(Shuffled):
         """Inputs and targets of the windows with these numbers, both (B, T) int64."""
         starts = np.array(windows)[:, None] * self.length  # (B, 1)
         # The file is memory-mapped: this reads the rows of the batch and leaves the rest on the disk.
-        rows = torch.from_numpy(self.tokens[starts + np.arange(self.length + 1)].astype(np.int64))  # (B, T + 1)
+        rows = self.tokens[starts + np.arange(self.length + 1)]  # (B, T + 1), uint16 or uint32
+        rows = torch.from_numpy(rows.astype(np.int64))  # PyTorch indexes embeddings with int64
         # The only place where targets are shifted. With a second shift elsewhere the model would learn to skip every
         # other token: the loss still falls, but the model writes nonsense.
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (B, T), (B, T)
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        return inputs.contiguous(), targets.contiguous()  # (B, T), (B, T)
 
     def documents(self, window: int) -> range:
         """Numbers, in the packed file, of the documents that a window holds or holds a part of."""
@@ -155,9 +158,11 @@ class Mixture:
     def drawn(self, sample: int) -> tuple[str, int]:
         """The set and the window of a sample, counted from 0 over all batches."""
         first, names, turns, given = self._phase(sample)
-        index = turns.whose(sample - first)
+        turn = sample - first
+        index = turns.whose(turn)
         name = names[index]
-        return name, self.sets[name].drawn(given[name] + turns.before(index, sample - first))
+        number = given[name] + turns.before(index, turn)  # how many samples of this set came before
+        return name, self.sets[name].drawn(number)
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
         """A process's part of the global batch of a step, counted from 0: inputs and targets, (B, T) int64."""
@@ -190,7 +195,7 @@ def ranges(numbers: Iterable[int], most: int = 20) -> str:
             parts[-1][1] = number
         else:
             parts.append([number, number])
-    text, rest = [], 0
+    text, rest = [], 0  # the parts in words, and how many numbers are in the others
     for first, last in parts:
         if len(text) == most:
             rest += last - first + 1
