@@ -97,7 +97,8 @@ class Tuning:
         """sets: the training rows by source, or all under "". noun: what a row is called."""
         empty = [name for name, rows in sets.items() if not rows.count]
         if empty:
-            raise UserError(f"weights names {', '.join(empty)}, but no training {noun} of it is left")
+            holds = sets[empty[0]].holds  # "conversations" or "pairs"
+            raise UserError(f"weights names {', '.join(empty)}, but no training {holds} are left of it")
         self.config, self.sets = config, sets
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
         count = sum(rows.count for rows in sets.values())

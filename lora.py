@@ -34,8 +34,7 @@ class LoRAConfig:
     dropout: float = 0.05
     """Share of the adapter's inputs that a training step sets to 0."""
     targets: tuple[str, ...] = TARGETS
-    """Names of the linear layers that get an adapter, in every block: q, k, v, o of attention; gate, up, down of the
-    feed-forward network. A changed architecture may have other names; `attach` checks them."""
+    """The linear layers of every block that get an adapter, by name. `attach` checks that the model has them."""
 
     def __post_init__(self):
         check_types(self)
@@ -144,8 +143,7 @@ def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> Non
     if not name or "." in name or name in adapters(model):
         raise ValueError(f"the adapter's name is {name!r}; expected one without a dot that no other adapter has")
     known = linear_layers(model.blocks)
-    missing = [target for target in config.targets if target not in known]
-    if missing:
+    if missing := [target for target in config.targets if target not in known]:
         raise UserError(
             f"targets names {', '.join(map(repr, missing))}; the model's blocks have {', '.join(known)}: "
             f"set lora=LoRAConfig(targets={tuple(known)})"
@@ -171,8 +169,7 @@ def linear_layers(module: nn.Module) -> dict[str, list[str]]:
     paths: dict[str, list[str]] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
-            name = path.rpartition(".")[2]
-            paths.setdefault(name, []).append(path)
+            paths.setdefault(path.rpartition(".")[2], []).append(path)
     return paths
 
 

@@ -515,5 +515,5 @@ def test_a_source_of_which_nothing_is_left_cannot_be_drawn_from(here: Place):
     found = described(here, sources=sources)
     found = replace(found, sft=replace(found.sft, weights={"chats": 1, "other": 1}))
     directory = build("sft_data", found)
-    with pytest.raises(UserError, match="weights names other, of which no training conversation is left"):
+    with pytest.raises(UserError, match="weights names other, but no training conversations are left of it"):
         task_of(found, directory)
