@@ -27,14 +27,10 @@ class LoRAConfig:
     """The shape of an adapter. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
     # Try rank=4: an eighth of the numbers to train, and often nearly the same loss.
-    rank: int = 32
-    """Rows of A and columns of B."""
-    alpha: float = 64.0
-    """B A is multiplied by alpha / rank."""
-    dropout: float = 0.05
-    """Share of the adapter's inputs that a training step sets to 0."""
-    targets: tuple[str, ...] = TARGETS
-    """The linear layers of every block that get an adapter, by name. `attach` checks that the model has them."""
+    rank: int = 32  # rows of A and columns of B
+    alpha: float = 64.0  # B A is multiplied by alpha / rank
+    dropout: float = 0.05  # share of the adapter's inputs that a training step sets to 0
+    targets: tuple[str, ...] = TARGETS  # names of the linear layers of every block that get an adapter
 
     def __post_init__(self):
         check_types(self)

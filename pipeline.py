@@ -18,6 +18,7 @@ from pathlib import Path
 
 import cli
 import configs
+import data.stages
 import dpo.data
 import dpo.reference
 import dpo.train
@@ -38,15 +39,15 @@ from tokenizer import Tokenizer
 
 
 def corpus(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return train.corpus(experiment, arguments.workers, arguments.force)
+    return data.stages.corpus(experiment, arguments.workers, arguments.force)
 
 
 def tokenizer(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return train.tokenizer(experiment, arguments.workers, arguments.force)
+    return data.stages.tokenizer(experiment, arguments.workers, arguments.force)
 
 
 def pack(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return train.pack(experiment, arguments.workers, arguments.force)
+    return data.stages.pack(experiment, arguments.workers, arguments.force)
 
 
 def pretrain(experiment: Experiment, arguments: argparse.Namespace) -> Step:

@@ -8,7 +8,6 @@ Makes the corpus, the tokenizer and the packed tokens if they are missing. The l
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,15 @@ from torch import Tensor, nn
 import checkpoint
 import cli
 import configs
-import data.corpus
 import data.pack
 import machine
 import parallel
 import stage
-import tokenizer.train as train_tokenizer
 from cli import log
 from configs import Experiment
 from data.batches import Mixture, Windows, mixture
 from data.pack import Packed
+from data.stages import make_inputs
 from model import ModelConfig, Transformer
 from stage import Stage, Step
 from trainer import FREE, Task, TrainConfig, run, shared_rows
@@ -117,36 +115,6 @@ def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool
     run(job, make, task, config, force, resume)
 
 
-# ----------------------------------------------------------------------------- the stages up to pretraining, by name
-
-# Each function says what identifies a stage (its config and the digests of its inputs), and how to make it.
-# `owner` is the experiment that a stage belongs to: experiments can share a corpus or a tokenizer.
-
-
-def corpus(experiment: Experiment, workers: int, force: bool) -> Step:
-    experiment = experiment.owner("corpus")
-    config = experiment.corpus
-    job = data.corpus.job(config, experiment.directory("corpus"), experiment.command("corpus"))
-    return Step(job, lambda: data.corpus.build(job, config, workers, force))
-
-
-def tokenizer(experiment: Experiment, workers: int, force: bool) -> Step:
-    experiment = experiment.owner("tokenizer")
-    config, val_fraction, corpus = experiment.tokenizer, experiment.pack.val_fraction, experiment.directory("corpus")
-    directory, command = experiment.directory("tokenizer"), experiment.command("tokenizer")
-    job = train_tokenizer.job(config, corpus, val_fraction, directory, command)
-    if experiment.imported:  # the tokenizer came with the imported model
-        return Step(job, experiment.load_tokenizer)
-    return Step(job, lambda: train_tokenizer.build(job, config, corpus, val_fraction, force))
-
-
-def pack(experiment: Experiment, workers: int, force: bool) -> Step:
-    experiment = experiment.owner("pack")
-    config, corpus, spm = experiment.pack, experiment.directory("corpus"), experiment.directory("tokenizer")
-    job = data.pack.job(config, corpus, spm, experiment.directory("pack"), experiment.command("pack"))
-    return Step(job, lambda: data.pack.build(job, config, corpus, spm, workers, force))
-
-
 def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
     experiment = experiment.owner("pretrain")
     spm = experiment.load_tokenizer()
@@ -164,19 +132,6 @@ def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
     command = experiment.command("pretrain")
     job = Stage(experiment.directory("pretrain"), settings, read, command, __file__, free=FREE)
     return Step(job, lambda: train(job, experiment, spm.sha256, force, resume))
-
-
-DATA = {"corpus": corpus, "tokenizer": tokenizer, "pack": pack}
-
-
-def make_inputs(name: str, experiment: Experiment, workers: int, made: set[Path]) -> None:
-    """Makes the missing inputs of a stage, and their own inputs first. made: directories that are done already."""
-    for owner, needed in experiment.inputs(name):
-        directory = owner.directory(needed)
-        if directory not in made:
-            made.add(directory)
-            make_inputs(needed, owner, workers, made)
-            DATA[needed](owner, workers, force=False).make()
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -25,16 +25,14 @@ from stage import check_types
 class LossConfig:
     """Which loss. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
-    loss: str = "sigmoid"
-    """"sigmoid" (DPO, arXiv:2305.18290), "ipo" (arXiv:2310.12036) or "hinge" (SLiC, arXiv:2305.10425)."""
-    # Try 0.01 and 1: with a weak pull the margin grows fast, and the answers soon stop being good English.
+    loss: str = "sigmoid"  # (DPO, arXiv:2305.18290), "ipo" (arXiv:2310.12036) or "hinge" (SLiC, arXiv:2305.10425)
+    # Strength of the pull towards the reference; higher stays closer. Try 0.01 and 1: with a weak pull the margin grows
+    # fast, and the answers soon stop being good English.
     beta: float = 0.1
-    """Strength of the pull towards the reference; higher stays closer."""
-    label_smoothing: float = 0.0
-    """For "sigmoid": the share of pairs assumed to be labelled the wrong way round."""
+    label_smoothing: float = 0.0  # for "sigmoid": share of pairs assumed to be labelled the wrong way round
+    # Weight of the chosen answer's own loss, in nats per token. It keeps the chosen answer's likelihood from falling
+    # together with the rejected one's (RPO, arXiv:2404.19733).
     chosen_weight: float = 0.0
-    """Weight of the chosen answer's own loss, in nats a token. It keeps the chosen answer's likelihood from falling
-    together with the rejected one's (RPO, arXiv:2404.19733)."""
 
     def __post_init__(self):
         check_types(self)

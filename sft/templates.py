@@ -86,16 +86,12 @@ def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
 class Template:
     """A way to write conversations. To add your own, write a function like `chatml` and an entry in TEMPLATES."""
 
+    # parts(messages, ask): the parts in order. ask: end where the assistant's next answer begins.
     parts: Callable[[Sequence[Message], bool], Iterator[Part]]
-    """parts(messages, ask): the parts in order. ask: end where the assistant's next answer begins."""
-    jinja: str
-    """The same for the `transformers` library."""
-    cut: str
-    """A regular expression for the places in a text where the next token must begin."""
-    marks: tuple[str, ...]
-    """Strings that no good answer contains."""
-    needs: tuple[str, ...] = ()
-    """Control pieces that the tokenizer must have."""
+    jinja: str  # the same for the `transformers` library
+    cut: str  # regular expression for the places in a text where the next token must begin
+    marks: tuple[str, ...]  # strings that no good answer contains
+    needs: tuple[str, ...] = ()  # control pieces that the tokenizer must have
 
 
 # Change a function above and its Jinja template together: tests compare their ids with those of `transformers`.
