@@ -2,9 +2,8 @@
 
     generate(model, ids, max_new_tokens=50, temperature=0)      the new ids of one prompt, or of several
 
-The idea is short: ask the model for the logits of the next token, draw a token from them, append it, repeat. What takes
-the rest of this file is to draw as the user wishes (`Sampling`), and to compute every key and value only once, for many
-texts together (`Decoder`).
+The idea is short: ask the model for the logits of the next token, draw a token from them, append it, repeat. The rest
+of this file draws as the user wishes (`Sampling`) and computes keys and values only once, for many texts (`Decoder`).
 """
 
 import math
@@ -112,7 +111,7 @@ class Sampling:
     def would_repeat(self, seen: Sequence[int]) -> set[int]:
         """The ids that would end a run of `no_repeat_ngram` tokens that the text already has."""
         n = self.no_repeat_ngram
-        start = list(seen[len(seen) - n + 1 :]) if n > 1 else []  # the run so far lacks its last token
+        start = list(seen[len(seen) - n + 1 :]) if n > 1 else []  # a run that lacks only its last token
         banned = set()
         for i in range(len(seen) - n + 1):
             if list(seen[i : i + n - 1]) == start:
@@ -204,11 +203,10 @@ class Continuation:
         else:
             self.generator.manual_seed(int(seed))
         self.candidates = candidates
+        # For each new token: its log-probability in nats, before temperature and penalties, and the likeliest ids with
+        # theirs.
         self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
-        """For each new token: its log-probability in nats, before temperature and penalties, and the `candidates`
-        likeliest ids with theirs."""
-        self.ended: str | None = None
-        """None while it goes on, then "stop", "length" or "error"."""
+        self.ended: str | None = None  # then "stop", "length" or "error"
         self.error: ValueError | None = None
 
     def draw(self, logits: Tensor, likeliest: int) -> int:
@@ -308,17 +306,16 @@ class Decoder:
                 self.cache.used[row] = 0
                 later_half = self.texts[row].ids[-max(1, self.cache.length // 2) : -1]
                 if later_half:
-                    self._fill(slice(row, row + 1), [later_half])
+                    self._hidden(slice(row, row + 1), [later_half])
         texts = self.texts[: self.ready]
         # Everything before is in the cache, so only the newest token of each text goes through the model.
-        newest = self._tensor([text.ids[-1:] for text in texts])  # (B, 1)
-        hidden = self.model.hidden(newest, self.cache[: self.ready])[:, 0]  # (B, D)
-        logits = project(self.model.head, hidden).float().cpu()  # (B, V)
+        hidden = self._hidden(slice(0, self.ready), [text.ids[-1:] for text in texts])  # (B, 1, D)
+        logits = project(self.model.head, hidden[:, 0]).float().cpu()  # (B, V)
         likeliest = logits.max(1).indices.tolist()
         pairs = []
         for row, text in enumerate(texts):
             pairs.append((text, text.draw(logits[row], likeliest[row])))
-        for text in texts:
+        for text in texts:  # afterwards, because a removal moves rows
             if text.ended:
                 self.remove(text)
         return pairs
@@ -338,7 +335,7 @@ class Decoder:
                 for text, prompt in zip(self.texts[rows], prompts, strict=True):
                     # Shorter prompts are padded with a token of their own. The next tokens overwrite the padding.
                     ids.append((prompt[done : done + T] + text.ids[-1:] * T)[:T])
-                self._fill(rows, ids)
+                self._hidden(rows, ids)
                 self.cache.used[rows] = torch.tensor([min(done + T, len(prompt)) for prompt in prompts])
             left -= T * len(prompts)
             for prompt in prompts:
@@ -356,11 +353,10 @@ class Decoder:
         """How many of the text's last tokens the model will see."""
         return min(len(text.ids), self.cache.length)
 
-    def _fill(self, rows: slice, ids: list[list[int]]) -> None:
-        self.model.hidden(self._tensor(ids), self.cache[rows])
-
-    def _tensor(self, ids: list[list[int]]) -> Tensor:
-        return torch.tensor(ids, device=self.model.embed.weight.device)
+    def _hidden(self, rows: slice, ids: list[list[int]]) -> Tensor:
+        """Reads the next ids of the texts in these rows, as many of each: (B, T, D)."""
+        tokens = torch.tensor(ids, device=self.model.embed.weight.device)
+        return self.model.hidden(tokens, self.cache[rows])
 
 
 def project(head: nn.Linear, x: Tensor) -> Tensor:

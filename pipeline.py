@@ -43,7 +43,7 @@ def corpus(experiment: Experiment, arguments: argparse.Namespace) -> Step:
 
 
 def tokenizer(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return data.stages.tokenizer(experiment, arguments.workers, arguments.force)
+    return data.stages.tokenizer(experiment, arguments.workers, arguments.force, arguments.replaced)
 
 
 def pack(experiment: Experiment, arguments: argparse.Namespace) -> Step:
@@ -171,10 +171,12 @@ def main(arguments: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         make_distributed(chosen, experiment, arguments)
         return
+    first_forced = 0 if arguments.force else NAMES.index(arguments.force_from) if arguments.force_from else len(NAMES)
+    forced = [name for name in chosen if NAMES.index(name) >= first_forced]
+    arguments.replaced = [experiment.directory(name) for name in forced if name in STAGES]
     made: set[Path] = set()
     for name in chosen:
-        if arguments.force_from and NAMES.index(name) >= NAMES.index(arguments.force_from):
-            arguments.force = True
+        arguments.force = name in forced
         make(name, experiment, arguments, made)
 
 
@@ -249,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and all later ones again")
     p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model by path")
     p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
+    p.set_defaults(replaced=())
     return p
 
 

@@ -3,6 +3,7 @@
 experiment: a `configs.Experiment`. Its `owner` is the experiment that a stage belongs to: several can share a corpus.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import data.corpus
@@ -18,14 +19,15 @@ def corpus(experiment, workers: int, force: bool) -> Step:
     return Step(job, lambda: data.corpus.build(job, config, workers, force))
 
 
-def tokenizer(experiment, workers: int, force: bool) -> Step:
+def tokenizer(experiment, workers: int, force: bool, replaced: Collection[Path] = ()) -> Step:
+    """replaced: directories that are made again after it, and so may hold what the old tokenizer made."""
     experiment = experiment.owner("tokenizer")
     config, val_fraction, corpus = experiment.tokenizer, experiment.pack.val_fraction, experiment.directory("corpus")
     directory, command = experiment.directory("tokenizer"), experiment.command("tokenizer")
     job = train_tokenizer.job(config, corpus, val_fraction, directory, command)
     if experiment.imported:  # the tokenizer came with the imported model
         return Step(job, experiment.load_tokenizer)
-    return Step(job, lambda: train_tokenizer.build(job, config, corpus, val_fraction, force))
+    return Step(job, lambda: train_tokenizer.build(job, config, corpus, val_fraction, force, replaced))
 
 
 def pack(experiment, workers: int, force: bool) -> Step:

@@ -8,7 +8,7 @@ Its SHA-256 is its identity: packed tokens and checkpoints carry it, and refuse 
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,12 +117,20 @@ def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: P
     return Stage(directory, settings, stage.outputs(corpus), command, __file__)
 
 
-def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float, force: bool = False) -> None:
-    """Makes the tokenizer, unless it is there."""
+def build(
+    job: Stage,
+    config: TokenizerConfig,
+    corpus: Path,
+    val_fraction: float,
+    force: bool = False,
+    replaced: Collection[Path] = (),
+) -> None:
+    """Makes the tokenizer, unless it is there. replaced: directories that are made again after it."""
     directory = job.directory
     if job.up_to_date(force):
         return
-    if made := made_with(directory):
+    made = [path for path in made_with(directory) if path not in replaced and path.parent not in replaced]
+    if made:
         raise UserError(
             f"{', '.join(map(str, made))} was made with the tokenizer in {directory}; another would not fit. Give the "
             "experiment another name, or first delete what was made with it"
