@@ -190,6 +190,13 @@ def test_force_from_makes_a_stage_and_all_later_ones_again(everything: Place):
     after = when()
     assert [name for name in DIRECTORIES if after[name] == before[name]] == DIRECTORIES[:5]
     assert states(everything) == dict.fromkeys(pipeline.STAGES, "done")
+    # The tokenizer may be replaced, because everything that was made with it is made again too.
+    everything.run("pipeline.py", everything.config, "--force-from", "corpus")
+    assert all(when()[name] > after[name] for name in DIRECTORIES)
+    assert (
+        "another would not fit"
+        in everything.run("pipeline.py", everything.config, "tokenizer", "--force", status=2).stderr
+    )
 
 
 def test_changed_code_is_told_of_where_it_makes_the_stage(trained: Place):
