@@ -1,10 +1,9 @@
-"""Sampling and decoding: one text, or many that come and go over one cache.
+"""Sampling and decoding: one text, or many that come and go over one cache."""
 
-    generate(model, ids, max_new_tokens=50, temperature=0)      the new ids of one prompt, or of several
-
-The idea is short: ask the model for the logits of the next token, draw a token from them, append it, repeat. The rest
-of this file draws as the user wishes (`Sampling`) and computes keys and values only once, for many texts (`Decoder`).
-"""
+#     generate(model, ids, max_new_tokens=50, temperature=0)      the new ids of one prompt, or of several
+#
+# The idea is short: ask the model for the logits of the next token, draw a token from them, append it, repeat. The rest
+# of this file draws as the user wishes (`Sampling`) and computes keys and values only once, for many texts (`Decoder`).
 
 import math
 import sys
@@ -24,11 +23,10 @@ from model import KVCache, Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. Raises ValueError, naming the field, for an impossible value.
+    """How the next token is drawn. Raises ValueError, naming the field, for an impossible value."""
 
-    In this order: the penalties change the logits, temperature divides them, then top_k, top_p and min_p each leave
-    fewer candidates.
-    """
+    # In this order: the penalties change the logits, temperature divides them, then top_k, top_p and min_p each leave
+    # fewer candidates.
 
     temperature: float = 1.0  # 0 takes the likeliest token, 1 samples the model's own distribution
     top_k: int | None = None  # sample among the k likeliest tokens
@@ -175,11 +173,10 @@ def stream(
 
 
 class Continuation:
-    """A text that a `Decoder` continues. Raises ValueError for impossible arguments.
+    """A text that a `Decoder` continues. Raises ValueError for impossible arguments."""
 
-    ids: the prompt; new tokens are appended to it. seed: of the draws; None draws differently each time. stop: ids that
-    end the text. candidates: keep each new token's log-probability, and those of this many likeliest tokens.
-    """
+    # ids: the prompt; new tokens are appended to it. seed: of the draws; None draws differently each time. stop: ids
+    # that end the text. candidates: keep each new token's log-probability, and those of this many likeliest tokens.
 
     def __init__(
         self,
@@ -241,13 +238,12 @@ AT_ONCE = 4096  # tokens of prompts in one forward pass: more would only need mo
 
 
 class Decoder:
-    """Continues texts together over one cache. They may come and go at any step; each gets what it would get alone.
+    """Continues texts together over one cache. They may come and go at any step; each gets what it would get alone."""
 
-    rows: texts at once; the others wait, first come, first served. length: tokens that the cache holds of each; None:
-    the context. chunk: tokens of prompts read in one step, so that a long prompt does not delay the other texts; None:
-    no limit. The model sees the last tokens of a text that fit. When they have filled the cache, their later half is
-    read again, whatever the chunk.
-    """
+    # rows: texts at once; the others wait, first come, first served. length: tokens that the cache holds of each; None:
+    # the context. chunk: tokens of prompts read in one step, so that a long prompt does not delay the other texts;
+    # None: no limit. The model sees the last tokens of a text that fit. When they have filled the cache, their later
+    # half is read again, whatever the chunk.
 
     def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
         self.model, self.rows, self.chunk = model, rows, chunk or sys.maxsize

@@ -1,10 +1,9 @@
-"""LoRA by hand: train two thin matrices beside each frozen weight matrix (arXiv:2106.09685).
+"""LoRA by hand: train two thin matrices beside each frozen weight matrix (arXiv:2106.09685)."""
 
-    y = W x + (alpha / rank) · B A dropout(x)         W: (out, in), frozen; A: (rank, in); B: (out, rank)
-
-A starts random and B starts at zero, so a new adapter changes nothing until it is trained. A model can carry several
-adapters. One of them, or none, is active.
-"""
+#     y = W x + (alpha / rank) · B A dropout(x)         W: (out, in), frozen; A: (rank, in); B: (out, rank)
+#
+# A starts random and B starts at zero, so a new adapter changes nothing until it is trained. A model can carry several
+# adapters. One of them, or none, is active.
 
 import math
 from collections.abc import Iterator
@@ -222,11 +221,9 @@ def fold(model: Transformer) -> None:
 
 
 def init_end_piece(model: Transformer, end: int, start: int, eos: int) -> None:
-    """Gives <|im_end|>, which pretraining never shows, a row in the output projection that LoRA can work with.
-
-    Pretraining pushes the rows of all unseen pieces in the same direction, and LoRA freezes them. So a model could not
-    tell <|im_end|> from <|im_start|>: in the demo it had a probability of 0.02 where every answer ends.
-    """
+    """Gives <|im_end|>, which pretraining never shows, a row in the output projection that LoRA can work with."""
+    # Pretraining pushes the rows of all unseen pieces in the same direction, and LoRA freezes them. So a model could
+    # not tell <|im_end|> from <|im_start|>: in the demo it had a probability of 0.02 where every answer ends.
     if getattr(model, "end_piece", None) == end:
         return  # done for another adapter on this model; a second time would move the row again
     model.end_piece = end

@@ -1,13 +1,12 @@
-"""The LLaMA, from the config to the loss, to be read from top to bottom. Imports nothing from the project.
+"""The LLaMA, from the config to the loss, to be read from top to bottom. Imports nothing from the project."""
 
-A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971). Each token becomes a vector of width D, its residual
-stream. Every block reads the stream twice and adds to it twice: attention moves information between positions, the
-feed-forward network works on each position alone. The last norm and the output projection turn the stream into one
-score (logit) for each piece of the vocabulary. There are no biases and no dropout.
-
-Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads,
-E head dimension, V vocabulary.
-"""
+# A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971). Each token becomes a vector of width D, its
+# residual stream. Every block reads the stream twice and adds to it twice: attention moves information between
+# positions, the feed-forward network works on each position alone. The last norm and the output projection turn the
+# stream into one score (logit) for each piece of the vocabulary. There are no biases and no dropout.
+#
+# Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads,
+# E head dimension, V vocabulary.
 
 import itertools
 import math
@@ -127,21 +126,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sees(query: Tensor, key: Tensor) -> Tensor:
-    """Which keys a query sees, from the positions of both in their text (int64, of shapes that broadcast).
-
-    This is the only place that decides it: training, decoding with a cache, packed rows and evaluation all call it.
-    A sliding window of 64 tokens, for example, is  (key <= query) & (query - key < 64).
-    """
+    """Which keys a query sees, from the positions of both in their text (int64, of shapes that broadcast)."""
+    # This is the only place that decides it: training, decoding with a cache, packed rows and evaluation all call it.
+    # A sliding window of 64 tokens, for example, is  (key <= query) & (query - key < 64).
     # Causal: a position must not see later ones, because they hold the answers that it is trained to predict.
     return key <= query
 
 
 class Layout:
-    """Where the keys of a forward pass lie, and which of them each query sees.
+    """Where the keys of a forward pass lie, and which of them each query sees."""
 
-    This one is plain: each row of the batch is one text, which starts at position 0. Below, `Cached` and `Packed` keep
-    their keys elsewhere.
-    """
+    # This one is plain: each row of the batch is one text, which starts at position 0. Below, `Cached` and `Packed`
+    # keep their keys elsewhere.
 
     def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None):
         self.cos, self.sin = cos, sin  # of the tokens' positions: (T, 1, E) or (B, T, 1, E)
@@ -254,12 +250,10 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations of one training step for each token, on rows of T tokens.
-
-        Counted as PaLM does (arXiv:2204.02311, appendix B): a weight of a linear layer takes 2 FLOPs forward, a
-        multiplication and an addition, and 4 backward, for the gradients of input and weight. Attention does the same
-        with T keys for every query; masked keys count. Embedding rows are looked up, not multiplied.
-        """
+        """Floating-point operations of one training step for each token, on rows of T tokens."""
+        # Counted as PaLM does (arXiv:2204.02311, appendix B): a weight of a linear layer takes 2 FLOPs forward, a
+        # multiplication and an addition, and 4 backward, for the gradients of input and weight. Attention does the same
+        # with T keys for every query; masked keys count. Embedding rows are looked up, not multiplied.
         flops = 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -352,11 +346,10 @@ def is_causal(length: int) -> bool:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, so that each step of decoding computes only the new ones.
+    """Keys and values of the tokens seen so far, so that each step of decoding computes only the new ones."""
 
-    The memory is set aside once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,)
-    int64 on the CPU, the tokens held of each text. `cache[a:b]` is a view of texts a to b − 1.
-    """
+    # The memory is set aside once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,)
+    # int64 on the CPU, the tokens held of each text. `cache[a:b]` is a view of texts a to b − 1.
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
         c = model.config
@@ -425,14 +418,13 @@ class Cached(Layout):
 
 
 class Packed(Layout):
-    """Rows that hold several texts one after another, as fine-tuning packs them. No text sees another.
+    """Rows that hold several texts one after another, as fine-tuning packs them. No text sees another."""
 
-    positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0 instead, another ending of
-    the last text from 0 begins, after its first p tokens: so two answers share one prompt. ValueError for others.
-
-    Texts of similar length form a batch, padded at their ends. A causal query never sees the padding, so there is no
-    mask, the fast kernels serve, and no scores are computed between texts, which would be most of a row's square.
-    """
+    # positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0 instead, another ending of
+    # the last text from 0 begins, after its first p tokens: so two answers share one prompt. ValueError for others.
+    #
+    # Texts of similar length form a batch, padded at their ends. A causal query never sees the padding, so there is no
+    # mask, the fast kernels serve, and no scores are computed between texts, which would be most of a row's square.
 
     def __init__(self, model: Transformer, positions: Tensor, device: torch.device):
         at = positions.to(device, non_blocking=True)
@@ -565,11 +557,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x, learn_weight):
-    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms; and the gradients of x and W, or None.
-
-    options: ignore_index, the dtype of matrix products, kernels. factors: (N,), each term's factor in the sum that is
-    differentiated; None: 1.
-    """
+    """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms; and the gradients of x and W, or None."""
+    # options: ignore_index, the dtype of matrix products, kernels. factors: (N,), each term's factor in the sum that is
+    # differentiated; None: 1.
     ignore_index, dtype, kernels = options
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
@@ -625,10 +615,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: s
 
 
 def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`.
-
-    logits: (N, V). They are overwritten by the gradient of the losses' sum, softmax − onehot. targets: (N,) int64.
-    """
+    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`."""
+    # logits: (N, V). They are overwritten by the gradient of the losses' sum, softmax − onehot. targets: (N,) int64.
     live = targets != ignore_index
     at = targets.where(live, 0)[:, None]
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -772,11 +760,9 @@ if triton is not None:
     def rms_norm_backward_kernel(
         x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
     ):  # fmt: skip
-        """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂.
-
-        A fixed number of programs strides over the rows. Each sums its share of dw in float32 into a row of its own,
-        and the caller adds these up: so the result does not depend on which program runs first.
-        """
+        """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂."""
+        # A fixed number of programs strides over the rows. Each sums its share of dw in float32 into a row of its own,
+        # and the caller adds these up: so the result does not depend on which program runs first.
         program = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, C)
         w = load(weight, col, col < D)[None, :]

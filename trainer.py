@@ -1,9 +1,8 @@
-"""The one training loop.
+"""The one training loop."""
 
-A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest. A run that is
-killed at any moment and started again ends with the same bytes as a run that was never disturbed: on a CPU in float32,
-on a GPU with deterministic=True. To read this file, start with `TrainConfig` and `Task`, then go to `train`.
-"""
+# A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest. A run that is
+# killed at any moment and started again ends with the same bytes as a run that was never disturbed: on a CPU in
+# float32, on a GPU with deterministic=True. To read this file, start with `TrainConfig` and `Task`, then go to `train`.
 
 import math
 import signal

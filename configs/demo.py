@@ -1,8 +1,7 @@
-"""demo: the whole life of a small language model, in minutes on two CPU cores. Run it with `make demo`.
+"""demo: the whole life of a small language model, in minutes on two CPU cores. Run it with `make demo`."""
 
-Start here. An experiment is one file like this: copy it, rename it, change a number, and run
-`python pipeline.py configs/mine.py`. What is not said here has a default, documented at its class.
-"""
+# Start here. An experiment is one file like this: copy it, rename it, change a number, and run
+# `python pipeline.py configs/mine.py`. What is not said here has a default, documented at its class.
 
 from configs import Experiment
 from data.corpus import CorpusConfig

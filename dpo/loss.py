@@ -1,14 +1,13 @@
-"""The losses of preference learning, and the log-probabilities that they compare.
+"""The losses of preference learning, and the log-probabilities that they compare."""
 
-DPO (arXiv:2305.18290) needs no reward model: the trained model π is one itself. With ref the model before training, x a
-prompt and y an answer, the reward that π implies is
-
-    r(x, y) = β · (log π(y | x) − log ref(y | x))
-
-A pair has a chosen answer c and a rejected answer r. The margin without its β is what every loss here starts from:
-
-    h = (log π(c) − log ref(c)) − (log π(r) − log ref(r))
-"""
+# DPO (arXiv:2305.18290) needs no reward model: the trained model π is one itself. With ref the model before training, x
+# a prompt and y an answer, the reward that π implies is
+#
+#     r(x, y) = β · (log π(y | x) − log ref(y | x))
+#
+# A pair has a chosen answer c and a rejected answer r. The margin without its β is what every loss here starts from:
+#
+#     h = (log π(c) − log ref(c)) − (log π(r) − log ref(r))
 
 import math
 from dataclasses import dataclass

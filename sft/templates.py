@@ -1,11 +1,10 @@
-"""Templates: how a conversation becomes token ids, and which of them are trained.
+"""Templates: how a conversation becomes token ids, and which of them are trained."""
 
-    chatml    <|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵Hello!<|im_end|>↵
-                                                                  ^^^^^^^^^^^^^^^^ trained
-
-`render` makes ids and mask together, and nothing else in the project does. So training, evaluation and serving agree on
-every id. The exported tokenizer agrees too: its Jinja template stands beside each template here.
-"""
+#     chatml    <|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵Hello!<|im_end|>↵
+#                                                                   ^^^^^^^^^^^^^^^^ trained
+#
+# `render` makes ids and mask together, and nothing else in the project does. So training, evaluation and serving agree
+# on every id. The exported tokenizer agrees too: its Jinja template stands beside each template here.
 
 import itertools
 import re

@@ -1,10 +1,10 @@
-"""Supervised fine-tuning (SFT): a pretrained model learns to answer.
+"""Supervised fine-tuning (SFT): a pretrained model learns to answer."""
 
-    python pipeline.py configs/tiny.py sft   ->  runs/tiny/sft
-
-The loop is trainer.py's, as in pretraining. This file says what is different: what is trained (an adapter over the
-frozen model, or with lora=None every weight), on which tokens (those that the assistant says), and how it is measured.
-"""
+#     python pipeline.py configs/tiny.py sft   ->  runs/tiny/sft
+#
+# The loop is trainer.py's, as in pretraining. This file says what is different: what is trained (an adapter over the
+# frozen model, or with lora=None every weight), on which tokens (those that the assistant says), and how it is
+# measured.
 
 import math
 from collections.abc import Mapping
