@@ -166,7 +166,10 @@ class Trainer:
         theirs = self.kernels == "transformers"
         if theirs:
             model = to_transformers(model).train()
-        optimizers = make_optimizers(model, configs.load(f"configs/{self.name}.py").pretrain)
+        if theirs:  # the same kernel; its settings do not change the time
+            optimizers = [torch.optim.AdamW(model.parameters(), fused=True)]
+        else:
+            optimizers = make_optimizers(model, configs.load(f"configs/{self.name}.py").pretrain)
         parameters = list(model.parameters())
         if self.mode == "blocks" and GPU:
             machine.compile_blocks(model, DEVICE)
