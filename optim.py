@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers: AdamW for tokens and gains, Muon for the matrices between hidden spaces."""
+"""Learning-rate schedules and optimizers: AdamW, and Muon for the matrices of the blocks."""
 
 import math
 
@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from model import Transformer
 
-# A schedule gives the height of the learning rate after the warm-up: 1 at the peak, 0 at min_lr. config: TrainConfig.
-# To add one, write a function and put it into SCHEDULES: TrainConfig and the loop follow the table.
+# After the warm-up a schedule falls from 1, the peak, to 0, min_lr. config: TrainConfig. Add your own to SCHEDULES.
 
 
 def cosine(config, step: int, steps: int) -> float:  # arXiv:1608.03983
@@ -28,7 +27,7 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": wsd}
 
 def learning_rate(config, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, in a run of `steps` steps."""
-    # Warm-up: Adam's averages are still noise in the first steps, and a full step along noise can ruin the model.
+    # Warm-up: Adam's averages are noise at first, and a full step along noise can ruin the model.
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     height = SCHEDULES[config.schedule](config, step, steps)
@@ -36,23 +35,22 @@ def learning_rate(config, step: int, steps: int) -> float:
 
 
 def share_done(step: int, start: int, steps: int) -> float:
-    """How much of the way from step `start` to the end is done, from 0 to 1."""
+    """The share of the steps from `start` to the end that is done, 0 to 1."""
     return min(1.0, max(0.0, (step - start) / max(1, steps - start)))
 
 
 def decay_start(config, steps: int) -> int:
-    """The step at which "wsd" starts to fall. In a very short run that is the end of the warm-up."""
+    """The step at which "wsd" starts to fall, at the earliest after the warm-up."""
     return max(config.warmup_steps, steps - max(1, round(config.decay_fraction * steps)))
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """Makes singular values about 1 (0.68 to 1.21): U S Vᵀ becomes nearly U Vᵀ. x: (B, rows, cols), any float dtype."""
-    # Newton-Schulz: p(s) = a s + b s³ + c s⁵ acts on every singular value s by matrix products alone, without an SVD,
-    # which is slow on a GPU. The slope a is large, so small values grow fast; the price is that values end near 1, not
-    # at 1 (Jordan 2024, kellerjordan.github.io/posts/muon). Try a, b, c = 1.5, -0.5, 0: exact, but it takes far longer.
+    """Brings all but tiny singular values near 1: U S Vᵀ becomes nearly U Vᵀ. x: (B, rows, cols), any float dtype."""
+    # Newton-Schulz (Jordan 2024, kellerjordan.github.io/posts/muon) applies p(s) = a s + b s³ + c s⁵ to each singular
+    # value s without an SVD, which is slow on a GPU. The large slope, a, makes small values grow fast; all end near 1.
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
-    y = x.mT if tall else x  # the Gram matrix below is then the smaller of the two
+    y = x.mT if tall else x  # then y yᵀ is the smaller Gram matrix
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     norm = norm.clamp(min=1e-7)  # a zero matrix stays zero
     y = y / norm.to(y.dtype)  # now no singular value exceeds 1, and p stays bounded
@@ -63,7 +61,7 @@ def orthogonalise(x: Tensor) -> Tensor:
     return y.mT if tall else y
 
 
-AT_ONCE = 2**26  # numbers that Muon orthogonalises together: enough to fill a GPU, and 128 MiB in bfloat16
+AT_ONCE = 2**26  # numbers that Muon orthogonalises in one batch: they fill a GPU and take 128 MiB in bfloat16
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,7 +70,7 @@ class Muon(torch.optim.Optimizer):
     #     m ← μ m + (1 − μ) g                                     momentum
     #     u ← μ m + (1 − μ) g                                     Nesterov: look one step ahead
     #     w ← (1 − η λ) w − η · 0.2 √max(rows, cols) · NS(u)      decoupled weight decay, then the update
-    # 0.2 √max(rows, cols): the update gets the size that AdamW's usually has, so one learning rate suits both.
+    # The factor 0.2 √max(rows, cols) gives updates AdamW's usual size, so one learning rate suits both.
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -108,16 +106,16 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(ahead, grads, alpha=1 - momentum)
 
         batch = torch.stack(ahead)  # (B, rows, cols)
-        # The iteration forgives rounding: bfloat16 will do where the GPU has it in hardware.
+        # The iteration tolerates rounding, so use bfloat16 on a GPU that has it in hardware.
         if batch.is_cuda and torch.cuda.get_device_capability(batch.device) >= (8, 0):
             batch = batch.bfloat16()
-        # With FSDP a process holds some rows, but this needs whole matrices: each process gathers and computes all.
+        # FSDP splits matrices by rows, but the iteration needs whole ones: each process gathers and computes all.
         like = params[0]
         sharded = hasattr(batch, "full_tensor")
         if sharded:
             batch = batch.full_tensor()
         updates = list(orthogonalise(batch).to(like.dtype))
-        if sharded:  # keep this process's rows; the import is here because it takes most of a second
+        if sharded:  # keep this process's rows; the import is here because it is slow
             from torch.distributed.tensor import distribute_tensor
 
             updates = [distribute_tensor(u, like.device_mesh, like.placements, src_data_rank=None) for u in updates]
@@ -129,8 +127,7 @@ def make_optimizers(model: Transformer, config) -> list[torch.optim.Optimizer]:
     """AdamW for the trained parameters; or Muon for the matrices of the blocks, and AdamW for the rest."""
     tables = set()
     if config.optimizer == "muon":
-        # Embedding and head are tables: a row stands for a token, and in most steps a rare token has no gradient.
-        # Orthogonalised updates would move its row as far as the others.
+        # Most steps give a rare token's row in these two almost no gradient. Muon would move it as far as the others.
         tables = {model.embed.weight, model.head.weight}
     inner, decayed, vectors = [], [], []
     for p in model.parameters():

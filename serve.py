@@ -30,7 +30,7 @@ def read_input() -> str:
 
 
 def sampling(arguments: argparse.Namespace):
-    """What the switches ask for, a `model.Sampling`. UserError for what cannot be."""
+    """What the switches ask for, a `generate.Sampling`. UserError for what cannot be."""
     from generate import Sampling
 
     names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"

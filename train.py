@@ -30,29 +30,27 @@ from trainer import FREE, Task, TrainConfig, run, shared_rows
 
 
 def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, mixed: bool) -> Task:
-    """The task of predicting the next token. batches: of training windows. mixed: log how much each set has given."""
+    """The task of predicting the next token. batches: training windows. mixed: log each set's tokens."""
     length = model.context_length
     rows = machine.rows_held(config, parallel.ranks())
     held_out = Windows(validation, length)
 
     def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        # non_blocking: the CPU does not wait for the copy, and prepares the next operations meanwhile.
         device = next(model.parameters()).device
-        tokens = tokens.to(device, non_blocking=True)  # (B, T)
-        targets = targets.to(device, non_blocking=True)  # (B, T), shifted by one position: see data/batches.py
+        tokens = tokens.to(device, non_blocking=True)  # (B, T); the CPU does not wait for the copy
+        targets = targets.to(device, non_blocking=True)  # (B, T), already shifted by `Windows.read`
         return {"loss": model(tokens, targets)}
 
     def count_targets(tokens: Tensor, targets: Tensor) -> int:
         return targets.numel()  # every position is trained
 
-    # Every evaluation reads the same rows, so that its numbers can be compared. They are spread over the whole set,
-    # because neighbours may come from one document.
+    # All evaluations read the same rows, to be comparable. Rows are spread out: neighbours may share a document.
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         loss = mean_loss(model, held_out, chosen, rows)
-        # A loss per token depends on the tokenizer: with longer pieces there are fewer to guess, and each is harder.
+        # A loss per token depends on the tokenizer: longer pieces are fewer, but each is harder to guess.
         # Bits per byte can be compared across tokenizers.
         tokens_per_byte = len(validation.tokens) / validation.bytes
         return {
@@ -79,32 +77,29 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
 
 
 def mean_loss(model: nn.Module, held_out: Windows, chosen: list[int], rows: int) -> float:
-    """The mean loss over chosen windows, in nats per token; the same in every process. rows: at a time."""
+    """The mean loss of the chosen windows, nats per token, over all processes. rows: read at once."""
     device = next(model.parameters()).device
-    # In float64: thousands of float32 losses, added one by one, would lose digits.
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)  # a float32 sum of thousands would lose digits
     for windows, counts in shared_rows(chosen, rows):
         tokens, targets = held_out.read(windows)
         mean = model(tokens.to(device), targets.to(device))
-        total += mean.double() * (len(windows) * counts)  # the last rows may be fewer: weigh them by their number
+        total += mean.double() * (len(windows) * counts)  # weight by rows: the last may be fewer
     return float(parallel.add_up(total)) / len(chosen)
 
 
 def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool, resume: str) -> None:
-    """Trains the experiment's model on its packed tokens, unless that is done."""
+    """Trains the experiment's model on its packed tokens, unless it is trained already."""
     config, shape = experiment.pretrain, experiment.model
     packed = data.pack.load(experiment.directory("pack"), tokenizer_sha256)
     others = {}
     for other in experiment.beside:
         others[other.name] = data.pack.load(other.directory("pack"), tokenizer_sha256)["train"]
-    # Without phases, a mixture is all of the experiment's own tokens.
-    phases, length = experiment.mixture, shape.context_length
+    phases, length = experiment.mixture, shape.context_length  # no phases: all of the experiment's own tokens
     batches = mixture(experiment.name, phases, packed["train"], others, length, config.batch_size, config.seed)
     task = pretraining(config, shape, batches, packed["val"], mixed=bool(phases))
 
     def make() -> Transformer:
-        # On the device "meta" a model has shapes but no memory: a model that cannot fit is refused in a second.
-        with torch.device("meta"):
+        with torch.device("meta"):  # takes no memory: a model that cannot fit is refused at once
             machine.must_fit(Transformer(shape), config, parallel.ranks())
         model = Transformer(shape)  # random weights, drawn after run() has set the seed
         if experiment.imported:  # a model from Hugging Face: see convert.py
@@ -121,9 +116,8 @@ def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
     settings = {"model": experiment.model, "pretrain": experiment.pretrain}
     if experiment.mixture:
         settings["mixture"] = experiment.mixture
-    # Weights mean nothing without their tokenizer, so its digest is an input like the tokens themselves.
+    # Weights need their tokenizer, so the tokenizer's digest is an input too.
     read = {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
-    # `beside`: other experiments whose packed tokens a mixture draws from.
     packed = {owner.name: owner.directory("pack") for owner in (experiment, *experiment.beside)}
     for directory in packed.values():
         read |= stage.outputs(directory)

@@ -1,8 +1,8 @@
 """The one training loop."""
 
 # A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest. A run that is
-# killed at any moment and started again ends with the same bytes as a run that was never disturbed: on a CPU in
-# float32, on a GPU with deterministic=True. To read this file, start with `TrainConfig` and `Task`, then go to `train`.
+# killed and started again ends with the same bytes as an undisturbed run: on a CPU in float32, on a GPU with
+# deterministic=True. To read this file, start with `TrainConfig` and `Task`, then go to `train`.
 
 import math
 import signal
@@ -34,7 +34,7 @@ CHOICES = {
 
 
 def free(default):
-    """A field that may change when a run resumes. A change of any other field would be another run."""
+    """A field that may change when a run resumes. A change of another field needs a new run."""
     return field(default=default, metadata={"free": True})
 
 
@@ -46,26 +46,26 @@ class TrainConfig:
     epochs: float | None = free(None)  # passes over the training data; or give steps
     batch_size: int  # rows of context_length tokens per step, over all processes and micro-batches
     micro_batch_size: int | None = free(None)  # rows in a process's memory at once; None: all of its share
-    learning_rate: float  # at the peak
-    min_lr: float = 0.0  # learning rate at the end
+    learning_rate: float  # the peak
+    min_lr: float = 0.0  # the schedule's end value
     schedule: str = "cosine"  # from peak to end: "cosine", "linear", or "wsd", which stays at the peak before it falls
     decay_fraction: float = 0.2  # share of all steps in which "wsd" falls
-    warmup_steps: int = 0  # steps in which the learning rate rises from 0 to the peak
-    warmup_fraction: float | None = None  # or, instead, their share of all steps
+    warmup_steps: int = 0  # steps in which the learning rate rises to the peak
+    warmup_fraction: float | None = None  # or this share of all steps
     optimizer: str = "adamw"  # or "muon" for the matrices of the blocks: see optim.py
-    momentum: float = 0.95  # Muon: how much of the average gradient stays after a step
-    beta1: float = 0.9  # AdamW: the same for its average gradient
-    beta2: float = 0.95  # AdamW: and for its average squared gradient
-    weight_decay: float = 0.1  # of matrices, times the learning rate, per step
-    grad_clip: float = 1.0  # longest gradient; a longer one is scaled down to this norm
-    max_skipped: int = free(5)  # so many steps in a row with a gradient that is not finite stop the run
+    momentum: float = 0.95  # Muon: weight of the old average gradient in the new average
+    beta1: float = 0.9  # AdamW: weight of the old average gradient in the new average
+    beta2: float = 0.95  # AdamW: the same for the average squared gradient
+    weight_decay: float = 0.1  # of matrices; times the learning rate
+    grad_clip: float = 1.0  # a gradient with a larger norm is scaled down to this norm
+    max_skipped: int = free(5)  # stop after this many steps in a row whose gradient is not finite
     seed: int = 0  # of the initial weights and of the order of the data
     compile: bool = free(True)  # torch.compile: half a minute the first time, seconds after that
-    precision: str = free("auto")  # of matrix products, "auto": the fastest in hardware; all else stays float32
-    gradient_checkpointing: bool = free(False)  # less memory: blocks compute again what they did not keep (1604.06174)
-    parallel: str = free("ddp")  # several processes: each holds the whole model, or with "fsdp" a share of it
+    precision: str = free("auto")  # of matrix products; "auto": the fastest on this machine; the rest is float32
+    gradient_checkpointing: bool = free(False)  # less memory: recompute activations in backward (arXiv:1604.06174)
+    parallel: str = free("ddp")  # over processes: "ddp" copies the model to each, "fsdp" splits it
     deterministic: bool = free(False)  # two runs give the same bytes; slower, and "auto" is float32 on a CPU
-    timeout: float = free(600.0)  # seconds until a silent process counts as dead
+    timeout: float = free(600.0)  # seconds until a process that does not answer counts as dead
     tensorboard: bool = free(False)  # also write metrics to tensorboard/ (pip install tensorboard)
     log_every: int = free(10)  # steps between lines of metrics.jsonl
     eval_every: int = free(250)  # steps between evaluations
@@ -107,27 +107,25 @@ FREE = {f.name for f in fields(TrainConfig) if "free" in f.metadata}
 class Task:
     """What a stage hands the loop. A batch is a tuple of CPU tensors with rows along the first axis."""
 
-    # batch(step, rank, ranks): this process's part of the global batch of a step, counted from 0. A pure function, so
-    # that a resumed run, or one with another number of processes, reads the same global batches.
+    # batch(step, rank, ranks): this process's rows of a step, counted from 0. Pure: a resumed run reads the same rows.
     batch: Callable[[int, int, int], tuple[Tensor, ...]]
     # loss(model, *batch): means over the batch's targets by name; `loss` is trained, the others are logged. It must
-    # call the model as a function, or FSDP does not gather its weights.
+    # call model(…), not one of its methods, or FSDP does not gather the weights.
     loss: Callable[..., dict[str, Tensor]]
-    targets: Callable[..., int]  # targets(*batch): how many targets these means are over
+    targets: Callable[..., int]  # targets(*batch): the number of targets in a batch
     evaluate: Callable[[nn.Module], dict[str, float]]  # held-out metrics, with `val_loss`; the same in every process
     steps: int  # to train
     epoch: float  # steps per pass over the data
     flops: float  # floating-point operations per step, of all processes together
-    tokens: Callable[..., int] | None = None  # tokens(*batch): tokens trained, if that is not the number of targets
-    row: tuple[str, float] | None = None  # the name of a row and its mean tokens, if not ("row", context_length)
+    tokens: Callable[..., int] | None = None  # tokens(*batch): tokens trained; None: as many as targets
+    row: tuple[str, float] | None = None  # a row's name and its mean tokens; None: ("row", context_length)
     seen: Callable[[int], dict[str, int]] = lambda step: {}  # tokens drawn from each set of a mixture before a step
     documents: Callable[[int], str] = lambda step: ""  # what the batch of a step holds, for error messages
 
 
 def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
-    """Yields this process's share of the chosen rows, at most `rows` at a time, and whether the share counts."""
-    # A sharded model must be called by all processes together, so each gets as many shares as the others. A process
-    # with no row left gets the first row again, and that share does not count.
+    """Yields this process's share of `chosen`, at most `rows` at a time, and whether the share counts."""
+    # All processes must call a sharded model together. A process with no row left reads the first again, uncounted.
     rank, ranks = parallel.rank(), parallel.ranks()
     for start in range(0, len(chosen), rows * ranks):
         share = chosen[start + rank * rows : start + (rank + 1) * rows]
@@ -136,44 +134,40 @@ def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], b
 
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end. Writes checkpoints, metrics.jsonl, the manifest. resume: "auto", or a checkpoint."""
-    # Raises UserError if the checkpoint is from another config, or if the gradient stays not finite; and Stopped, with
-    # everything saved, after Ctrl-C or SIGTERM.
-    run = Trainer(model, task, config, job, resume)
-    run.begin()
-    config, progress, scale, report = run.config, run.progress, run.scale, run.report
+    # UserError: another config's checkpoint, or too many skipped steps. Stopped: Ctrl-C or SIGTERM; all is saved.
+    trainer = Trainer(model, task, config, job, resume)
+    trainer.begin()
+    config, progress, scale, report = trainer.config, trainer.progress, trainer.scale, trainer.report
     steps, first, stopping = task.steps, progress.step, 0
-    batch = run.read_batch(first) if first < steps else ()
+    batch = trainer.read_batch(first) if first < steps else ()
     with parallel.Signals() as signals, report.start(progress) as bar:
         while progress.step < steps and not stopping:
-            # The learning rate is a function of the step alone: no scheduler object, nothing to save.
             lr = learning_rate(config, progress.step, steps)
-            for group in run.groups:
+            for group in trainer.groups:
                 group["lr"] = lr
 
-            # The gradient of the mean loss over all targets of the global batch, one micro-batch at a time. Each is
-            # weighed by its targets, not by its rows: in SFT rows have different numbers of targets, and a mean of
-            # means would depend on how the batch was cut.
+            # Add up the gradient of the global batch's mean loss. A micro-batch counts by its targets, not its rows: in
+            # SFT rows have different numbers of targets, and a mean of means would depend on how the batch is cut.
             targets = parallel.total(task.targets(*batch))
             tokens = parallel.total(task.tokens(*batch)) if task.tokens else targets
             means = {}
-            micro_batches = list(zip(*(tensor.split(run.rows) for tensor in batch), strict=True))
+            micro_batches = list(zip(*(tensor.split(trainer.rows) for tensor in batch), strict=True))
             for micro_batch in micro_batches:
                 weight = task.targets(*micro_batch) / max(1, targets)
-                with run.autocast:
+                with trainer.autocast:
                     parts = {name: mean * weight for name, mean in task.loss(model, *micro_batch).items()}
-                # Processes add up their gradients once per step, during the last backward pass.
-                with run.exchange.exchanging() if micro_batch is micro_batches[-1] else nullcontext():
+                # "ddp" sums gradients over processes once per step, in the last backward pass; "fsdp" does it in each.
+                with trainer.exchange.exchanging() if micro_batch is micro_batches[-1] else nullcontext():
                     (parts["loss"] * scale.value).backward()
                 for name, part in parts.items():
                     means[name] = means.get(name, 0.0) + part.detach()
             if progress.step + 1 < steps:
-                batch = run.read_batch(progress.step + 1)  # while a GPU still computes
+                batch = trainer.read_batch(progress.step + 1)  # while the GPU computes
 
-            # One bad batch must not ruin the weights: clip a long gradient, and skip the step if it is not finite.
-            # The norm is that of the sum over all processes, so all of them make the step or all of them skip it.
-            norm = clip_gradient(run.parameters, config.grad_clip, scale.value)
+            # One bad batch must not ruin the weights: clip its gradient, or skip it. All processes see the same norm.
+            norm = clip_gradient(trainer.parameters, config.grad_clip, scale.value)
             finite = math.isfinite(norm)
-            for optimizer in run.optimizers:
+            for optimizer in trainer.optimizers:
                 if finite:
                     optimizer.step()
                 optimizer.zero_grad()
@@ -185,30 +179,31 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             else:
                 log.info(f"step {progress.step} is skipped: the norm of its gradient is {norm}")
                 progress.skipped += 1
-                progress.skipped_in_a_row += scale.value <= 1  # else the scale is to blame, and it will be halved
+                progress.skipped_in_a_row += scale.value <= 1  # not counted while halving the scale may help
             scale.update(finite)
             if progress.skipped_in_a_row >= config.max_skipped:
-                run.give_up()
+                trainer.give_up()
 
             # Ctrl-C sets `caught` at any moment: read it once per step, and let all processes agree on it.
             stopping, last = parallel.largest(signals.caught), progress.step == steps
-            # While steps are skipped nothing is saved: the last good checkpoint may be the better place to resume.
-            saving = run.due(config.save_every) or progress.step == run.stable
+            # No regular checkpoint after a skipped step: the last good one may be the better place to resume.
+            saving = trainer.due(config.save_every) or progress.step == trainer.stable
             saving = stopping or last or (saving and not progress.skipped_in_a_row)
-            if saving or run.due(config.eval_every) or run.due(config.log_every) or progress.step == first + 1:
+            due = trainer.due(config.eval_every) or trainer.due(config.log_every)
+            if saving or due or progress.step == first + 1:
                 means = {name: float(parallel.add_up(mean)) for name, mean in means.items()}
-                run.record = report.measure(progress, means, lr, norm)
-                if saving:  # before the evaluation: a run that is killed in it resumes here, and evaluates then
-                    run.save("final" if last else f"step_{progress.step:07d}")
-                run.evaluate_and_log()
-                report.show(run.record)
+                trainer.record = report.measure(progress, means, lr, norm)
+                if saving:  # before evaluating: a run that is killed there resumes here and evaluates
+                    trainer.save("final" if last else f"step_{progress.step:07d}")
+                trainer.evaluate_and_log()
+                report.show(trainer.record)
                 report.restart_clock(progress)
             if progress.step == first + 1:
-                log.info(f"memory: {machine.peak_memory(run.device)}")
+                log.info(f"memory: {machine.peak_memory(trainer.device)}")
     if progress.step < steps:
         name, command = signal.Signals(stopping).name, parallel.command(job.command)
         raise cli.Stopped(128 + stopping, f"{name}: saved at step {progress.step} of {steps}; resume with: {command}")
-    run.finish()
+    trainer.finish()
 
 
 class Trainer:
@@ -238,20 +233,19 @@ class Trainer:
 
         model.gradient_checkpointing = config.gradient_checkpointing
         self.exchange = parallel.distribute(model.train(), config.parallel, self.device, self.dtype)
-        # Autocast runs matrix products in half precision and leaves norms, softmax and the loss in float32.
         wide = self.dtype == torch.float32
         self.autocast = nullcontext() if wide else torch.autocast(self.device.type, self.dtype)
         self.scale = LossScale(self.dtype)
-        # After `distribute`: FSDP replaces parameters, and an optimizer must hold those that are trained.
+        # After `distribute`: FSDP replaces the parameters, and an optimizer needs the new ones.
         self.optimizers = make_optimizers(model, config)
         self.rows = machine.rows_held(config, ranks)
         peak = machine.peak_flops(self.device, self.dtype)
         self.report = Report(job.directory, task, model.num_parameters(), peak and peak * ranks)
-        # A run of "wsd" can be made longer from the last checkpoint before the fall, so that one is never removed.
+        # A "wsd" run can be extended from the step where its rate starts to fall: never remove that checkpoint.
         self.stable = decay_start(config, task.steps) if config.schedule == "wsd" else 0
         if start:
             self.restore(start, state)
-        # After `restore`: an optimizer that loads its state gets new groups, and the old ones have no effect any more.
+        # After `restore`: loading a state replaces an optimizer's groups.
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.parameters = [p for group in self.groups for p in group["params"]]
 
@@ -259,18 +253,18 @@ class Trainer:
         """Loads the weights of a checkpoint. Returns the rest of its state, for `restore`."""
         counts, steps = checkpoint.read_manifest(start)["counts"], self.task.steps
         if counts["step"] > steps:
-            parallel.refuse(f"{start} is at step {counts['step']} already; set steps to at least that, not {steps}")
+            parallel.refuse(f"{start} is at step {counts['step']} already; set steps to that or more, not {steps}")
         self.record, self.planned, self.job.earlier = counts["record"], counts.get("steps", steps), counts["seconds"]
         checkpoint.load_weights(start, self.model)
         state = checkpoint.read(start, "state.pt")
-        # On a CPU "auto" was measured, and another measurement must not change a run that has begun.
+        # On a CPU "auto" is timed, and a new timing must not change a run that has begun.
         measured = self.config.precision == "auto" and not self.config.deterministic
         if measured and self.device.type == state.get("device") == "cpu":
             self.dtype = getattr(torch, state.get("dtype", ""), self.dtype)
         return state
 
     def restore(self, start: Path, state: dict) -> None:
-        """Restores optimizers, loss scale, random generators and progress. UserError if they are of another run."""
+        """Restores optimizers, loss scale, random generators and progress. UserError if the state does not fit."""
         try:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -293,19 +287,19 @@ class Trainer:
             log.warning(f"{changed} changed since {start} was saved; the rest of the run uses the new code")
 
     def begin(self) -> None:
-        """Prepares the directory. After a resume, does what the checkpoint's own step may still lack: see `train`."""
+        """Prepares the directory. After a resume, evaluates and logs the checkpoint's step if that is due."""
         manifest, report = self.job.directory / "manifest.json", self.report
-        parallel.lead(lambda: manifest.unlink(missing_ok=True))  # a finished run that is made longer has one
+        parallel.lead(lambda: manifest.unlink(missing_ok=True))  # left by a finished run that is extended
         parallel.lead(lambda: report.open(self.progress.step, self.config.tensorboard))
         if self.record is None:
             return
         step, steps = self.progress.step, self.task.steps
         if step == steps:
-            self.save("final")  # `steps` was lowered to a numbered checkpoint
+            self.save("final")  # `steps` was lowered, or the run was killed before its manifest
         self.evaluate_and_log()
         if self.planned != steps:
             change = f"{self.record['lr']:.1e} to {learning_rate(self.config, step, steps):.1e}"
-            log.info(f"the schedule is now that of {steps} steps: the learning rate goes from {change}")
+            log.info(f"the schedule now has {steps} steps: the learning rate changes from {change}")
 
     def read_batch(self, step: int) -> tuple[Tensor, ...]:
         batch = self.task.batch(step, parallel.rank(), parallel.ranks())
@@ -314,9 +308,9 @@ class Trainer:
 
     def give_up(self) -> None:
         step, in_a_row = self.progress.step, self.progress.skipped_in_a_row
-        documents = self.task.documents(step - 1) or "its batch"
+        documents = self.task.documents(step - 1) or "documents unknown"
         parallel.refuse(
-            f"the gradient was not finite in {in_a_row} steps in a row, the last of them step {step}, on {documents}. "
+            f"the gradient was not finite in {in_a_row} steps in a row, the last in step {step} ({documents}). "
             "Lower learning_rate, lengthen warmup_steps, or look for the fault in the data, and start again: "
             f"{self.job.command} --force"
         )
@@ -329,7 +323,7 @@ class Trainer:
         progress, record = self.progress, self.record
         if self.due(self.config.eval_every):
             self.model.eval()
-            # Not compiled: an evaluation has batches of other shapes, and every shape would be compiled again.
+            # Not compiled: evaluation batches have other shapes, and each shape would be compiled.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.autocast:
                 record.update(self.task.evaluate(self.model))
             self.model.train()
@@ -343,19 +337,19 @@ class Trainer:
             self.report.write(record)
 
     def warn_of_overfitting(self) -> None:
-        """Warns once per best step, after two evaluations in vain, and not before the data repeats."""
+        """Warns once per best step, after two evaluations without a better loss, once the data repeats."""
         progress, best, loss = self.progress, self.progress.best_step, self.progress.best_loss
         in_vain = progress.step >= best + 2 * self.config.eval_every
         if in_vain and progress.step > self.task.epoch and best != progress.warned_of:
             progress.warned_of = best
             log.warning(
-                f"validation loss was lowest at step {best}, {loss:.4f}, and has not been since: the model seems to "
+                f"validation loss was lowest at step {best}, {loss:.4f}, and no better since: the model seems to "
                 "overfit. best/ keeps that step; more text or fewer epochs may help"
             )
 
     def save(self, name: str) -> None:
-        """Saves a checkpoint. Every process takes part, because FSDP's shares are put together; the first writes."""
-        # This is all that a resumed run needs: batches and learning rates are functions of the step.
+        """Saves a checkpoint. All processes must call it, because FSDP gathers their shares; the first one writes."""
+        # State and weights are all that a resumed run needs: batches and learning rates are functions of the step.
         state = {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         state |= {"progress": vars(self.progress), "loss_scale": vars(self.scale), "rng": torch.get_rng_state()}
         state |= {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -368,7 +362,7 @@ class Trainer:
             counts = {"step": self.progress.step, "steps": self.task.steps, "seconds": round(self.job.seconds(), 1)}
             about = self.job.about({}, counts | {"record": self.record} | self.used)
             if self.report.path.exists():
-                stage.sync(self.report.path)  # a checkpoint must not reach the disk before the log of its steps
+                stage.sync(self.report.path)  # the log must be on the disk before its checkpoint
             checkpoint.save(self.job.directory / name, files, about)
             steps = checkpoint.steps(self.job.directory)
             numbered = [path for step, path in steps if path.name != "final" and step != self.stable]
@@ -391,13 +385,13 @@ class Trainer:
 class Progress:
     """How far a run has come; saved in every checkpoint."""
 
-    step: int = 0  # steps made, with those that were skipped
+    step: int = 0  # steps made, skipped ones included
     tokens: int = 0  # tokens trained in these steps
     best_loss: float = math.inf  # lowest validation loss so far
-    best_step: int = 0  # and its step
-    warned_of: int = -1  # best step that the last warning of overfitting named
+    best_step: int = 0  # the step with that loss
+    warned_of: int = -1  # best step in the last overfitting warning
     skipped: int = 0  # steps that changed nothing, because their gradient was not finite
-    skipped_in_a_row: int = 0  # the last of these in a row, without overflows of float16
+    skipped_in_a_row: int = 0  # the latest of them in a row, not counting float16 overflows
 
 
 FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000
@@ -406,8 +400,7 @@ FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000
 class LossScale:
     """Keeps gradients in float16's range (arXiv:1710.03740): small ones would become 0, large ones infinite."""
 
-    # The loss is multiplied by `value`. An overflow halves it; GOOD_STEPS without one double it.
-    # bfloat16 has the range of float32 and needs no scale.
+    # An overflow halves `value`, GOOD_STEPS steps without one double it. bfloat16 has float32's range: no scale.
 
     def __init__(self, dtype: torch.dtype):
         self.moves = dtype == torch.float16
@@ -432,7 +425,7 @@ def clip_gradient(parameters: list[nn.Parameter], limit: float, scale: float) ->
 
 
 def find_checkpoint(job: Stage, resume: str) -> Path | None:
-    """The checkpoint to resume: the named one, or the newest whole one; None to begin. UserError if it does not fit."""
+    """The named or newest undamaged checkpoint; None if there is none. UserError if it does not fit this run."""
     if resume == "auto":
         start = next(checkpoint.newest(job.directory), None)
     else:
@@ -451,12 +444,12 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
 
 
 def is_done(job: Stage, steps: int) -> bool:
-    """Whether the stage is trained to exactly these steps and is undamaged. UserError if it has more steps."""
+    """True if the stage is trained to exactly these steps and undamaged. UserError if it has more steps."""
     if not (manifest := stage.read_manifest(job.directory)):
         return False
     job.must_match(job.directory)
     if (step := manifest["counts"]["step"]) > steps:
-        raise UserError(f"{job.directory} is trained to step {step} already; set steps to at least that, not {steps}")
+        raise UserError(f"{job.directory} is trained to step {step} already; set steps to that or more, not {steps}")
     return step == steps and not stage.damage(job.directory, manifest["wrote"])
 
 

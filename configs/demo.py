@@ -1,7 +1,7 @@
 """demo: the whole life of a small language model, in minutes on two CPU cores. Run it with `make demo`."""
 
 # Start here. An experiment is one file like this: copy it, rename it, change a number, and run
-# `python pipeline.py configs/mine.py`. What is not said here has a default, documented at its class.
+# `python pipeline.py configs/mine.py`. A field that is not set here has a default: see its class.
 
 from configs import Experiment
 from data.corpus import CorpusConfig
@@ -16,7 +16,7 @@ from trainer import TrainConfig
 
 experiment = Experiment(
     name="demo",  # everything it makes goes to runs/demo/
-    # 1. The model: a LLaMA with 4 layers, 128 numbers wide. It reads at most 256 tokens.
+    # 1. The model: a LLaMA with 4 layers and width 128. It reads at most 256 tokens.
     model=ModelConfig(vocab_size=4_096, context_length=256, n_layers=4, d_model=128, n_heads=2),
     # 2. The text: the documentation inside Python and the packages on this machine. No download.
     corpus=CorpusConfig(sources=(PythonDocs(),)),
@@ -29,7 +29,7 @@ experiment = Experiment(
         steps=1_800,
         compile=False,  # compiling takes half a minute: too long for a run of two minutes
         batch_size=4,  # rows of 256 tokens per step
-        learning_rate=3e-3,  # the highest; the schedule rises to it and falls to 0
+        learning_rate=3e-3,  # the peak: the rate rises to it, then falls to 0
         optimizer="muon",
         schedule="linear",
         beta2=0.99,  # gradients of such small batches are noisy: average over more steps
@@ -45,7 +45,7 @@ experiment = Experiment(
             epochs=1.5,  # passes over the conversations
             compile=False,
             batch_size=4,
-            learning_rate=4e-3,  # an adapter takes a higher one than a whole model
+            learning_rate=4e-3,  # an adapter takes a higher learning rate than a whole model
             warmup_fraction=0.1,
             schedule="linear",
             weight_decay=0.0,
@@ -53,10 +53,10 @@ experiment = Experiment(
             save_every=500,
         ),
     ),
-    # 7. Preference learning (DPO): from pairs of a better and a worse answer it learns which to give.
+    # 7. Preference learning (DPO): the model learns to prefer the better of two answers.
     dpo=DPOConfig(
-        loss=LossConfig(beta=0.5),  # how strongly it is held to what SFT taught it
-        reference="adapter_off",  # the run sees less than an epoch: storing numbers for all pairs would take longer
+        loss=LossConfig(beta=0.5),  # a higher beta keeps the model closer to the SFT model
+        reference="adapter_off",  # no pass over all pairs before training: the run reads less than an epoch
         train=TrainConfig(
             steps=300,
             compile=False,

@@ -1,12 +1,9 @@
 """The losses of preference learning, and the log-probabilities that they compare."""
 
-# DPO (arXiv:2305.18290) needs no reward model: the trained model π is one itself. With ref the model before training, x
-# a prompt and y an answer, the reward that π implies is
-#
-#     r(x, y) = β · (log π(y | x) − log ref(y | x))
-#
-# A pair has a chosen answer c and a rejected answer r. The margin without its β is what every loss here starts from:
-#
+# DPO (arXiv:2305.18290) needs no reward model. With the trained model π, the model before training ref, a prompt x and
+# an answer y, the reward of the answer is
+#     β · (log π(y | x) − log ref(y | x))
+# A pair has a chosen answer c and a rejected answer r. Their rewards differ by the margin β h. Every loss uses
 #     h = (log π(c) − log ref(c)) − (log π(r) − log ref(r))
 
 import math
@@ -24,13 +21,12 @@ from stage import check_types
 class LossConfig:
     """Which loss. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
-    loss: str = "sigmoid"  # (DPO, arXiv:2305.18290), "ipo" (arXiv:2310.12036) or "hinge" (SLiC, arXiv:2305.10425)
-    # Strength of the pull towards the reference; higher stays closer. Try 0.01 and 1: with a weak pull the margin grows
-    # fast, and the answers soon stop being good English.
+    loss: str = "sigmoid"  # DPO, arXiv:2305.18290; or "ipo", arXiv:2310.12036; or "hinge", SLiC, arXiv:2305.10425
+    # Pull towards the reference; higher stays closer. Try 0.01 and 1: with a weak pull the answers degrade.
     beta: float = 0.1
-    label_smoothing: float = 0.0  # for "sigmoid": share of pairs assumed to be labelled the wrong way round
-    # Weight of the chosen answer's own loss, in nats per token. It keeps the chosen answer's likelihood from falling
-    # together with the rejected one's (RPO, arXiv:2404.19733).
+    label_smoothing: float = 0.0  # for "sigmoid": assumed share of pairs with swapped labels
+    # Weight of the chosen answer's own loss, in nats per token (RPO, arXiv:2404.19733). Without this loss, both answers
+    # may become less likely.
     chosen_weight: float = 0.0
 
     def __post_init__(self):
@@ -48,13 +44,10 @@ class LossConfig:
             raise ValueError(f"chosen_weight is {self.chosen_weight}; expected 0 or more")
 
 
-# The losses take log π − log ref of both answers, (pairs, 2), and the answers' lengths in tokens, (pairs, 2).
-
-
 def sigmoid(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """−(1 − ε) log σ(β h) − ε log σ(−β h), ε the label smoothing: equation 7 of DPO, with ε its authors' cDPO."""
-    # σ(β h) is the probability that the chosen answer wins (Bradley-Terry). This is its cross-entropy: like a
-    # classifier of two classes whose logit is the margin. Pairs that are clearly right hardly pull any more.
+    """−(1 − ε) log σ(β h) − ε log σ(−β h), ε the label smoothing: DPO, equation 7; with ε > 0, cDPO."""
+    # σ(β h) is the probability that the chosen answer wins (Bradley-Terry). The loss is the
+    # cross-entropy of two classes with the margin as logit. Pairs with a large margin hardly count any more.
     margin = config.beta * (ratios[:, 0] - ratios[:, 1])  # (pairs,)
     right = F.logsigmoid(margin)
     wrong = F.logsigmoid(-margin)
@@ -62,8 +55,8 @@ def sigmoid(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
 
 
 def ipo(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """(h − 1 / 2β)²: equation 17 of IPO, with means over an answer's tokens rather than sums, as its authors advise."""
-    # A fixed goal for the margin: there the loss is 0. The sigmoid has none, and can overfit pairs that agree.
+    """(h − 1 / 2β)²: equation 17 of IPO, with means over an answer's tokens rather than sums, as the authors advise."""
+    # h has a goal, 1 / 2β. The sigmoid has none, and can overfit pairs that never contradict each other.
     means = ratios / lengths
     h = means[:, 0] - means[:, 1]
     return (h - 1 / (2 * config.beta)).square()
@@ -71,7 +64,6 @@ def ipo(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
 
 def hinge(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
     """max(0, 1 − β h)."""
-    # Pairs with a margin above 1 have no gradient at all.
     return torch.relu(1 - config.beta * (ratios[:, 0] - ratios[:, 1]))
 
 
@@ -79,21 +71,19 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
 
 
 def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """The loss of each pair, (pairs,), in the dtype of `policy`.
+    """The loss of each pair, (pairs,), in the dtype of `policy`. The three tensors: (pairs, 2).
 
-    policy, reference: (pairs, 2), log-probabilities in nats of the chosen and the rejected answer. lengths: (pairs, 2),
-    their tokens.
+    policy, reference: log-probabilities in nats of the chosen and the rejected answer. lengths: their tokens.
     """
     loss = LOSSES[config.loss](policy - reference, lengths, config)
-    if config.chosen_weight:
-        # h can grow while both answers become less likely. This term does not let the chosen one.
+    if config.chosen_weight:  # keeps the chosen answer likely: h alone can grow while both become less likely
         loss = loss - config.chosen_weight * policy[:, 0] / lengths[:, 0]
     return loss
 
 
 def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    """What is logged of each pair, by name, (pairs,) each. Rewards are of whole answers, for "ipo" too."""
-    # Watch logp_chosen beside margin: a growing margin with a falling logp_chosen is the failure described above.
+    """What is logged, by name, (pairs,) each. Rewards are sums over whole answers, for "ipo" too."""
+    # Watch logp_chosen: if it falls while the margin grows, chosen_weight can help.
     ratios = (policy - reference).detach()
     chosen = config.beta * ratios[:, 0]
     rejected = config.beta * ratios[:, 1]
@@ -103,24 +93,24 @@ def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, 
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "margin": margin,
-        "accuracy": right + tie / 2,  # 0.5 before the first step, when all margins are 0
+        "accuracy": right + tie / 2,  # a tie counts half: about 0.5 before the first step
         "logp_chosen": policy[:, 0].detach(),
         "logp_rejected": policy[:, 1].detach(),
     }
 
 
 def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Pairs as one row without padding: each prompt once, and both answers behind it.
+    """Packs pairs into one row without padding: each prompt once, then both answers.
 
-    ids: (pairs, width) int64, on the CPU: prompt, chosen and rejected answer of each pair, then anything. bounds:
+    ids: (pairs, width) int64, on the CPU: prompt, chosen and rejected answer of each pair, then padding. bounds:
     (pairs, 3) int64, where these three end. Returns inputs, targets and positions, (1, T) each, for `Transformer`, and
     the lengths of all answers, chosen and rejected in turn.
     """
     # The usual way computes every prompt twice, with padding. Here a prompt "a b" with answers "c d" and "x y" is
     #   inputs     a  b  c    b  x
-    #   targets    -  c  d    x  y      the ids shifted by one: here, and nowhere else. "-" is IGNORED
+    #   targets    -  c  d    x  y      the ids, shifted here by one; "-" is IGNORED
     #   positions  0  1  2    1  2
-    # The last id of the prompt stands twice, because it predicts the first id of both answers. The fall from position
+    # The prompt's last id is repeated, because it predicts the first id of both answers. The fall from position
     # 2 to 1 tells the model that the second answer continues the prompt and does not see the first answer.
     inputs, targets, positions, lengths = [], [], [], []
     for row, ends in zip(ids, bounds.tolist(), strict=True):
@@ -138,15 +128,13 @@ def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
 
 
 def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
-    """log π of the answers of pairs, in nats: (pairs, 2) float64, chosen and rejected. ids, bounds: as in
-    `pack_pairs`."""
+    """log π of the chosen and rejected answers, in nats: (pairs, 2) float64. ids, bounds: as in `pack_pairs`."""
     inputs, targets, positions, lengths = pack_pairs(ids, bounds)
     device = next(model.parameters()).device
-    # Cross-entropy of a token is −log π(token). The model makes logits only where a target is not IGNORED.
     inputs = inputs.to(device, non_blocking=True)
-    losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,)
+    losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,), −log π of each target
     answers = (targets[0] != IGNORED).nonzero()[:, 0]
     losses = losses[answers.to(device, non_blocking=True)]
-    # float64: the loss is a small difference between such sums, and float32 would lose its last digits.
+    # float64: the loss is a small difference of large sums, and float32 would lose the last digits.
     sums = [part.sum() for part in losses.double().split(lengths)]
     return -torch.stack(sums).view(-1, 2)

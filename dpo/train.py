@@ -45,7 +45,7 @@ class DPOConfig:
     lora: LoRAConfig | None = LoRAConfig(dropout=0.0)
     """The adapter that is trained. None trains every weight of the model."""
     reference: str = "stored"
-    """* Where the reference's log-probabilities come from: "stored" computes them once before training; "adapter_off"
+    """Where the reference's log-probabilities come from: "stored" computes them once before training; "adapter_off"
     computes them at each step, with the adapter switched off. Both give the same run up to rounding. "stored" takes one
     pass over all pairs and is faster afterwards. "adapter_off" stores nothing, and makes rewards exactly 0 before the
     first step, unless blocks are compiled."""

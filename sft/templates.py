@@ -1,10 +1,10 @@
-"""Templates: how a conversation becomes token ids, and which of them are trained."""
+"""Templates: how a conversation becomes ids, and which ids are trained."""
 
 #     chatml    <|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵Hello!<|im_end|>↵
 #                                                                   ^^^^^^^^^^^^^^^^ trained
 #
-# `render` makes ids and mask together, and nothing else in the project does. So training, evaluation and serving agree
-# on every id. The exported tokenizer agrees too: its Jinja template stands beside each template here.
+# Only `render` makes ids and mask, so training, evaluation and serving agree on every id. The exported tokenizer uses
+# the Jinja templates below: change a template and its Jinja text together (tests compare their ids).
 
 import itertools
 import re
@@ -20,8 +20,7 @@ from tokenizer import Tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 RESPONSE = "### Response:\n"
-# Stanford Alpaca's first lines, for an instruction without an input and with one.
-OPENING = (
+OPENING = (  # Stanford Alpaca's first lines, for an instruction without an input and with one
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
     "response that appropriately completes the request.\n\n",
@@ -29,7 +28,7 @@ OPENING = (
 
 
 class Part(NamedTuple):
-    """A piece of a conversation: text, or the name of a control piece, "" for the one that ends a text (eos)."""
+    """Text of a conversation or, with `control`, the name of a control piece; the name "" is eos, which ends a text."""
 
     text: str
     trained: bool = False
@@ -37,14 +36,13 @@ class Part(NamedTuple):
 
 
 def with_input(message: Message, before: str = "\n\n") -> str:
-    """The message's text and, if it has an input, that."""
+    """The message's text, then its input if it has one."""
     return message.content + before + message.input if message.input else message.content
 
 
 def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
     # Control pieces mark every turn. No text is ever encoded to them, so a user cannot fake the end of a turn.
     for message in messages:
-        # The mask follows the role. Nothing else decides what is trained.
         answer = message.role == "assistant"
         yield Part(START, control=True)
         if answer:
@@ -52,8 +50,8 @@ def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
             yield Part(message.content, trained=True)
         else:
             yield Part(f"{message.role}\n{with_input(message)}")
-        # Train the end of an answer too: a model that never learns END never stops. The "\n" behind it is not
-        # trained, because generation has stopped by then.
+        # Train the end of an answer too: a model that never learns END never stops. The "\n" after it is not
+        # trained, because generation stops before it.
         yield Part(END, trained=answer, control=True)
         yield Part("\n")
     if ask:
@@ -62,21 +60,19 @@ def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
 
 
 def instruct(messages: Sequence[Message], ask: bool, before_input: str = "\n\n") -> Iterator[Part]:
-    # Headings in plain text: works with a tokenizer without control pieces, and eos ends an answer.
+    # The headings are plain text and need no control pieces. The last heading ends the question: `ask` adds nothing.
     for message in messages:
         if message.role == "assistant":
             yield Part(message.content, trained=True)
-            yield Part("", trained=True, control=True)
+            yield Part("", trained=True, control=True)  # eos ends an answer
         elif message.role == "system":
             yield Part(f"{message.content}\n\n")
         else:
-            # The heading of the answer ends the question. So `ask` needs nothing more.
             yield Part(f"### Instruction:\n{with_input(message, before_input)}\n\n{RESPONSE}")
 
 
 def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
-    # A system message takes the place of the opening lines.
-    if messages[0].role != "system":
+    if messages[0].role != "system":  # a system message replaces the opening lines
         yield Part(OPENING[bool(messages[0].input)])
     yield from instruct(messages, ask, "\n\n### Input:\n")
 
@@ -87,13 +83,12 @@ class Template:
 
     # parts(messages, ask): the parts in order. ask: end where the assistant's next answer begins.
     parts: Callable[[Sequence[Message], bool], Iterator[Part]]
-    jinja: str  # the same for the `transformers` library
-    cut: str  # regular expression for the places in a text where the next token must begin
-    marks: tuple[str, ...]  # strings that no good answer contains
+    jinja: str  # the same parts in Jinja, for the `transformers` library
+    cut: str  # regular expression: a new token must begin at each match
+    marks: tuple[str, ...]  # strings that an answer should not contain
     needs: tuple[str, ...] = ()  # control pieces that the tokenizer must have
 
 
-# Change a function above and its Jinja template together: tests compare their ids with those of `transformers`.
 CHATML_JINJA = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] != 'system' or message['content'] | trim %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}\
@@ -118,13 +113,13 @@ def instruct_jinja(opening: str, before_input: str) -> str:
     return text.replace("OPENING", opening).replace("BEFORE_INPUT", repr(before_input))
 
 
-# Why cut? A piece may span the end of a line: "\nHello" can be one piece. In training the answer is known and such a
-# piece could begin in the prompt; when the model is asked, it is not. With a cut both give the same ids.
+# Why cut? A piece may span the end of a line: "\nHello" can be one piece. In training, where the answer is
+# known, it could join prompt and answer; when the model is asked, it could not. The cut makes the ids equal.
 TEMPLATES = {
     "chatml": Template(
         chatml,
         CHATML_JINJA,
-        r"(?<=\Aassistant\n)|(?<=\A assistant\n)",  # transformers adds the space for a model that wants one
+        r"(?<=\Aassistant\n)|(?<=\A assistant\n)",  # transformers adds the space for some tokenizers
         (START, END),
         (START, END),
     ),
@@ -146,23 +141,20 @@ TEMPLATES = {
 def render(
     template: str, messages: Sequence[Message], tokenizer: Tokenizer, ask: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, with bos first, and for each id whether it is trained.
-
-    ask: end where the next answer begins. UserError if the tokenizer lacks a control piece.
-    """
+    """The ids of a conversation, bos first, and for each id True if it is trained. ask: end where an answer begins."""
     form = TEMPLATES[template]
     missing = [piece for piece in form.needs if piece not in tokenizer.control]
     if missing:
         raise UserError(
             f"the tokenizer has no {' and no '.join(missing)}, which the template {template!r} needs; set template to "
-            '"instruct" or "alpaca"'
+            '"instruct", which needs none'
         )
     # Chat programs send an empty system message when the user sets none: treat it as none.
     messages = [message for message in messages if message.role != "system" or message.content.strip()]
-    # Start as a document of the corpus does: pretraining has taught the model what bos means.
+    # Start like a document: our tokenizers' bos is eos, which stands before the next document in the corpus.
     ids, trained = [tokenizer.bos], [False]
-    text = ""  # since the last control piece: transformers begins a new text there, and `cut` may look back to it
-    # Encode neighbours with the same mask as one text, as transformers does: their pieces may span the seam.
+    text = ""  # the text since the last control piece: transformers starts anew there; `cut` looks back to there
+    # Encode neighbours with the same mask together, as transformers does: a piece may span two parts.
     for (learnt, control), parts in itertools.groupby(form.parts(messages, ask), key=lambda part: part[1:]):
         new = "".join(part.text for part in parts)
         if control:
@@ -182,14 +174,12 @@ def render(
 
 
 def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> dict[str, int] | None:
-    """The pieces for `lora.init_end_piece`, if the template has control pieces that the model in `base` has not seen.
-
-    Pretraining shows a model no control piece, and fine-tuning shows it those of its template.
-    """
-    if END not in TEMPLATES[template].needs or imported:  # nothing is known about what an imported model has seen
+    """The ids for `lora.init_end_piece`; None if the template has no control pieces, or `base` may know them."""
+    # Pretraining shows a model no control pieces. Fine-tuning shows it those of its template.
+    if END not in TEMPLATES[template].needs or imported:  # what an imported model has seen is not known
         return None
     taught = checkpoint.template(base)
-    # An adapter that learnt a template without control pieces has seen none. Its base may have.
+    # An adapter that learnt a template without control pieces saw none, but its base may have seen them.
     while taught is not None and END not in TEMPLATES[taught].needs and checkpoint.adapts(base):
         base = checkpoint.base(base)
         taught = checkpoint.template(base)
@@ -202,7 +192,7 @@ def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> d
 
 def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer."""
-    # eos ends it in every template: a chatml model may still fall back to what pretraining taught it.
+    # eos ends answers in every template: a chatml model may still end a text as in pretraining.
     return (tokenizer.eos, tokenizer.control[END]) if END in TEMPLATES[template].needs else (tokenizer.eos,)
 
 

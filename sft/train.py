@@ -1,10 +1,8 @@
 """Supervised fine-tuning (SFT): a pretrained model learns to answer."""
 
 #     python pipeline.py configs/tiny.py sft   ->  runs/tiny/sft
-#
-# The loop is trainer.py's, as in pretraining. This file says what is different: what is trained (an adapter over the
-# frozen model, or with lora=None every weight), on which tokens (those that the assistant says), and how it is
-# measured.
+# The loop is trainer.py's, as in pretraining. This file defines what is trained (an adapter, or with lora=None every
+# weight), on which tokens (the assistant's), and how the model is measured.
 
 import math
 from collections.abc import Mapping
@@ -32,7 +30,7 @@ from stage import Stage, check_types
 from tokenizer import Tokenizer
 from trainer import TrainConfig, shared_rows
 
-SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs, and their length
+SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs, and their most tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +38,18 @@ class SFTConfig:
     """How a model is fine-tuned. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
     data: ConversationConfig = ConversationConfig()
-    lora: LoRAConfig | None = LoRAConfig()
-    """The adapter that is trained. None trains every weight of the model."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """How often each source of `data` is drawn from, in any unit. Empty: every row once an epoch."""
-    train: TrainConfig = TrainConfig(
+    lora: LoRAConfig | None = LoRAConfig()  # the adapter that is trained; None trains every weight of the model
+    weights: Mapping[str, float] = field(default_factory=dict)  # each source's share, in any unit; empty: all rows
+    train: TrainConfig = TrainConfig(  # a row of a batch is a row of packed conversations
         epochs=3,
         batch_size=32,
         micro_batch_size=4,
-        # An adapter takes about ten times the learning rate of full fine-tuning. With lora=None try 1e-4.
-        learning_rate=1e-3,
+        learning_rate=1e-3,  # about ten times that of full fine-tuning: with lora=None try 1e-4
         warmup_fraction=0.1,
         weight_decay=0.0,
         eval_every=50,
         save_every=50,
     )
-    """A row of a batch is a row of packed conversations."""
 
     def __post_init__(self):
         check_types(self)
@@ -63,7 +57,7 @@ class SFTConfig:
 
 
 class FineTuning(Tuning):
-    """The task of learning the conversations in a finished directory of sft.data; counts: from its manifest."""
+    """Learns the conversations that sft.data wrote to a directory. counts: from the manifest there."""
 
     def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
         self.adapter, self.shape, self.spm = config.lora, shape, spm
@@ -72,18 +66,16 @@ class FineTuning(Tuning):
         sets = {name: Rows(directory, "train", counts, length, seed, name) for name in weights}
         super().__init__(config.train, sets, weights, "row")
         self.held_out = Rows(directory, "val", counts, length)
-        # Evenly spaced, so that every source of the held-out rows is measured, and the same rows at each evaluation.
+        # Evenly spaced over the whole set, and the same rows in each evaluation.
         count = min(config.train.eval_rows, self.held_out.count)
         self.chosen = [i * self.held_out.count // count for i in range(count)]
         self.measured = int((self.held_out.read(self.chosen)[1] != IGNORED).sum())  # tokens
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
-        """Inputs, targets and positions, (rows, T) int64 each, and the number of each row counted over all steps."""
-        # A row packs several conversations, so that nothing is computed for padding. Three things keep them apart:
-        # - positions count from 0 in each. The model takes a restart as a new text, which sees none of the others.
-        # - targets are already shifted by one inside each conversation (`Rows.read`). To shift again would train the
-        #   model to skip a token; the loss would fall all the same, and the answers would be nonsense.
-        # - targets are IGNORED except where the assistant speaks. Else the model would learn to ask, too.
+        """Inputs, targets and positions, (rows, T) int64 each, and each row's number in the whole run, (rows,)."""
+        # A row packs several conversations, so that little is computed for padding. Positions restart at 0 in each: the
+        # model takes that as a new text, which sees no other. `Rows.read` has already shifted the targets: do not shift
+        # again. They are IGNORED except where the assistant speaks: the model should learn to answer, not to ask.
         size = self.config.batch_size // ranks
         numbers = torch.arange(size) + step * self.config.batch_size + rank * size  # (rows,)
         return *self.mixture.batch(step, rank, ranks), numbers
@@ -91,50 +83,45 @@ class FineTuning(Tuning):
     def loss(
         self, model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor
     ) -> dict[str, Tensor]:
-        # LoRA's dropout draws random numbers. Seed them by the first row of the micro-batch: a resumed run then draws
-        # the same as one that was never interrupted, and so does one of several processes.
+        # LoRA's dropout is random. Seeded by the micro-batch's first row, a resumed run draws the same numbers, and so
+        # do several processes if they cut the same micro-batches.
         torch.manual_seed(((self.config.seed << 32) + int(numbers[0])) % 2**63)
-        # Targets and positions stay on the CPU: there the model can see, without waiting for a GPU, which rows need
-        # logits and where conversations begin.
+        # Targets and positions stay on the CPU: the model reads them there without waiting for a GPU.
         tokens = tokens.to(device_of(model), non_blocking=True)
         return {"loss": model(tokens, targets, positions=positions)}
 
     def targets(self, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor) -> int:
-        # Micro-batches are weighed by their trained tokens, not by their rows: a long answer counts for more tokens.
         return int((targets != IGNORED).sum())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         device, ranks = device_of(model), parallel.ranks()
-        # Sums in float64, divided once at the end: the mean over tokens does not depend on how rows are grouped.
+        # One sum in float64, divided at the end: the grouping of the rows changes nothing.
         nats = torch.zeros((), dtype=torch.float64, device=device)
         for rows, counts in shared_rows(self.chosen, machine.rows_held(self.config, ranks)):
             tokens, targets, positions = self.held_out.read(rows)
             mean = model(tokens.to(device), targets, positions=positions)
             nats += mean.double() * int((targets != IGNORED).sum()) * counts
         mean = float(parallel.add_up(nats)) / self.measured
-        # FSDP shards the weights: there one process cannot generate alone.
+        # With FSDP one process cannot generate alone, because it holds a share of the weights.
         if parallel.rank() == 0 and (ranks == 1 or self.config.parallel == "ddp"):
             show_samples(model, self.held_out, self.spm)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
     def flops(self) -> float:
-        """Of a training step: as PaLM counts them (arXiv:2204.02311), but only for what is really computed."""
+        """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311), but only what is really computed."""
         rows = next(iter(self.sets.values()))
-        # Logits are made only where a token is trained.
-        trained = rows.trained.mean()
+        trained = rows.trained.mean()  # logits are made only for this share of the tokens
         per_token = finetune.sizes(self.shape, self.adapter).trained(1, trained)
-        # Attention reaches back to the beginning of a conversation, not of the row.
-        lengths = np.diff(rows.starts) - 1.0
+        lengths = np.diff(rows.starts) - 1.0  # attention stays within a conversation
         reach = np.square(lengths).sum() / lengths.sum()
         per_token += 12 * self.shape.n_layers * self.shape.d_model * reach
         return self.config.batch_size * self.shape.context_length * per_token
 
 
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
-    """Logs how the model answers the same few held-out questions: numbers alone do not show a model that babbles."""
+    """Logs how the model answers the same few held-out questions: a loss does not reveal nonsense."""
     count = len(held_out.starts) - 1
-    # Any control piece ends the sample. A model that has not learnt to stop would else run on.
-    stop = (spm.eos, *spm.control.values())
+    stop = (spm.eos, *spm.control.values())  # any of them: the model may not have learnt which one ends an answer
     with torch.autocast(device_of(model).type, enabled=False):
         for number in range(0, count, max(1, count // SAMPLES))[:SAMPLES]:
             ids, trained = held_out.conversation(number)
@@ -149,7 +136,7 @@ def job(config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, directory: Pa
     """The stage that fine-tunes the base on the rows in a directory. command: what the user types."""
     settings = {"weights": dict(config.weights), "template": config.data.template}
     settings |= base.settings("sft", config.train, config.lora, directory)
-    # Digests of everything that is read: when one changes, the stage is out of date and says so.
+    # Digests of everything that is read: if one changes, the stage is out of date.
     read = stage.outputs(rows) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
     return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
 
@@ -157,7 +144,7 @@ def job(config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, directory: Pa
 def train(
     job: Stage, config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, force: bool = False, resume: str = "auto"
 ) -> None:
-    """Fine-tunes the base, unless that is done."""
+    """Fine-tunes the base, unless it is fine-tuned already."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
     counts = sft.data.load(rows, spm.sha256)
     task = FineTuning(config, base.shape, rows, counts, spm).task()

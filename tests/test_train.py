@@ -246,7 +246,7 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path):
 def test_steps_that_are_not_finite_stop_the_run_only_in_a_row(tmp_path):
     config = replace(CONFIG, steps=12, max_skipped=3, log_every=1)
     train_counting(tmp_path / "apart", config, loss=not_a_number(1, 2, 4, 5, 7, 8))
-    with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 8, on .*documents"):
+    with pytest.raises(UserError, match=r"3 steps in a row, the last in step 8 \(.*documents"):
         train_counting(tmp_path / "in a row", config, loss=not_a_number(5, 6, 7))
 
 
@@ -467,7 +467,7 @@ def test_more_steps_go_on_from_the_end(trained: Place):
     trained.edit(("steps=24", "steps=30"), ("save_every=5", "save_every=100"))
     out = trained.run("train.py", trained.config).stdout
     assert "resumed from step 24" in out
-    assert "the schedule is now that of 30 steps: the learning rate goes from 1.8e-05 to" in out
+    assert "the schedule now has 30 steps: the learning rate changes from 1.8e-05 to" in out
     assert [m["step"] for m in trained.metrics()] == list(range(1, 31))
 
 
