@@ -1,9 +1,7 @@
-"""Sampling and decoding: one text, or many that come and go over one cache."""
+"""Sampling and decoding: one text, or many that share one cache."""
 
-#     generate(model, ids, max_new_tokens=50, temperature=0)      the new ids of one prompt, or of several
-#
-# The idea is short: ask the model for the logits of the next token, draw a token from them, append it, repeat. The rest
-# of this file draws as the user wishes (`Sampling`) and computes keys and values only once, for many texts (`Decoder`).
+# The idea: ask the model for the logits of the next token, draw one, append it, repeat. `Sampling` says how to draw.
+# `Decoder` continues many texts and keeps their keys and values in a cache. `generate` is the short way to use both.
 
 import math
 import sys
@@ -25,15 +23,14 @@ from model import KVCache, Transformer
 class Sampling:
     """How the next token is drawn. Raises ValueError, naming the field, for an impossible value."""
 
-    # In this order: the penalties change the logits, temperature divides them, then top_k, top_p and min_p each leave
-    # fewer candidates.
+    # In this order: penalties change the logits, temperature divides them, top_k, top_p, min_p narrow the candidates.
 
-    temperature: float = 1.0  # 0 takes the likeliest token, 1 samples the model's own distribution
+    temperature: float = 1.0  # 0: the likeliest token; 1: the model's own distribution
     top_k: int | None = None  # sample among the k likeliest tokens
-    top_p: float | None = None  # among the fewest tokens whose probabilities reach p (arXiv:1904.09751)
+    top_p: float | None = None  # among the likeliest tokens whose probabilities add up to p (arXiv:1904.09751)
     min_p: float | None = None  # among tokens at least this fraction as likely as the likeliest (arXiv:2407.01082)
-    repetition_penalty: float = 1.0  # makes tokens that the text already has less likely (arXiv:1909.05858)
-    no_repeat_ngram: int | None = None  # no run of this many tokens is written a second time
+    repetition_penalty: float = 1.0  # makes tokens already in the text less likely (arXiv:1909.05858)
+    no_repeat_ngram: int | None = None  # no run of this many tokens is written twice
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -56,17 +53,15 @@ class Sampling:
             return int(logits.argmax())
         highest = logits.max()
         if not highest.isfinite():
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; with it the logits are not finite")
-        # Subtracting the highest logit changes no probability, and nothing overflows at a low temperature. Below 1e-30
-        # the division itself would.
-        p = torch.softmax((logits - highest) / max(self.temperature, 1e-30), 0)
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; logits overflow, choose it nearer to 1")
+        # Subtracting the highest logit avoids overflow. At temperatures below 1e-30 the differences would overflow too.
+        p = torch.softmax((logits - highest) / max(self.temperature, 1e-30), 0)  # (V,)
         ids = self.candidates(p)
         kept = p if ids is None else p[ids]
-        # Lay the probabilities end to end and throw a dart. In float64: a float32 sum of 32,768 of them could end
-        # before 1, and the last tokens would never be hit.
+        # Draw a point on the cumulative sum. In float32, the smallest probabilities could vanish from the sum.
         ends = kept.cumsum(0, dtype=torch.float64)
-        dart = torch.rand((), dtype=torch.float64, generator=generator) * ends[-1]
-        i = min(int(torch.searchsorted(ends, dart, right=True)), len(ends) - 1)
+        point = torch.rand((), dtype=torch.float64, generator=generator) * ends[-1]
+        i = min(int(torch.searchsorted(ends, point, right=True)), len(ends) - 1)
         return i if ids is None else int(ids[i])
 
     def candidates(self, p: Tensor) -> Tensor | None:
@@ -75,26 +70,26 @@ class Sampling:
         if self.top_k is None and self.min_p is None and top_p == 1:
             return None
         p = p.numpy()
-        # To sort 32,768 numbers takes longer than many a step of the model. So first drop what cannot be chosen.
+        # Sorting 32,768 numbers can take longer than a step of the model, so first drop what cannot be chosen.
         floor = 0.0
         if self.top_k is not None:
-            floor = np.partition(p, -min(self.top_k, len(p)))[-min(self.top_k, len(p))]
+            floor = np.partition(p, -min(self.top_k, len(p)))[-min(self.top_k, len(p))]  # the k-th highest
         elif top_p == 1:
             floor = self.min_p * p.max()
         elif p[p >= 1e-4].sum(dtype=np.float64) >= top_p * p.sum(dtype=np.float64):
-            floor = 1e-4
+            floor = 1e-4  # the tokens above it reach top_p already
         ids = np.flatnonzero(p >= floor)
         ids = ids[np.argsort(-p[ids], kind="stable")][: self.top_k]
         if top_p < 1:
             reached = p[ids].cumsum(dtype=np.float64)
             wanted = top_p * (p.sum(dtype=np.float64) if self.top_k is None else reached[-1])
-            ids = ids[: int(np.searchsorted(reached, wanted)) + 1]  # the token that reaches p stays
+            ids = ids[: int(np.searchsorted(reached, wanted)) + 1]  # keep the token that reaches p
         if self.min_p is not None:
             ids = ids[p[ids] >= self.min_p * p[ids[0]]]
         return torch.from_numpy(ids)
 
     def penalised(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
-        """The logits, (V,), after the penalties for what the text already has."""
+        """The logits, (V,), with penalties for repeating the text."""
         if self.repetition_penalty != 1:
             ids = torch.tensor(sorted(set(seen)))
             old, penalty = logits[ids], self.repetition_penalty
@@ -107,9 +102,9 @@ class Sampling:
         return logits
 
     def would_repeat(self, seen: Sequence[int]) -> set[int]:
-        """The ids that would end a run of `no_repeat_ngram` tokens that the text already has."""
+        """The ids that would repeat a run of `no_repeat_ngram` tokens of the text."""
         n = self.no_repeat_ngram
-        start = list(seen[len(seen) - n + 1 :]) if n > 1 else []  # a run that lacks only its last token
+        start = list(seen[len(seen) - n + 1 :]) if n > 1 else []  # the last n − 1 tokens
         banned = set()
         for i in range(len(seen) - n + 1):
             if list(seen[i : i + n - 1]) == start:
@@ -121,10 +116,7 @@ class Sampling:
 
 
 def generate(model: Transformer, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
-    """Continues a prompt, or several together. Returns the new ids: a list for one prompt, a list of lists for several.
-
-    options: those of `stream`.
-    """
+    """The new ids after a prompt, or a list of them for each of several prompts. options: see `stream`."""
     single = not ids or isinstance(ids[0], Integral)
     prompts = [ids] if single else ids
     new = [[] for _ in prompts]
@@ -143,10 +135,10 @@ def stream(
     stop: Collection[int] = (),
     **options,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continues several prompts together. Yields the (text, id) pairs of each step, until all texts have ended.
+    """Continues several prompts together. Yields each step's pairs (number of the prompt, new id) until all have ended.
 
-    seed: of the draws, one for all texts or one for each; None draws differently each time. stop: ids that end a text;
-    they are not yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
+    seed: one for all texts, or one for each; None draws differently each time. stop: ids that end a text; they are not
+    yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
     """
     sampling = Sampling(**options)
     seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
@@ -175,8 +167,8 @@ def stream(
 class Continuation:
     """A text that a `Decoder` continues. Raises ValueError for impossible arguments."""
 
-    # ids: the prompt; new tokens are appended to it. seed: of the draws; None draws differently each time. stop: ids
-    # that end the text. candidates: keep each new token's log-probability, and those of this many likeliest tokens.
+    # ids: the prompt; new tokens are appended. seed: None draws differently each time. stop: ids that end the text.
+    # candidates: keep the log-probabilities of each new token and of this many likeliest tokens.
 
     def __init__(
         self,
@@ -192,30 +184,28 @@ class Continuation:
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
         self.ids = list(map(int, ids))
-        self.left, self.sampling, self.stop = max_new_tokens, sampling, stop
-        # A generator of its own: what a text draws does not depend on the texts beside it.
-        self.generator = torch.Generator()
+        self.left, self.sampling, self.stop = max_new_tokens, sampling, stop  # left: tokens still to draw
+        self.generator = torch.Generator()  # its own: other texts do not change its draws
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(int(seed))
         self.candidates = candidates
-        # For each new token: its log-probability in nats, before temperature and penalties, and the likeliest ids with
-        # theirs.
+        # For each new token, before temperature and penalties: its log-probability; the likeliest ids with theirs.
         self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
-        self.ended: str | None = None  # then "stop", "length" or "error"
+        self.ended: str | None = None  # at the end "stop", "length" or "error"
         self.error: ValueError | None = None
 
     def draw(self, logits: Tensor, likeliest: int) -> int:
-        """Draws the next id and appends it. If the logits are not finite, keeps the error instead.
+        """Draws the next id and appends it. If the logits are not finite, sets `error` instead.
 
-        logits: (V,) float32 on the CPU. likeliest: the id of the largest, which the caller has found for all texts.
+        logits: (V,) float32 on the CPU. likeliest: the id of the largest logit, from the caller.
         """
         token = likeliest
         try:
-            if not logits[likeliest].isfinite():
+            if not logits[likeliest].isfinite():  # a NaN counts as the largest
                 raise ValueError("the logits are not finite; the weights are damaged, or their training diverged")
-            if self.sampling != Sampling(temperature=0):
+            if self.sampling != Sampling(temperature=0):  # plain greedy decoding takes `likeliest`
                 token = self.sampling.draw(logits, self.ids, self.generator)
         except ValueError as error:
             self.ended, self.error = "error", error
@@ -234,37 +224,35 @@ class Continuation:
         return token
 
 
-AT_ONCE = 4096  # tokens of prompts in one forward pass: more would only need more memory
+AT_ONCE = 4096  # prompt tokens in one forward pass: more would only take more memory
 
 
 class Decoder:
-    """Continues texts together over one cache. They may come and go at any step; each gets what it would get alone."""
+    """Continues texts together over one cache. Add or remove texts at any step: each gets what it would get alone."""
 
-    # rows: texts at once; the others wait, first come, first served. length: tokens that the cache holds of each; None:
-    # the context. chunk: tokens of prompts read in one step, so that a long prompt does not delay the other texts;
-    # None: no limit. The model sees the last tokens of a text that fit. When they have filled the cache, their later
-    # half is read again, whatever the chunk.
+    # rows: texts at once; others wait, first come, first served. length: tokens of each text in the cache; None: the
+    # context. chunk: prompt tokens read in one step, so that a long prompt does not delay other texts; None: no limit.
+    # The model sees a text's last tokens that fit. When the cache is full, it reads their later half again in one step.
 
     def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
         self.model, self.rows, self.chunk = model, rows, chunk or sys.maxsize
         self.cache = KVCache(model, rows, length or model.config.context_length)
-        # texts[i] has row i of the cache. First the `ready` texts, whose next token can be drawn, then those whose
-        # prompts are being read, shorter ones first.
+        # texts[i] has row i of the cache: first the `ready` texts, then those whose prompts are read, shortest first.
         self.texts: list[Continuation] = []
-        self.ready = 0
+        self.ready = 0  # how many texts can draw their next token
         self.waiting: deque[Continuation] = deque()
 
     def __len__(self) -> int:
         return len(self.texts) + len(self.waiting)
 
     def check(self, text: Continuation) -> None:
-        """ValueError if the text has no ids, or some that the model lacks."""
+        """Raises ValueError if the text has no ids, or ids outside the vocabulary."""
         V = self.model.config.vocab_size
         if not text.ids or not all(0 <= i < V for i in text.ids):
             raise ValueError(f"expected at least one id, each in 0..{V - 1}; got {text.ids[:8]}")
 
     def add(self, text: Continuation) -> None:
-        """Takes a text in. Raises what `check` raises."""
+        """Adds a text. Raises what `check` raises."""
         self.check(text)
         if text.left:
             self.waiting.append(text)
@@ -272,7 +260,7 @@ class Decoder:
             text.ended = "length"
 
     def remove(self, text: Continuation) -> None:
-        """Drops a text, wherever it is."""
+        """Drops a text in any state."""
         if text in self.waiting:
             self.waiting.remove(text)
             return
@@ -282,7 +270,7 @@ class Decoder:
             self.ready -= 1
             self._move(self.ready, row)
             row = self.ready
-        for next_row in range(row + 1, len(self.texts)):  # those being read keep their order
+        for next_row in range(row + 1, len(self.texts)):  # later texts move up by one row
             self._move(next_row, next_row - 1)
         self.texts.pop()
 
@@ -293,18 +281,17 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Continuation, int]]:
-        """Draws one token for each ready text and returns these pairs. A text that has ended is dropped."""
+        """Draws one token for each ready text: pairs (text, id). Texts that have ended are dropped."""
         self._read_prompts()
         if not self.ready:
             return []
         for row in range(self.ready):
             if self.cache.used[row] == self.cache.length:  # full: start again with the later half of the text
-                self.cache.used[row] = 0
+                self.cache.used[row] = 0  # new keys overwrite the old ones
                 later_half = self.texts[row].ids[-max(1, self.cache.length // 2) : -1]
                 if later_half:
                     self._hidden(slice(row, row + 1), [later_half])
         texts = self.texts[: self.ready]
-        # Everything before is in the cache, so only the newest token of each text goes through the model.
         hidden = self._hidden(slice(0, self.ready), [text.ids[-1:] for text in texts])  # (B, 1, D)
         logits = project(self.model.head, hidden[:, 0]).float().cpu()  # (B, V)
         likeliest = logits.max(1).indices.tolist()
@@ -317,19 +304,19 @@ class Decoder:
         return pairs
 
     def _read_prompts(self) -> None:
-        """Reads prompts into the cache, up to their last token: that one is read when the next token is drawn."""
+        """Reads prompts into the cache without their last token, which `step` reads."""
         left = self.chunk
         while left > 0:
             if self.ready == len(self.texts) and not self._admit():
                 return
             rows = slice(self.ready, len(self.texts))
-            done = int(self.cache.used[self.ready])
+            done = int(self.cache.used[self.ready])  # the same for all: texts with shorter prompts are ready
             prompts = [text.ids[-self._reach(text) : -1] for text in self.texts[rows]]
             T = min(len(prompts[-1]) - done, max(1, min(left, AT_ONCE) // len(prompts)))
             if T:
                 ids = []
                 for text, prompt in zip(self.texts[rows], prompts, strict=True):
-                    # Shorter prompts are padded with a token of their own. The next tokens overwrite the padding.
+                    # Shorter prompts are padded; later tokens overwrite the padding.
                     ids.append((prompt[done : done + T] + text.ids[-1:] * T)[:T])
                 self._hidden(rows, ids)
                 self.cache.used[rows] = torch.tensor([min(done + T, len(prompt)) for prompt in prompts])
@@ -338,7 +325,7 @@ class Decoder:
                 self.ready += len(prompt) <= done + T
 
     def _admit(self) -> bool:
-        """Gives the free rows to waiting texts, shorter ones first. Returns whether there were any."""
+        """Gives free rows to the first waiting texts, sorted by length. Returns False if none was added."""
         count = min(len(self.waiting), self.rows - len(self.texts))
         admitted = [self.waiting.popleft() for _ in range(count)]
         self.cache.used[len(self.texts) : len(self.texts) + count] = 0
@@ -350,7 +337,7 @@ class Decoder:
         return min(len(text.ids), self.cache.length)
 
     def _hidden(self, rows: slice, ids: list[list[int]]) -> Tensor:
-        """Reads the next ids of the texts in these rows, as many of each: (B, T, D)."""
+        """Reads T new ids for each of these rows. Returns (B, T, D)."""
         tokens = torch.tensor(ids, device=self.model.embed.weight.device)
         return self.model.hidden(tokens, self.cache[rows])
 
@@ -360,7 +347,7 @@ def project(head: nn.Linear, x: Tensor) -> Tensor:
     B, V = len(x), head.out_features
     if x.is_cuda or not 1 < B <= 16 or V % 512:
         return head(x)
-    # A CPU takes the weight in slices that stay in its cache. MKL would first copy the whole weight: a step of tiny
-    # with 8 texts is a seventh shorter this way.
+    # On a CPU, slices of the weight fit the processor's cache; MKL would first copy the whole weight. With
+    # configs/tiny.py and 8 texts, a step takes a seventh less time.
     y = x @ head.weight.view(-1, 512, head.in_features).transpose(1, 2)  # (V / 512, B, 512)
     return y.transpose(0, 1).reshape(B, V)

@@ -25,11 +25,11 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 class LoRAConfig:
     """The shape of an adapter. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
-    # Try rank=4: an eighth of the numbers to train, and often nearly the same loss.
+    # Try rank=4: an eighth of the parameters to train, and often nearly the same loss.
     rank: int = 32  # rows of A and columns of B
     alpha: float = 64.0  # B A is multiplied by alpha / rank
-    dropout: float = 0.05  # share of the adapter's inputs that a training step sets to 0
-    targets: tuple[str, ...] = TARGETS  # names of the linear layers of every block that get an adapter
+    dropout: float = 0.05  # share of the adapter's inputs that is set to 0 in training
+    targets: tuple[str, ...] = TARGETS  # the linear layers, by name, that get an adapter in every block
 
     def __post_init__(self):
         check_types(self)
@@ -47,13 +47,11 @@ class LoRALinear(nn.Linear):
     """Takes over the weight and bias of a linear layer and holds its adapters."""
 
     def __init__(self, linear: nn.Linear):
-        # Skip nn.Linear's own __init__: it would allocate and draw a weight that nobody needs.
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not nn.Linear's: it would draw a weight for nothing
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
-        # By adapter name. A checkpoint calls them `blocks.0.attn.q.a.default` and `blocks.0.attn.q.b.default`.
-        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()  # by adapter name
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
         # W + (alpha / rank) · B A while an adapter is merged, else None. Only W and the adapter are saved.
@@ -63,7 +61,7 @@ class LoRALinear(nn.Linear):
         """Adds an adapter in float32, drawn from torch's global generator as `nn.Linear` draws its weight."""
         a = self.weight.new_empty(config.rank, self.in_features, dtype=torch.float32)
         b = self.weight.new_zeros(self.out_features, config.rank, dtype=torch.float32)
-        # Only one of them may start at zero. The gradient of each is a product with the other.
+        # A must not be zero too: the gradient of each is a product with the other, so both would stay zero.
         self.a[name] = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
         self.b[name] = nn.Parameter(b)
         self.configs[name] = config
@@ -72,7 +70,7 @@ class LoRALinear(nn.Linear):
         """x: (..., in). Returns (..., out)."""
         if self.merged is not None:
             if self.training:
-                raise RuntimeError("an adapter is merged into the weights; call lora.unmerge(model) before you train")
+                raise RuntimeError("an adapter is merged into the weights; call lora.unmerge(model) first")
             return F.linear(x, self.merged, self.bias)
         y = F.linear(x, self.weight, self.bias)  # (..., out)
         if self.active is None:
@@ -80,35 +78,32 @@ class LoRALinear(nn.Linear):
         config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
         scale = config.alpha / config.rank
         if self.training and config.dropout:
-            # Only the adapter's input is dropped. Its mean shrinks by 1 - p, and the scale makes up for that.
+            # Only the adapter's input is dropped. That leaves 1 - p of its mean; the scale makes up for it.
             x = dropped(x, config.dropout, a)
             scale = scale / (1 - config.dropout)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(a.dtype)  # the base model may be in bfloat16
-        # Two thin products, (..., in) -> (..., rank) -> (..., out). B A itself would be as large as W.
-        delta = F.linear(F.linear(x, a), b)
-        # Scale last, as the peft library does. Another order rounds differently.
-        return y + (scale * delta).to(y.dtype)
+        delta = F.linear(F.linear(x, a), b)  # (..., in) -> (..., rank) -> (..., out); B A would be as large as W
+        return y + (scale * delta).to(y.dtype)  # scaled last, as in peft: another order rounds differently
 
 
 def dropped(x: Tensor, p: float, reader: Tensor | None = None) -> Tensor:
-    """Dropout without the division by 1 - p. Sets elements to 0 with probability p, to the nearest 1/65,536.
+    """Dropout without the division by 1 - p. Sets elements to 0 with probability p, rounded to 1/65,536.
 
-    reader: any tensor that differs from call to call; torch.compile merges calls with equal arguments into one.
+    reader: a tensor that no other call gets, because torch.compile merges calls with equal arguments into one.
     """
     return torch.where(_kept(x, p, reader), x, 0.0)
 
 
-# 16 random bits per element decide: on a CPU that takes a fifth of the time of F.dropout, which would be a quarter of
-# a training step. torch.compile cannot trace this random_. As an operator of its own it stays one node in the graph;
-# without that, the graph would break at every adapted layer.
+# On a CPU, 16 random bits per element take a fifth of the time of F.dropout, which would be a quarter of a training
+# step. torch.compile cannot trace `random_`. In a custom operator it is one node, so the graph does not break there.
 @torch.library.custom_op("lumi::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _kept(x: Tensor, p: float, reader: Tensor | None) -> Tensor:
     """True where an element of x is kept."""
     words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None)  # all 64 bits are random
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    # int16 starts at -32,768. Its largest value as the threshold still keeps 1 in 65,536.
+    # int16 starts at -32,768. The largest threshold still keeps 1 in 65,536.
     return bits >= min(round(p * 65_536), 65_535) - 32_768
 
 
@@ -131,7 +126,7 @@ def adapters(model: nn.Module) -> set[str]:
 
 
 def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> None:
-    """Adds an adapter and activates it. It alone is trained: all other parameters are frozen.
+    """Adds an adapter and activates it. Only the adapter is trained; all other parameters are frozen.
 
     Raises UserError for targets that no block has, ValueError for a name that is taken or contains a dot.
     """
@@ -160,7 +155,7 @@ def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> Non
 
 def linear_layers(module: nn.Module) -> dict[str, list[str]]:
     """The paths of a module's linear layers by their last name: {"q": ["attn.q"], …}."""
-    # By name, not by class: so you can rewrite attention or the feed-forward network and still adapt it.
+    # By name, not by class: if you rewrite attention or the feed-forward network, their layers are found too.
     paths: dict[str, list[str]] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
@@ -169,13 +164,13 @@ def linear_layers(module: nn.Module) -> dict[str, list[str]]:
 
 
 def use(model: nn.Module, name: str | None) -> None:
-    """Activates an adapter, which alone is then trained. None: the model without any. KeyError for an unknown name."""
+    """Activates one adapter, the only one trained from then on. None: the plain model. KeyError for an unknown name."""
     if name is not None and name not in adapters(model):
         raise KeyError(f"the model has no adapter {name!r}")
     unmerge(model)
     for layer in layers(model).values():
         layer.active = name if name in layer.configs else None
-        # None switches off for a moment only, so it does not change which adapter is trained afterwards.
+        # None is for a moment (see `without`), so it leaves requires_grad as it is.
         for adapter in layer.configs if name else ():
             layer.a[adapter].requires_grad_(adapter == name)
             layer.b[adapter].requires_grad_(adapter == name)
@@ -199,8 +194,7 @@ def merge(model: nn.Module) -> None:
         if layer.active is not None:
             config, a, b = layer.configs[layer.active], layer.a[layer.active], layer.b[layer.active]
             weight = layer.weight.data + config.alpha / config.rank * (b.data @ a.data)  # (out, in)
-            # A copy beside W. To subtract the product from W again would leave rounding errors behind.
-            layer.merged = weight.to(layer.weight.dtype)
+            layer.merged = weight.to(layer.weight.dtype)  # a copy: to subtract B A from W later would not be exact
 
 
 def unmerge(model: nn.Module) -> None:
@@ -210,7 +204,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def fold(model: Transformer) -> None:
-    """Merges the active adapter for good: all adapted layers become plain ones."""
+    """Merges the active adapter for good: all adapted layers become plain ones. Other adapters are lost."""
     merge(model)
     for name, layer in layers(model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -221,13 +215,12 @@ def fold(model: Transformer) -> None:
 
 
 def init_end_piece(model: Transformer, end: int, start: int, eos: int) -> None:
-    """Gives <|im_end|>, which pretraining never shows, a row in the output projection that LoRA can work with."""
-    # Pretraining pushes the rows of all unseen pieces in the same direction, and LoRA freezes them. So a model could
-    # not tell <|im_end|> from <|im_start|>: in the demo it had a probability of 0.02 where every answer ends.
+    """Gives <|im_end|>, which pretraining never shows, a useful row in the output projection."""
+    # Pretraining pushes the rows of all unseen pieces in the same direction, and LoRA freezes them. So <|im_end|> and
+    # <|im_start|> look alike: in the demo, <|im_end|> had a probability of only 0.02 where answers end.
     if getattr(model, "end_piece", None) == end:
         return  # done for another adapter on this model; a second time would move the row again
     model.end_piece = end
     with torch.no_grad():
         rows = model.head.weight  # (V, D)
-        # The row of the piece that ends a text, plus the small difference between the two unseen pieces.
         rows[end] = rows[eos] + (rows[end] - rows[start])

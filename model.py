@@ -1,9 +1,9 @@
 """The LLaMA, from the config to the loss, to be read from top to bottom. Imports nothing from the project."""
 
 # A decoder-only Transformer (Touvron et al. 2023, arXiv:2302.13971). Each token becomes a vector of width D, its
-# residual stream. Every block reads the stream twice and adds to it twice: attention moves information between
-# positions, the feed-forward network works on each position alone. The last norm and the output projection turn the
-# stream into one score (logit) for each piece of the vocabulary. There are no biases and no dropout.
+# residual stream. Every block adds to the stream twice: attention moves information between positions, then the
+# feed-forward network works on each position alone. The last norm and the output projection turn the stream into one
+# score (logit) for each piece of the vocabulary. There are no biases and no dropout.
 #
 # Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads,
 # E head dimension, V vocabulary.
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     import triton
     import triton.language as tl
-except ImportError:  # not on Linux: the plain-PyTorch functions serve
+except ImportError:  # no Triton for this system: use the plain PyTorch functions
     triton = None
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -32,19 +32,17 @@ class ModelConfig:
     """The shape of a model. Raises TypeError or ValueError, naming the field, for an impossible shape."""
 
     vocab_size: int  # rows of the embedding, one for each piece of the tokenizer
-    context_length: int = 1_024  # the most tokens of a text that the model can see at once
+    context_length: int = 1_024  # the most tokens that the model can see at once
     n_layers: int  # number of blocks
     d_model: int  # width of the residual stream
     n_heads: int  # query heads, d_model / n_heads wide each
-    n_kv_heads: int | None = (
-        None  # key-value heads, each shared by as many query heads (arXiv:2305.13245); None: n_heads
-    )
+    n_kv_heads: int | None = None  # key-value heads, shared by the query heads (arXiv:2305.13245); None: n_heads
     d_ff: int | None = None  # width of the feed-forward network; None: 4 × d_model
     rope_theta: float = 10_000.0  # base of the rotary wavelengths (arXiv:2104.09864)
-    rms_norm_eps: float = 1e-5  # added to the mean square before the root: a row of zeros divides by more than 0
+    rms_norm_eps: float = 1e-5  # added to the mean square, so that a row of zeros is not divided by 0
     tie_embeddings: bool = False  # use the embedding matrix as the output projection too
-    # RMSNorm, SwiGLU and cross-entropy by "triton" or "torch"; "auto" is Triton on a GPU. Compiled blocks use PyTorch's
-    # operations in any case: torch.compile fuses them with their neighbours, which it cannot do with a kernel of ours.
+    # What computes RMSNorm, SwiGLU and cross-entropy: "triton" or "torch"; "auto" is Triton on a GPU, else PyTorch.
+    # Compiled blocks always use PyTorch's operations, because torch.compile can fuse those but not our kernels.
     kernels: str = "auto"
 
     def __post_init__(self):
@@ -74,7 +72,7 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
     def flops_per_token(self, T: int) -> int:
-        """As `Transformer.flops_per_token`, without the memory for a model."""
+        """`Transformer.flops_per_token`, computed without memory for the weights."""
         with torch.device("meta"):
             return Transformer(self).flops_per_token(T)
 
@@ -88,8 +86,8 @@ class RMSNorm(nn.Module):
         self.eps, self.kernels = config.rms_norm_eps, config.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without a norm the stream would grow from block to block, and so would what every layer reads. Unlike
-        # LayerNorm it subtracts no mean and adds no bias: the model is as good without, and a little faster.
+        # The stream grows from block to block; the norm keeps every layer's input at the same size. LayerNorm also
+        # subtracts the mean and adds a bias: models are as good without these two, and a little faster.
         return rms_norm(x, self.weight, self.eps, self.kernels)  # (B, T, D)
 
 
@@ -98,16 +96,15 @@ class RMSNorm(nn.Module):
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, (context_length, 1, E) float32 each, as `rotate` wants them."""
-    # Dimension i turns by position / theta^(2i/E): the first pair makes a turn in about 6 tokens, the last one hardly
-    # moves over the whole context. Near and far distances are told apart by different dimensions.
+    # Pair i turns by position / theta^(2i/E): the first pair makes a turn in about 6 tokens, the last one hardly moves
+    # over the whole context. Fast pairs measure near distances, slow pairs far ones.
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     frequency = config.rope_theta ** (-even / config.head_dim)  # (E/2,)
-    position = torch.arange(config.context_length, dtype=torch.float64)
-    # float64 until here: float32 would be off by a visible angle at large positions.
+    position = torch.arange(config.context_length, dtype=torch.float64)  # in float32 large angles are inexact
     angle = torch.outer(position, frequency)[:, None]  # (T, 1, E/2)
     cos, sin = angle.cos(), angle.sin()
     cos = torch.cat((cos, cos), -1)
-    sin = torch.cat((-sin, sin), -1)  # the sign of the rotation is in the first half
+    sin = torch.cat((-sin, sin), -1)  # minus in the first half: see `rotate`
     return cos.float(), sin.float()
 
 
@@ -116,31 +113,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (B, T, H, E). cos, sin: (T, 1, E) or (B, T, 1, E). Returns x's shape and dtype (arXiv:2104.09864).
     """
-    # A rotated q times a rotated k depends on the two positions only through their difference: attention then knows
-    # "three tokens back" without knowing "token 517". The halves are paired as in the Hugging Face layout.
-    other_half = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, other_half, sin).to(x.dtype)
+    # A rotated q times a rotated k depends only on the distance between their positions: attention can look for
+    # "three tokens back" without knowing "token 517". Hugging Face pairs the dimensions in the same way.
+    other_half = x.roll(x.shape[-1] // 2, -1)  # x_{i + E/2} in the first half, x_i in the second
+    return torch.addcmul(x * cos, other_half, sin).to(x.dtype)  # x_i cos − x_{i + E/2} sin, x_{i + E/2} cos + x_i sin
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
 def sees(query: Tensor, key: Tensor) -> Tensor:
-    """Which keys a query sees, from the positions of both in their text (int64, of shapes that broadcast)."""
-    # This is the only place that decides it: training, decoding with a cache, packed rows and evaluation all call it.
-    # A sliding window of 64 tokens, for example, is  (key <= query) & (query - key < 64).
-    # Causal: a position must not see later ones, because they hold the answers that it is trained to predict.
+    """True where a query sees a key. Both are positions in their text: int64, in shapes that broadcast."""
+    # One rule for training, decoding, packed rows and evaluation. Try a window: (key <= query) & (query - key < 64).
+    # Causal: a position must not see later tokens, because those are what the model must learn to predict.
     return key <= query
 
 
 class Layout:
     """Where the keys of a forward pass lie, and which of them each query sees."""
 
-    # This one is plain: each row of the batch is one text, which starts at position 0. Below, `Cached` and `Packed`
-    # keep their keys elsewhere.
+    # This class attends within each row as it is. `Cached`, below, adds earlier keys; `Packed` regroups rows by text.
 
     def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None):
-        self.cos, self.sin = cos, sin  # of the tokens' positions: (T, 1, E) or (B, T, 1, E)
+        self.cos, self.sin = cos, sin  # at each token's position: (T, 1, E) or (B, T, 1, E)
         self.mask = mask  # (B or 1, 1, T, S), True where a query sees a key; None: plain causal
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,7 +144,7 @@ class Layout:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q kᵀ / √E) v over the keys that are seen. Shapes as in `Layout.attend`."""
+    """softmax(q kᵀ / √E) v over the keys that each query sees. Shapes as in `Layout.attend`."""
     # PyTorch's fused operator never holds all T × S scores (flash attention, arXiv:2205.14135). Its fastest kernels
     # know the causal pattern, but take no mask: that is why `mask` is None wherever the pattern is plain causal.
     grouped = k.shape[1] < q.shape[1]  # several query heads share one key-value head
@@ -157,7 +152,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, caus
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Each position asks (q), each position answers with a key (k) and a value (v)."""
+    """Self-attention: the query (q) of a position scores the keys (k) that it sees, and mixes their values (v)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -173,10 +168,10 @@ class Attention(nn.Module):
         q = self.q(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
         k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
         v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
-        # Only q and k are rotated: positions decide where a query looks, not what it finds there.
+        # Only q and k are rotated: positions affect the scores, not the values.
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         y = layout.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # the heads side by side again, mixed by o: (B, T, D)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # join the heads, then mix them: (B, T, D)
 
 
 class SwiGLU(nn.Module):
@@ -191,8 +186,7 @@ class SwiGLU(nn.Module):
         self.kernels = config.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        # `up` proposes d_ff features, `gate` says for each how much of it passes. Try one matrix and F.gelu instead:
-        # two thirds of the parameters, and a higher loss at equal size.
+        # `gate` says how much of each of `up`'s d_ff features passes. Try F.gelu without a gate: docs/changing.md.
         h = swiglu(self.gate(x), self.up(x), self.kernels)  # (B, T, d_ff)
         return self.down(h)  # (B, T, D)
 
@@ -206,8 +200,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        # Each half reads a normalised copy and adds its result to the stream itself. The stream passes from the
-        # embedding to the head untouched by any norm, and so do gradients on the way back: deep models stay trainable.
+        # Each half reads a normalised copy and adds its result to the stream. No norm stands in the stream before the
+        # last one, so gradients reach every block directly: deep models stay trainable.
         x = x + self.attn(self.attn_norm(x), layout)
         x = x + self.mlp(self.mlp_norm(x))
         return x  # (B, T, D)
@@ -219,7 +213,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep only each block's input, and compute the rest again when it is due
+        self.gradient_checkpointing = False  # keep only each block's input; compute the rest again in the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
@@ -233,27 +227,25 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Draws every matrix from a normal distribution with standard deviation 0.02. Gains start at 1."""
-        # The logits of a new model are then near 0, so its first loss is near log V, that of a uniform guess. Check it.
+        """Draws the matrices from N(0, 0.02²), `o` and `down` with a smaller deviation. Gains start at 1."""
+        # The logits of a new model are then near 0, so its first loss is near log V, that of a uniform guess.
         for name, weight in self.named_parameters():
             if weight.dim() != 2:
                 continue
             std = 0.02
             if name.endswith(("attn.o.weight", "mlp.down.weight")):
-                # 2 · n_layers projections add to the stream. Without this factor its variance would grow with depth
-                # (the rule of GPT-2).
+                # 2 · n_layers projections add to the stream. GPT-2's factor keeps its size the same at any depth.
                 std = 0.02 / math.sqrt(2 * self.config.n_layers)
             nn.init.normal_(weight, std=std)
 
     def num_parameters(self) -> int:
-        """How many numbers the model has, embeddings included, tied ones once."""
+        """The number of parameters, embeddings included, tied ones once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations of one training step for each token, on rows of T tokens."""
-        # Counted as PaLM does (arXiv:2204.02311, appendix B): a weight of a linear layer takes 2 FLOPs forward, a
-        # multiplication and an addition, and 4 backward, for the gradients of input and weight. Attention does the same
-        # with T keys for every query; masked keys count. Embedding rows are looked up, not multiplied.
+        # Counted as PaLM does (arXiv:2204.02311, appendix B). Forward, a linear layer's weight takes 2 (multiply, add),
+        # attention 4 · H · E for each key, even a masked one (scores, mixing). Backward takes twice that.
         flops = 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -271,7 +263,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The normalised stream after the last block, (B, T, D): what the output projection reads.
 
-        tokens: (B, T) int64. The other arguments say how the rows are to be read; see `layout`.
+        tokens: (B, T) int64. The other arguments: see `layout`.
         """
         layout = self.layout(tokens, cache, positions, mask)
         x = self.embed(tokens)  # (B, T, D)
@@ -285,11 +277,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def layout(self, tokens: Tensor, cache: "KVCache | None", positions: Tensor | None, mask: Tensor | None) -> Layout:
-        """The layout of a forward pass. ValueError past the context.
+        """The layout of a forward pass. ValueError for more tokens than the context, or the cache, holds.
 
-        Nothing but tokens: every row is one text. cache: the tokens continue the texts in it. positions, (B, T) int64
-        on the CPU: the rows hold several texts each, see `Packed`. positions and mask, (B, 1, T, T), True where a query
-        may see a key: any arrangement of texts; a row may then be longer than the context, a position may not.
+        Only tokens given: every row is one text. cache: the tokens continue the texts in it. positions, (B, T) int64 on
+        the CPU: each row holds several texts, see `Packed`. positions and mask, (B, 1, T, T), True where a query may
+        see a key: any arrangement of texts. With positions, only these must be below the context length.
         """
         T = tokens.shape[1]
         if cache is not None:
@@ -304,7 +296,7 @@ class Transformer(nn.Module):
         if mask is None:
             return Packed(self, positions, tokens.device)
         at = positions.to(tokens.device, non_blocking=True)
-        if not self.causal:  # the mask knows the texts, `sees` knows distances
+        if not self.causal:  # the mask separates texts, `sees` adds its rule
             mask = mask & sees(at[:, None, :, None], at[:, None, None, :])
         return Layout(self.cos[at], self.sin[at], mask)
 
@@ -318,28 +310,27 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` the loss in nats.
 
-        tokens: (B, T) int64, T ≤ context_length. targets: (B, T) int64, for each token the one that follows it, or −100
-        where there is nothing to learn. The caller shifts, once; nothing is shifted here. reduction: "mean" gives a
-        scalar, "none" the loss of each target, (B, T), 0 where it is ignored. cache, positions: see `layout`.
+        tokens: (B, T) int64. targets: (B, T) int64, for each token the next token, or −100 where there is nothing to
+        learn. The caller shifts them; nothing is shifted here. reduction: "mean" gives a scalar, "none" the loss of
+        each target, (B, T), 0 where ignored. cache, positions: see `layout`.
         """
         x = self.hidden(tokens, cache, positions)
         if targets is None:
             return self.head(x)
-        # cross-entropy(head(x), targets), computed in chunks: all logits at once would need N × V numbers, more memory
-        # than the rest of the model.
+        # cross-entropy(head(x), targets), in chunks: all N × V logits at once would often take the most memory.
         kernels = self.config.kernels
         loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), -100, kernels, reduction)
         return loss if reduction == "mean" else loss.view(targets.shape).clone()  # a copy: FSDP warns of views
 
 
 # ======================================================================================================================
-# Fast paths: skip these at first reading. They compute the same, faster or in less memory.
+# Fast paths: skip these at first reading. They give the same results in less time or memory.
 
 # ----------------------------------------------------------------------------------------------- cache and packed rows
 
 
 def is_causal(length: int) -> bool:
-    """Whether `sees` is the plain causal pattern, so that PyTorch's causal kernels may replace the mask."""
+    """True if `sees` is the plain causal rule: PyTorch's causal kernels then replace the mask."""
     at = torch.arange(length, device="cpu")
     causal = torch.ones(length, length, dtype=torch.bool, device="cpu").tril()
     return torch.equal(sees(at[:, None], at), causal)
@@ -348,14 +339,13 @@ def is_causal(length: int) -> bool:
 class KVCache:
     """Keys and values of the tokens seen so far, so that each step of decoding computes only the new ones."""
 
-    # The memory is set aside once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,)
-    # int64 on the CPU, the tokens held of each text. `cache[a:b]` is a view of texts a to b − 1.
+    # Allocated once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,) int64 on the
+    # CPU, each text's number of tokens. `cache[a:b]` is a view of texts a to b − 1.
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
         c = model.config
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
-        # Zeros, not empty memory: masked slots get weight 0, and 0 × NaN would be NaN.
-        self.k = torch.zeros(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)
+        self.k = torch.zeros(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)  # see `clear`
         self.v = torch.zeros_like(self.k)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
 
@@ -370,7 +360,7 @@ class KVCache:
         return self.k.shape[3]
 
     def move(self, source: int, target: int) -> None:
-        """Moves a text to the row of another, which must be clear."""
+        """Moves a text to another row, which must be clear."""
         used = int(self.used[source])
         self.k[:, target, :, :used] = self.k[:, source, :, :used]
         self.v[:, target, :, :used] = self.v[:, source, :, :used]
@@ -378,34 +368,33 @@ class KVCache:
         self.used[target] = used
 
     def clear(self, text: int) -> None:
-        """Forgets a text. The slots become 0: a NaN left behind would survive masking, because 0 × NaN is NaN."""
+        """Forgets a text. Its slots become 0: a NaN there would survive masking, because 0 × NaN is NaN."""
         self.k[:, text] = 0
         self.v[:, text] = 0
         self.used[text] = 0
 
 
 class Cached(Layout):
-    """The keys lie in a cache: T new tokens of each text follow those that it holds. ValueError if they do not fit."""
+    """Keys in a cache: T new tokens of each text follow its earlier ones. ValueError if they do not fit."""
 
     def __init__(self, model: Transformer, cache: KVCache, T: int):
         device = cache.k.device
         positions = cache.used[:, None] + torch.arange(T)  # of the new tokens, (B, T)
         end = int(positions.max()) + 1
         if end > cache.length:
-            raise ValueError(f"{end} tokens; context_length is {cache.length}")
+            raise ValueError(f"{end} tokens; the cache holds {cache.length}")
         at = positions.to(device)
         mask = None
         equally_long = cache.used.min() == cache.used.max()
-        if not (model.causal and equally_long and T in (1, end)):  # a newest token sees all of its text
+        if not (model.causal and equally_long and T in (1, end)):  # one new token sees its whole text
             mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
         super().__init__(model.cos[at], model.sin[at], mask)
         self.causal = mask is None and end == T
         self.cache, self.end = cache, end
         self.layer = 0  # blocks call `attend` in order, once each
-        # Where the new keys go in a layer's B · K · length slots: (B · K · T,).
         B, K = cache.k.shape[1:3]
         first_slot = cache.length * torch.arange(B * K, device=device).view(B, K, 1)
-        self.slots = (first_slot + at[:, None]).flatten()
+        self.slots = (first_slot + at[:, None]).flatten()  # where a layer's new keys go: (B · K · T,)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
@@ -420,11 +409,10 @@ class Cached(Layout):
 class Packed(Layout):
     """Rows that hold several texts one after another, as fine-tuning packs them. No text sees another."""
 
-    # positions: (B, T) int64 on the CPU, from 0 in each text. Where they fall back to p > 0 instead, another ending of
-    # the last text from 0 begins, after its first p tokens: so two answers share one prompt. ValueError for others.
-    #
-    # Texts of similar length form a batch, padded at their ends. A causal query never sees the padding, so there is no
-    # mask, the fast kernels serve, and no scores are computed between texts, which would be most of a row's square.
+    # positions: (B, T) int64 on the CPU, counting from 0 in each text. A text that counts from p > 0 is another ending
+    # of the last text from 0, its base, and shares the base's first p tokens, as two answers to a prompt do.
+    # Texts of similar length form a batch, padded at their ends. Causal queries never see the padding: no mask, fast
+    # kernels, and no scores between texts, which would be most of T × T.
 
     def __init__(self, model: Transformer, positions: Tensor, device: torch.device):
         at = positions.to(device, non_blocking=True)
@@ -437,16 +425,16 @@ class Packed(Layout):
                 batches.append([])
                 longest = text[0]
             batches[-1].append(text)
-        # Number the places of all batches from 0. tokens: which of the B · T tokens stands in each place. places: in
-        # which place each token stands. shapes: texts and longest text of each batch.
+        # A batch has texts × longest places, numbered from 0 over all batches. `tokens`: the token in each place.
+        # `places`: the place of each of the B · T tokens. `shapes`: (texts, longest) of each batch.
         tokens, self.shapes, start_of_batch = [], [], 0
         self.places = torch.empty(positions.numel(), dtype=torch.int64)
         for batch in batches:
-            length, shared, start, first = torch.tensor(batch).T[..., None]  # (texts, 1) each
+            length, shared, start, base_start = torch.tensor(batch).T[..., None]  # (texts, 1) each
             place = torch.arange(batch[0][0])  # (longest,)
             inside = place.minimum(length - 1)  # padding repeats the last token
-            token = inside + torch.where(inside < shared, first, start - shared)  # (texts, longest)
-            real = (place >= shared) & (place < length)  # neither padding nor a copy of a shared beginning
+            token = inside + torch.where(inside < shared, base_start, start - shared)  # (texts, longest)
+            real = (place >= shared) & (place < length)  # neither padding nor copied from the base
             self.places[token[real]] = start_of_batch + real.flatten().nonzero()[:, 0]
             tokens.append(token.flatten())
             self.shapes.append(token.shape)
@@ -454,7 +442,7 @@ class Packed(Layout):
         self.tokens = torch.cat(tokens).to(device, non_blocking=True)
         self.places = self.places.to(device, non_blocking=True)
 
-    @torch.compiler.disable  # shapes differ from one batch to the next
+    @torch.compiler.disable  # shapes differ from batch to batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_batches, k_batches, v_batches = self.batches(q), self.batches(k), self.batches(v)
         outputs = []
@@ -477,21 +465,21 @@ class Packed(Layout):
 
 
 def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
-    """The texts of packed rows, from their positions (B, T): length, tokens shared with the last whole text, number of
-    the first token of its own, and number of that whole text's first token, counted over all rows."""
+    """The texts of packed rows, from their positions (B, T); tokens are numbered over all rows. Each text: (length,
+    tokens shared with its base, number of the token after these, number of its base's first token). Else ValueError."""
     flat = positions.flatten()
-    continues = flat.diff() == 1  # whether a token continues the text of the token before it
+    continues = flat.diff() == 1  # True where the next token continues the text
     begins = [0, *((~continues).nonzero()[:, 0] + 1).tolist()]
     valid = not positions[:, 0].any()
-    texts, first, whole = [], 0, 0
+    texts, base_start, base_length = [], 0, 0
     for start, end in itertools.pairwise([*begins, len(flat)]):
         shared = int(flat[start])
         if shared == 0:
-            first, whole = start, end - start
-        valid = valid and 0 <= shared <= whole
-        texts.append((shared + end - start, shared, start, first))
+            base_start, base_length = start, end - start
+        valid = valid and 0 <= shared <= base_length
+        texts.append((shared + end - start, shared, start, base_start))
     if not valid:
-        raise ValueError("positions of a row do not count from 0 in each text, or in another ending from a place in it")
+        raise ValueError("positions do not count from 0 in each text; only another ending of a text starts inside it")
     return texts
 
 
@@ -509,9 +497,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not `ignore_index`.
 
-    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Returns the mean, a scalar in float32 or
-    wider, 0 if nothing is left; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated
-    once, in reverse mode. Raises ValueError for targets that do not fit, and for another reduction.
+    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Returns the mean in float32 or wider, 0
+    without targets; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated once, in
+    reverse mode. Raises ValueError for shapes that do not fit, and for another reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
@@ -525,14 +513,13 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients together with the loss, while a chunk's logits are there: they are never computed twice,
-    and never kept."""
+    """Computes the gradients with the loss, chunk by chunk, so that the logits are never kept."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, kernels, per_target, learn_x, learn_weight):
         ctx.options = ignore_index, dtype, kernels
         ctx.per_target, ctx.learn_x, ctx.learn_weight = per_target, learn_x, learn_weight
-        # With one loss per target, the weight's gradient depends on factors that only the backward pass knows.
+        # With one loss per target, dw needs `dloss`, so backward computes the logits again.
         early = learn_weight and not per_target
         loss, dx, dw = loss_and_gradients(x, weight, targets, ctx.options, per_target, None, learn_x, early)
         again = (x, weight, targets) if learn_weight and per_target else ()
@@ -542,7 +529,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        if torch.is_grad_enabled():  # create_graph=True: dx and dw would count as constants
+        if torch.is_grad_enabled():  # create_graph=True: to autograd, dx and dw are constants
             raise RuntimeError("linear_cross_entropy can be differentiated once only")
         dx, dw, *inputs = ctx.saved_tensors
         if ctx.learn_x:
@@ -558,12 +545,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x, learn_weight):
     """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms; and the gradients of x and W, or None."""
-    # options: ignore_index, the dtype of matrix products, kernels. factors: (N,), each term's factor in the sum that is
-    # differentiated; None: 1.
+    # options: ignore_index, dtype of the products, kernels. factors: (N,), weights of the terms' gradients; None: 1.
     ignore_index, dtype, kernels = options
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
-    if targets.device.type == "cpu":  # drop ignored rows; on a GPU they are masked: to count them would be to wait
+    if targets.device.type == "cpu":  # drop ignored rows; a GPU masks them, since counting would wait for it
         live = targets != ignore_index
         if not live.all():
             keep = live.nonzero()[:, 0]
@@ -574,8 +560,8 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
     dx = x.new_empty(x.shape) if learn_x else None
     dw = weight.new_empty(weight.shape, dtype=wide) if learn_weight else None
     if learn_weight and (x.is_cuda or len(x) == 0):
-        dw.zero_()  # elsewhere the first chunk overwrites it
-    # One buffer serves all chunks. Fresh memory for each would cost a CPU more in page faults than the arithmetic.
+        dw.zero_()  # otherwise the first chunk overwrites it
+    # One buffer for all chunks: on a CPU, new memory each time would cost more than the arithmetic.
     chunk = 512 if x.device.type == "cpu" else 4096
     buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -583,7 +569,7 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
             rows = slice(first, min(first + chunk, len(x)))
             x_chunk, logits = x[rows].to(dtype), buffer[: rows.stop - first]
             torch.mm(x_chunk, w.T, out=logits)
-            losses = cross_entropy(logits, targets[rows], ignore_index, kernels)  # and logits become their gradient
+            losses = cross_entropy(logits, targets[rows], ignore_index, kernels)  # logits become their gradient
             if per_target:
                 loss[rows] = losses
             else:
@@ -603,7 +589,7 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """`cross_entropy_torch`, or the Triton kernel for the same. logits: rows must be contiguous."""
+    """`cross_entropy_torch` or its Triton kernel. logits: rows must be contiguous."""
     if not use_triton(kernels, logits):
         return cross_entropy_torch(logits, targets, ignore_index)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
@@ -616,43 +602,41 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: s
 
 def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`."""
-    # logits: (N, V). They are overwritten by the gradient of the losses' sum, softmax − onehot. targets: (N,) int64.
+    # logits: (N, V), overwritten by the gradient of the losses' sum, softmax − onehot. targets: (N,) int64.
     live = targets != ignore_index
     at = targets.where(live, 0)[:, None]
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, target_logit = p.amax(1, keepdim=True), p.gather(1, at)
     torch.softmax(p, 1, out=p)
-    # log Σ exp is the largest logit minus the log of its probability. That is at least 1/V, so nothing underflows.
+    # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: no underflow.
     losses = (largest - p.amax(1, keepdim=True).log() - target_logit)[:, 0]
     logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
-    if logits.is_cuda or not live.all():  # to ask a GPU would be to wait for it
+    if logits.is_cuda or not live.all():  # asking a GPU would wait for it
         logits.mul_(live[:, None])
         losses = losses.where(live, 0.0)
     return losses
 
 
 # ------------------------------------------------------------------------------------------------------ Triton kernels
-#
-# Each kernel computes what the plain function beside it computes, in float32, for tensors of float32, float16 or
-# bfloat16. One program handles a tile of R rows and C columns, powers of two, as Triton wants them. Offsets are int64:
-# a tensor may have more than 2³¹ elements.
+# Each kernel gives its plain function's result, computed in float32, for float32, float16 and bfloat16. Tiles have R
+# rows and C columns, both powers of two. Offsets are int64: a tensor may have more than 2³¹ elements.
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
-    """Whether an operation on x runs as a Triton kernel. Not under torch.compile, which fuses the plain function."""
+    """True if an operation on x runs as a Triton kernel; not under torch.compile, which fuses the plain function."""
     if triton is None or torch.compiler.is_compiling():
         return False
     return kernels == "triton" or (kernels == "auto" and x.is_cuda and x.dtype != torch.float64)
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes on x here: autocast's, or its own."""
+    """The dtype in which a linear layer computes on x: autocast's, or x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
-    """`rms_norm_torch`, or the Triton kernel for the same, in the dtype that the next linear layer computes in."""
+    """`rms_norm_torch` or its Triton kernel. The result has the dtype in which the next linear layer computes."""
     if use_triton(kernels, x):
         return TritonRMSNorm.apply(x, weight, eps, matmul_dtype(x))
     return rms_norm_torch(x, weight, eps, matmul_dtype(x))
@@ -669,7 +653,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | N
 
 
 def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
-    """`swiglu_torch`, or the Triton kernel for the same."""
+    """`swiglu_torch` or its Triton kernel."""
     return TritonSwiGLU.apply(gate, up) if use_triton(kernels, gate) else swiglu_torch(gate, up)
 
 
@@ -705,7 +689,7 @@ class TritonRMSNorm(torch.autograd.Function):
 
 
 def tile(columns: int) -> tuple[int, int, int]:
-    """Rows R and columns C ≥ columns of a tile of about 4,096 numbers, and the warps that work on it."""
+    """R, C and warps of a tile of about 4,096 numbers; C ≥ `columns`."""
     C = triton.next_power_of_2(columns)
     R = max(1, 4096 // C)
     return R, C, min(16, max(4, R * C // 1024))
@@ -761,8 +745,7 @@ if triton is not None:
         x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
     ):  # fmt: skip
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂."""
-        # A fixed number of programs strides over the rows. Each sums its share of dw in float32 into a row of its own,
-        # and the caller adds these up: so the result does not depend on which program runs first.
+        # Each program sums dw over its rows into a float32 row of its own; the caller adds these in a fixed order.
         program = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, C)
         w = load(weight, col, col < D)[None, :]
@@ -804,8 +787,8 @@ if triton is not None:
 
     @triton.jit
     def cross_entropy_kernel(logits, targets, losses, stride, V, ignore_index, C: tl.constexpr):
-        """One row for each program, in two passes over it: the largest logit and the sum of exponentials, then the
-        gradient in place of the logits. A target outside 0 … V − 1 gives NaN."""
+        """Each program reads one row twice: for the largest logit and the sum of exponentials, then to write the
+        gradient over the logits. A target outside 0 … V − 1, if not ignored, gives NaN."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         logits += row * stride
