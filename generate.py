@@ -117,6 +117,8 @@ class Sampling:
 
 def generate(model: Transformer, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
     """The new ids after a prompt, or a list of them for each of several prompts. options: see `stream`."""
+    if isinstance(ids, (Tensor, np.ndarray)):
+        ids = ids.tolist()
     single = not ids or isinstance(ids[0], Integral)
     prompts = [ids] if single else ids
     new = [[] for _ in prompts]
@@ -197,10 +199,8 @@ class Continuation:
         self.error: ValueError | None = None
 
     def draw(self, logits: Tensor, likeliest: int) -> int:
-        """Draws the next id and appends it. If the logits are not finite, sets `error` instead.
-
-        logits: (V,) float32 on the CPU. likeliest: the id of the largest logit, from the caller.
-        """
+        """Draws the next id and appends it. If the logits are not finite, sets `error` instead."""
+        # logits: (V,) float32 on the CPU. likeliest: the id of the largest logit, from the caller.
         token = likeliest
         try:
             if not logits[likeliest].isfinite():  # a NaN counts as the largest

@@ -88,10 +88,8 @@ class LoRALinear(nn.Linear):
 
 
 def dropped(x: Tensor, p: float, reader: Tensor | None = None) -> Tensor:
-    """Dropout without the division by 1 - p. Sets elements to 0 with probability p, rounded to 1/65,536.
-
-    reader: a tensor that no other call gets, because torch.compile merges calls with equal arguments into one.
-    """
+    """Dropout without the division by 1 - p. Sets elements to 0 with probability p, rounded to 1/65,536."""
+    # reader: a tensor that no other call gets, because torch.compile merges calls with equal arguments into one.
     return torch.where(_kept(x, p, reader), x, 0.0)
 
 
@@ -126,10 +124,8 @@ def adapters(model: nn.Module) -> set[str]:
 
 
 def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> None:
-    """Adds an adapter and activates it. Only the adapter is trained; all other parameters are frozen.
-
-    Raises UserError for targets that no block has, ValueError for a name that is taken or contains a dot.
-    """
+    """Adds an adapter and activates it. Only the adapter is trained; all other parameters are frozen."""
+    # Raises UserError for targets that no block has, ValueError for a name that is taken or contains a dot.
     if not name or "." in name or name in adapters(model):
         raise ValueError(f"the adapter's name is {name!r}; expected one without a dot that no other adapter has")
     known = linear_layers(model.blocks)

@@ -283,12 +283,15 @@ class Transformer(nn.Module):
         the CPU: each row holds several texts, see `Packed`. positions and mask, (B, 1, T, T), True where a query may
         see a key: any arrangement of texts. With positions, only these must be below the context length.
         """
-        T = tokens.shape[1]
+        T, context = tokens.shape[1], self.config.context_length
+        if (cache is not None and positions is not None) or (mask is not None and positions is None):
+            raise ValueError("positions do not go with a cache, and a mask goes with positions only")
+        longest = T if positions is None else int(positions.max()) + 1
+        if longest > context:
+            raise ValueError(f"{longest} tokens; context_length is {context}")
         if cache is not None:
             return Cached(self, cache, T)
         if positions is None:
-            if self.config.context_length < T:
-                raise ValueError(f"{T} tokens; context_length is {self.config.context_length}")
             if not self.causal:
                 at = torch.arange(T, device=tokens.device)
                 mask = sees(at[:, None], at)[None, None]
@@ -331,9 +334,10 @@ class Transformer(nn.Module):
 
 def is_causal(length: int) -> bool:
     """True if `sees` is the plain causal rule: PyTorch's causal kernels then replace the mask."""
-    at = torch.arange(length, device="cpu")
-    causal = torch.ones(length, length, dtype=torch.bool, device="cpu").tril()
-    return torch.equal(sees(at[:, None], at), causal)
+    # 512 queries from the first to the last are enough to tell: all of them would take 17 GB at 131,072 positions.
+    keys = torch.arange(length, device="cpu")
+    queries = torch.linspace(0, length - 1, min(length, 512), device="cpu").long()[:, None]
+    return torch.equal(sees(queries, keys), keys <= queries)
 
 
 class KVCache:
@@ -381,8 +385,9 @@ class Cached(Layout):
         device = cache.k.device
         positions = cache.used[:, None] + torch.arange(T)  # of the new tokens, (B, T)
         end = int(positions.max()) + 1
-        if end > cache.length:
-            raise ValueError(f"{end} tokens; the cache holds {cache.length}")
+        room = min(cache.length, model.config.context_length)
+        if end > room:
+            raise ValueError(f"{end} tokens; the cache and the context hold {room}")
         at = positions.to(device)
         mask = None
         equally_long = cache.used.min() == cache.used.max()
@@ -465,8 +470,8 @@ class Packed(Layout):
 
 
 def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
-    """The texts of packed rows, from their positions (B, T); tokens are numbered over all rows. Each text: (length,
-    tokens shared with its base, number of the token after these, number of its base's first token). Else ValueError."""
+    """The texts of packed rows, from their positions (B, T); tokens are numbered over all rows. Each text: (length,"""
+    # tokens shared with its base, number of the token after these, number of its base's first token). Else ValueError.
     flat = positions.flatten()
     continues = flat.diff() == 1  # True where the next token continues the text
     begins = [0, *((~continues).nonzero()[:, 0] + 1).tolist()]
@@ -643,10 +648,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Te
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 or wider (arXiv:1910.07467).
-
-    x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
-    """
+    """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 or wider (arXiv:1910.07467)."""
+    # x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight).to(dtype or x.dtype)
@@ -787,8 +790,8 @@ if triton is not None:
 
     @triton.jit
     def cross_entropy_kernel(logits, targets, losses, stride, V, ignore_index, C: tl.constexpr):
-        """Each program reads one row twice: for the largest logit and the sum of exponentials, then to write the
-        gradient over the logits. A target outside 0 … V − 1, if not ignored, gives NaN."""
+        """Each program reads one row twice: for the largest logit and the sum of exponentials, then to write the"""
+        # gradient over the logits. A target outside 0 … V − 1, if not ignored, gives NaN.
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         logits += row * stride

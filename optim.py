@@ -125,6 +125,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: Transformer, config) -> list[torch.optim.Optimizer]:
     """AdamW for the trained parameters; or Muon for the matrices of the blocks, and AdamW for the rest."""
+    if config.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer is {config.optimizer!r}; expected adamw or muon")
     tables = set()
     if config.optimizer == "muon":
         # Most steps give a rare token's row in these two almost no gradient. Muon would move it as far as the others.

@@ -71,10 +71,8 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
 
 
 def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """The loss of each pair, (pairs,), in the dtype of `policy`. The three tensors: (pairs, 2).
-
-    policy, reference: log-probabilities in nats of the chosen and the rejected answer. lengths: their tokens.
-    """
+    """The loss of each pair, (pairs,), in the dtype of `policy`. The three tensors: (pairs, 2)."""
+    # policy, reference: log-probabilities in nats of the chosen and the rejected answer. lengths: their tokens.
     loss = LOSSES[config.loss](policy - reference, lengths, config)
     if config.chosen_weight:  # keeps the chosen answer likely: h alone can grow while both become less likely
         loss = loss - config.chosen_weight * policy[:, 0] / lengths[:, 0]
@@ -100,13 +98,11 @@ def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, 
 
 
 def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Packs pairs into one row without padding: each prompt once, then both answers.
-
-    ids: (pairs, width) int64, on the CPU: prompt, chosen and rejected answer of each pair, then padding. bounds:
-    (pairs, 3) int64, where these three end. Returns inputs, targets and positions, (1, T) each, for `Transformer`, and
-    the lengths of all answers, chosen and rejected in turn.
-    """
-    # The usual way computes every prompt twice, with padding. Here a prompt "a b" with answers "c d" and "x y" is
+    """Packs pairs into one row without padding: each prompt once, then both answers."""
+    # ids: (pairs, width) int64, on the CPU: prompt, chosen and rejected answer of each pair, then padding. bounds:
+    # (pairs, 3) int64, where these three end. Returns inputs, targets and positions, (1, T) each, for `Transformer`,
+    # and the lengths of all answers, chosen and rejected in turn. The usual way computes every prompt twice, with
+    # padding. Here a prompt "a b" with answers "c d" and "x y" is
     #   inputs     a  b  c    b  x
     #   targets    -  c  d    x  y      the ids, shifted here by one; "-" is IGNORED
     #   positions  0  1  2    1  2

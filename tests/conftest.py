@@ -88,7 +88,7 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 def build(name: str, experiment: configs.Experiment, **switches) -> Path:
     """Makes a stage and what it needs, as pipeline.py does, but in this process. Returns its directory."""
-    defaults = {"workers": 1, "force": False, "resume": "auto", "checkpoint": None, "data": None}
+    defaults = {"workers": 1, "force": False, "resume": "auto", "checkpoint": None, "data": None, "replaced": ()}
     pipeline.make(name, experiment, argparse.Namespace(**defaults | switches), set(), apart=False)
     return experiment.directory(name)
 

@@ -608,8 +608,28 @@ def test_rotation_makes_attention_depend_on_distance_alone():
 
 
 def test_more_tokens_than_the_context_are_refused():
+    model, tokens = build(), torch.zeros(1, 25, dtype=torch.long)
     with pytest.raises(ValueError, match="context_length is 24"):
-        build()(torch.zeros(1, 25, dtype=torch.long))
+        model(tokens)
+    with pytest.raises(ValueError, match="context_length is 24"):
+        model(tokens, positions=torch.arange(25)[None])
+    with pytest.raises(ValueError, match="25 tokens; context_length is 24"):
+        model(tokens, cache=lumi.KVCache(model, 1, 99))
+    cache = lumi.KVCache(model, 1, 99)
+    model(tokens[:, :20], cache=cache)
+    with pytest.raises(ValueError, match="the cache and the context hold 24"):
+        model(tokens[:, :5], cache=cache)
+
+
+def test_arguments_that_do_not_go_together_are_refused():
+    model, tokens = build(), torch.zeros(1, 4, dtype=torch.long)
+    for options in ({"cache": lumi.KVCache(model, 1, 9), "positions": torch.arange(4)[None]}, {"mask": tokens > 0}):
+        with pytest.raises(ValueError, match="a mask goes with positions only"):
+            model.hidden(tokens, **options)
+
+
+def test_a_long_context_is_recognised_as_causal_without_its_square():
+    assert lumi.is_causal(131_072)
 
 
 # -------------------------------------------------------------------------------------------------------- packed rows
