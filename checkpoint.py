@@ -191,6 +191,7 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     UserError if a file is missing or damaged, or if the base is not the one that the adapter was trained on.
     """
     directory = Path(directory)
+    identity = digest(directory)  # first: UserError if the directory is no checkpoint
     if adapts(directory):
         model = load_model(base(directory))
         load_adapter(directory, model)
@@ -200,7 +201,7 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
         del shape["type"], shape["kernels"]  # this machine chooses its own kernels
         model = Transformer(ModelConfig(**shape))
         load_weights(directory, model)
-    model.digest = digest(directory)
+    model.digest = identity
     return model.eval().to(device)
 
 

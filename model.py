@@ -335,9 +335,13 @@ class Transformer(nn.Module):
 def is_causal(length: int) -> bool:
     """True if `sees` is the plain causal rule: PyTorch's causal kernels then replace the mask."""
     # 512 queries from the first to the last are enough to tell: all of them would take 17 GB at 131,072 positions.
-    keys = torch.arange(length, device="cpu")
-    queries = torch.linspace(0, length - 1, min(length, 512), device="cpu").long()[:, None]
-    return torch.equal(sees(queries, keys), keys <= queries)
+    with torch.device("cpu"):  # a model may be made on the device "meta", which has no numbers
+        keys = torch.arange(length)
+        queries = torch.linspace(0, length - 1, min(length, 512)).long()[:, None]
+        seen = sees(queries, keys)
+    if (seen & (keys > queries)).any():
+        raise ValueError("sees shows a query a later key; expected earlier ones only: a cache holds no later keys")
+    return torch.equal(seen, keys <= queries)
 
 
 class KVCache:

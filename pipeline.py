@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint
 import cli
 import configs
 import data.stages
@@ -115,15 +116,18 @@ NAMES = (*STAGES, "report")  # the report has no manifest: it is written anew ea
 
 def base_checkpoint(name: str, experiment: Experiment, arguments: argparse.Namespace) -> Path:
     """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
-    return Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained(BASES[name])
+    if not arguments.checkpoint:
+        return experiment.trained(BASES[name])
+    checkpoint.digest(Path(arguments.checkpoint))  # UserError if it is none, before anything is made or removed
+    return Path(arguments.checkpoint)
 
 
 def base_model(name: str, experiment: Experiment, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
     """The model that a stage starts from, and its tokenizer."""
-    checkpoint = base_checkpoint(name, experiment, arguments)
-    spm = experiment.load_tokenizer(checkpoint)
-    pieces = unseen(checkpoint, experiment.sft.data.template, spm, experiment.imported is not None)
-    return Base(checkpoint, experiment.model, pieces), spm
+    directory = base_checkpoint(name, experiment, arguments)
+    spm = experiment.load_tokenizer(directory)
+    pieces = unseen(directory, experiment.sft.data.template, spm, experiment.imported is not None)
+    return Base(directory, experiment.model, pieces), spm
 
 
 def command(experiment: Experiment, name: str, arguments: argparse.Namespace) -> str:
@@ -143,9 +147,9 @@ def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made:
         return
     made.add(directory)
     if name in BASES:  # before the minutes that making its data takes
-        checkpoint = base_checkpoint(name, experiment, arguments)
+        base = base_checkpoint(name, experiment, arguments)
         if name == "dpo":
-            dpo.train.must_be_taught(checkpoint, experiment.sft.data.template)
+            dpo.train.must_be_taught(base, experiment.sft.data.template)
     for owner, needed in experiment.inputs(name, arguments.force):
         make(needed, owner, unforced(arguments), made, apart)
 
@@ -157,10 +161,17 @@ def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made:
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
+    stage.imported_code(__file__)  # notes the digests of the code that is running now, for every stage
     if unknown := [name for name in arguments.stages if name not in NAMES]:
         raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
     if arguments.force and arguments.resume != "auto":
         raise UserError("--force discards what --resume would continue; use one of them")
+    for switch, value, fits in (
+        ("--checkpoint", arguments.checkpoint, (*BASES, "eval")),
+        ("--resume", arguments.resume != "auto", configs.TRAINED),
+    ):
+        if value and (len(arguments.stages) != 1 or arguments.stages[0] not in fits):
+            raise UserError(f"{switch} is about one stage; name one of {', '.join(fits)}")
     if arguments.status:
         print(status(experiment, arguments))
         return
@@ -210,12 +221,14 @@ def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     rows = [("stage", "seconds", "result", "state")]
     for name, step in STAGES.items():
         directory = experiment.directory(name)
+        result = ""
         try:
             state = step(experiment, arguments).job.state()
-        except UserError as error:  # what it starts from is missing
+            result = main_number(name, directory)
+        except UserError as error:  # what it starts from is missing, or its manifest is damaged
             state = f"missing: {error}"
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", main_number(name, directory), state))
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", result, state))
     wide = max(len(result) for _, _, result, _ in rows)
     return "\n".join(f"{name:13} {seconds:>9}  {result:{wide}}  {state}" for name, seconds, result, state in rows)
 
@@ -228,7 +241,7 @@ def main_number(name: str, directory: Path) -> str:
     record = counts.get("record") or {}
     if name == "corpus":
         return f"{counts['documents']:,} documents"
-    if name == "tokenizer":
+    if name == "tokenizer" and "bytes_per_token" in counts:  # an imported one was not measured
         return f"{counts['bytes_per_token']:.2f} bytes per token"
     if name in ("pack", "sft_data"):
         return f"{counts['train']['tokens']:,} tokens"
@@ -256,4 +269,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, parser().parse_args())
+    cli.run(main, parser().parse_intermixed_args())  # stages may stand before and after switches

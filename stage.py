@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -152,7 +153,9 @@ NOT_FOLLOWED = ("cli.py", "stage.py", "configs/__init__.py")  # they do not make
 def imported_code(main: str | Path) -> dict[str, str]:
     """{file: SHA-256} of a module of this project and of the project's modules that it imports, directly or not.
 
-    Read from the source text, so that the answer does not depend on what else the process has imported.
+    From the source text, so that the answer does not depend on what else the process has imported. Each file is read
+    once per process: call this before long work, and a file that is edited meanwhile still has the digest of the code
+    that runs.
     """
     table: dict[str, str] = {}
     waiting = [Path(main).resolve()]
@@ -161,23 +164,24 @@ def imported_code(main: str | Path) -> dict[str, str]:
         name = path.relative_to(ROOT).as_posix()
         if name in table or name in NOT_FOLLOWED:
             continue
-        source = path.read_bytes()
-        table[name] = hashlib.sha256(source).hexdigest()
-        for node in ast.walk(ast.parse(source)):
-            waiting += _imported_files(node)
+        table[name], imported = _read_source(path)
+        waiting += imported
     return dict(sorted(table.items()))
 
 
-def _imported_files(node: ast.AST) -> list[Path]:
-    """The project's files that an import statement names."""
+@functools.cache
+def _read_source(path: Path) -> tuple[str, list[Path]]:
+    """The SHA-256 of a source file, and the project's files that it imports."""
+    source = path.read_bytes()
     names = []
-    if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and node.module:
-        names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     places = [ROOT / name.replace(".", "/") for name in names]
     files = [place.with_suffix(".py") for place in places] + [place / "__init__.py" for place in places]
-    return [file for file in files if file.is_file()]
+    return hashlib.sha256(source).hexdigest(), [file for file in files if file.is_file()]
 
 
 # ----------------------------------------------------------------------------------------------------------- manifests
@@ -253,7 +257,10 @@ def finished(directory: Path, command: str | None = None) -> dict:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Locks a directory against a second process. The lock ends with the process, however that ends."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made: {error.strerror}; RUNS says where runs go") from None
     with open(directory / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -280,7 +287,7 @@ class Stage:
         free: Collection[str] = (),
     ):
         self.directory, self.config, self.read, self.command = directory, describe(config), read, command
-        self.code, self.free = imported_code(code), free  # read now: the files may be edited while the stage runs
+        self.code, self.free = imported_code(code), free
         self.earlier = 0.0  # seconds that interrupted runs have spent on it
 
     def up_to_date(self, force: bool = False) -> bool:

@@ -130,6 +130,7 @@ def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config).owner("pretrain")
+    stage.imported_code(__file__)  # notes the digests of the code that is running now
     with parallel.joined(experiment.pretrain.timeout):
         # The first process makes missing inputs; the others wait, however long it takes.
         parallel.lead(lambda: make_inputs("pretrain", experiment, arguments.workers, set()), timeout=parallel.DAY)

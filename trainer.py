@@ -26,7 +26,7 @@ from optim import SCHEDULES, decay_start, learning_rate, make_optimizers
 from stage import Stage, check_types
 
 CHOICES = {
-    "schedule": tuple(SCHEDULES),
+    "schedule": SCHEDULES,
     "optimizer": ("adamw", "muon"),
     "precision": ("auto", "bfloat16", "float16", "float32"),
     "parallel": ("ddp", "fsdp"),

@@ -266,6 +266,8 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
     directory = job.directory
     if job.up_to_date(force):
         return
+    for source in (*config.sources, *config.decontaminate):
+        source.inputs()  # UserError if a file is missing, before --force removes the old corpus
     with job.making(keep=True):
         if job.up_to_date(force):  # another process was faster
             return

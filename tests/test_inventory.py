@@ -57,7 +57,7 @@ NAMES = {  # that configs, requests and data may have in them
     "compressed": list(sources.OPEN),
     "stages": pipeline.NAMES,
     "templates": {name: hashlib.sha256(form.jinja.encode()).hexdigest() for name, form in TEMPLATES.items()},
-    "training": trainer.CHOICES,
+    "training": {name: list(values) for name, values in trainer.CHOICES.items()},
     "LoRA targets": lora.TARGETS,
     "DPO losses": list(dpo.loss.LOSSES),
     "tasks": eval.tasks.TASKS,

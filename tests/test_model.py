@@ -628,6 +628,12 @@ def test_arguments_that_do_not_go_together_are_refused():
             model.hidden(tokens, **options)
 
 
+def test_a_rule_that_shows_later_keys_is_refused(monkeypatch):
+    monkeypatch.setattr(lumi, "sees", lambda query, key: (key <= query) | (key < 8))
+    with pytest.raises(ValueError, match="sees shows a query a later key"):
+        build()
+
+
 def test_a_long_context_is_recognised_as_causal_without_its_square():
     assert lumi.is_causal(131_072)
 

@@ -360,3 +360,39 @@ def test_readme_names_only_what_is_there():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists() or (ROOT / module / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "x"], "--checkpoint is about one stage"),
+        (["sft", "dpo", "--checkpoint", "x"], "--checkpoint is about one stage"),
+        (["--resume", "x"], "--resume is about one stage"),
+        (["sft", "--force", "--checkpoint", "pretrain"], "did you mean"),
+        (["--force", "stft"], "no stage 'stft'"),
+    ],
+)
+def test_switches_that_cannot_be_meant_change_nothing(tuned: Place, arguments, message):
+    arguments = [tuned.runs / "mini/pretrain" if argument == "pretrain" else argument for argument in arguments]
+    before = (tuned.runs / "mini/sft/manifest.json").stat().st_mtime_ns
+    assert message in tuned.run("pipeline.py", tuned.config, *arguments, status=2).stderr
+    assert (tuned.runs / "mini/sft/manifest.json").stat().st_mtime_ns == before
+
+
+def test_force_keeps_a_corpus_whose_text_is_missing(trained: Place):
+    (trained.raw / "text.jsonl").unlink()
+    assert "no file at" in trained.run("pipeline.py", trained.config, "corpus", "--force", status=2).stderr
+    assert (trained.runs / "mini/corpus/shard_00000.jsonl").exists()
+
+
+def test_code_that_is_edited_during_a_run_is_not_recorded_as_the_code_that_ran(tmp_path: Path):
+    """The digests are read before the first stage; a stage that begins later has those."""
+    shutil.copytree(ROOT, tmp_path / "lumi", ignore=shutil.ignore_patterns(".*", "tests", "runs", "benchmarks", "docs"))
+    script = """
+import pathlib, stage
+before = stage.imported_code("pipeline.py")
+pathlib.Path("model.py").write_text("syntax error (")
+assert stage.imported_code("sft/train.py")["model.py"] == before["model.py"]
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "lumi", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
