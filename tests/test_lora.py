@@ -610,7 +610,7 @@ def test_flops_of_a_step_follow_from_the_layers(adapter, monkeypatch):
 def test_a_merged_model_is_not_trained():
     model = adapted().train()
     lora.merge(model)
-    with pytest.raises(RuntimeError, match=r"lora\.unmerge\(model\) before you train"):
+    with pytest.raises(RuntimeError, match=r"lora\.unmerge\(model\) first"):
         model(TOKENS)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,7 +81,7 @@ def test_where_no_lengths_match_the_number_is_missing(monkeypatch):
     assert found["win_rate"] == 1
 
 
-def test_three_stages_and_the_report(preferring: Place):
+def test_three_stages_and_the_report(preferring: Place, tmp_path: Path):
     out = evaluate(preferring)
     found = json.loads((preferring.runs / "mini/eval/results.json").read_text())
     assert list(found) == ["pretrain", "sft", "dpo"]
@@ -110,8 +112,9 @@ def test_three_stages_and_the_report(preferring: Place):
         assert text in page, text
     texts = json.loads((preferring.runs / "mini/eval/generations.json").read_text())
     assert [len(each["everyday"]) for each in texts.values()] == [15, 15, 15]
-    evaluate(preferring, "--checkpoint", preferring.runs / "mini/dpo/best")
-    assert list(json.loads((preferring.runs / "mini/dpo/eval_best/results.json").read_text())) == ["dpo"]
+    copy = Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True))  # other tests share the original
+    evaluate(copy, "--checkpoint", copy.runs / "mini/dpo/best")
+    assert list(json.loads((copy.runs / "mini/dpo/eval_best/results.json").read_text())) == ["dpo"]
 
 
 @pytest.mark.slow
