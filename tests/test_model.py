@@ -61,6 +61,19 @@ def test_first_loss_is_that_of_a_uniform_guess(name):
     assert float(loss) == pytest.approx(math.log(config.vocab_size), rel=0.02)
 
 
+def test_weights_are_drawn_as_the_rule_says():
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(SMALL, d_model=128, n_layers=8, vocab_size=997))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+            continue
+        residual = name.endswith((".o.weight", ".down.weight"))
+        expected = 0.02 / math.sqrt(16) if residual else 0.02
+        assert float(weight.std()) == pytest.approx(expected, rel=0.05), name
+        assert abs(float(weight.mean())) < expected / 10, name
+
+
 @pytest.mark.parametrize(
     "changes",
     [
