@@ -209,6 +209,14 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], force
     loaded = {
         task: tasks[task].load() for task in {task for todo in unmeasured(results, tasks).values() for task in todo}
     }
+    measure(job, trained, tasks, of, loaded, force)
+
+
+def measure(job: Stage, trained: dict[str, Path], tasks: dict[str, Task], of: dict, loaded: dict, force: bool) -> None:
+    """Measures the tasks that are missing, each on the stages that lack it, and keeps every result at once.
+
+    loaded: the tasks' data. of: by stage, the digests that its results are bound to."""
+    directory = job.directory
     with job.making(keep=not force):
         (directory / "manifest.json").unlink(missing_ok=True)  # there if a finished evaluation is added to
         results, texts = left(directory, tasks, of)
