@@ -199,7 +199,7 @@ class Continuation:
         self.error: ValueError | None = None
 
     def draw(self, logits: Tensor, likeliest: int) -> int:
-        """Draws the next id and appends it. If the logits are not finite, sets `error` instead."""
+        """Draws the next id and appends it. If none can be drawn, sets `error` instead."""
         # logits: (V,) float32 on the CPU. likeliest: the id of the largest logit, from the caller.
         token = likeliest
         try:
@@ -232,12 +232,12 @@ class Decoder:
 
     # rows: texts at once; others wait, first come, first served. length: tokens of each text in the cache; None: the
     # context. chunk: prompt tokens read in one step, so that a long prompt does not delay other texts; None: no limit.
-    # The model sees a text's last tokens that fit. When the cache is full, it reads their later half again in one step.
+    # The model sees a text's last tokens that fit. When the cache is full, a text's later half is read again at once.
 
     def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
         self.model, self.rows, self.chunk = model, rows, chunk or sys.maxsize
         self.cache = KVCache(model, rows, length or model.config.context_length)
-        # texts[i] has row i of the cache: first the `ready` texts, then those whose prompts are read, shortest first.
+        # texts[i] has row i of the cache: first the `ready` texts, then those with unread prompts, shortest first.
         self.texts: list[Continuation] = []
         self.ready = 0  # how many texts can draw their next token
         self.waiting: deque[Continuation] = deque()
@@ -310,7 +310,7 @@ class Decoder:
             if self.ready == len(self.texts) and not self._admit():
                 return
             rows = slice(self.ready, len(self.texts))
-            done = int(self.cache.used[self.ready])  # the same for all: texts with shorter prompts are ready
+            done = int(self.cache.used[self.ready])  # the same for all rows: shorter prompts are done
             prompts = [text.ids[-self._reach(text) : -1] for text in self.texts[rows]]
             T = min(len(prompts[-1]) - done, max(1, min(left, AT_ONCE) // len(prompts)))
             if T:

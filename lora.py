@@ -78,7 +78,7 @@ class LoRALinear(nn.Linear):
         config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
         scale = config.alpha / config.rank
         if self.training and config.dropout:
-            # Only the adapter's input is dropped. That leaves 1 - p of its mean; the scale makes up for it.
+            # Dropout is for the adapter's input only. It shrinks the mean to 1 - p; `scale` restores it.
             x = dropped(x, config.dropout, a)
             scale = scale / (1 - config.dropout)
         if not torch.is_autocast_enabled(x.device.type):
@@ -166,7 +166,7 @@ def use(model: nn.Module, name: str | None) -> None:
     unmerge(model)
     for layer in layers(model).values():
         layer.active = name if name in layer.configs else None
-        # None is for a moment (see `without`), so it leaves requires_grad as it is.
+        # None lasts only briefly (see `without`): requires_grad stays as it is.
         for adapter in layer.configs if name else ():
             layer.a[adapter].requires_grad_(adapter == name)
             layer.b[adapter].requires_grad_(adapter == name)

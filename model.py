@@ -132,7 +132,7 @@ def sees(query: Tensor, key: Tensor) -> Tensor:
 class Layout:
     """Where the keys of a forward pass lie, and which of them each query sees."""
 
-    # This class attends within each row as it is. `Cached`, below, adds earlier keys; `Packed` regroups rows by text.
+    # This class attends within whole rows. `Cached`, below, adds earlier keys; `Packed` regroups rows by text.
 
     def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None):
         self.cos, self.sin = cos, sin  # at each token's position: (T, 1, E) or (B, T, 1, E)
@@ -200,8 +200,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        # Each half reads a normalised copy and adds its result to the stream. No norm stands in the stream before the
-        # last one, so gradients reach every block directly: deep models stay trainable.
+        # Each half reads a normalised copy and adds its result to the stream. The stream itself meets only the last
+        # norm, so gradients reach every block directly: deep models stay trainable.
         x = x + self.attn(self.attn_norm(x), layout)
         x = x + self.mlp(self.mlp_norm(x))
         return x  # (B, T, D)
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
         """The layout of a forward pass. ValueError for more tokens than the context, or the cache, holds.
 
         Only tokens given: every row is one text. cache: the tokens continue the texts in it. positions, (B, T) int64 on
-        the CPU: each row holds several texts, see `Packed`. positions and mask, (B, 1, T, T), True where a query may
+        the CPU: each row holds several texts, see `Packed`. With a mask too, (B, 1, T, T), True where a query may
         see a key: any arrangement of texts. With positions, only these must be below the context length.
         """
         T, context = tokens.shape[1], self.config.context_length
@@ -340,7 +340,7 @@ def is_causal(length: int) -> bool:
         queries = torch.linspace(0, length - 1, min(length, 512)).long()[:, None]
         seen = sees(queries, keys)
     if (seen & (keys > queries)).any():
-        raise ValueError("sees shows a query a later key; expected earlier ones only: a cache holds no later keys")
+        raise ValueError("`sees` lets a query see a later key; expected none: a cache holds no later keys")
     return torch.equal(seen, keys <= queries)
 
 
@@ -418,8 +418,8 @@ class Cached(Layout):
 class Packed(Layout):
     """Rows that hold several texts one after another, as fine-tuning packs them. No text sees another."""
 
-    # positions: (B, T) int64 on the CPU, counting from 0 in each text. A text that counts from p > 0 is another ending
-    # of the last text from 0, its base, and shares the base's first p tokens, as two answers to a prompt do.
+    # positions: (B, T) int64 on the CPU, counting from 0 in each text. A text that starts at p > 0 branches off the
+    # last text that starts at 0, its base: it shares the base's first p tokens, as two answers to a prompt do.
     # Texts of similar length form a batch, padded at their ends. Causal queries never see the padding: no mask, fast
     # kernels, and no scores between texts, which would be most of T × T.
 
@@ -474,8 +474,9 @@ class Packed(Layout):
 
 
 def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
-    """The texts of packed rows, from their positions (B, T); tokens are numbered over all rows. Each text: (length,"""
-    # tokens shared with its base, number of the token after these, number of its base's first token). Else ValueError.
+    """The texts of packed rows, from their positions (B, T), as (length, shared, start, base_start)."""
+    # shared: tokens in common with its base. start and base_start: the numbers, over all rows, of the first token of
+    # its own and of its base's first token.
     flat = positions.flatten()
     continues = flat.diff() == 1  # True where the next token continues the text
     begins = [0, *((~continues).nonzero()[:, 0] + 1).tolist()]
@@ -627,8 +628,8 @@ def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> T
 
 
 # ------------------------------------------------------------------------------------------------------ Triton kernels
-# Each kernel gives its plain function's result, computed in float32, for float32, float16 and bfloat16. Tiles have R
-# rows and C columns, both powers of two. Offsets are int64: a tensor may have more than 2³¹ elements.
+# Each kernel gives its plain function's result, computed in float32, for float32, float16 and bfloat16. A tile has C
+# numbers, or R rows and C columns, all powers of two. Offsets are int64: a tensor may have more than 2³¹ elements.
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
@@ -696,7 +697,7 @@ class TritonRMSNorm(torch.autograd.Function):
 
 
 def tile(columns: int) -> tuple[int, int, int]:
-    """R, C and warps of a tile of about 4,096 numbers; C ≥ `columns`."""
+    """R, C and warps of a tile: about 4,096 numbers, or one whole row; C ≥ `columns`."""
     C = triton.next_power_of_2(columns)
     R = max(1, 4096 // C)
     return R, C, min(16, max(4, R * C // 1024))
@@ -794,8 +795,8 @@ if triton is not None:
 
     @triton.jit
     def cross_entropy_kernel(logits, targets, losses, stride, V, ignore_index, C: tl.constexpr):
-        """Each program reads one row twice: for the largest logit and the sum of exponentials, then to write the"""
-        # gradient over the logits. A target outside 0 … V − 1, if not ignored, gives NaN.
+        """One row per program, read twice: for log Σ exp, then to write the gradient over the logits."""
+        # A target outside 0 … V − 1, if not ignored, gives NaN.
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         logits += row * stride

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model import Transformer
 
-# After the warm-up a schedule falls from 1, the peak, to 0, min_lr. config: TrainConfig. Add your own to SCHEDULES.
+# After the warm-up a schedule falls from 1 (peak) to 0 (min_lr). config: TrainConfig. Add your own to SCHEDULES.
 
 
 def cosine(config, step: int, steps: int) -> float:  # arXiv:1608.03983
@@ -47,7 +47,7 @@ def decay_start(config, steps: int) -> int:
 def orthogonalise(x: Tensor) -> Tensor:
     """Brings all but tiny singular values near 1: U S Vᵀ becomes nearly U Vᵀ. x: (B, rows, cols), any float dtype."""
     # Newton-Schulz (Jordan 2024, kellerjordan.github.io/posts/muon) applies p(s) = a s + b s³ + c s⁵ to each singular
-    # value s without an SVD, which is slow on a GPU. The large slope, a, makes small values grow fast; all end near 1.
+    # value s without an SVD, which is slow on a GPU. The large slope, a, makes small values grow fast.
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     y = x.mT if tall else x  # then y yᵀ is the smaller Gram matrix
@@ -125,6 +125,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: Transformer, config) -> list[torch.optim.Optimizer]:
     """AdamW for the trained parameters; or Muon for the matrices of the blocks, and AdamW for the rest."""
+    # Add your own here, and its name to CHOICES in trainer.py.
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer is {config.optimizer!r}; expected adamw or muon")
     tables = set()

@@ -98,6 +98,7 @@ def evaluate(experiment: Experiment, arguments: argparse.Namespace) -> Step:
     return eval.evaluate.step(experiment, arguments.checkpoint, arguments.data, arguments.force)
 
 
+# A new stage also needs its directory and its inputs in configs/__init__.py: DIRECTORIES and INPUTS.
 STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
     "corpus": corpus,
     "tokenizer": tokenizer,

@@ -64,7 +64,7 @@ class TrainConfig:
     precision: str = free("auto")  # of matrix products; "auto": the fastest on this machine; the rest is float32
     gradient_checkpointing: bool = free(False)  # less memory: recompute activations in backward (arXiv:1604.06174)
     parallel: str = free("ddp")  # over processes: "ddp" copies the model to each, "fsdp" splits it
-    deterministic: bool = free(False)  # two runs give the same bytes; slower, and "auto" is float32 on a CPU
+    deterministic: bool = free(False)  # slower; two runs give the same bytes; precision "auto" is float32 on a CPU
     timeout: float = free(600.0)  # seconds until a process that does not answer counts as dead
     tensorboard: bool = free(False)  # also write metrics to tensorboard/ (pip install tensorboard)
     log_every: int = free(10)  # steps between lines of metrics.jsonl
@@ -109,7 +109,7 @@ class Task:
 
     # batch(step, rank, ranks): this process's rows of a step, counted from 0. Pure: a resumed run reads the same rows.
     batch: Callable[[int, int, int], tuple[Tensor, ...]]
-    # loss(model, *batch): means over the batch's targets by name; `loss` is trained, the others are logged. It must
+    # loss(model, *batch): by name, averages over the batch's targets; `loss` is trained, all are logged. It must
     # call model(…), not one of its methods, or FSDP does not gather the weights.
     loss: Callable[..., dict[str, Tensor]]
     targets: Callable[..., int]  # targets(*batch): the number of targets in a batch
@@ -118,7 +118,7 @@ class Task:
     epoch: float  # steps per pass over the data
     flops: float  # floating-point operations per step, of all processes together
     tokens: Callable[..., int] | None = None  # tokens(*batch): tokens trained; None: as many as targets
-    row: tuple[str, float] | None = None  # a row's name and its mean tokens; None: ("row", context_length)
+    row: tuple[str, float] | None = None  # what a row is called, average tokens; None: ("row", context_length)
     seen: Callable[[int], dict[str, int]] = lambda step: {}  # tokens drawn from each set of a mixture before a step
     documents: Callable[[int], str] = lambda step: ""  # what the batch of a step holds, for error messages
 
@@ -186,14 +186,14 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
             # Ctrl-C sets `caught` at any moment: read it once per step, and let all processes agree on it.
             stopping, last = parallel.largest(signals.caught), progress.step == steps
-            # No regular checkpoint after a skipped step: the last good one may be the better place to resume.
+            # No regular checkpoint after a step with a bad gradient: it may be better to resume from the last good one.
             saving = trainer.due(config.save_every) or progress.step == trainer.stable
             saving = stopping or last or (saving and not progress.skipped_in_a_row)
             due = trainer.due(config.eval_every) or trainer.due(config.log_every)
             if saving or due or progress.step == first + 1:
                 means = {name: float(parallel.add_up(mean)) for name, mean in means.items()}
                 trainer.record = report.measure(progress, means, lr, norm)
-                if saving:  # before evaluating: a run that is killed there resumes here and evaluates
+                if saving:  # saved first: a run killed while it evaluates resumes here and evaluates
                     trainer.save("final" if last else f"step_{progress.step:07d}")
                 trainer.evaluate_and_log()
                 report.show(trainer.record)
@@ -337,7 +337,7 @@ class Trainer:
             self.report.write(record)
 
     def warn_of_overfitting(self) -> None:
-        """Warns once per best step, after two evaluations without a better loss, once the data repeats."""
+        """Warns if the data repeats and two evaluations gave no better loss: one warning per best step."""
         progress, best, loss = self.progress, self.progress.best_step, self.progress.best_loss
         in_vain = progress.step >= best + 2 * self.config.eval_every
         if in_vain and progress.step > self.task.epoch and best != progress.warned_of:

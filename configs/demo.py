@@ -56,7 +56,7 @@ experiment = Experiment(
     # 7. Preference learning (DPO): the model learns to prefer the better of two answers.
     dpo=DPOConfig(
         loss=LossConfig(beta=0.5),  # a higher beta keeps the model closer to the SFT model
-        reference="adapter_off",  # no pass over all pairs before training: the run reads less than an epoch
+        reference="adapter_off",  # saves a pass over all pairs: this run reads less than an epoch
         train=TrainConfig(
             steps=300,
             compile=False,

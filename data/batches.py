@@ -99,7 +99,7 @@ class Turns:
     """An endless sequence of sets. At any point each set is less than one turn off its share."""
 
     # Random draws would meet the weights only on average. This is the quota method (Balinski and Young 1975): of the
-    # sets still below their share of the turns so far, the one with the most weight per turn is next.
+    # sets below their share, counting this turn, the one with the most weight per turn is next.
 
     def __init__(self, units: Sequence[int]):
         self.units, self.period = units, sum(units)  # after `period` turns the sequence repeats

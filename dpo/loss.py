@@ -3,7 +3,7 @@
 # DPO (arXiv:2305.18290) needs no reward model. With the trained model π, the model before training ref, a prompt x and
 # an answer y, the reward of the answer is
 #     β · (log π(y | x) − log ref(y | x))
-# A pair has a chosen answer c and a rejected answer r. Their rewards differ by the margin β h. Every loss uses
+# A pair has a chosen answer c and a rejected answer r. Their rewards differ by the margin β h. The losses use
 #     h = (log π(c) − log ref(c)) − (log π(r) − log ref(r))
 
 import math

@@ -60,7 +60,7 @@ def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
 
 
 def instruct(messages: Sequence[Message], ask: bool, before_input: str = "\n\n") -> Iterator[Part]:
-    # The headings are plain text and need no control pieces. The last heading ends the question: `ask` adds nothing.
+    # The headings are plain text and need no control pieces. A question ends in RESPONSE, so `ask` adds nothing.
     for message in messages:
         if message.role == "assistant":
             yield Part(message.content, trained=True)
@@ -79,7 +79,7 @@ def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class Template:
-    """A way to write conversations. To add your own, write a function like `chatml` and an entry in TEMPLATES."""
+    """A way to write conversations. Add your own to TEMPLATES; a new end piece also to `ends` and `unseen`."""
 
     # parts(messages, ask): the parts in order. ask: end where the assistant's next answer begins.
     parts: Callable[[Sequence[Message], bool], Iterator[Part]]
@@ -113,8 +113,8 @@ def instruct_jinja(opening: str, before_input: str) -> str:
     return text.replace("OPENING", opening).replace("BEFORE_INPUT", repr(before_input))
 
 
-# Why cut? A piece may span the end of a line: "\nHello" can be one piece. In training, where the answer is
-# known, it could join prompt and answer; when the model is asked, it could not. The cut makes the ids equal.
+# Why cut? A piece may span the end of a line: "\nHello" can be one piece. In transformers, which knows
+# no mask, it could join prompt and answer in training, but not when the model is asked. The cut makes the ids equal.
 TEMPLATES = {
     "chatml": Template(
         chatml,
@@ -153,7 +153,7 @@ def render(
     messages = [message for message in messages if message.role != "system" or message.content.strip()]
     # Start like a document: our tokenizers' bos is eos, which stands before the next document in the corpus.
     ids, trained = [tokenizer.bos], [False]
-    text = ""  # the text since the last control piece: transformers starts anew there; `cut` looks back to there
+    text = ""  # since the last control piece, where transformers starts a new text; `cut` looks back that far
     # Encode neighbours with the same mask together, as transformers does: a piece may span two parts.
     for (learnt, control), parts in itertools.groupby(form.parts(messages, ask), key=lambda part: part[1:]):
         new = "".join(part.text for part in parts)
@@ -197,7 +197,7 @@ def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def marked(template: str, ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """True if an answer contains a mark of the template, as a control piece or as text."""
+    """True if an answer contains a control piece, or a mark of the template as text."""
     # A model that writes "### Instruction:" plays the user's part too. Evaluation counts such answers.
     if not set(tokenizer.control.values()).isdisjoint(ids):
         return True

@@ -30,7 +30,7 @@ from stage import Stage, check_types
 from tokenizer import Tokenizer
 from trainer import TrainConfig, shared_rows
 
-SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs, and their most tokens
+SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs; the most tokens of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class FineTuning(Tuning):
     def loss(
         self, model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor
     ) -> dict[str, Tensor]:
-        # LoRA's dropout is random. Seeded by the micro-batch's first row, a resumed run draws the same numbers, and so
-        # do several processes if they cut the same micro-batches.
+        # LoRA's dropout is random. The seed is the micro-batch's first row: a resumed run draws the same numbers, as do
+        # processes that cut the same micro-batches.
         torch.manual_seed(((self.config.seed << 32) + int(numbers[0])) % 2**63)
         # Targets and positions stay on the CPU: the model reads them there without waiting for a GPU.
         tokens = tokens.to(device_of(model), non_blocking=True)
@@ -108,7 +108,7 @@ class FineTuning(Tuning):
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
     def flops(self) -> float:
-        """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311), but only what is really computed."""
+        """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311), but without logits that are never made."""
         rows = next(iter(self.sets.values()))
         trained = rows.trained.mean()  # logits are made only for this share of the tokens
         per_token = finetune.sizes(self.shape, self.adapter).trained(1, trained)

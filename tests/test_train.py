@@ -146,6 +146,38 @@ def test_gradient_norm_is_logged_as_it_was_before_clipping(tmp_path):
     assert run_counting(tmp_path, config)[1][0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_a_long_gradient_is_clipped_after_the_loss_scale_is_taken_out():
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([4.0, 0.0]), torch.tensor([-8.0])
+    norm = trainer.clip_gradient(parameters, 0.5, scale=2.0)
+    assert norm == pytest.approx(math.sqrt(20))  # of (2, 0) and (-4), before clipping
+    assert torch.cat([p.grad for p in parameters]).norm() == pytest.approx(0.5, rel=1e-5)
+    assert parameters[0].grad[0] / parameters[1].grad[0] == pytest.approx(-0.5)
+
+
+def test_micro_batches_count_by_their_targets(tmp_path):
+    """Rows with few targets and rows with many: the gradient is that of the mean over all targets of the batch."""
+    norms = []
+    for rows in (4, 1):
+        config = replace(CONFIG, steps=1, batch_size=4, micro_batch_size=rows, log_every=1)
+        model, task = counting(config)
+
+        def ragged(step: int, rank: int, ranks: int, batch=task.batch) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, targets = batch(step, rank, ranks)
+            targets = targets.clone()
+            for row, kept in enumerate((16, 9, 2, 1)):
+                targets[row, kept:] = -100
+            return tokens, targets
+
+        task = replace(task, batch=ragged, targets=lambda tokens, targets: int((targets != -100).sum()))
+        job = Stage(tmp_path / str(rows), {"rows": rows}, {}, "", stage.__file__)
+        with job.making():
+            trainer.train(model, task, config, job, "auto")
+        log = json.loads((tmp_path / str(rows) / "metrics.jsonl").read_text().splitlines()[0])
+        norms.append((log["loss"], log["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 class Crash(Exception):
     """Ends a run in this process as a kill would: nothing is saved any more."""
 
