@@ -223,6 +223,9 @@ def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     for name, step in STAGES.items():
         directory = experiment.directory(name)
         result = ""
+        if name == "dpo_reference" and experiment.dpo.reference != "stored":
+            rows.append((name, "", "", "not needed"))
+            continue
         try:
             state = step(experiment, arguments).job.state()
             result = main_number(name, directory)

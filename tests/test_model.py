@@ -1059,6 +1059,14 @@ def test_stop_ends_the_text():
     assert stopped == free[: free.index(free[5])]
 
 
+def test_penalties_by_hand():
+    logits = torch.tensor([2.0, -2.0, 1.0, -1.0])
+    found = Sampling(repetition_penalty=2.0).penalised(logits, [0, 1, 1])
+    assert found.tolist() == [1.0, -4.0, 1.0, -1.0]  # both less likely; the others as they were
+    found = Sampling(no_repeat_ngram=2).penalised(logits, [3, 0, 2, 3])
+    assert found.tolist() == [-math.inf, -2.0, 1.0, -1.0]  # 3 was followed by 0
+
+
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     generator = torch.Generator().manual_seed(0)
