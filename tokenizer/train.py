@@ -132,8 +132,8 @@ def build(
     made = [path for path in made_with(directory) if path not in replaced and path.parent not in replaced]
     if made:
         raise UserError(
-            f"{', '.join(map(str, made))} was made with the tokenizer in {directory}; another would not fit. Make it all "
-            "again with --force-from tokenizer, or give the experiment another name"
+            f"{', '.join(map(str, made))} was made with the tokenizer in {directory}; another would not fit. Make it "
+            "all again with --force-from tokenizer, or give the experiment another name"
         )
     manifest = stage.finished(corpus)
     with job.making():
