@@ -76,7 +76,9 @@ def test_a_sliding_window(copy: Copy):
     copy.run("-m", "pytest", "-q", "tests/test_layouts.py")
     copy.run("pipeline.py", config, "pretrain", "sft")
     copy.run("serve.py", config, "generate", "def ", "--max-tokens", "30")
-    assert "a plain LLaMA with these weights gives other logits" in copy.run("convert.py", "to-hf", config, "out", status=2)
+    assert "a plain LLaMA with these weights gives other logits" in copy.run(
+        "convert.py", "to-hf", config, "out", status=2
+    )
 
 
 def test_a_learning_rate_schedule(copy: Copy):
