@@ -1,476 +1,289 @@
-"""The server: the OpenAI API's completions and chat, a plain /generate, a page to chat on. Needs fastapi and uvicorn.
-
-Behind every answer stands the engine; here it is spelt as clients expect it. Nothing that a request says reaches the
-disk.
-"""
+"""The server: OpenAI's completions and chat, a plain /generate, and a page to chat on."""
 
 import asyncio
-import base64
-import contextlib
-import hashlib
-import json
-import math
-import re
-import signal
+import secrets
 import socket
-import threading
 import time
-import uuid
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from cli import UserError, log
-from generate import Sampling
-from serving import engine as engines
-from serving.engine import Busy, Engine, Failed, Piece, Token
-from serving.guard import Guard, Protocol
+from serving.answers import Answers, finished, usage
+from serving.engine import Engine, Generation, Refused
 from serving.metrics import Metrics
 from serving.schema import (
+    BODY,
     CHOICES,
     MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
     ErrorBody,
     GenerateRequest,
-    Refused,
     Sampled,
-    refusal,
+    error_body,
+    invalid,
 )
 from serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
-DRAIN_SECONDS = 60  # in which what is under way may come to its end when the server is asked to stop
+DRAIN_SECONDS = 60  # for the answers under way when the server is asked to stop
+PATIENCE = 30.0  # seconds that a connection may wait for its client to send or to read
 CONNECTIONS = 512
-PAUSE = 0.04  # seconds between two events of a stream, at least
-HELP = {
-    "lumi_up": "Whether the engine runs.",
-    "lumi_requests_total": "Requests answered, by path and status.",
-    "lumi_prompt_tokens_total": "Tokens of prompts.",
-    "lumi_generated_tokens_total": "Tokens drawn.",
-    "lumi_running": "Texts being decoded.",
-    "lumi_waiting": "Texts that wait for a place among them.",
-    "lumi_request_seconds": "From a request to the end of its answer.",
-    "lumi_first_token_seconds": "From a request to its first token.",
-}
-
-# ------------------------------------------------------------------------------------------------------------- answers
 
 
-class Answers:
-    """What the engine writes for one HTTP request, as it comes to the event loop.
-
-    pause: seconds for which what was written is gathered, the first token and the last apart: to send an event takes
-    longer than to draw a small model's token. Raises what `Engine.submit` does, UserError for an impossible request.
-    """
-
-    def __init__(self, engine: Engine, requests: Sequence[engines.Request], metrics: Metrics, pause: float):
-        self.arrived: deque[tuple[int, Piece | Failed]] = deque()
-        self.news = asyncio.Event()
-        self.metrics = metrics
-        loop, told = asyncio.get_running_loop(), -math.inf
-
-        def put(i: int, piece: Piece | Failed) -> None:  # called by the engine's thread
-            nonlocal told
-            self.arrived.append((i, piece))
-            if isinstance(piece, Failed) or piece.finish or time.monotonic() - told >= pause:
-                told = time.monotonic()
-                with contextlib.suppress(RuntimeError):  # the loop has ended, with it whoever waited
-                    loop.call_soon_threadsafe(self.news.set)
-
-        try:
-            self.generations = engine.submit(requests, put)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Each piece, with the number of its answer, until all have ended. Raises Failed."""
-        left = len(self.generations)
-        while left:
-            await self.news.wait()
-            self.news.clear()
-            together: defaultdict[int, list[Piece]] = defaultdict(list)
-            failed = None
-            while self.arrived:
-                i, piece = self.arrived.popleft()
-                if isinstance(piece, Exception):
-                    failed = piece
-                    break
-                left -= piece.finish is not None
-                together[i].append(piece)
-            for i, pieces in together.items():
-                yield i, joined(pieces)
-            if failed:
-                raise failed
-
-    async def whole(self) -> list[Piece]:
-        """Each answer in one piece."""
-        found: list[list[Piece]] = [[] for _ in self.generations]
-        async for i, piece in self.pieces():
-            found[i].append(piece)
-        return [joined(pieces) for pieces in found]
-
-    def usage(self, prompts: int) -> dict[str, int]:
-        """Tokens, of each prompt once."""
-        each = len(self.generations) // prompts
-        read = sum(generation.prompt_tokens for generation in self.generations[::each])
-        drawn = sum(generation.tokens for generation in self.generations)
-        return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
-
-    def close(self) -> None:
-        """Ends what nobody waits for any more."""
-        for generation in self.generations:
-            generation.cancel()
-            self.metrics.add("lumi_prompt_tokens_total", generation.prompt_tokens)
-            self.metrics.add("lumi_generated_tokens_total", generation.tokens)
-            if generation.first:
-                self.metrics.observe("lumi_first_token_seconds", generation.first - generation.asked)
-
-
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Pieces of one text, in one."""
-    tokens = [token for piece in pieces for token in piece.tokens]
-    return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].finish)
-
-
-class Stream(StreamingResponse):
-    """Server-sent events. Answers end with the connection, however that ends."""
-
-    def __init__(self, events: AsyncIterator[dict], answers: Answers):
-        super().__init__(self.spelt(events), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.answers = answers
-
-    @staticmethod
-    async def spelt(events: AsyncIterator[dict]) -> AsyncIterator[bytes]:
-        try:
-            async for event in events:
-                yield b"data: %s\n\n" % json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
-        except Failed as error:
-            yield b"data: %s\n\n" % json.dumps(refusal(error).body).encode()
-        yield b"data: [DONE]\n\n"
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answers.close()
-
-
-async def whole(request: Request, answers: Answers) -> list[Piece]:
-    """The answers, unless the client goes away meanwhile."""
-    writing = asyncio.ensure_future(answers.whole())
-    leaving = asyncio.ensure_future(left(request))
+async def under_way(request: Request) -> AsyncIterator[list[Generation]]:
+    """The generations of a request. They end when it ends, also if the client leaves."""
+    generations = []
     try:
-        await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not writing.done():
-            raise Refused(499, "the client has gone")
-        return writing.result()
+        yield generations
     finally:
-        writing.cancel()
-        leaving.cancel()
-        answers.close()
+        for generation in generations:
+            generation.cancelled = True
+            request.app.state.metrics.count(generation)
 
 
-async def left(request: Request) -> None:
-    """Returns once the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+UnderWay = Annotated[list[Generation], Depends(under_way)]
 
 
-# --------------------------------------------------------------------------------------------- how OpenAI spells them
+class Api:
+    """The routes."""
 
-
-class Spelling:
-    """The OpenAI API's objects, of completions, or of `chat`."""
-
-    def __init__(self, served: Served, chat: bool, usage: bool):
-        self.served, self.chat, self.with_usage = served, chat, usage
-        self.common = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": served.model.digest[:12],
+    def __init__(self, served: Served, engine: Engine):
+        self.served, self.engine = served, engine
+        self.about = {
+            "id": served.name,
+            "object": "model",
+            "created": int((served.directory / "manifest.json").stat().st_mtime),
+            "owned_by": "lumi",
+            "stage": served.stage,
+            "parameters": served.model.num_parameters(),
+            "context_length": served.model.config.context_length,
+            "max_tokens": MAX_TOKENS,
+            "template": served.template,
+            "checkpoint": served.model.digest,
+            "tokenizer": served.tokenizer.sha256,
+            "vocab_size": served.tokenizer.vocab_size,
         }
 
-    def whole(self, answers: Sequence[Piece], logprobs: bool, usage: dict) -> dict:
-        choices = []
-        for i, answer in enumerate(answers):
-            said = {"message": {"role": "assistant", "content": answer.text}} if self.chat else {"text": answer.text}
-            choices.append(self.choice(i, said, answer, logprobs))
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self.common | {"object": kind, "choices": choices, "usage": usage}
+    async def health(self) -> Response:
+        """Status 200 while the engine runs, and 503 when it has stopped."""
+        running = self.engine.running
+        body = {"status": "ok" if running else "the engine has stopped", "model": self.served.name}
+        return JSONResponse(body, 200 if running else 503)
 
-    async def events(self, answers: Answers, logprobs: bool, prompts: int) -> AsyncIterator[dict]:
-        if self.chat:
-            for i in range(len(answers.generations)):
-                said = {"delta": {"role": "assistant", "content": ""}}
-                yield self.chunk([self.choice(i, said, Piece(""), False)])
-        async for i, piece in answers.pieces():
-            delta = {"content": piece.text} if piece.text or piece.tokens else {}
-            said = {"delta": delta} if self.chat else {"text": piece.text}
-            yield self.chunk([self.choice(i, said, piece, logprobs)])
-        if self.with_usage:
-            yield self.chunk([]) | {"usage": answers.usage(prompts)}
+    async def metrics(self, request: Request) -> Response:
+        """Counts and times in Prometheus' text format."""
+        return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def chunk(self, choices: list[dict]) -> dict:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self.common | {"object": kind, "choices": choices} | ({"usage": None} if self.with_usage else {})
+    async def models(self) -> dict:
+        """The server has one model."""
+        return {"object": "list", "data": [self.about]}
 
-    def choice(self, i: int, said: dict, piece: Piece, logprobs: bool) -> dict:
-        found = self.logprobs(piece.tokens) if logprobs else None
-        return {"index": i, **said, "logprobs": found, "finish_reason": piece.finish}
+    async def model(self, name: str) -> dict:
+        """Its stage, size, limits and template, and the SHA-256 of its checkpoint and tokenizer."""
+        self.check_name(name, 404)
+        return self.about
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict:
-        if self.chat:
-            content = [
-                self.token(token.id, token.logprob) | {"top_logprobs": [self.token(*pair) for pair in token.candidates]}
-                for token in tokens
-            ]
-            return {"content": content, "refusal": None}
-        return {
-            "tokens": [self.spelt(token.id)[0] for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self.spelt(i)[0]: logprob for i, logprob in token.candidates} for token in tokens],
-            "text_offset": [token.start for token in tokens],
-        }
+    async def generate(self, body: GenerateRequest, request: Request, generations: UnderWay) -> dict:
+        """A fine-tuned model answers the prompt. A base model continues it."""
+        ids = await asyncio.to_thread(self.served.prompt, body.prompt)
+        self.start(generations, body, [ids], body.max_length, stop_ids=self.served.stop)
+        await finished(generations, request)
+        answer = {"model": self.served.name, "text": generations[0].text, "finish_reason": generations[0].finish}
+        return answer | {"usage": usage(generations, 1)}
 
-    def token(self, i: int, logprob: float) -> dict:
-        text, spelt = self.spelt(i)
-        return {"token": text, "logprob": logprob, "bytes": list(spelt)}
+    async def completions(self, body: CompletionRequest, request: Request, generations: UnderWay) -> Response:
+        """Continues one text or several."""
+        prompts = body.prompt
+        if isinstance(prompts, str) or isinstance(prompts[0], int):
+            prompts = [prompts]
+        ids = []
+        for prompt in prompts:
+            encode = self.served.text if isinstance(prompt, str) else self.served.fitting
+            ids.append(await asyncio.to_thread(encode, prompt))
+        return await self.answer(generations, body, request, ids, body.max_tokens or 16, body.logprobs)
 
-    def spelt(self, i: int) -> tuple[str, bytes]:
-        """A token's text, and its bytes: one may be a part of a character only."""
-        pieces = self.served.tokenizer.pieces
-        name = pieces.id_to_piece(i) if i < self.served.tokenizer.vocab_size else f"<row {i}>"
-        if i < self.served.tokenizer.vocab_size and pieces.is_byte(i):
-            return f"bytes:\\x{name[3:5].lower()}", bytes.fromhex(name[3:5])
-        text = name.replace("\u2581", " ")
-        return text, text.encode()
+    async def chat(self, body: ChatRequest, request: Request, generations: UnderWay) -> Response:
+        """Writes the next message of a conversation. The model must be fine-tuned."""
+        if body.top_logprobs and not body.logprobs:
+            raise Refused("top_logprobs: expected logprobs true beside it", param="top_logprobs")
+        ids = await asyncio.to_thread(self.served.conversation, [message.message() for message in body.messages])
+        room = min(self.served.model.config.context_length - len(ids), MAX_TOKENS)
+        max_tokens = body.max_completion_tokens or body.max_tokens or room
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await self.answer(generations, body, request, [ids], max_tokens, logprobs)
+
+    async def answer(self, generations, body: Sampled, request, prompts, max_tokens, logprobs) -> Response:
+        """Completions and chat from here on. prompts: ids of each."""
+        if body.model:
+            self.check_name(body.model, 400)
+        if body.n * len(prompts) > CHOICES:
+            raise Refused(f"n: {body.n * len(prompts)} answers in one request; expected at most {CHOICES}", param="n")
+        prompts = [ids for ids in prompts for _ in range(body.n)]
+        stop_ids = () if body.ignore_eos else self.served.stop
+        self.start(generations, body, prompts, max_tokens, stop_ids=stop_ids, stop=body.stops(), logprobs=logprobs)
+        answers = Answers(self.served, body, generations, request)
+        if not body.stream:
+            return JSONResponse(await answers.whole())
+        return StreamingResponse(answers.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
+
+    def start(self, generations: list[Generation], body, prompts: list[list[int]], max_tokens: int, **options) -> None:
+        """Submits one generation for each prompt. Their seeds count up."""
+        new = []
+        for number, ids in enumerate(prompts):
+            seed = None if body.seed is None else (body.seed + number) % 2**63
+            new.append(Generation(self.served.tokenizer, ids, max_tokens, body.sampling(), seed, **options))
+        self.engine.submit(new)
+        generations += new
+
+    def check_name(self, name: str, status: int) -> None:
+        if name != self.served.name:
+            raise Refused(f"no model {name!r}; expected {self.served.name}", status, "model", "model_not_found")
 
 
-# -------------------------------------------------------------------------------------------------------------- routes
+# --------------------------------------------------------------------------------------------------------- application
 
 
-def create_app(served: Served, engine: Engine, key: str | None = None) -> FastAPI:
-    """The application. key: what clients must send; None: nothing."""
+def create_app(served: Served, engine: Engine, key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
+    """The application. key: clients must send it. origins: web pages that may call the API from a browser."""
     app = FastAPI(
         title="Lumi",
+        description="One language model, with OpenAI's API for chat and completions.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        max_body_size=BODY,
+        responses={
+            "4XX": {"model": ErrorBody, "description": "The request has a mistake, or exceeds a limit."},
+            "5XX": {"model": ErrorBody, "description": "The server failed."},
+        },
     )
-    metrics = Metrics(HELP)
-    page = PAGE.read_text(encoding="utf-8")
-    about = {
-        "id": served.name,
-        "object": "model",
-        "created": int((served.directory / "manifest.json").stat().st_mtime),
-        "owned_by": "lumi",
-        "stage": served.stage,
-        "parameters": served.model.num_parameters(),
-        "context_length": served.model.config.context_length,
-        "max_tokens": MAX_TOKENS,
-        "template": served.template,
-        "checkpoint": served.model.digest,
-        "tokenizer": served.tokenizer.sha256,
-        "vocab_size": served.tokenizer.vocab_size,
-    }
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        return refusal(error).response()
-
-    for kind in (Refused, Busy, Failed, UserError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, refuse)
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def home() -> Response:
-        """The page."""
-        return HTMLResponse(page, headers=policy(page))
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> Response:
-        return Response(status_code=204)
-
-    @app.get("/health")
-    @app.head("/health", include_in_schema=False)
-    async def health() -> Response:
-        """200 while the engine runs, 503 once it has failed."""
-        if not engine.running:
-            return JSONResponse({"status": "the engine has failed", "model": served.name}, 503)
-        return JSONResponse({"status": "ok", "model": served.name})
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def counts() -> Response:
-        """Counts and times, in Prometheus' text format."""
-        running, waiting = engine.load()
-        now = {"lumi_up": engine.running, "lumi_running": running, "lumi_waiting": waiting}
-        page = "\n".join(metrics.lines(now)) + "\n"
-        return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
-
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [about]}
-
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict:
-        if name != served.name:
-            raise Refused(404, f"there is no model {name!r}, only {served.name}", code="model_not_found")
-        return about
-
-    @app.post("/generate")
-    async def generate(body: GenerateRequest, request: Request) -> dict:
-        """The answer to a prompt, of a model that was taught to answer; of another, how it goes on."""
-        sampling = Sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
-        asked = engines.Request(
-            ids=await asyncio.to_thread(served.prompt, body.prompt),
-            max_tokens=body.max_length,
-            sampling=sampling,
-            seed=body.seed,
-            stop_ids=served.stop,
-        )
-        answers = Answers(engine, [asked], metrics, math.inf)
-        [answer] = await whole(request, answers)
-        return {"model": served.name, "text": answer.text, "finish_reason": answer.finish, "usage": answers.usage(1)}
-
-    streamed = {200: {"content": {"text/event-stream": {}}}}
-
-    @app.post("/v1/completions", responses=streamed)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Goes on with one text or several."""
-        match body.prompt:
-            case str() | [int(), *_]:
-                prompts = [body.prompt]
-            case _:
-                prompts = body.prompt
-        spelt = [served.text if isinstance(prompt, str) else served.short for prompt in prompts]
-        ids = [await asyncio.to_thread(spell, prompt) for spell, prompt in zip(spelt, prompts, strict=True)]
-        return await answer(body, request, False, ids, body.max_tokens or 16, body.logprobs)
-
-    @app.post("/v1/chat/completions", responses=streamed)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        """The next answer in a conversation."""
-        if body.top_logprobs is not None and not body.logprobs:
-            raise Refused(400, "top_logprobs: only with logprobs true", "top_logprobs")
-        ids = await asyncio.to_thread(served.conversation, [message.message() for message in body.messages])
-        room = served.model.config.context_length - len(ids)
-        most = body.max_completion_tokens or body.max_tokens or min(room, MAX_TOKENS)
-        return await answer(body, request, True, [ids], most, (body.top_logprobs or 0) if body.logprobs else None)
-
-    async def answer(
-        body: Sampled, request: Request, chat: bool, prompts: list[list[int]], most: int, logprobs: int | None
-    ) -> Response:
-        if body.model not in (None, served.name):
-            raise Refused(400, f"there is no model {body.model!r}, only {served.name}", "model", "model_not_found")
-        n = body.n or 1
-        if n * len(prompts) > CHOICES:
-            raise Refused(400, f"{n * len(prompts)} answers asked for; at most {CHOICES}", "n")
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        requests = [
-            engines.Request(
-                ids=ids,
-                max_tokens=most,
-                sampling=body.sampling(),
-                seed=None if body.seed is None else (body.seed + i) % 2**63,
-                stop_ids=() if body.ignore_eos else served.stop,
-                stop=[text for text in stop if text],
-                logprobs=logprobs,
-            )
-            for i, ids in enumerate(ids for ids in prompts for _ in range(n))
-        ]
-        answers = Answers(engine, requests, metrics, PAUSE if body.stream else math.inf)
-        options = body.stream_options
-        spelling = Spelling(served, chat, bool(body.stream and options and options.include_usage))
-        if body.stream:
-            return Stream(spelling.events(answers, logprobs is not None, len(prompts)), answers)
-        found = await whole(request, answers)
-        return JSONResponse(spelling.whole(found, logprobs is not None, answers.usage(len(prompts))))
-
-    known = {route.path for route in app.routes}
-    app.add_middleware(Guard, key=key, known=known, metrics=metrics)
+    app.state.metrics = Metrics(engine)
+    api = Api(served, engine)
+    app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
+    app.get("/favicon.ico", include_in_schema=False)(lambda: Response(status_code=204))
+    app.head("/health", include_in_schema=False)(api.health)
+    app.get("/health", summary="Tell if the engine runs")(api.health)
+    guard = {"dependencies": [Depends(key_check(key))] if key else []}
+    text = {"response_class": PlainTextResponse}
+    app.get("/metrics", summary="Report counts and times", **text, **guard)(api.metrics)
+    app.get("/v1/models", summary="List the model", **guard)(api.models)
+    app.get("/v1/models/{name}", summary="Describe the model", **guard)(api.model)
+    app.post("/generate", summary="Answer a question, or continue a text", **guard)(api.generate)
+    stream = {"responses": {200: {"content": {"text/event-stream": {}}}}}
+    app.post("/v1/completions", summary="Continue texts", **stream, **guard)(api.completions)
+    app.post("/v1/chat/completions", summary="Answer a conversation", **stream, **guard)(api.chat)
+    for kind in (UserError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, respond)
+    app.add_middleware(Watch, paths={route.path for route in app.routes}, metrics=app.state.metrics)
+    if origins:
+        methods, headers = ["GET", "POST"], ["*"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
     return app
 
 
-def policy(page: str) -> dict[str, str]:
-    """Headers that let a page run its own script and style only, and talk to its own server only."""
+def key_check(key: str) -> Callable:
+    """A dependency that refuses requests without the key."""
+    bearer = HTTPBearer(auto_error=False, description="The server's LUMI_API_KEY.")
 
-    def digest(tag: str) -> str:
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        sent = given.credentials.encode("latin-1") if given else b""
+        if not secrets.compare_digest(sent, key.encode()):
+            problem = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
+            raise Refused(problem, 401, code="invalid_api_key")
 
-    rules = f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'"
-    rules += "; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return {
-        "Content-Security-Policy": rules,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
+    return check
 
 
-# ------------------------------------------------------------------------------------------------------------ serving
+async def respond(request: Request, error: Exception) -> Response:
+    """The response that an exception means."""
+    if isinstance(error, RequestValidationError):
+        error = invalid(error)
+    elif isinstance(error, HTTPException):
+        error = Refused(f"{error.detail}; /openapi.json lists the routes and their fields", error.status_code)
+    elif not isinstance(error, Refused):
+        error = Refused(str(error)) if isinstance(error, UserError) else Refused("a defect; see the server's log", 500)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    return JSONResponse(error_body(error), error.status, headers.get(error.status))
+
+
+class Watch:
+    """ASGI middleware that counts and logs requests."""
+
+    def __init__(self, app, paths: set[str], metrics: Metrics):
+        self.app, self.paths, self.metrics = app, paths, metrics
+
+    async def __call__(self, scope, receive, send) -> None:
+        status, started = "gone", time.perf_counter()  # gone: the client left before the answer
+
+        async def note_status(message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_status)
+        except Exception:  # Starlette answers with 500
+            status = 500 if status == "gone" else status
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.requests.labels(path=path, status=status).inc()
+            if scope["method"] == "POST":
+                self.metrics.seconds.observe(seconds)
+            log.info(f"{scope['method']} {scope['path'][:80]!r}: {status}, {seconds:.2f} s")
+
+
+# -------------------------------------------------------------------------------------------------------------- server
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address: who comes before the server runs waits. UserError if it cannot be had."""
+    """A listening socket: connections wait there until the server runs. UserError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(2048)
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}; choose others by --host, --port"
-        ) from None
-    return found
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; change --host or --port") from None
 
 
 class Server(uvicorn.Server):
-    """A server for `run(sockets=[…])`, which returns once it was asked to stop and has answered what was asked before.
-
-    That is by SIGTERM or SIGINT if it runs in the main thread, else by `should_exit`. What takes too long then, or is
-    under way when a second signal comes, is cut off with an error.
-    """
+    """Runs until SIGTERM or Ctrl-C, then finishes the answers under way. A second signal cuts them off."""
 
     def __init__(self, app: FastAPI, engine: Engine):
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=Protocol,
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                limit_concurrency=CONNECTIONS,
-                timeout_graceful_shutdown=DRAIN_SECONDS + 10,
-            )
-        )
+        options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False}
+        limits = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": DRAIN_SECONDS}
+        super().__init__(uvicorn.Config(app, http="h11", loop="asyncio", **options, **limits))
         self.engine = engine
+        self.waiting: dict[object, float] = {}  # connections that wait for their clients, and since when
 
     def handle_exit(self, sig, frame) -> None:
-        under_way = len(self.engine.open)
         if self.should_exit:
             self.engine.stop()
-        elif under_way:
-            log.info(f"finishing {under_way} answers, in {DRAIN_SECONDS} seconds at most; once more cuts them off")
-            timer = threading.Timer(DRAIN_SECONDS, self.engine.stop)
-            timer.daemon = True
-            timer.start()
+        elif self.engine.open:
+            log.info(f"finishing {len(self.engine.open)} answers, for at most {DRAIN_SECONDS} seconds")
         self.should_exit = True
 
-
-def run(served: Served, engine: Engine, listening: socket.socket, key: str | None) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers what was asked before, and returns."""
-    ours = Server(create_app(served, engine, key), engine)
-    for number in (signal.SIGTERM, signal.SIGINT):  # also in the moments before the server takes them to itself
-        signal.signal(number, ours.handle_exit)
-    ours.run(sockets=[listening])
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn calls it ten times a second. Drops connections whose clients send or read too slowly."""
+        now, waiting = time.monotonic(), {}
+        for connection in list(self.server_state.connections):
+            cycle = connection.cycle
+            sending = cycle is None or cycle.response_complete or cycle.more_body
+            if sending or connection.flow.write_paused:
+                waiting[connection] = self.waiting.get(connection, now)
+                if now - waiting[connection] > PATIENCE:
+                    connection.transport.abort()
+        self.waiting = waiting
+        return await super().on_tick(counter)

@@ -1,6 +1,6 @@
-"""A conversation with a model in the terminal; of a pipe, every line is a turn.
+"""A conversation with a model in the terminal. In a pipe, every line is a message.
 
-Standard output carries the answers and nothing else; what is said about them goes to standard error.
+Standard output carries the answers only; notices go to standard error.
 """
 
 import contextlib
@@ -9,315 +9,198 @@ import importlib
 import json
 import os
 import re
-import select
 import signal
 import sys
-import termios
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import cli
 import stage
 from cli import UserError
 from generate import Sampling
-from serving.engine import Engine, Failed, Generation, Request
-from serving.served import Served, TooLong
-from sft.conversations import ROLES, Message, Refused, cleaned, in_turn, message_list
+from serving.engine import Engine, Generation, Refused
+from serving.served import Served
+from sft.conversations import Message
 
 HELP = """\
-/help            this list
-/reset           forget the conversation; the system message stays
-/system TEXT     set the system message and begin anew; alone: show it; - removes
-/temperature X   0: the likeliest answer; more: freer ones; alone: show it
-/save FILE       write the conversation to a file, as JSON
-/load FILE       go on with the conversation in a file
-/exit, /quit     leave, as Ctrl-D does
-Ctrl-C stops an answer. A line that ends in a backslash goes on in the next;
-lines pasted together are one message. One that begins with /: write //."""
+/help            show this list
+/reset           forget the conversation, but not the system message
+/system TEXT     set the system message and start again; without TEXT: show it; -: remove it
+/temperature X   0: always the likeliest token; higher: freer answers; without X: show it
+/save FILE       save the conversation as JSON
+/load FILE       continue a saved conversation
+/exit, /quit     leave, like Ctrl-D
+Ctrl-C stops an answer. End a line with a backslash to continue the message on the next line.
+To send a message that begins with /, type //."""
 COMMANDS = " ".join(re.findall(r"/\w+", HELP.partition("Ctrl-C")[0]))
-LARGEST = 16 * 2**20  # bytes of a saved conversation
-PASTE = 0.03  # seconds in which the rest of a paste follows a line
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """The text with what could command a terminal, or turn the writing direction, spelt out, such as \\x1b."""
+    """The text with escapes such as \\x1b for characters that control a terminal or the writing direction."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def write(text: str) -> None:
-    """Writes some of an answer on standard output: as it is, or for a terminal `visible`."""
+    """Writes a part of an answer on standard output."""
     print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def notice(text: str) -> None:
+    print(visible(text), file=sys.stderr, flush=True)
+
+
 class Chat:
-    """What has been said, and the commands that change it. system: the system message, "" for none."""
+    """The conversation so far. max_tokens: of an answer; None: what fits the context. system: "" for none."""
 
     def __init__(
         self, served: Served, engine: Engine, sampling: Sampling, max_tokens: int | None, seed: int | None, system: str
     ):
-        self.served, self.engine = served, engine
+        self.served, self.engine, self.system = served, engine, system
         self.sampling, self.max_tokens, self.seed = sampling, max_tokens, seed
-        self.terminal = sys.stdin.isatty()
-        self.colour = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
         self.messages: list[Message] = []
-        self.files: set[Path] = set()  # that conversations of this session are in
-        self.first = 0  # of the messages, the first that still fits the context
-        self.system = _whole(system)
-        self.reading = self.interrupted = self.told = False
-        self.generation: Generation | None = None
+        self.first = 0  # the first message that still fits the context
+        self.files: set[Path] = set()  # files of this session, which /save may overwrite
+        self.terminal = sys.stdin.isatty()
 
     def run(self) -> None:
-        """Until the input ends, or the user leaves."""
+        """Reads messages until the input ends or the user leaves."""
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
         if self.terminal:
-            size = sum(p.numel() for p in self.served.model.parameters())
-            of = f", stage {self.served.stage}" if self.served.stage else ""
-            self.notice(f"{self.served.name}: {size:,} parameters{of}; /help lists the commands")
-        for text in self._typed() if self.terminal else _piped():
-            if text.startswith("/") and not text.startswith("//"):
-                if not self.command(text):
-                    break
-            elif cleaned(text):
-                self.ask(text.removeprefix("/") if text.startswith("//") else text)
-
-    def notice(self, text: str) -> None:
-        """Says something that is no answer."""
-        dim, plain = ("\x1b[2m", "\x1b[0m") if text and self.colour and sys.stderr.isatty() else ("", "")
-        print(f"{dim}{visible(text)}{plain}", file=sys.stderr, flush=True)
-
-    # ------------------------------------------------------------------------------------------------------- input
-
-    def _typed(self) -> Iterator[str]:
-        """Messages as they are typed. Ctrl-C drops the one that is being typed."""
-        editing, bold, plain = False, "", ""
-        if sys.stdout.isatty():
-            with contextlib.suppress(ImportError):  # with it, input() has line editing and a history
-                readline = importlib.import_module("readline")
-                editing = True
-                if self.colour:
-                    bold, plain = "\001\x1b[1m\002", "\001\x1b[0m\002"
-                    readline.parse_and_bind("set enable-bracketed-paste on")  # Python puts it off
-        while True:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
+            with contextlib.suppress(ImportError):
+                importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
+            parameters = self.served.model.num_parameters()
+            notice(f"{self.served.name}: {parameters:,} parameters; /help lists the commands")
+        text = ""
+        while text not in ("/exit", "/quit"):
             try:
-                text = _whole(self._line(f"{bold}>{plain} ", editing))
-                while not text.startswith("/") and ((more := _waiting()) or text.endswith("\\")):
-                    text = text if more else text[:-1]
-                    try:
-                        text += "\n" + _whole(self._line(f"{bold}...{plain} ", editing))
-                    except EOFError:
-                        break
-            except KeyboardInterrupt:
-                self.notice("" if self.told else "\nCtrl-D or /exit to leave")
-                self.told = True
+                text = self.read()
+                if text.startswith("/") and not text.startswith("//"):
+                    self.command(*text.split(maxsplit=1))
+                elif text.strip():
+                    self.ask(text.removeprefix("/") if text.startswith("//") else text)
             except EOFError:
-                self.notice("")
-                return
-            except UserError as error:
-                self.notice(f"{error}; the message was not sent")
-            else:
-                yield text
+                break
+            except KeyboardInterrupt:
+                notice("\nCtrl-D or /exit leaves")
+            except UnicodeDecodeError:
+                raise UserError("standard input is not UTF-8") from None
+            except BrokenPipeError:  # the reader of the answers has left
+                raise
+            except OSError as error:
+                notice(f"{error.filename}: {error.strerror}")
+            except (UserError, ValueError, RuntimeError) as error:  # RuntimeError: ~user with an unknown user
+                if not self.terminal and getattr(error, "status", 0) >= 500:  # the engine failed
+                    raise
+                notice(str(error))
 
-    def _line(self, mark: str, editing: bool) -> str:
-        if not editing:
-            print(mark, end="", file=sys.stderr, flush=True)
-        self.interrupted, self.reading = False, True
-        try:
-            return input(mark if editing else "")
-        except UnicodeDecodeError:
-            raise UserError("what was typed is not UTF-8") from None
-        finally:
-            self.reading = False
+    def read(self) -> str:
+        """The next message, or command. Raises EOFError."""
+        text = self.line("> ")
+        while self.terminal and text.endswith("\\"):
+            text = text[:-1] + "\n" + self.line("... ")
+        return text
 
-    def interrupt(self, signum, frame) -> None:
-        """Ctrl-C: ends the line that is being typed, or the answer; a command is left to finish."""
-        self.interrupted = True
-        if self.generation:
-            self.generation.cancel()
-        if self.reading:
-            self.reading = False
-            raise KeyboardInterrupt
-
-    # ------------------------------------------------------------------------------------------------------ answers
+    def line(self, prompt: str) -> str:
+        if self.terminal and sys.stdout.isatty():
+            return input(prompt)  # with readline: editing and history
+        if self.terminal:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        return input()
 
     def ask(self, text: str) -> None:
-        """One turn: writes the answer as it comes. Without an answer the conversation stays as it was."""
-        asked, said = Message("user", text), ""
+        """Sends a message and writes the answer. Without an answer, the message is forgotten."""
+        question = Message("user", text)
+        ids, first = self.fitting(question)
+        room = self.served.model.config.context_length - len(ids)
+        limit = min(room, self.max_tokens or room)
+        seed = None if self.seed is None else self.seed + len(self.messages) // 2
+        answer = Generation(self.served.tokenizer, ids, limit, self.sampling, seed, self.served.stop)
+        self.engine.submit([answer])
         try:
-            ids, first = self._fitting(asked)
-            room = self.served.model.config.context_length - len(ids)
-            seed = None if self.seed is None else self.seed + len(self.messages) // 2
-            limit = min(room, self.max_tokens or room)
-            request = Request(ids=ids, max_tokens=limit, sampling=self.sampling, seed=seed, stop_ids=self.served.stop)
-            (self.generation,) = self.engine.submit([request])
-            if self.interrupted:
-                self.generation.cancel()
-            for piece in self.generation:
+            for piece in answer:
                 write(piece.text)
-                said += piece.text
-            write("\n")
-        except TooLong as error:
-            return self.notice(f"the message is too long and was not sent: {error}")
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        except Failed as error:
-            if not self.terminal:
-                raise UserError(str(error)) from None
-            return self.notice(f"\nno answer: {error}")
-        finally:
-            self.generation = None
-        notes = {"cancelled": ["stopped"], "length": [f"cut off after {limit:,} tokens"]}.get(piece.finish, [])
-        if said.strip():
-            self.messages += [asked, Message("assistant", said)]
-            self.first = first
-        else:
-            notes.append("an empty answer; the message is forgotten")
-        if notes:
-            self.notice(f"({'; '.join(notes)})")
-        if self.terminal:
-            self.notice("")
+        except KeyboardInterrupt:
+            answer.cancelled = True
+            for piece in answer:
+                write(piece.text)
+        write("\n")
+        if answer.finish != "stop":
+            notice("(stopped)" if answer.finish == "cancelled" else f"(cut off after {limit:,} tokens)")
+        if not answer.text.strip():
+            notice("(an empty answer: the message is forgotten)")
+            return
+        if first and not self.first:
+            notice("(the conversation is longer than the model's context: its earliest messages are left out)")
+        self.first = first
+        self.messages += [question, Message("assistant", answer.text)]
 
-    def _fitting(self, asked: Message) -> tuple[list[int], int]:
-        """The ids of the conversation and a message more; of the oldest turns as many are left out as must be for the
-        answer to have a quarter of the context. And the number of the first message that is left."""
+    def fitting(self, question: Message) -> tuple[list[int], int]:
+        """The prompt's ids, and its first message: the oldest are left out until a quarter of the context is free."""
         context = self.served.model.config.context_length
         system = [Message("system", self.system)] if self.system else []
         for first in range(self.first, len(self.messages) + 1, 2):
+            last_chance = first == len(self.messages)
             try:
-                ids = self.served.conversation([*system, *self.messages[first:], asked])
-            except TooLong:
-                if first == len(self.messages):
+                ids = self.served.conversation([*system, *self.messages[first:], question])
+            except Refused:
+                if last_chance:
                     raise
                 continue
-            if len(ids) <= context - max(32, context // 4):
-                break
-        if first and not self.first:
-            self.notice("(the conversation has outgrown the model's context: its earliest turns are left out)")
-        return ids, first
+            if last_chance or len(ids) <= context - max(32, context // 4):
+                return ids, first
 
-    # ----------------------------------------------------------------------------------------------------- commands
-
-    def command(self, line: str) -> bool:
-        """Does what a line asks for; whether to go on. A command that fails says why, and changes nothing."""
-        name, rest = [*line.split(maxsplit=1), ""][:2]
+    def command(self, name: str, rest: str = "") -> None:
         rest = rest.strip()
-        try:
-            match name:
-                case "/exit" | "/quit":
-                    return False
-                case "/help":
-                    self.notice(HELP)
-                case "/reset":
-                    self._begin([])
-                    self.notice("the conversation is forgotten")
-                case "/system" if rest:
-                    self._begin([], "" if rest == "-" else rest)
-                    self.notice("the conversation begins anew")
-                case "/system":
-                    self.notice(self.system or "no system message")
-                case "/temperature":
-                    if rest:
-                        self.sampling = dataclasses.replace(self.sampling, temperature=_number(rest))
-                    self.notice(f"temperature {self.sampling.temperature:g}")
-                case "/save" | "/load" if not rest:
-                    self.notice(f"{name} needs the name of a file")
-                case "/save":
-                    self._save(Path(rest).expanduser())
-                case "/load":
-                    self._load(Path(rest).expanduser())
-                case _:
-                    self.notice(f"{name:.40} is none of {COMMANDS}; to send it: /{name:.40}")
-        except OSError as error:
-            self.notice(f"{rest}: {error.strerror}")
-        except (UserError, ValueError, RuntimeError) as error:  # RuntimeError: of a ~user who is unknown
-            self.notice(str(error))
-        return True
+        match name:
+            case "/exit" | "/quit":
+                pass
+            case "/help":
+                notice(HELP)
+            case "/reset":
+                self.start([], self.system)
+                notice("the conversation is forgotten")
+            case "/system" if rest:
+                self.start([], "" if rest == "-" else rest)
+                notice("a new conversation starts")
+            case "/system":
+                notice(self.system or "no system message")
+            case "/temperature":
+                if rest:
+                    self.sampling = dataclasses.replace(self.sampling, temperature=float(rest))
+                notice(f"temperature {self.sampling.temperature:g}")
+            case "/save" | "/load" if not rest:
+                notice(f"{name} needs the name of a file")
+            case "/save":
+                self.save(Path(rest).expanduser())
+            case "/load":
+                self.load(Path(rest).expanduser())
+            case _:
+                notice(f"no command {name:.40}; expected one of {COMMANDS}; // begins a message with /")
 
-    def _begin(self, messages: list[Message], system: str | None = None) -> None:
-        self.messages, self.first = messages, 0
-        self.system = self.system if system is None else system
+    def start(self, messages: Sequence[Message], system: str) -> None:
+        self.messages, self.system, self.first = list(messages), system, 0
 
-    def _save(self, path: Path) -> None:
-        if not self.messages:
-            raise UserError("nothing has been said yet")
-        if path.exists() and path.resolve() not in self.files:
-            raise UserError(f"{path} is there already and not of this conversation: choose another name")
-        system = [Message("system", self.system)] if self.system else []
-        messages = [{"role": role, "content": content} for role, content, _ in [*system, *self.messages]]
-        stage.write_json(path, {"model": self.served.name, "sha256": self.served.model.digest, "messages": messages})
+    def save(self, path: Path) -> None:
+        if os.path.lexists(path) and path.resolve() not in self.files:
+            raise UserError(f"{path} exists and is not from this session; choose another name")
+        messages = [Message("system", self.system)] * bool(self.system) + self.messages
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        stage.write_json(path, {"model": self.served.name, "sha256": self.served.model.digest, "messages": turns})
         self.files.add(path.resolve())
-        self.notice(f"saved {len(self.messages)} messages to {path}")
+        notice(f"saved {len(self.messages)} messages to {path}")
 
-    def _load(self, path: Path) -> None:
-        record, messages = _saved(path)
-        system = messages.pop(0).content if messages[0].role == "system" else ""
-        self._begin(messages, system)
-        self.files.add(path.resolve())
-        other = "" if record.get("sha256") == self.served.model.digest else f"; it was with {record.get('model')!s:.80}"
-        self.notice(f"loaded {len(messages)} messages from {path}{other}")
-
-
-def _saved(path: Path) -> tuple[dict, list[Message]]:
-    """A saved conversation. UserError if the file is none."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file")
-    if (size := path.stat().st_size) > LARGEST:
-        raise UserError(f"{path} has {size:,} bytes; expected a saved conversation of at most {LARGEST:,}")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or "messages" not in record:
-            raise Refused("expected an object with the field messages")
-        return record, list(in_turn(message_list(record, ("messages",), "role", "content", ROLES)))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not a saved conversation: it is not JSON") from None
-    except Refused as error:
-        raise UserError(f"{path} is not a saved conversation: {error}") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"temperature is {text!r}; expected a number") from None
-
-
-def _whole(text: str) -> str:
-    """The text. UserError if it holds what is no character: bytes that were not UTF-8."""
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError("the text holds bytes that are not UTF-8")
-    return text
-
-
-def _waiting() -> bool:
-    """Whether more has been typed already: the lines of a paste, where the terminal does not say that it is one."""
-    return bool(select.select([sys.stdin], [], [], PASTE)[0])
-
-
-def _piped() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+    def load(self, path: Path) -> None:
         try:
-            yield line.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8: {error.reason} in line {number}") from None
-
-
-def pause(signum, frame) -> None:
-    """Ctrl-Z: when the shell goes on with us, the terminal has to be again as the line that is being typed needs it."""
-    modes = termios.tcgetattr(sys.stdin)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-
-
-def chat(
-    served: Served, engine: Engine, sampling: Sampling, max_tokens: int | None, seed: int | None, system: str
-) -> None:
-    """A conversation on standard input and output. max_tokens: of an answer; None: as many as fit the context."""
-    talk = Chat(served, engine, sampling, max_tokens, seed, system)
-
-    def stop(signum, frame):
-        raise cli.Stopped(128 + signum, "\nstopped" if talk.terminal else "stopped")
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, talk.interrupt if talk.terminal else stop)
-    if talk.terminal:
-        signal.signal(signal.SIGTSTP, pause)
-    talk.run()
+            record = json.loads(path.read_text(encoding="utf-8"))
+            messages = [Message(turn["role"], turn["content"] + "") for turn in record["messages"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a conversation that /save wrote") from None
+        system = messages.pop(0).content if messages and messages[0].role == "system" else ""
+        if [message.role for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise UserError(f"{path}: expected messages of user and assistant in turn")
+        self.start(messages, system)
+        self.files.add(path.resolve())
+        notice(f"loaded {len(messages)} messages from {path}")
+        if record.get("sha256") != self.served.model.digest:
+            notice(f"(their model was {record.get('model')}, not {self.served.name})")

@@ -1,302 +1,246 @@
-"""The engine: requests that come and go, decoded together by one thread, each as it would be alone.
+"""The engine: decodes many requests together in one thread. Each gets the text that it would get alone.
 
-    with Engine(model, tokenizer) as engine:
-        for piece in engine.submit([Request(ids=ids, max_tokens=50, sampling=Sampling())])[0]:
-            print(piece.text, end="")
-
-model.py's Decoder draws the tokens; here they become text, in a queue of requests that may be cancelled or time out.
+with Engine(model) as engine:
+    generation = Generation(tokenizer, ids, max_tokens=50, sampling=Sampling())
+    engine.submit([generation])
+    for piece in generation:
+        print(piece.text, end="")
 """
 
-import functools
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from cli import UserError, log
 from generate import Continuation, Decoder, Sampling
 from model import Transformer
 from tokenizer import Tokenizer
 
-READ = 256  # tokens of prompts read between two steps: what a long prompt may delay the others by
+CHUNK = 256  # prompt tokens read between two steps: a long prompt delays the other texts by no more
+LOOK = 0.01  # seconds between two looks at a generation
 
 
-class Busy(Exception):
-    """As many requests wait as may."""
+class Refused(UserError):
+    """A request without an answer. status: of its HTTP response. param: the wrong field. code: a short name."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
 
 
-class Failed(Exception):
-    """The engine, or what it was asked, came to grief."""
-
-
-class TimedOut(Failed):
-    """A request took longer than it may."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """ids: of the prompt. stop_ids: ids that end the text; stop: strings that do, left out of it themselves. logprobs:
-    how many likeliest tokens to report beside each; None: nothing is reported."""
-
-    ids: Sequence[int]
-    max_tokens: int
-    sampling: Sampling
-    seed: int | None = None
-    stop_ids: Sequence[int] = ()
-    stop: Sequence[str] = ()
-    logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class Token:
-    """One that was drawn. start: where in the text its own begins. logprob: in nats; candidates: (id, the same) of the
-    likeliest: of a request that asked for them."""
+class Token(NamedTuple):
+    """A generated token. start: where its text begins, in characters. candidates: the likeliest ids with logprobs."""
 
     id: int
     start: int
-    logprob: float | None = None
+    logprob: float | None = None  # in nats; None unless the request asks for it
     candidates: Sequence[tuple[int, float]] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some more of a text, and the tokens that it begins to be spelt by. finish: of the last piece, why it is the last:
-    "stop", "length" or "cancelled"."""
+class Piece(NamedTuple):
+    """More text, and the tokens that begin in it. finish: "stop", "length" or "cancelled" in the last piece."""
 
     text: str
     tokens: Sequence[Token] = ()
     finish: str | None = None
 
 
-class Writer:
-    """The text of tokens as they come: what it gives, put together, is their `decode`, up to the first stop string.
-
-    A character may be spelt by several byte tokens, and a stop string by several tokens: text is held back until it is
-    certain.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids: list[int] = []  # those whose text is not certain, behind some that give them their place
-        self.before, self.known = 0, ""  # how many, and their text
-        self.held = ""  # text that may be the beginning of a stop string
-        self.length = 0  # characters given
-        self.tokens: list[Token] = []  # not given yet
-        self.stopped = False
-
-    def add(self, token: int, logprob: float | None = None, candidates: Sequence[tuple[int, float]] = ()) -> Piece:
-        """What is certain with one token more."""
-        self.tokens.append(Token(token, self.length + len(self.held), logprob, candidates))
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, begins=False)
-        if text.endswith("\ufffd"):  # a character that is not whole
-            return Piece("")
-        new = text[len(self.known) :]
-        if alone := self.tokenizer.decode(self.ids[self.before :], begins=False):
-            self.ids, text = self.ids[self.before :], alone
-        self.before, self.known = len(self.ids), text
-        return self._give(new, last=False)
-
-    def rest(self) -> Piece:
-        """What is left when no token is to come."""
-        return self._give(self.tokenizer.decode(self.ids, begins=False)[len(self.known) :], last=True)
-
-    def _give(self, new: str, last: bool) -> Piece:
-        self.held += new
-        found = [place for text in self.stop if (place := self.held.find(text)) >= 0]
-        self.stopped = bool(found)
-        if found:
-            text = self.held[: min(found)]
-        else:
-            longest = len(self.held) + 1
-            begun = (k for text in self.stop for k in range(1, min(len(text), longest)) if self.held.endswith(text[:k]))
-            text = self.held if last else self.held[: len(self.held) - max(begun, default=0)]
-        self.held, self.length = self.held[len(text) :], self.length + len(text)
-        given = [token for token in self.tokens if token.start < self.length or (last and not found)]
-        self.tokens = self.tokens[len(given) :]
-        return Piece(text, given)
-
-
 class Generation:
-    """A request under way. Iterating gives its pieces as they come; it raises Failed if that comes to grief.
+    """A text that the engine writes and a client reads, piece by piece. It ends before the first stop string."""
 
-    put: where pieces, or the exception that ends them, go instead: called by the engine's thread.
-    """
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+    ):
+        self.continuation = Continuation(ids, max_tokens, sampling, seed, stop_ids, logprobs)
+        self.tokenizer, self.stop, self.prompt_tokens = tokenizer, stop, len(ids)
+        self.text = ""
+        self.certain = 0  # characters: what follows may be the beginning of a stop string
+        self.tokens: list[Token] = []  # without the id that ended the text
+        self.window: list[int] = []  # the last ids: their text depends on each other
+        self.decoded = 0, ""  # how many ids of the window are decoded, and their text
+        self.sent_text = self.sent_tokens = 0  # what the client has read
+        self.cancelled = False  # set by the client
+        self.finish: str | None = None
+        self.error: Refused | None = None
+        self.asked, self.first = time.monotonic(), None  # when it was asked for, and when its first token came
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, put: Callable | None, seconds: float):
-        self.text = Continuation(
-            request.ids, request.max_tokens, request.sampling, request.seed, request.stop_ids, request.logprobs
-        )
-        self.writer = Writer(tokenizer, request.stop)
-        self.pieces: queue.SimpleQueue[Piece | Failed] = queue.SimpleQueue()
-        self.put = put or self.pieces.put
-        self.cancelled = False
-        self.prompt_tokens, self.tokens = len(request.ids), 0  # of the prompt; drawn, without the id that ended it
-        self.asked = time.monotonic()
-        self.deadline = self.asked + seconds
-        self.first: float | None = None  # when the first token was drawn
-        self.ended: float | None = None
+    def add(self, id: int, logprob: float | None = None, candidates: Sequence[tuple[int, float]] = ()) -> None:
+        """Adds a token. Ends the text if a stop string is complete."""
+        self.first = self.first or time.monotonic()
+        self.tokens.append(Token(id, len(self.text), logprob, candidates))
+        self.window.append(id)
+        text = self.tokenizer.decode(self.window, begins=False)
+        if text.endswith("\ufffd"):  # several byte tokens spell one character: wait for the others
+            return
+        count, before = self.decoded
+        self.text += text[len(before) :]
+        # Shorten the window, but not to ids without text: some tokenizers drop a space at its beginning.
+        shorter = self.tokenizer.decode(self.window[count:], begins=False)
+        if shorter:
+            self.window, text = self.window[count:], shorter
+        self.decoded = len(self.window), text
+        self.find_stop()
 
-    def cancel(self) -> None:
-        """Has it end within a token; what was written stands."""
-        self.cancelled = True
+    def find_stop(self) -> None:
+        """Looks for stop strings in the text that is not certain."""
+        places = [self.text.find(stop, self.certain) for stop in self.stop if stop in self.text[self.certain :]]
+        if places:
+            self.text = self.text[: min(places)]
+            self.tokens = [token for token in self.tokens if token.start < len(self.text)]
+        begun = [overlap(self.text[self.certain :], stop) for stop in self.stop if not places]
+        self.certain = len(self.text) - max(begun, default=0)
+        self.finish = "stop" if places else None
+
+    def end(self, finish: str) -> None:
+        """Ends the text: nothing follows that could complete a character or a stop string."""
+        _, before = self.decoded
+        self.text += self.tokenizer.decode(self.window, begins=False)[len(before) :]
+        self.find_stop()
+        self.certain = len(self.text)
+        self.finish = self.finish or finish
+
+    def read(self) -> Piece:
+        """What is new since the last call. Raises Refused if the engine cannot continue."""
+        if self.error:
+            raise self.error
+        finish = self.finish  # read it first: the engine's thread sets it last
+        text = self.text[self.sent_text : self.certain]
+        self.sent_text += len(text)
+        tokens = [token for token in self.tokens[self.sent_tokens :] if finish or token.start < self.sent_text]
+        self.sent_tokens += len(tokens)
+        return Piece(text, tokens, finish)
 
     def __iter__(self) -> Iterator[Piece]:
-        while True:
-            piece = self.pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-            if piece.finish:
-                return
+        finish = None
+        while not finish:
+            piece = self.read()
+            finish = piece.finish
+            if finish or piece.text or piece.tokens:
+                yield piece
+            else:
+                time.sleep(LOOK)
 
-    def give(self, piece: Piece | Failed) -> None:
-        """Gives a piece to whoever asked. One who fails at taking it gets no more; the others know nothing of it."""
-        try:
-            self.put(piece)
-        except Exception:
-            log.exception("a piece of text could not be given to whoever asked for it")
-            self.cancel()
 
-    def read(self, token: int) -> Piece:
-        """What the token that was just drawn has to say."""
-        self.first = self.first or time.monotonic()
-        finish = self.text.ended
-        if finish == "stop":
-            piece = Piece("")
-        else:
-            self.tokens += 1
-            piece = self.writer.add(token, *(self.text.logprobs[-1:] or [()])[0])
-            if self.writer.stopped:
-                return Piece(piece.text, piece.tokens, "stop")
-        return self.last(finish, piece) if finish else piece
-
-    def last(self, finish: str, before: Piece = Piece("")) -> Piece:
-        """The piece that ends it, with what was held back."""
-        rest = self.writer.rest()
-        finish = "stop" if self.writer.stopped else finish
-        return Piece(before.text + rest.text, [*before.tokens, *rest.tokens], finish)
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
 
 
 class Engine:
-    """rows: texts decoded together. waiting: how many more may wait for a row. seconds: the longest that a request may
-    take, waiting included."""
+    """rows: texts decoded together. waiting: texts that may wait. seconds: limit for a text, waiting included."""
 
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, rows: int = 8, waiting: int = 64, seconds: float = 600.0
-    ):
-        self.model, self.tokenizer, self.seconds = model, tokenizer, seconds
-        self.most = rows + waiting
-        self.rows, self.decoder = rows, None  # made by the thread that uses it
-        self.open: dict[Continuation, Generation] = {}  # not ended
-        self.arrived: list[Generation] = []  # of them, those that the thread has not seen yet
+    def __init__(self, model: Transformer, rows: int = 8, waiting: int = 64, seconds: float = 600.0):
+        self.limit, self.seconds = rows + waiting, seconds
+        self.open: dict[Continuation, Generation] = {}  # those that have not ended
+        self.arrived: list[Generation] = []  # those that the decoder does not have yet
         self.changed = threading.Condition()
-        self.closing = False
-        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.running = True
+        # All computing is done in this thread: OpenMP is 3 times as slow once a second thread has computed.
+        self.thread = ThreadPoolExecutor(1, "engine")
+        try:
+            self.decoder = self.thread.submit(Decoder, model, rows, chunk=CHUNK).result()
+        except (RuntimeError, MemoryError):
+            raise UserError(f"no memory for {rows} texts at once; lower --batch-size or --samples") from None
 
     def __enter__(self) -> "Engine":
-        self.thread.start()
-        with self.changed:
-            self.changed.wait_for(lambda: self.decoder is not None or self.closing)
-        if self.decoder is None:
-            raise UserError(f"no memory for {self.rows} texts together; take fewer (--batch-size, --samples)")
+        self.thread.submit(self._work)
         return self
 
     def __exit__(self, *_) -> None:
         self.stop()
-        self.thread.join()
+        self.thread.shutdown()
 
     def stop(self) -> None:
-        """Ends what is under way, and takes in no more."""
+        """Ends all texts with an error, and accepts no more."""
         with self.changed:
-            self.closing = True
+            self.running = False
             self.changed.notify()
 
-    def submit(
-        self, requests: Sequence[Request], put: Callable[[int, Piece | Failed], None] | None = None
-    ) -> list[Generation]:
-        """Takes in requests, all of them or none: their generations. put(i, piece): called by the engine's thread with
-        what the i-th gets. Raises Busy, Failed, or ValueError for an impossible request."""
-        new = [
-            Generation(request, self.tokenizer, put and functools.partial(put, i), self.seconds)
-            for i, request in enumerate(requests)
-        ]
+    def waiting(self) -> int:
+        """How many texts are not being decoded yet."""
+        return max(0, len(self.open) - len(self.decoder.texts))
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Accepts all or none. Raises Refused."""
+        for generation in generations:
+            try:
+                self.decoder.check(generation.continuation)
+            except ValueError as error:
+                raise Refused(str(error)) from None
         with self.changed:
-            if self.closing:
-                raise Failed("the engine has stopped")
-            for generation in new:
-                self.decoder.check(generation.text)
-            if len(new) > self.most:
-                raise ValueError(f"{len(new)} answers asked for; at most {self.most} may be under way")
-            if len(self.open) + len(new) > self.most:
-                raise Busy(f"{len(self.open)} requests are under way; at most {self.most} may be")
-            self.open |= {generation.text: generation for generation in new}
-            self.arrived += new
+            if not self.running:
+                raise Refused("the engine has stopped", 500)
+            count = len(self.open) + len(generations)
+            if count > self.limit:
+                busy = f"{count} texts at once; the server takes at most {self.limit}; try again later"
+                raise Refused(busy, 429, code="busy")
+            for generation in generations:
+                self.open[generation.continuation] = generation
+            self.arrived += generations
             self.changed.notify()
-        return new
-
-    @property
-    def running(self) -> bool:
-        """Whether it takes requests."""
-        return not self.closing
-
-    def load(self) -> tuple[int, int]:
-        """How many texts are being decoded, and how many wait for that."""
-        running = len(self.decoder.texts)
-        return running, max(0, len(self.open) - running)
 
     def _work(self) -> None:
         try:
-            # libgomp has its threads spin between operations only while they are no more than the cores, and counts
-            # those of every thread that has computed and still lives: a second one would take decoding to a third.
-            decoder = Decoder(self.model, self.rows, chunk=READ)
-            with self.changed:
-                self.decoder = decoder
-                self.changed.notify()
-            while True:
-                with self.changed:
-                    self.changed.wait_for(lambda: self.open or self.closing)
-                    if self.closing:
-                        break
-                    arrived, self.arrived = self.arrived, []
-                    taken = list(self.open.values())
-                for generation in arrived:
-                    self.decoder.add(generation.text)
-                self._let_go(taken)
-                for text, token in self.decoder.step():
-                    generation = self.open[text]
-                    if text.error:
-                        self._end(generation, Failed(str(text.error)))
-                    else:
-                        piece = generation.read(token)
-                        if piece.finish and not text.ended:  # a stop string, of which the decoder knows nothing
-                            self.decoder.remove(text)
-                        if piece.finish:
-                            self._end(generation, piece)
-                        elif piece.text or piece.tokens:
-                            generation.give(piece)
-        except BaseException:  # whatever it is, those who wait must hear of it
+            while self._accept():
+                for continuation, id in self.decoder.step():
+                    self._deliver(self.open[continuation], id)
+        except BaseException:  # whatever it is, the clients must hear of it
             log.exception("the engine has failed")
-        with self.changed:
-            self.closing = True
-            self.changed.notify_all()
-        for generation in list(self.open.values()):
-            self._end(generation, Failed("the engine has stopped"))
+        self.stop()
+        for generation in self.open.values():
+            generation.error = Refused("the engine has stopped", 500)
+        self.open.clear()
 
-    def _let_go(self, taken: Sequence[Generation]) -> None:
-        """Ends those whose time is up, those that nobody waits for, and those that asked for no token."""
-        now = time.monotonic()
-        for generation in taken:
-            if generation.text.ended:
-                self._end(generation, generation.last(generation.text.ended))
-            elif generation.cancelled or now > generation.deadline:
-                late = TimedOut(f"it took longer than {self.seconds:g} seconds")
-                self.decoder.remove(generation.text)
-                self._end(generation, generation.last("cancelled") if generation.cancelled else late)
-
-    def _end(self, generation: Generation, last: Piece | Failed) -> None:
+    def _accept(self) -> bool:
+        """Waits for texts, hands new ones to the decoder, ends those that are over. False when the engine stops."""
         with self.changed:
-            del self.open[generation.text]
-        generation.ended = time.monotonic()
-        generation.give(last)
+            self.changed.wait_for(lambda: self.open or not self.running)
+            arrived, self.arrived = self.arrived, []
+            generations = list(self.open.values())
+        for generation in arrived:
+            self.decoder.add(generation.continuation)
+        for generation in generations:
+            late = time.monotonic() - generation.asked > self.seconds
+            if late:
+                generation.error = Refused(f"it took longer than {self.seconds:g} seconds", 504, code="timeout")
+            elif generation.cancelled:
+                generation.end("cancelled")
+            elif generation.continuation.ended:  # it asks for no tokens
+                generation.end(generation.continuation.ended)
+            if generation.error or generation.finish:
+                self._drop(generation)
+        return self.running
+
+    def _deliver(self, generation: Generation, id: int) -> None:
+        """Adds a token that was drawn."""
+        continuation = generation.continuation
+        if continuation.error:
+            generation.error = Refused(str(continuation.error), 500)
+        elif continuation.ended == "stop":  # by an id, which is no part of the text
+            generation.end("stop")
+        else:
+            logprobs = continuation.logprobs[-1] if continuation.logprobs else ()
+            generation.add(id, *logprobs)
+            if continuation.ended and not generation.finish:
+                generation.end(continuation.ended)
+        if generation.error or generation.finish:
+            self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        if not generation.continuation.ended:
+            self.decoder.remove(generation.continuation)
+        with self.changed:
+            del self.open[generation.continuation]

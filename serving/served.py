@@ -1,4 +1,4 @@
-"""What is served: a trained model, its tokenizer, and how it was taught to answer."""
+"""The model that is served: its tokenizer, and the template that it learnt."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -6,22 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-from cli import UserError
 from configs import TRAINED, Experiment
 from machine import pick_device
 from model import Transformer
+from serving.engine import Refused
 from sft.conversations import Message, cleaned
-from sft.templates import render
+from sft.templates import ends, render
 from tokenizer import Tokenizer
-
-
-class TooLong(UserError):
-    """A prompt that leaves no room for an answer in the model's context."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """template: the one that the model was taught to answer by; None: it goes on with a text."""
+    """A model with its tokenizer. template: None for a base model, which continues texts and answers no questions."""
 
     name: str
     stage: str
@@ -32,51 +28,47 @@ class Served:
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """The ids that end what it writes: no answer has a control piece in it."""
-        control = self.tokenizer.control.values() if self.template else ()
-        return self.tokenizer.eos, *control
+        """The ids that end an answer."""
+        return ends(self.template, self.tokenizer) if self.template else (self.tokenizer.eos,)
 
     def conversation(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that ask for the next answer in a conversation. A control piece that a message spells is text.
-
-        UserError for a model that was not taught to answer, for a conversation that asks nothing, and (TooLong) for one
-        that fills the context.
-        """
+        """The ids that ask for the next answer. Raises Refused."""
         if not self.template:
-            raise UserError(
-                f"{self.name} was not taught to answer: it goes on with a text; fine-tune it with sft.train"
-            )
-        messages = [Message(role, cleaned(content)) for role, content, _ in messages]
+            raise Refused(f"{self.name} is a base model, which only continues texts; fine-tune it first (stage sft)")
+        messages = [message._replace(content=cleaned(message.content)) for message in messages]
         if not messages or messages[-1].role != "user":
-            raise UserError("the last message is not the user's; expected one that asks for an answer")
+            raise Refused("the last message is not the user's; expected a message for the model to answer")
         if not messages[-1].content:
-            raise UserError("the message is empty; this model was taught to answer: ask it something")
-        return self.short(render(self.template, messages, self.tokenizer, ask=True)[0])
+            raise Refused("the last message is empty; expected a message for the model to answer")
+        return self.fitting(render(self.template, messages, self.tokenizer, ask=True)[0])
 
-    def text(self, prompt: str) -> list[int]:
-        """The ids of the beginning of a text, to go on with. UserError (TooLong) if it fills the context."""
-        return self.short([self.tokenizer.bos, *self.tokenizer.encode(prompt)])
+    def text(self, text: str) -> list[int]:
+        """The ids of the beginning of a document."""
+        return self.fitting([self.tokenizer.bos, *self.tokenizer.encode(text)])
 
-    def prompt(self, prompt: str) -> list[int]:
-        """The ids of a prompt, as the model was taught: a question to answer, or a text to go on with."""
-        return self.conversation([Message("user", prompt)]) if self.template else self.text(prompt)
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a question, or for a base model of the beginning of a document."""
+        return self.conversation([Message("user", text)]) if self.template else self.text(text)
 
-    def short(self, ids: list[int]) -> list[int]:
-        """These ids. TooLong if they fill the context."""
-        if len(ids) >= (context := self.model.config.context_length):
-            raise TooLong(f"the prompt takes {len(ids):,} tokens; the model sees {context:,}, its answer included")
+    def fitting(self, ids: list[int]) -> list[int]:
+        """Returns ids. Raises Refused if they fill the context."""
+        context = self.model.config.context_length
+        if len(ids) >= context:
+            problem = f"the prompt has {len(ids):,} tokens; the context of {context:,} must hold the answer too"
+            raise Refused(problem, code="context_length_exceeded")
         return ids
 
 
 def load(experiment: Experiment, directory: Path | None = None) -> Served:
-    """A checkpoint, or the experiment's latest. UserError if it is missing, damaged, or of another tokenizer."""
+    """A checkpoint; None: the experiment's latest. UserError if it is missing, damaged, or needs another tokenizer."""
     directory = directory or experiment.latest()
-    spm = experiment.load_tokenizer(directory)
-    checkpoint.must_match(directory, spm.sha256)
-    # By a thread that ends: one that has computed, and lives, slows the one that decodes (serving/engine.py has why).
-    with ThreadPoolExecutor(1) as passing:
-        model = passing.submit(checkpoint.load_model, directory, str(pick_device())).result()
-    made = {experiment.directory(name).resolve(): name for name in TRAINED}
-    found = made.get(directory.resolve().parent, "")
-    name = f"{experiment.name}-{found}" if found else directory.name
-    return Served(name, found, directory, model, spm, checkpoint.template(directory))
+    tokenizer = experiment.load_tokenizer(directory)
+    checkpoint.must_match(directory, tokenizer.sha256)
+    # Load in a thread that ends: while a second thread that has computed is alive, OpenMP decodes 3 times as slowly.
+    with ThreadPoolExecutor(1) as loader:
+        model = loader.submit(checkpoint.load_model, directory, str(pick_device())).result()
+    name, stage = directory.name, ""
+    for trained in TRAINED:
+        if experiment.directory(trained).resolve() == directory.resolve().parent:
+            name, stage = f"{experiment.name}-{trained}", trained
+    return Served(name, stage, directory, model, tokenizer, checkpoint.template(directory))

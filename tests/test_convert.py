@@ -28,8 +28,9 @@ import stage
 import tokenizer
 from cli import UserError
 from data.sources import PythonDocs
+from generate import Sampling
 from model import ModelConfig, Transformer
-from serving.engine import Writer
+from serving.engine import Generation
 from tests.conftest import Place
 from tokenizer.train import TokenizerConfig, train
 
@@ -370,8 +371,11 @@ def test_other_tokenizers_are_exported_exactly(text, documents):
 
 
 def written(spm: tokenizer.Tokenizer, ids: list[int]) -> str:
-    writer = Writer(spm)
-    return "".join(writer.add(token).text for token in ids) + writer.rest().text
+    text = Generation(spm, [0], 1, Sampling())
+    for token in ids:
+        text.add(token)
+    text.end("length")
+    return text.text
 
 
 def test_a_continuation_keeps_its_first_space(text):

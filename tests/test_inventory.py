@@ -62,7 +62,7 @@ NAMES = {  # that configs, requests and data may have in them
     "DPO losses": list(dpo.loss.LOSSES),
     "tasks": eval.tasks.TASKS,
     "chat commands": serving.chat.COMMANDS.split(),
-    "server metrics": list(serving.api.HELP),
+    "server metrics": re.findall(r'"(lumi_\w+)"', (ROOT / "serving/metrics.py").read_text()),
     "shipped configs": sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")),
 }
 

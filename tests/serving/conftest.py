@@ -1,4 +1,4 @@
-"""A server as clients see it: on a socket, its model the small fine-tuned one."""
+"""A server as clients see it: on a socket, with the small fine-tuned model."""
 
 import contextlib
 import dataclasses
@@ -21,23 +21,23 @@ from tests.conftest import Place
 def until(true, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it never came to be"
+        assert time.monotonic() < end, "it never became true"
         time.sleep(0.002)
 
 
 class Endless(Served):
-    """One whose texts end by their length alone."""
+    """Its texts end by their length only."""
 
     stop = ()
 
 
 class Server:
-    """A server in a thread."""
+    """A server in a thread. buffer: bytes that the system keeps of what is sent."""
 
-    def __init__(self, served: Served, engine: Engine, key: str | None, buffer: int | None):
+    def __init__(self, served: Served, engine: Engine, buffer: int | None, **options):
         self.served, self.engine = served, engine
-        self.app = api.create_app(served, engine, key)
-        self.server = api.Server(self.app, self.engine)
+        self.app = api.create_app(served, engine, **options)
+        self.server = api.Server(self.app, engine)
         listening = api.listen("127.0.0.1", 0)
         if buffer:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
@@ -45,6 +45,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         alone = httpx.Limits(max_keepalive_connections=0)  # a connection for each request
         self.client = httpx.Client(base_url=self.url, timeout=30, limits=alone)
+        self.get, self.request = self.client.get, self.client.request
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
         self.thread.start()
         until(lambda: self.server.started)
@@ -56,25 +57,21 @@ class Server:
         assert not self.thread.is_alive()
 
     def post(self, path: str, body=None, **options) -> httpx.Response:
-        options = {"json": body} | options if "content" not in options else options
-        return self.client.post(path, **options)
-
-    def get(self, path: str, **options) -> httpx.Response:
-        return self.client.get(path, **options)
+        return self.client.post(path, **({"json": body} | options if "content" not in options else options))
 
     def works(self) -> None:
-        """A good request is served."""
-        found = self.post("/v1/completions", {"prompt": "Return", "max_tokens": 2, "temperature": 0})
-        assert found.status_code == 200, found.text
-        assert found.json()["usage"]["completion_tokens"] <= 2
+        """A good request is answered."""
+        response = self.post("/v1/completions", {"prompt": "Return", "max_tokens": 2, "temperature": 0})
+        assert response.status_code == 200, response.text
+        assert response.json()["usage"]["completion_tokens"] <= 2
 
     def connect(self, receive: int | None = None) -> socket.socket:
-        found = socket.socket()
+        connection = socket.socket()
         if receive:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
-        found.settimeout(10)
-        found.connect(("127.0.0.1", self.port))
-        return found
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", self.port))
+        return connection
 
     def raw(self, data: bytes) -> bytes:
         """All that comes back."""
@@ -83,13 +80,13 @@ class Server:
             return received(connection)
 
     def idle(self) -> None:
-        """Returns once nothing is left of any request."""
+        """Returns when nothing is left of any request."""
         until(lambda: not self.engine.open and not self.engine.decoder)
         until(lambda: not self.server.server_state.tasks)
 
 
 def received(connection: socket.socket) -> bytes:
-    """All until the other side closes, or resets."""
+    """All until the other side closes or resets the connection."""
     parts = []
     with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(1 << 16):
@@ -98,48 +95,54 @@ def received(connection: socket.socket) -> bytes:
 
 
 def posted(path: str, body: dict, headers: str = "") -> bytes:
-    """A request as it goes over the wire."""
+    """A request as bytes."""
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
+def problem(response: httpx.Response, status: int) -> dict:
+    """The error of a response, in OpenAI's form."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    [(name, error)] = response.json().items()
+    assert name == "error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
 @contextlib.contextmanager
-def serve(served: Served, key: str | None = None, buffer: int | None = None, **options) -> Iterator[Server]:
-    with Engine(served.model, served.tokenizer, **options) as engine:
-        server = Server(served, engine, key, buffer)
+def serve(served: Served, buffer: int | None = None, key: str | None = None, origins=(), **options) -> Iterator[Server]:
+    with Engine(served.model, **options) as engine:
+        server = Server(served, engine, buffer, key=key, origins=origins)
         try:
             yield server
         finally:
             server.stop()
 
 
-def problem(response: httpx.Response, status: int) -> dict:
-    """What an error says, in the shape that OpenAI's have."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    [(name, found)] = response.json().items()
-    assert name == "error"
-    assert set(found) == {"message", "type", "param", "code"}
-    assert found["message"]
-    return found
+def slow(engine: Engine, seconds: float) -> None:
+    """Makes each step take a while."""
+    step = engine.decoder.step
+    engine.decoder.step = lambda: (time.sleep(seconds), step())[1]
 
 
 @pytest.fixture(scope="session")
 def served(fine_tuned: Place) -> Served:
-    """In float64: so that what is decoded together is exactly what each would be alone."""
+    """In float64: a text decoded beside others is then exactly the text decoded alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS", str(fine_tuned.runs))
         patch.setenv("DATA", str(fine_tuned.raw))
-        found = load(configs.load(fine_tuned.config))
-    return dataclasses.replace(found, model=found.model.double())
+        loaded = load(configs.load(fine_tuned.config))
+    return dataclasses.replace(loaded, model=loaded.model.double())
 
 
 @pytest.fixture(scope="session")
 def server(served: Served) -> Iterator[Server]:
-    with serve(served) as found:
-        yield found
-        found.idle()
+    with serve(served) as running:
+        yield running
+        running.idle()
 
 
 @pytest.fixture(scope="session")

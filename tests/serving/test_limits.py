@@ -1,0 +1,273 @@
+"""The key, CORS, limits of size and time, metrics, and the schema: as browsers, strangers and Prometheus see them."""
+
+import contextlib
+
+import httpx
+import pytest
+import schemathesis
+import schemathesis.checks
+from hypothesis import HealthCheck, given, settings
+from prometheus_client.parser import text_string_to_metric_families
+from schemathesis.specs.openapi import checks
+
+from serving import api
+from serving.schema import BODY
+from tests.serving.conftest import Server, posted, problem, received, serve, slow, until
+
+KEY = "ключ-ß"
+RIGHT = {"Authorization": b"Bearer " + KEY.encode()}
+ORIGIN = "http://localhost:3000"
+
+
+# -------------------------------------------------------------------------------------------------------- key and CORS
+
+
+@pytest.fixture(scope="module")
+def locked(served):
+    with serve(served, key=KEY, origins=[ORIGIN]) as server:
+        yield server
+
+
+def test_without_the_key_nothing_is_answered(locked: Server):
+    wrong = [b"", b"Bearer", b"Bearer wrong", RIGHT["Authorization"][:-1], b"Bearer \xff\xfe", b"Basic " + KEY.encode()]
+    for route in locked.app.routes:
+        for method in route.methods:
+            for value in wrong:
+                response = locked.request(method, route.path.replace("{name}", "x"), headers={"Authorization": value})
+                if route.path in ("/", "/health", "/favicon.ico", "/openapi.json"):
+                    assert response.status_code in (200, 204)
+                else:
+                    assert problem(response, 401)["code"] == "invalid_api_key"
+                    assert response.headers["www-authenticate"] == "Bearer"
+    assert locked.get("/v1/models", headers=RIGHT).status_code == 200
+    assert locked.post("/generate", {"prompt": "x", "max_length": 1}, headers=RIGHT).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/generate"])
+def test_a_browsers_preflight_is_answered(locked: Server, path):
+    """It never carries the key."""
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+    response = locked.request("OPTIONS", path, headers=asked)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert "POST" in response.headers["access-control-allow-methods"]
+    assert "authorization" in response.headers["access-control-allow-headers"]
+    other = locked.request("OPTIONS", path, headers=asked | {"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_page_of_an_allowed_origin_may_read_answers_and_errors(locked: Server, server: Server):
+    for headers in ({}, RIGHT):
+        response = locked.get("/v1/models", headers={"Origin": ORIGIN} | headers)
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+    plain = server.get("/v1/models", headers={"Origin": ORIGIN})  # without the option
+    assert "access-control-allow-origin" not in plain.headers
+
+
+def test_every_origin_may_be_allowed(served):
+    with serve(served, origins=["*"]) as server:
+        response = server.get("/v1/models", headers={"Origin": "null"})
+        assert response.headers["access-control-allow-origin"] == "*"
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_a_body_may_be_as_large_as_the_limit_and_no_larger(server: Server):
+    content = b'{"prompt": "x", "max_tokens": 1}'
+    content += b" " * (BODY - len(content))
+    json_type = {"Content-Type": "application/json"}
+    assert server.post("/v1/completions", content=content, headers=json_type).is_success
+    assert server.post("/v1/completions", content=content + b" ", headers=json_type).status_code == 413
+    chunked = iter([content, b" "])  # no length is announced
+    assert server.post("/v1/completions", content=chunked, headers=json_type).status_code == 413
+    endless = iter(lambda: b"x" * (1 << 16), b"")
+    with contextlib.suppress(httpx.WriteError), contextlib.closing(server.connect()):
+        api_patience = api.PATIENCE
+        api.PATIENCE = 0.3
+        try:
+            assert server.post("/generate", content=endless, headers=json_type).status_code == 413
+        finally:
+            api.PATIENCE = api_patience
+    server.works()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Lo",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HT",
+    ],
+)
+def test_a_client_that_sends_too_slowly_is_dropped(server: Server, monkeypatch, sent):
+    monkeypatch.setattr(api, "PATIENCE", 0.3)
+    connections = [server.connect() for _ in range(20)]
+    for connection in connections:
+        connection.sendall(sent)
+    server.works()
+    for connection in connections:
+        received(connection)
+        connection.close()
+    server.works()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_never_reads_is_dropped(endless, monkeypatch, stream):
+    """Its answer is larger than what the system keeps on the way."""
+    monkeypatch.setattr(api, "PATIENCE", 0.3)
+    with serve(endless, buffer=4096) as server:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4000 if stream else 20, "n": 16}
+        body |= {"stream": stream, "logprobs": True, "top_logprobs": 20}
+        with server.connect(receive=4096) as connection:
+            connection.sendall(posted("/v1/chat/completions", body))
+            until(lambda: server.engine.open)
+            server.works()
+            server.idle()
+            until(lambda: not server.server.server_state.connections)
+
+
+def test_an_answer_may_take_longer_than_the_patience(endless, monkeypatch):
+    monkeypatch.setattr(api, "PATIENCE", 0.3)
+    with serve(endless) as server:
+        slow(server.engine, 0.1)
+        response = server.post("/v1/completions", {"prompt": "x", "max_tokens": 7})
+        assert response.json()["usage"]["completion_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # TLS
+        b"GET /\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /v1/models/..%2f..%2fetc%2fpasswd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_strange_bytes_get_an_error(server: Server, data):
+    answer = server.raw(data)
+    assert not answer or int(answer[9:12]) in (400, 404)
+    server.works()
+
+
+def test_after_many_requests_nothing_is_left(endless):
+    """Good and bad requests, streams, and clients that leave."""
+    with serve(endless, rows=3, waiting=4) as server:
+        for i in range(50):
+            kind = i % 5
+            if kind == 0:
+                server.works()
+            elif kind == 1:
+                problem(server.post("/v1/completions", {"prompt": 1}), 400)
+            elif kind == 2:
+                body = {"prompt": "Return", "max_tokens": 8, "stream": True}
+                assert server.post("/v1/completions", body).text.endswith("data: [DONE]\n\n")
+            else:
+                with server.connect() as connection:
+                    body = {"prompt": "Return", "max_tokens": 4000, "stream": kind == 3}
+                    connection.sendall(posted("/v1/completions", body))
+                    until(lambda: server.engine.open)
+                until(lambda: not server.engine.open)
+        server.idle()
+        assert server.engine.decoder.cache.used.sum() == 0
+        until(lambda: not server.server.server_state.connections)
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def samples(server: Server) -> dict:
+    """The value of each sample, by name and labels."""
+    values = {}
+    for family in text_string_to_metric_families(server.get("/metrics").text):
+        assert family.documentation
+        for sample in family.samples:
+            values[(sample.name, *sample.labels.values())] = sample.value
+    return values
+
+
+def test_metrics_count_what_happened(served):
+    with serve(served) as server:
+        prompt = new = 0
+        for n in (1, 2, 3):
+            body = {"prompt": "Return", "max_tokens": 4, "n": n, "seed": n}
+            usage = server.post("/v1/completions", body).json()["usage"]
+            prompt, new = prompt + n * usage["prompt_tokens"], new + usage["completion_tokens"]
+        server.post("/v1/completions", {"prompt": 1})
+        server.get("/nothing")
+        server.get("/v1/models/none")
+        until(lambda: samples(server)["lumi_generated_tokens_total",] == new)
+        values = samples(server)
+        assert values["lumi_requests_total", "/v1/completions", "200"] == 3
+        assert values["lumi_requests_total", "/v1/completions", "400"] == 1
+        assert values["lumi_requests_total", "other", "404"] == 2
+        assert values["lumi_prompt_tokens_total",] == prompt
+        assert values["lumi_request_seconds_count",] == values["lumi_request_seconds_bucket", "+Inf"] == 4
+        assert values["lumi_first_token_seconds_count",] == 6
+        assert (values["lumi_up",], values["lumi_running",], values["lumi_waiting",]) == (1, 0, 0)
+
+
+def test_metrics_tell_what_is_under_way(endless):
+    with serve(endless, rows=2) as server:
+        slow(server.engine, 0.02)
+        with server.connect() as connection:
+            connection.sendall(posted("/v1/completions", {"prompt": "x", "max_tokens": 4000, "n": 5, "stream": True}))
+            until(lambda: sum(bool(text.tokens) for text in list(server.engine.open.values())) == 2)
+            values = samples(server)
+            assert (values["lumi_running",], values["lumi_waiting",]) == (2, 3)
+        server.idle()
+        until(lambda: samples(server).get(("lumi_requests_total", "/v1/completions", "200")) == 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- schema
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+
+
+def explore(server: Server, examples: int) -> set[tuple[str, int]]:
+    """Sends what /openapi.json allows, and what it does not."""
+    seen = set()
+    for operation in schemathesis.openapi.from_url(f"{server.url}/openapi.json").get_all_operations():
+        operation = operation.ok()
+
+        def check(case) -> None:
+            response = case.call(timeout=30)
+            seen.add((case.operation.label, response.status_code))
+            case.validate_response(response, checks=CHECKS)
+
+        for mode in schemathesis.GenerationMode if operation.body else [schemathesis.GenerationMode.POSITIVE]:
+            some = given(case=operation.as_strategy(generation_mode=mode))(check)
+            bounds = {"max_examples": examples, "deadline": None, "derandomize": True, "database": None}
+            settings(**bounds, suppress_health_check=list(HealthCheck))(some)()
+    return seen
+
+
+@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_server_does_what_its_schema_says(server: Server, examples):
+    statuses = explore(server, examples)
+    assert {200, 400} <= {status for _, status in statuses}
+    if examples > 10:
+        paths = ("/v1/completions", "/v1/chat/completions", "/generate")
+        assert {(f"POST {path}", status) for path in paths for status in (200, 400)} <= statuses
+    server.works()
+
+
+def test_every_route_and_field_is_described(server: Server):
+    schema = server.get("/openapi.json").json()
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"], path
+            assert operation["description"], path
+    for name, body in schema["components"]["schemas"].items():
+        if name not in ("HTTPValidationError", "ValidationError"):  # FastAPI's own
+            for field, about in body["properties"].items():
+                assert about.get("description") or "$ref" in about, (name, field)
