@@ -39,6 +39,7 @@ def load(arguments: argparse.Namespace):
 
 def generate(arguments: argparse.Namespace) -> None:
     """A base model continues the prompt. A fine-tuned model answers it, with the template that it learnt."""
+    from generate import Continuation
     from serving.chat import write
     from serving.engine import Engine, Generation
 
@@ -53,7 +54,8 @@ def generate(arguments: argparse.Namespace) -> None:
     generations = []
     for number in range(samples):
         seed = None if arguments.seed is None else arguments.seed + number
-        generations.append(Generation(served.tokenizer, ids, arguments.max_tokens, options, seed, served.stop))
+        continuation = Continuation(ids, arguments.max_tokens, options, seed, served.stop)
+        generations.append(Generation(served.tokenizer, continuation))
     with Engine(served.model, min(samples, 8), waiting=samples, seconds=math.inf) as engine:
         engine.submit(generations)
         for number, generation in enumerate(generations):
@@ -73,8 +75,8 @@ def chat(arguments: argparse.Namespace) -> None:
     served = load(arguments)
     if not served.template:
         raise UserError(
-            f"{served.name} is a base model, which cannot chat; fine-tune it with python pipeline.py {arguments.config} "
-            f"sft, or continue a text with python serve.py {arguments.config} generate"
+            f"{served.name} is a base model and cannot chat; fine-tune it: python pipeline.py {arguments.config} sft; "
+            f"or continue a text: python serve.py {arguments.config} generate"
         )
     with Engine(served.model, rows=1, seconds=math.inf) as engine:
         Chat(served, engine, options, arguments.max_tokens, arguments.seed, arguments.system).run()

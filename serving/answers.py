@@ -58,16 +58,15 @@ class Answers:
         self.with_logprobs = generations[0].continuation.candidates is not None
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.head = {"id": id, "created": int(time.time()), "model": served.name}
-        self.head["system_fingerprint"] = served.model.digest[:12]
+        fingerprint = served.model.digest[:12]
+        self.head = {"id": id, "created": int(time.time()), "model": served.name, "system_fingerprint": fingerprint}
 
     async def whole(self) -> dict:
         await finished(self.generations, self.request)
         choices = []
         for number, generation in enumerate(self.generations):
-            text = {"text": generation.text}
-            if self.chat:
-                text = {"message": {"role": "assistant", "content": generation.text}}
+            message = {"message": {"role": "assistant", "content": generation.text}}
+            text = message if self.chat else {"text": generation.text}
             choices.append(self.choice(number, text, generation.tokens, generation.finish))
         kind = "chat.completion" if self.chat else "text_completion"
         return self.head | {"object": kind, "choices": choices, "usage": usage(self.generations, self.n)}
@@ -82,20 +81,18 @@ class Answers:
         yield "data: [DONE]\n\n"
 
     async def events(self) -> AsyncIterator[dict]:
-        if self.chat:
-            for number in range(len(self.generations)):
-                yield self.event([self.choice(number, {"delta": {"role": "assistant", "content": ""}})])
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        head = self.head | {"object": kind, "choices": []} | ({"usage": None} if self.with_usage else {})
+        for number in range(len(self.generations) if self.chat else 0):
+            start = {"delta": {"role": "assistant", "content": ""}}
+            yield head | {"choices": [self.choice(number, start, None, None)]}
         async for number, piece in arriving(self.generations, self.request):
             text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-            yield self.event([self.choice(number, text, piece.tokens, piece.finish)])
+            yield head | {"choices": [self.choice(number, text, piece.tokens, piece.finish)]}
         if self.with_usage:
-            yield self.event([]) | {"usage": usage(self.generations, self.n)}
+            yield head | {"usage": usage(self.generations, self.n)}
 
-    def event(self, choices: list[dict]) -> dict:
-        event = self.head | {"object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
-        return event | {"usage": None} if self.with_usage else event
-
-    def choice(self, number: int, text: dict, tokens: Sequence[Token] | None = None, finish: str | None = None) -> dict:
+    def choice(self, number: int, text: dict, tokens: Sequence[Token] | None, finish: str | None) -> dict:
         logprobs = None
         if self.with_logprobs and tokens is not None:
             logprobs = self.chat_logprobs(tokens) if self.chat else self.completion_logprobs(tokens)
@@ -113,13 +110,12 @@ class Answers:
         return {"token": text, "logprob": logprob, "bytes": list(content)}
 
     def completion_logprobs(self, tokens: Sequence[Token]) -> dict:
-        logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
-            logprobs["tokens"].append(self.spelling(token.id)[0])
-            logprobs["token_logprobs"].append(token.logprob)
-            logprobs["top_logprobs"].append({self.spelling(id)[0]: value for id, value in token.candidates})
-            logprobs["text_offset"].append(token.start)
-        return logprobs
+        return {
+            "tokens": [self.spelling(token.id)[0] for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{self.spelling(id)[0]: value for id, value in token.candidates} for token in tokens],
+            "text_offset": [token.start for token in tokens],
+        }
 
     def spelling(self, id: int) -> tuple[str, bytes]:
         """A token's text and bytes. OpenAI writes a byte token, which is a part of a character, as "bytes:\\xe2"."""

@@ -19,21 +19,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cli import UserError, log
+from generate import Continuation
+from serving import schema
 from serving.answers import Answers, finished, usage
 from serving.engine import Engine, Generation, Refused
 from serving.metrics import Metrics
-from serving.schema import (
-    BODY,
-    CHOICES,
-    MAX_TOKENS,
-    ChatRequest,
-    CompletionRequest,
-    ErrorBody,
-    GenerateRequest,
-    Sampled,
-    error_body,
-    invalid,
-)
+from serving.schema import ChatRequest, CompletionRequest, GenerateRequest, Sampled
 from serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
@@ -61,26 +52,18 @@ class Api:
 
     def __init__(self, served: Served, engine: Engine):
         self.served, self.engine = served, engine
-        self.about = {
-            "id": served.name,
-            "object": "model",
-            "created": int((served.directory / "manifest.json").stat().st_mtime),
-            "owned_by": "lumi",
-            "stage": served.stage,
-            "parameters": served.model.num_parameters(),
-            "context_length": served.model.config.context_length,
-            "max_tokens": MAX_TOKENS,
-            "template": served.template,
-            "checkpoint": served.model.digest,
-            "tokenizer": served.tokenizer.sha256,
-            "vocab_size": served.tokenizer.vocab_size,
-        }
+        model, tokenizer = served.model, served.tokenizer
+        created = int((served.directory / "manifest.json").stat().st_mtime)
+        self.about = {"id": served.name, "object": "model", "created": created, "owned_by": "lumi"}
+        self.about |= {"stage": served.stage, "template": served.template, "parameters": model.num_parameters()}
+        self.about |= {"context_length": model.config.context_length, "max_tokens": schema.MAX_TOKENS}
+        self.about |= {"checkpoint": model.digest, "tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
 
     async def health(self) -> Response:
         """Status 200 while the engine runs, and 503 when it has stopped."""
-        running = self.engine.running
-        body = {"status": "ok" if running else "the engine has stopped", "model": self.served.name}
-        return JSONResponse(body, 200 if running else 503)
+        if self.engine.running:
+            return JSONResponse({"status": "ok", "model": self.served.name})
+        return JSONResponse({"status": "the engine has stopped", "model": self.served.name}, 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counts and times in Prometheus' text format."""
@@ -98,52 +81,50 @@ class Api:
     async def generate(self, body: GenerateRequest, request: Request, generations: UnderWay) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
         ids = await asyncio.to_thread(self.served.prompt, body.prompt)
-        self.start(generations, body, [ids], body.max_length, stop_ids=self.served.stop)
+        self.start(generations, body, [ids], body.max_length, self.served.stop)
         await finished(generations, request)
         answer = {"model": self.served.name, "text": generations[0].text, "finish_reason": generations[0].finish}
         return answer | {"usage": usage(generations, 1)}
 
     async def completions(self, body: CompletionRequest, request: Request, generations: UnderWay) -> Response:
         """Continues one text or several."""
-        prompts = body.prompt
-        if isinstance(prompts, str) or isinstance(prompts[0], int):
-            prompts = [prompts]
-        ids = []
-        for prompt in prompts:
+        prompts = []
+        for prompt in body.prompts():
             encode = self.served.text if isinstance(prompt, str) else self.served.fitting
-            ids.append(await asyncio.to_thread(encode, prompt))
-        return await self.answer(generations, body, request, ids, body.max_tokens or 16, body.logprobs)
+            prompts.append(await asyncio.to_thread(encode, prompt))
+        return await self.answer(generations, body, request, prompts, body.max_tokens or 16, body.logprobs)
 
     async def chat(self, body: ChatRequest, request: Request, generations: UnderWay) -> Response:
         """Writes the next message of a conversation. The model must be fine-tuned."""
         if body.top_logprobs and not body.logprobs:
             raise Refused("top_logprobs: expected logprobs true beside it", param="top_logprobs")
         ids = await asyncio.to_thread(self.served.conversation, [message.message() for message in body.messages])
-        room = min(self.served.model.config.context_length - len(ids), MAX_TOKENS)
+        room = min(self.served.model.config.context_length - len(ids), schema.MAX_TOKENS)
         max_tokens = body.max_completion_tokens or body.max_tokens or room
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return await self.answer(generations, body, request, [ids], max_tokens, logprobs)
 
     async def answer(self, generations, body: Sampled, request, prompts, max_tokens, logprobs) -> Response:
-        """Completions and chat from here on. prompts: ids of each."""
+        """Completions and chat alike. prompts: a list of ids for each."""
         if body.model:
             self.check_name(body.model, 400)
-        if body.n * len(prompts) > CHOICES:
-            raise Refused(f"n: {body.n * len(prompts)} answers in one request; expected at most {CHOICES}", param="n")
         prompts = [ids for ids in prompts for _ in range(body.n)]
+        if len(prompts) > schema.CHOICES:
+            raise Refused(f"n: {len(prompts)} answers in one request; expected at most {schema.CHOICES}", param="n")
         stop_ids = () if body.ignore_eos else self.served.stop
-        self.start(generations, body, prompts, max_tokens, stop_ids=stop_ids, stop=body.stops(), logprobs=logprobs)
+        self.start(generations, body, prompts, max_tokens, stop_ids, logprobs, body.stops())
         answers = Answers(self.served, body, generations, request)
         if not body.stream:
             return JSONResponse(await answers.whole())
         return StreamingResponse(answers.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
 
-    def start(self, generations: list[Generation], body, prompts: list[list[int]], max_tokens: int, **options) -> None:
+    def start(self, generations: list, body, prompts, max_tokens: int, stop_ids, logprobs=None, stop=()) -> None:
         """Submits one generation for each prompt. Their seeds count up."""
         new = []
         for number, ids in enumerate(prompts):
             seed = None if body.seed is None else (body.seed + number) % 2**63
-            new.append(Generation(self.served.tokenizer, ids, max_tokens, body.sampling(), seed, **options))
+            continuation = Continuation(ids, max_tokens, body.sampling(), seed, stop_ids, logprobs)
+            new.append(Generation(self.served.tokenizer, continuation, stop))
         self.engine.submit(new)
         generations += new
 
@@ -157,18 +138,11 @@ class Api:
 
 def create_app(served: Served, engine: Engine, key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
     """The application. key: clients must send it. origins: web pages that may call the API from a browser."""
-    app = FastAPI(
-        title="Lumi",
-        description="One language model, with OpenAI's API for chat and completions.",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        max_body_size=BODY,
-        responses={
-            "4XX": {"model": ErrorBody, "description": "The request has a mistake, or exceeds a limit."},
-            "5XX": {"model": ErrorBody, "description": "The server failed."},
-        },
-    )
+    about = "One language model, with OpenAI's API for chat and completions."
+    wrong = {"model": schema.ErrorBody, "description": "The request has a mistake, or exceeds a limit."}
+    failed = {"model": schema.ErrorBody, "description": "The server failed."}
+    options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "max_body_size": schema.BODY}
+    app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
     app.state.metrics = Metrics(engine)
     api = Api(served, engine)
     app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
@@ -209,13 +183,13 @@ def key_check(key: str) -> Callable:
 async def respond(request: Request, error: Exception) -> Response:
     """The response that an exception means."""
     if isinstance(error, RequestValidationError):
-        error = invalid(error)
+        error = schema.invalid(error)
     elif isinstance(error, HTTPException):
         error = Refused(f"{error.detail}; /openapi.json lists the routes and their fields", error.status_code)
     elif not isinstance(error, Refused):
         error = Refused(str(error)) if isinstance(error, UserError) else Refused("a defect; see the server's log", 500)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-    return JSONResponse(error_body(error), error.status, headers.get(error.status))
+    return JSONResponse(schema.error_body(error), error.status, headers.get(error.status))
 
 
 class Watch:

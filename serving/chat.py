@@ -16,7 +16,7 @@ from pathlib import Path
 
 import stage
 from cli import UserError
-from generate import Sampling
+from generate import Continuation, Sampling
 from serving.engine import Engine, Generation, Refused
 from serving.served import Served
 from sft.conversations import Message
@@ -109,13 +109,14 @@ class Chat:
         return input()
 
     def ask(self, text: str) -> None:
-        """Sends a message and writes the answer. Without an answer, the message is forgotten."""
+        """Sends a message and writes the answer."""
         question = Message("user", text)
         ids, first = self.fitting(question)
         room = self.served.model.config.context_length - len(ids)
         limit = min(room, self.max_tokens or room)
         seed = None if self.seed is None else self.seed + len(self.messages) // 2
-        answer = Generation(self.served.tokenizer, ids, limit, self.sampling, seed, self.served.stop)
+        continuation = Continuation(ids, limit, self.sampling, seed, self.served.stop)
+        answer = Generation(self.served.tokenizer, continuation)
         self.engine.submit([answer])
         try:
             for piece in answer:
@@ -127,9 +128,6 @@ class Chat:
         write("\n")
         if answer.finish != "stop":
             notice("(stopped)" if answer.finish == "cancelled" else f"(cut off after {limit:,} tokens)")
-        if not answer.text.strip():
-            notice("(an empty answer: the message is forgotten)")
-            return
         if first and not self.first:
             notice("(the conversation is longer than the model's context: its earliest messages are left out)")
         self.first = first
@@ -171,10 +169,9 @@ class Chat:
                 notice(f"temperature {self.sampling.temperature:g}")
             case "/save" | "/load" if not rest:
                 notice(f"{name} needs the name of a file")
-            case "/save":
-                self.save(Path(rest).expanduser())
-            case "/load":
-                self.load(Path(rest).expanduser())
+            case "/save" | "/load":
+                transfer = self.save if name == "/save" else self.load
+                transfer(Path(rest).expanduser())
             case _:
                 notice(f"no command {name:.40}; expected one of {COMMANDS}; // begins a message with /")
 
@@ -201,6 +198,4 @@ class Chat:
             raise UserError(f"{path}: expected messages of user and assistant in turn")
         self.start(messages, system)
         self.files.add(path.resolve())
-        notice(f"loaded {len(messages)} messages from {path}")
-        if record.get("sha256") != self.served.model.digest:
-            notice(f"(their model was {record.get('model')}, not {self.served.name})")
+        notice(f"loaded {len(messages)} messages from {path}; they were with {record.get('model')}")

@@ -1,11 +1,4 @@
-"""The engine: decodes many requests together in one thread. Each gets the text that it would get alone.
-
-with Engine(model) as engine:
-    generation = Generation(tokenizer, ids, max_tokens=50, sampling=Sampling())
-    engine.submit([generation])
-    for piece in generation:
-        print(piece.text, end="")
-"""
+"""The engine: one thread decodes many texts together. Each becomes what it would become alone."""
 
 import threading
 import time
@@ -14,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from cli import UserError, log
-from generate import Continuation, Decoder, Sampling
+from generate import Continuation, Decoder
 from model import Transformer
 from tokenizer import Tokenizer
 
 CHUNK = 256  # prompt tokens read between two steps: a long prompt delays the other texts by no more
-LOOK = 0.01  # seconds between two looks at a generation
+PAUSE = 0.01  # seconds between two looks at a text
 
 
 class Refused(UserError):
@@ -31,40 +24,31 @@ class Refused(UserError):
 
 
 class Token(NamedTuple):
-    """A generated token. start: where its text begins, in characters. candidates: the likeliest ids with logprobs."""
+    """A new token. start: where its text begins, in characters. logprob: in nats, if the request asks for it."""
 
     id: int
     start: int
-    logprob: float | None = None  # in nats; None unless the request asks for it
-    candidates: Sequence[tuple[int, float]] = ()
+    logprob: float | None = None
+    candidates: Sequence[tuple[int, float]] = ()  # the likeliest ids with their log-probabilities
 
 
 class Piece(NamedTuple):
     """More text, and the tokens that begin in it. finish: "stop", "length" or "cancelled" in the last piece."""
 
     text: str
-    tokens: Sequence[Token] = ()
-    finish: str | None = None
+    tokens: Sequence[Token]
+    finish: str | None
 
 
 class Generation:
     """A text that the engine writes and a client reads, piece by piece. It ends before the first stop string."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        ids: Sequence[int],
-        max_tokens: int,
-        sampling: Sampling,
-        seed: int | None = None,
-        stop_ids: Sequence[int] = (),
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-    ):
-        self.continuation = Continuation(ids, max_tokens, sampling, seed, stop_ids, logprobs)
-        self.tokenizer, self.stop, self.prompt_tokens = tokenizer, stop, len(ids)
+    def __init__(self, tokenizer: Tokenizer, continuation: Continuation, stop: Sequence[str] = ()):
+        self.tokenizer, self.continuation, self.stop = tokenizer, continuation, stop
+        self.prompt_tokens = len(continuation.ids)
+        self.asked, self.first = time.monotonic(), None  # first: when the first token came
         self.text = ""
-        self.certain = 0  # characters: what follows may be the beginning of a stop string
+        self.certain = 0  # characters; what follows may be the beginning of a stop string
         self.tokens: list[Token] = []  # without the id that ended the text
         self.window: list[int] = []  # the last ids: their text depends on each other
         self.decoded = 0, ""  # how many ids of the window are decoded, and their text
@@ -72,7 +56,6 @@ class Generation:
         self.cancelled = False  # set by the client
         self.finish: str | None = None
         self.error: Refused | None = None
-        self.asked, self.first = time.monotonic(), None  # when it was asked for, and when its first token came
 
     def add(self, id: int, logprob: float | None = None, candidates: Sequence[tuple[int, float]] = ()) -> None:
         """Adds a token. Ends the text if a stop string is complete."""
@@ -93,18 +76,19 @@ class Generation:
 
     def find_stop(self) -> None:
         """Looks for stop strings in the text that is not certain."""
-        places = [self.text.find(stop, self.certain) for stop in self.stop if stop in self.text[self.certain :]]
+        new = self.text[self.certain :]
+        places = [new.find(stop) for stop in self.stop if stop in new]
         if places:
-            self.text = self.text[: min(places)]
+            self.text = self.text[: self.certain + min(places)]
             self.tokens = [token for token in self.tokens if token.start < len(self.text)]
-        begun = [overlap(self.text[self.certain :], stop) for stop in self.stop if not places]
-        self.certain = len(self.text) - max(begun, default=0)
-        self.finish = "stop" if places else None
+            self.certain = len(self.text)
+            self.finish = "stop"
+        else:
+            self.certain = len(self.text) - max((overlap(new, stop) for stop in self.stop), default=0)
 
     def end(self, finish: str) -> None:
         """Ends the text: nothing follows that could complete a character or a stop string."""
-        _, before = self.decoded
-        self.text += self.tokenizer.decode(self.window, begins=False)[len(before) :]
+        self.text += self.tokenizer.decode(self.window, begins=False)[len(self.decoded[1]) :]
         self.find_stop()
         self.certain = len(self.text)
         self.finish = self.finish or finish
@@ -121,14 +105,12 @@ class Generation:
         return Piece(text, tokens, finish)
 
     def __iter__(self) -> Iterator[Piece]:
-        finish = None
-        while not finish:
+        piece = self.read()
+        while not piece.finish:
+            yield piece
+            time.sleep(PAUSE)
             piece = self.read()
-            finish = piece.finish
-            if finish or piece.text or piece.tokens:
-                yield piece
-            else:
-                time.sleep(LOOK)
+        yield piece
 
 
 def overlap(text: str, stop: str) -> int:
@@ -144,11 +126,11 @@ class Engine:
 
     def __init__(self, model: Transformer, rows: int = 8, waiting: int = 64, seconds: float = 600.0):
         self.limit, self.seconds = rows + waiting, seconds
-        self.open: dict[Continuation, Generation] = {}  # those that have not ended
-        self.arrived: list[Generation] = []  # those that the decoder does not have yet
+        self.open: dict[Continuation, Generation] = {}  # texts that have not ended
+        self.arrived: list[Generation] = []  # texts that the decoder does not have yet
         self.changed = threading.Condition()
         self.running = True
-        # All computing is done in this thread: OpenMP is 3 times as slow once a second thread has computed.
+        # Only this thread computes: OpenMP is 3 times as slow once a second thread has computed.
         self.thread = ThreadPoolExecutor(1, "engine")
         try:
             self.decoder = self.thread.submit(Decoder, model, rows, chunk=CHUNK).result()
@@ -169,26 +151,21 @@ class Engine:
             self.running = False
             self.changed.notify()
 
-    def waiting(self) -> int:
-        """How many texts are not being decoded yet."""
-        return max(0, len(self.open) - len(self.decoder.texts))
-
     def submit(self, generations: Sequence[Generation]) -> None:
         """Accepts all or none. Raises Refused."""
-        for generation in generations:
-            try:
+        try:
+            for generation in generations:
                 self.decoder.check(generation.continuation)
-            except ValueError as error:
-                raise Refused(str(error)) from None
+        except ValueError as error:
+            raise Refused(str(error)) from None
         with self.changed:
             if not self.running:
                 raise Refused("the engine has stopped", 500)
             count = len(self.open) + len(generations)
             if count > self.limit:
-                busy = f"{count} texts at once; the server takes at most {self.limit}; try again later"
-                raise Refused(busy, 429, code="busy")
-            for generation in generations:
-                self.open[generation.continuation] = generation
+                problem = f"{count} texts at once; the server takes at most {self.limit}; try again later"
+                raise Refused(problem, 429, code="busy")
+            self.open |= {generation.continuation: generation for generation in generations}
             self.arrived += generations
             self.changed.notify()
 
@@ -205,7 +182,7 @@ class Engine:
         self.open.clear()
 
     def _accept(self) -> bool:
-        """Waits for texts, hands new ones to the decoder, ends those that are over. False when the engine stops."""
+        """Waits for texts, hands new ones to the decoder, drops those that are over. False when the engine stops."""
         with self.changed:
             self.changed.wait_for(lambda: self.open or not self.running)
             arrived, self.arrived = self.arrived, []
@@ -213,15 +190,13 @@ class Engine:
         for generation in arrived:
             self.decoder.add(generation.continuation)
         for generation in generations:
-            late = time.monotonic() - generation.asked > self.seconds
-            if late:
+            if time.monotonic() - generation.asked > self.seconds:
                 generation.error = Refused(f"it took longer than {self.seconds:g} seconds", 504, code="timeout")
             elif generation.cancelled:
                 generation.end("cancelled")
             elif generation.continuation.ended:  # it asks for no tokens
                 generation.end(generation.continuation.ended)
-            if generation.error or generation.finish:
-                self._drop(generation)
+            self._drop_if_over(generation)
         return self.running
 
     def _deliver(self, generation: Generation, id: int) -> None:
@@ -232,15 +207,14 @@ class Engine:
         elif continuation.ended == "stop":  # by an id, which is no part of the text
             generation.end("stop")
         else:
-            logprobs = continuation.logprobs[-1] if continuation.logprobs else ()
-            generation.add(id, *logprobs)
+            generation.add(id, *(continuation.logprobs[-1] if continuation.logprobs else ()))
             if continuation.ended and not generation.finish:
                 generation.end(continuation.ended)
-        if generation.error or generation.finish:
-            self._drop(generation)
+        self._drop_if_over(generation)
 
-    def _drop(self, generation: Generation) -> None:
-        if not generation.continuation.ended:
-            self.decoder.remove(generation.continuation)
-        with self.changed:
-            del self.open[generation.continuation]
+    def _drop_if_over(self, generation: Generation) -> None:
+        if generation.error or generation.finish:
+            if not generation.continuation.ended:
+                self.decoder.remove(generation.continuation)
+            with self.changed:
+                del self.open[generation.continuation]

@@ -13,7 +13,8 @@ class Metrics:
         common = {"registry": self.registry}
         Gauge("lumi_up", "1 while the engine runs.", **common).set_function(lambda: engine.running)
         Gauge("lumi_running", "Texts being decoded.", **common).set_function(lambda: len(engine.decoder.texts))
-        Gauge("lumi_waiting", "Texts that wait for decoding.", **common).set_function(lambda: engine.waiting())
+        waiting = Gauge("lumi_waiting", "Texts that wait for decoding.", **common)
+        waiting.set_function(lambda: max(0, len(engine.open) - len(engine.decoder.texts)))
         self.requests = Counter("lumi_requests_total", "Requests, by path and status.", ["path", "status"], **common)
         self.prompt_tokens = Counter("lumi_prompt_tokens_total", "Tokens of prompts.", **common)
         self.generated_tokens = Counter("lumi_generated_tokens_total", "Generated tokens.", **common)

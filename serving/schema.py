@@ -22,7 +22,7 @@ UNSUPPORTED = {"presence_penalty", "frequency_penalty", "logit_bias", "best_of",
 Text = Annotated[str, Field(max_length=BODY)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-TopK = Annotated[int, Field(ge=1, le=2**31)]
+TopK = Annotated[int, Field(ge=0, le=2**31)]
 TokenLimit = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Stops = Annotated[list[Text], Field(max_length=STOPS)]
@@ -37,22 +37,21 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_unset(cls, data):
-        """Removes fields that clients send although they are not set."""
+        """Drops fields that are not set: null, -1 for a number (as vLLM and llama.cpp do), or unknown and empty."""
         if not isinstance(data, dict):
             return data
         given = {}
         for name, value in data.items():
-            empty = value is None
-            if name in ("seed", "max_tokens", "max_completion_tokens", "top_k"):
-                empty = empty or value == -1 or (name, value) == ("top_k", 0)  # as vLLM and llama.cpp write "not set"
+            unset = [None, -1] if name in ("seed", "max_tokens", "max_completion_tokens", "top_k") else [None]
             if name not in cls.model_fields:
-                empty = empty or value in ([], {}, "")
-            if not empty:
+                unset = [None, "", [], {}]
+            if value not in unset:
                 given[name] = value
         return given
 
     def sampling(self) -> Sampling:
-        return Sampling(**self.model_dump(include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}))
+        given = self.model_dump(include={"temperature", "top_p", "min_p", "repetition_penalty"})
+        return Sampling(top_k=self.top_k or None, **given)
 
 
 class StreamOptions(Body):
@@ -73,7 +72,7 @@ class Sampled(Body):
     stream: bool | None = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream.")
     # The next four fields are not in OpenAI's API.
-    top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens.")
+    top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the likeliest token's.")
     repetition_penalty: float | None = Field(1.0, ge=0.1, le=10, description="Above 1: repeat less. Below 1: more.")
     ignore_eos: bool | None = Field(False, description="Write on when the model ends its answer, up to max_tokens.")
@@ -103,6 +102,10 @@ class CompletionRequest(Sampled):
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported: only 1.")
     echo: Literal[False] | None = Field(None, description="Not supported: only false.")
     suffix: Literal[""] | None = Field(None, description="Not supported: only an empty string.")
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if single else self.prompt
 
 
 class TextPart(Body):
@@ -142,7 +145,7 @@ class GenerateRequest(Body):
     max_length: TokenLimit = Field(200, description="The largest number of new tokens.")
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token.")
     top_p: float = Field(0.9, gt=0, le=1, description="Sample from the likeliest tokens that reach this share.")
-    top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens.")
+    top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")
     seed: Seed | None = Field(None, description="The same seed gives the same answer. -1 means no seed.")
 
 
@@ -174,13 +177,10 @@ def invalid(error: RequestValidationError) -> Refused:
         return Refused(f"the body is not JSON: {errors[0]['ctx']['error']} at character {place[0]}")
     if not place:
         return Refused("expected a JSON object, sent as Content-Type: application/json")
-    unknown = kind == "extra_forbidden"
-    field = str(place[-1 if unknown else 0])[:LONGEST]
-    if unknown or field in UNSUPPORTED:
-        code = "unknown_parameter" if unknown else "unsupported_parameter"
-        return Refused(f"{field!r} is not supported; leave it out", param=field, code=code)
-    reasons = []  # more than one if the field may have several types
-    for other in errors:
-        if other["loc"][1] == field and other["msg"] not in reasons:
-            reasons.append(other["msg"])
-    return Refused(f"{field}: {'; or '.join(reasons)}", param=field)
+    field = str(place[-1] if kind == "extra_forbidden" else place[0])[:LONGEST]
+    if kind == "extra_forbidden":
+        return Refused(f"{field!r} is not supported; leave it out", 400, field, "unknown_parameter")
+    if field in UNSUPPORTED:
+        return Refused(f"{field!r} is not supported; leave it out", 400, field, "unsupported_parameter")
+    reasons = [other["msg"] for other in errors if other["loc"][1] == field]  # several if it may have several types
+    return Refused(f"{field}: {'; or '.join(dict.fromkeys(reasons))}", 400, field)

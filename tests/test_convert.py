@@ -28,7 +28,7 @@ import stage
 import tokenizer
 from cli import UserError
 from data.sources import PythonDocs
-from generate import Sampling
+from generate import Continuation, Sampling
 from model import ModelConfig, Transformer
 from serving.engine import Generation
 from tests.conftest import Place
@@ -371,7 +371,7 @@ def test_other_tokenizers_are_exported_exactly(text, documents):
 
 
 def written(spm: tokenizer.Tokenizer, ids: list[int]) -> str:
-    text = Generation(spm, [0], 1, Sampling())
+    text = Generation(spm, Continuation([0], 1, Sampling()))
     for token in ids:
         text.add(token)
     text.end("length")

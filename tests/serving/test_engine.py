@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import generate
 import tokenizer
 from cli import UserError
-from generate import Sampling
+from generate import Continuation, Sampling
 from model import ModelConfig, Transformer
 from serving.engine import Engine, Generation, Piece, Refused
 from tests.conftest import Place
@@ -78,7 +78,7 @@ def cut(spm: tokenizer.Tokenizer, ids: list[int], stop: list[str]) -> tuple[str,
 
 def write(spm: tokenizer.Tokenizer, ids: list[int], stop: list[str]) -> tuple[list[Piece], int | None]:
     """The pieces of a text, and after how many tokens it stopped."""
-    text, pieces = Generation(spm, [0], 1, GREEDY, stop=stop), []
+    text, pieces = Generation(spm, Continuation([0], 1, GREEDY), stop), []
     for k, token in enumerate(ids, 1):
         text.add(token)
         pieces.append(text.read())
@@ -121,16 +121,15 @@ def test_the_pieces_add_up_to_the_decoded_text_before_a_stop_string(spms, name):
         if stopped is None:
             assert [token.id for token in tokens] == ids
         else:  # the tokens that begin before the stop string
-            assert [token.id for token in tokens] == [
-                i for i, t in zip(ids, before, strict=False) if len(t) < len(text)
-            ]
+            begun = [i for i, t in zip(ids, before, strict=False) if len(t) < len(text)]
+            assert [token.id for token in tokens] == begun
         assert [token.start for token in tokens] == [len(t) for t in before[: len(tokens)]]
 
     check()
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back(ours):
-    text = Generation(ours, [0], 1, GREEDY, stop=["aab", "q" * 1_000_000])
+    text = Generation(ours, Continuation([0], 1, GREEDY), ["aab", "q" * 1_000_000])
     seen = ""
     ids = iter(ours.encode("one aaaab two"))
     while not text.finish:
@@ -143,8 +142,8 @@ def test_text_that_may_begin_a_stop_string_is_held_back(ours):
 # ------------------------------------------------------------------------------------------------------------ engine
 
 
-def ask(spm, ids=(1, 2, 3), most=8, sampling=GREEDY, **options) -> Generation:
-    return Generation(spm, list(ids), most, sampling, **options)
+def ask(spm, ids=(1, 2, 3), most=8, sampling=GREEDY, seed=None, stop_ids=(), logprobs=None, stop=()) -> Generation:
+    return Generation(spm, Continuation(ids, most, sampling, seed, stop_ids, logprobs), stop)
 
 
 def whole(generation: Generation) -> tuple[str, str]:
@@ -255,7 +254,6 @@ def test_the_queue_has_a_limit(gated, model, ours):
     assert error.value.status == 429
     assert len(engine.open) == 1  # all or none
     engine.submit(texts[1:])
-    assert engine.waiting() == 3
     with pytest.raises(Refused):
         engine.submit([ask(ours)])
     gate.free()

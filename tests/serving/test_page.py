@@ -45,10 +45,10 @@ def page(browser, site):
 
 
 def settings(page, **values) -> None:
-    button(page, "Settings").click()
+    page.get_by_text("Settings").click()
     for name, value in values.items():
         page.locator(f"#{name}").fill(str(value))
-    button(page, "Settings").click()
+    page.get_by_text("Settings").click()
 
 
 def button(page, name: str):
@@ -150,10 +150,11 @@ def test_key(page):
         page.keyboard.press("Enter")
     page.get_by_role("heading", name="mini-sft").wait_for()
     assert send(page, "Say a.")
-    page.evaluate("key = 'lost'")
+    page.get_by_label("API key").fill("lost")
     write(page, "Say in.")
+    page.get_by_role("status").filter(has_text="no API key").wait_for()
     page.get_by_label("API key").fill(KEY)
-    page.keyboard.press("Enter")
+    button(page, "Regenerate").click()
     assert finished(page)
     assert len(answers(page)) == 2
 
