@@ -51,6 +51,7 @@ def generate(arguments: argparse.Namespace) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
     ids = served.prompt(prompt)
+    served.room(ids)
     generations = []
     for number in range(samples):
         seed = None if arguments.seed is None else arguments.seed + number

@@ -90,8 +90,8 @@ class Api:
         """Continues one text or several."""
         prompts = []
         for prompt in body.prompts():
-            encode = self.served.text if isinstance(prompt, str) else self.served.fitting
-            prompts.append(await asyncio.to_thread(encode, prompt))
+            ids = await asyncio.to_thread(self.served.text, prompt) if isinstance(prompt, str) else prompt
+            prompts.append(ids)
         return await self.answer(generations, body, request, prompts, body.max_tokens or 16, body.logprobs)
 
     async def chat(self, body: ChatRequest, request: Request, generations: UnderWay) -> Response:
@@ -99,8 +99,7 @@ class Api:
         if body.top_logprobs and not body.logprobs:
             raise Refused("top_logprobs: expected logprobs true beside it", param="top_logprobs")
         ids = await asyncio.to_thread(self.served.conversation, [message.message() for message in body.messages])
-        room = min(self.served.model.config.context_length - len(ids), schema.MAX_TOKENS)
-        max_tokens = body.max_completion_tokens or body.max_tokens or room
+        max_tokens = body.max_completion_tokens or body.max_tokens or min(self.served.room(ids), schema.MAX_TOKENS)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return await self.answer(generations, body, request, [ids], max_tokens, logprobs)
 
@@ -122,6 +121,7 @@ class Api:
         """Submits one generation for each prompt. Their seeds count up."""
         new = []
         for number, ids in enumerate(prompts):
+            self.served.room(ids)  # raises Refused if there is none
             seed = None if body.seed is None else (body.seed + number) % 2**63
             continuation = Continuation(ids, max_tokens, body.sampling(), seed, stop_ids, logprobs)
             new.append(Generation(self.served.tokenizer, continuation, stop))

@@ -17,7 +17,7 @@ from pathlib import Path
 import stage
 from cli import UserError
 from generate import Continuation, Sampling
-from serving.engine import Engine, Generation, Refused
+from serving.engine import Engine, Generation
 from serving.served import Served
 from sft.conversations import Message
 
@@ -55,7 +55,8 @@ class Chat:
     def __init__(
         self, served: Served, engine: Engine, sampling: Sampling, max_tokens: int | None, seed: int | None, system: str
     ):
-        self.served, self.engine, self.system = served, engine, system
+        self.served, self.engine = served, engine
+        self.system = [Message("system", system)] if system else []
         self.sampling, self.max_tokens, self.seed = sampling, max_tokens, seed
         self.messages: list[Message] = []
         self.first = 0  # the first message that still fits the context
@@ -94,25 +95,21 @@ class Chat:
                     raise
                 notice(str(error))
 
-    def read(self) -> str:
+    def read(self, prompt: str = "> ") -> str:
         """The next message, or command. Raises EOFError."""
-        text = self.line("> ")
-        while self.terminal and text.endswith("\\"):
-            text = text[:-1] + "\n" + self.line("... ")
-        return text
-
-    def line(self, prompt: str) -> str:
-        if self.terminal and sys.stdout.isatty():
-            return input(prompt)  # with readline: editing and history
-        if self.terminal:
+        readline = self.terminal and sys.stdout.isatty()  # then input() has editing and history
+        if self.terminal and not readline:
             print(prompt, end="", file=sys.stderr, flush=True)
-        return input()
+        text = input(prompt if readline else "")
+        if self.terminal and text.endswith("\\"):
+            return text[:-1] + "\n" + self.read("... ")
+        return text
 
     def ask(self, text: str) -> None:
         """Sends a message and writes the answer."""
         question = Message("user", text)
         ids, first = self.fitting(question)
-        room = self.served.model.config.context_length - len(ids)
+        room = self.served.room(ids)
         limit = min(room, self.max_tokens or room)
         seed = None if self.seed is None else self.seed + len(self.messages) // 2
         continuation = Continuation(ids, limit, self.sampling, seed, self.served.stop)
@@ -135,18 +132,11 @@ class Chat:
 
     def fitting(self, question: Message) -> tuple[list[int], int]:
         """The prompt's ids, and its first message: the oldest are left out until a quarter of the context is free."""
-        context = self.served.model.config.context_length
-        system = [Message("system", self.system)] if self.system else []
         for first in range(self.first, len(self.messages) + 1, 2):
-            last_chance = first == len(self.messages)
-            try:
-                ids = self.served.conversation([*system, *self.messages[first:], question])
-            except Refused:
-                if last_chance:
-                    raise
-                continue
-            if last_chance or len(ids) <= context - max(32, context // 4):
-                return ids, first
+            ids = self.served.conversation([*self.system, *self.messages[first:], question])
+            if len(ids) <= self.served.model.config.context_length * 3 // 4:
+                break
+        return ids, first
 
     def command(self, name: str, rest: str = "") -> None:
         rest = rest.strip()
@@ -156,13 +146,13 @@ class Chat:
             case "/help":
                 notice(HELP)
             case "/reset":
-                self.start([], self.system)
+                self.start(self.system)
                 notice("the conversation is forgotten")
             case "/system" if rest:
-                self.start([], "" if rest == "-" else rest)
+                self.start([Message("system", rest)] if rest != "-" else [])
                 notice("a new conversation starts")
             case "/system":
-                notice(self.system or "no system message")
+                notice(self.system[0].content if self.system else "no system message")
             case "/temperature":
                 if rest:
                     self.sampling = dataclasses.replace(self.sampling, temperature=float(rest))
@@ -175,14 +165,14 @@ class Chat:
             case _:
                 notice(f"no command {name:.40}; expected one of {COMMANDS}; // begins a message with /")
 
-    def start(self, messages: Sequence[Message], system: str) -> None:
-        self.messages, self.system, self.first = list(messages), system, 0
+    def start(self, messages: Sequence[Message]) -> None:
+        count = sum(message.role == "system" for message in messages[:1])
+        self.system, self.messages, self.first = messages[:count], messages[count:], 0
 
     def save(self, path: Path) -> None:
         if os.path.lexists(path) and path.resolve() not in self.files:
             raise UserError(f"{path} exists and is not from this session; choose another name")
-        messages = [Message("system", self.system)] * bool(self.system) + self.messages
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [{"role": message.role, "content": message.content} for message in [*self.system, *self.messages]]
         stage.write_json(path, {"model": self.served.name, "sha256": self.served.model.digest, "messages": turns})
         self.files.add(path.resolve())
         notice(f"saved {len(self.messages)} messages to {path}")
@@ -193,9 +183,9 @@ class Chat:
             messages = [Message(turn["role"], turn["content"] + "") for turn in record["messages"]]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a conversation that /save wrote") from None
-        system = messages.pop(0).content if messages and messages[0].role == "system" else ""
-        if [message.role for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+        roles = [message.role for message in messages]
+        if roles[roles[:1] == ["system"] :] != ["user", "assistant"] * (len(roles) // 2):
             raise UserError(f"{path}: expected messages of user and assistant in turn")
-        self.start(messages, system)
+        self.start(messages)
         self.files.add(path.resolve())
         notice(f"loaded {len(messages)} messages from {path}; they were with {record.get('model')}")

@@ -36,27 +36,24 @@ class Served:
         if not self.template:
             raise Refused(f"{self.name} is a base model, which only continues texts; fine-tune it first (stage sft)")
         messages = [message._replace(content=cleaned(message.content)) for message in messages]
-        if not messages or messages[-1].role != "user":
-            raise Refused("the last message is not the user's; expected a message for the model to answer")
-        if not messages[-1].content:
-            raise Refused("the last message is empty; expected a message for the model to answer")
-        return self.fitting(render(self.template, messages, self.tokenizer, ask=True)[0])
-
-    def text(self, text: str) -> list[int]:
-        """The ids of the beginning of a document."""
-        return self.fitting([self.tokenizer.bos, *self.tokenizer.encode(text)])
+        if not messages or messages[-1].role != "user" or not messages[-1].content:
+            raise Refused("expected a last message that is the user's and not empty")
+        return render(self.template, messages, self.tokenizer, ask=True)[0]
 
     def prompt(self, text: str) -> list[int]:
         """The ids of a question, or for a base model of the beginning of a document."""
         return self.conversation([Message("user", text)]) if self.template else self.text(text)
 
-    def fitting(self, ids: list[int]) -> list[int]:
-        """Returns ids. Raises Refused if they fill the context."""
+    def text(self, text: str) -> list[int]:
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def room(self, ids: Sequence[int]) -> int:
+        """How many tokens the answer to a prompt may have. Raises Refused if there is none."""
         context = self.model.config.context_length
         if len(ids) >= context:
             problem = f"the prompt has {len(ids):,} tokens; the context of {context:,} must hold the answer too"
             raise Refused(problem, code="context_length_exceeded")
-        return ids
+        return context - len(ids)
 
 
 def load(experiment: Experiment, directory: Path | None = None) -> Served:
