@@ -1,6 +1,7 @@
 """The API as OpenAI's own client uses it, as other clients use it, and as nobody should."""
 
 import asyncio
+import dataclasses
 import json
 import signal
 import socket
@@ -12,7 +13,8 @@ import torch
 import generate
 from serving.engine import Generation
 from serving.schema import CHOICES, MAX_TOKENS
-from sft.conversations import Message
+from sft.conversations import Message, cleaned
+from sft.templates import TEMPLATES, render
 from tests.conftest import Place
 from tests.serving.conftest import Server, posted, problem, received, serve, slow, until
 
@@ -101,14 +103,6 @@ def test_a_chat_is_what_the_model_answers(client, server: Server):
     assert client.chat.completions.create(messages=parts, max_tokens=12, **options).choices == answer.choices
 
 
-def test_without_a_limit_a_chat_ends_with_the_context(client, server: Server):
-    most = 64 - len(server.served.conversation([Message("user", "Say a in.")]))
-    for seed in range(6):
-        answer = client.chat.completions.create(model=server.served.name, messages=USER, seed=seed, temperature=2)
-        assert answer.usage.completion_tokens <= most
-        assert (answer.choices[0].finish_reason == "length") == (answer.usage.completion_tokens == most)
-
-
 def test_a_stream_has_the_same_text_and_counts_it(client, server: Server):
     name = server.served.name
     options = {"model": name, "messages": USER, "max_tokens": 24, "seed": 11, "temperature": 1.5, "n": 2}
@@ -140,54 +134,38 @@ def test_the_clients_stream_helper_and_a_stop_string(client, server: Server):
     assert again.choices[0].message.content == choice.message.content
 
 
-def log_probabilities(server: Server, ids: list[int], new: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        logits = server.served.model(torch.tensor([[*ids, *new][:-1]]))[0, -len(new) :]
-    return logits.log_softmax(-1)
-
-
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_of_a_completion(client, server: Server, stream):
+def test_log_probabilities_are_the_models(client, server: Server, stream):
     served = server.served
-    ids = served.text("Return")
-    new = generate.generate(served.model, ids, 16, seed=3, temperature=1.0, stop=served.stop)
-    options = {"model": served.name, "prompt": "Return", "max_tokens": 16, "seed": 3, "logprobs": 3}
-    answer = client.completions.create(stream=stream, **options)
-    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
-    tokens, values, tops, offsets = [], [], [], []
-    for choice in choices:
+    options = {"model": served.name, "max_tokens": 16, "seed": 3, "stream": stream}
+    completion = client.completions.create(prompt="Return", logprobs=3, **options)
+    chat = client.chat.completions.create(messages=USER, logprobs=True, top_logprobs=3, **options)
+    texts, offsets, reported, tokens = "", [], {"completion": [], "chat": []}, []
+    for choice in [chunk.choices[0] for chunk in completion] if stream else completion.choices:
+        texts += choice.text
         tokens += choice.logprobs.tokens
-        values += choice.logprobs.token_logprobs
-        tops += choice.logprobs.top_logprobs
         offsets += choice.logprobs.text_offset
-    p = log_probabilities(server, ids, new)
-    assert values == pytest.approx([float(row[token]) for row, token in zip(p, new, strict=True)], abs=1e-5)
-    for row, top in zip(p, tops, strict=True):
-        assert sorted(top.values()) == pytest.approx(sorted(row.topk(3).values.tolist()), abs=1e-5)
-    text = "".join(choice.text for choice in choices)
-    starts = [len(served.tokenizer.decode(new[:k], begins=False).rstrip("\ufffd")) for k in range(len(new))]
-    assert offsets == starts
-    for k, (token, start) in enumerate(zip(tokens, starts, strict=True)):
-        broken = served.tokenizer.decode(new[:k], begins=False).endswith("\ufffd")
-        assert broken or token.startswith("bytes:") or text[start:].startswith(token)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_of_a_chat(client, server: Server, stream):
-    served = server.served
-    ids = served.conversation([Message("user", "Say a in.")])
-    new = generate.generate(served.model, ids, 16, seed=4, temperature=1.5, stop=served.stop)
-    options = {"model": served.name, "messages": USER, "max_tokens": 16, "seed": 4, "temperature": 1.5}
-    answer = client.chat.completions.create(logprobs=True, top_logprobs=4, stream=stream, **options)
-    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
-    content = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
-    p = log_probabilities(server, ids, new)
-    for row, id, token in zip(p, new, content, strict=True):
-        assert token.logprob == pytest.approx(float(row[id]), abs=1e-5)
-        assert [top.logprob for top in token.top_logprobs] == pytest.approx(row.topk(4).values.tolist(), abs=1e-5)
-    text = b"".join(bytes(token.bytes) for token in content).decode(errors="replace")
-    assert text == expected(server, ids, 16, seed=4, temperature=1.5)
-    assert client.chat.completions.create(**options).choices[0].logprobs is None
+        tops = [list(top.values()) for top in choice.logprobs.top_logprobs]
+        reported["completion"] += zip(choice.logprobs.token_logprobs, tops, strict=True)
+    content = b""
+    for choice in [chunk.choices[0] for chunk in chat] if stream else chat.choices:
+        for token in choice.logprobs.content if choice.logprobs else ():
+            content += bytes(token.bytes)
+            reported["chat"].append((token.logprob, [top.logprob for top in token.top_logprobs]))
+    ids = {"completion": served.text("Return"), "chat": served.conversation([Message("user", "Say a in.")])}
+    new = {}
+    for name, prompt in ids.items():
+        new[name] = generate.generate(served.model, prompt, 16, seed=3, temperature=1.0, stop=served.stop)
+        with torch.no_grad():
+            logits = served.model(torch.tensor([[*prompt, *new[name]][:-1]]))[0, -len(new[name]) :]
+        for id, row, (logprob, top) in zip(new[name], logits.log_softmax(-1), reported[name], strict=True):
+            assert logprob == pytest.approx(float(row[id]), abs=1e-5)
+            assert sorted(top, reverse=True) == pytest.approx(row.topk(3).values.tolist(), abs=1e-5)
+    assert content.decode(errors="replace") == served.tokenizer.decode(new["chat"], begins=False)
+    for k, (token, start) in enumerate(zip(tokens, offsets, strict=True)):
+        before = served.tokenizer.decode(new["completion"][:k], begins=False)
+        assert start == len(before.rstrip("\ufffd"))
+        assert before.endswith("\ufffd") or token.startswith("bytes:") or texts[start:].startswith(token)
 
 
 def test_many_at_once_get_what_each_gets_alone(server: Server):
@@ -246,6 +224,24 @@ def test_a_control_piece_that_a_user_writes_is_text(client, server: Server, spie
     assert evil in spm.decode(chat)
     assert text[0] == spm.bos
     assert not control & set(text[1:])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_is_the_beginning_of_the_conversation_in_training(served, template):
+    served = dataclasses.replace(served, template=template)
+    turns = [
+        ("system", "Be brief."),
+        ("user", " Say\ta. "),
+        ("assistant", "a"),
+        ("user", "Say in."),
+        ("assistant", "in"),
+    ]
+    messages = [Message(role, cleaned(text)) for role, text in turns]
+    trained, mask = render(template, messages, served.tokenizer)
+    prompt = served.conversation([Message(role, text) for role, text in turns[:-1]])
+    assert trained[: len(prompt)] == prompt
+    assert all(mask[len(prompt) : -1])
+    assert not mask[len(prompt) - 1]
 
 
 def test_generate_answers_plainly(server: Server):
