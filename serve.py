@@ -118,7 +118,7 @@ def arguments() -> argparse.ArgumentParser:
     add_sampling(c, max_tokens=None)
     a = add(commands, api, "serve an HTTP API and a page to chat on")
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
-    a.add_argument("--port", type=port, default=8000, help="the port to listen on; 0: any free port (8000)")
+    a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
     origin = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
@@ -150,12 +150,6 @@ def add_sampling(p: argparse.ArgumentParser, max_tokens: int | None) -> None:
 def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**62:
         raise argparse.ArgumentTypeError(f"{text!r} is not a seed; expected a whole number from 0 to 2^62 - 1")
-    return int(text)
-
-
-def port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; expected 0 to 65535")
     return int(text)
 
 

@@ -228,8 +228,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; change --host or --port") from None
+    except (OSError, OverflowError) as error:  # OverflowError: no port
+        raise UserError(f"cannot listen on {host} port {port}: {error}; change --host or --port") from None
 
 
 class Server(uvicorn.Server):

@@ -229,16 +229,11 @@ def test_a_control_piece_that_a_user_writes_is_text(client, server: Server, spie
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_is_the_beginning_of_the_conversation_in_training(served, template):
     served = dataclasses.replace(served, template=template)
-    turns = [
-        ("system", "Be brief."),
-        ("user", " Say\ta. "),
-        ("assistant", "a"),
-        ("user", "Say in."),
-        ("assistant", "in"),
-    ]
-    messages = [Message(role, cleaned(text)) for role, text in turns]
-    trained, mask = render(template, messages, served.tokenizer)
-    prompt = served.conversation([Message(role, text) for role, text in turns[:-1]])
+    texts = ("Be brief.", " Say\ta. ", "a", "b?", "b")
+    messages = list(map(Message, ("system", "user", "assistant", "user", "assistant"), texts))
+    prompt = served.conversation(messages[:-1])
+    clean = [message._replace(content=cleaned(message.content)) for message in messages]
+    trained, mask = render(template, clean, served.tokenizer)
     assert trained[: len(prompt)] == prompt
     assert all(mask[len(prompt) : -1])
     assert not mask[len(prompt) - 1]
@@ -260,10 +255,7 @@ GOOD = {
     "/v1/chat/completions": {"messages": USER, "max_tokens": 1},
     "/generate": {"prompt": "Say a in.", "max_length": 1},
 }
-UNSET = {
-    **dict.fromkeys(("model", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "user")),
-    **dict.fromkeys(("presence_penalty", "logit_bias", "tools", "functions", "response_format", "echo", "suffix")),
-}
+UNSET = dict.fromkeys(("model", "temperature", "top_p", "n", "seed", "stop", "stream", "user", "tools", "functions"))
 HISTORY = [
     {"role": "system", "content": ""},
     {"role": "user", "content": "Say a in.", "name": "me"},
@@ -272,17 +264,14 @@ HISTORY = [
     *USER,
 ]
 ACCEPTED = [  # path, fields
-    *((path, {"seed": -1}) for path in GOOD),
-    *((path, {"seed": None, "top_k": None}) for path in GOOD),
-    ("/v1/completions", UNSET),
-    ("/v1/chat/completions", UNSET | {"max_completion_tokens": None, "logprobs": None, "top_logprobs": None}),
+    *((path, {"seed": -1, "top_k": None}) for path in GOOD),
+    *((path, UNSET) for path in GOOD),
     ("/v1/completions", {"model": "", "max_tokens": -1, "top_k": -1, "stop": "", "logit_bias": {}, "suffix": ""}),
     ("/v1/completions", {"seed": -(2**63)}),
     ("/v1/chat/completions", {"messages": HISTORY, "top_k": 0, "stop": ["", "x"], "top_p": 1, "n": 1}),
     ("/v1/chat/completions", {"logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none"}),
     ("/v1/chat/completions", {"response_format": {"type": "text"}, "user": "me", "stream_options": {}}),
-    ("/v1/chat/completions", {"presence_penalty": 0, "frequency_penalty": 0.0, "parallel_tool_calls": True}),
-    ("/generate", {"temperature": None, "top_p": None, "max_length": None}),
+    ("/v1/chat/completions", {"presence_penalty": 0, "frequency_penalty": 0.0, "max_completion_tokens": None}),
 ]
 
 
@@ -302,39 +291,37 @@ SAMPLED = {
     "stream": [1, "true"],
     "stream_options": [1, {"other": 1}, {"include_usage": "yes"}],
     "top_k": ["1", 1.5, 2**32],
-    "min_p": [-1, 2],
     "repetition_penalty": [0, 11],
     "presence_penalty": [1],
     "logit_bias": [{"1": 1}],
-    "user": [1],
     "unknown": [1, {"a": 1}],
     "\ud800": [1],
 }
+PROMPTS = [
+    None,
+    1,
+    True,
+    {},
+    [],
+    [[]],
+    [1.5],
+    ["a", 1],
+    [[1], "a"],
+    ["a"] * (CHOICES + 1),
+    [-1],
+    [[1], [512]],
+    [1] * 64,
+]
+MESSAGES = [None, 1, "x", [], [1], [{}], [{"content": "x"}], [*USER, {"role": "assistant", "content": "x"}]]
+MESSAGES += [[{"role": role, "content": "x"}] for role in ("tool", 1, None, "system")]
+MESSAGES += [[{"role": "user", "content": content}] for content in (1, None, "", "\ud800", "x" * 500)]
+MESSAGES += [[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]]
+MESSAGES += [[{"role": "user", "content": "x", "tool_calls": [{}]}]]
+COMPLETION = {"prompt": PROMPTS, "logprobs": [-1, 6, True], "best_of": [2], "echo": [True], "suffix": ["x"]}
+CHAT = {"messages": MESSAGES, "top_logprobs": [3, 21], "response_format": [{"type": "json_object"}], "tools": [[{}]]}
 WRONG = {
-    "/v1/completions": {
-        **SAMPLED,
-        "prompt": [
-            *(None, 1, True, {}, [], [[]], [1.5], [True], [None], ["a", 1], [[1], "a"], ["a"] * (CHOICES + 1)),
-            *([-1], [512], [10**30], [[1], [512]], "\ud800", [1] * 64),
-        ],
-        "logprobs": [-1, 6, True],
-        "best_of": [2],
-        "echo": [True],
-        "suffix": ["x"],
-    },
-    "/v1/chat/completions": {
-        **SAMPLED,
-        "messages": [
-            *(None, 1, "x", [], [1], [{}], [{"content": "x"}], [*USER, {"role": "assistant", "content": "x"}]),
-            *([{"role": role, "content": "x"}] for role in ("tool", 1, None, "assistant", "system")),
-            *([{"role": "user", "content": content}] for content in (1, None, "", "\ud800", "x" * 500)),
-            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
-            [{"role": "user", "content": "x", "tool_calls": [{}]}],
-        ],
-        "top_logprobs": [3, 21],
-        "response_format": [{"type": "json_object"}],
-        "tools": [[{}]],
-    },
+    "/v1/completions": SAMPLED | COMPLETION,
+    "/v1/chat/completions": SAMPLED | CHAT,
     "/generate": {"prompt": [None, "", "x" * 500], "max_length": [0, "5"], "seed": ["1"], "unknown": [1]},
 }
 
@@ -384,7 +371,7 @@ def test_a_client_that_leaves_ends_its_answer(endless, stream):
             [generation] = server.engine.open.values()
             until(lambda: len(generation.tokens) >= 3)
             if stream:
-                assert b"data: " in connection.recv(1 << 16)
+                until(lambda: b"data: " in connection.recv(1 << 16))
             before = len(generation.tokens)
         server.idle()
         assert generation.cancelled
