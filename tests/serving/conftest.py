@@ -73,12 +73,6 @@ class Server:
         connection.connect(("127.0.0.1", self.port))
         return connection
 
-    def raw(self, data: bytes) -> bytes:
-        """All that comes back."""
-        with self.connect() as connection:
-            connection.sendall(data)
-            return received(connection)
-
     def idle(self) -> None:
         """Returns when nothing is left of any request."""
         until(lambda: not self.engine.open and not self.engine.decoder)
