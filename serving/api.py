@@ -182,14 +182,15 @@ def key_check(key: str) -> Callable:
 
 async def respond(request: Request, error: Exception) -> Response:
     """The response that an exception means."""
+    headers = dict(getattr(error, "headers", None) or {})  # Allow, after a wrong method
     if isinstance(error, RequestValidationError):
         error = schema.invalid(error)
     elif isinstance(error, HTTPException):
         error = Refused(f"{error.detail}; /openapi.json lists the routes and their fields", error.status_code)
     elif not isinstance(error, Refused):
         error = Refused(str(error)) if isinstance(error, UserError) else Refused("a defect; see the server's log", 500)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-    return JSONResponse(schema.error_body(error), error.status, headers.get(error.status))
+    headers |= {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status, {})
+    return JSONResponse(schema.error_body(error), error.status, headers)
 
 
 class Watch:

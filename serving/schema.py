@@ -75,7 +75,7 @@ class Sampled(Body):
     top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the likeliest token's.")
     repetition_penalty: float | None = Field(1.0, ge=0.1, le=10, description="Above 1: repeat less. Below 1: more.")
-    ignore_eos: bool | None = Field(False, description="Write on when the model ends its answer, up to max_tokens.")
+    ignore_eos: bool | None = Field(False, description="Continue after the model ends its answer, up to max_tokens.")
     presence_penalty: Zero | None = Field(None, description="Not supported: only 0.")
     frequency_penalty: Zero | None = Field(None, description="Not supported: only 0.")
     logit_bias: NoBias | None = Field(None, description="Not supported: only an empty object.")
