@@ -108,31 +108,27 @@ def api(arguments: argparse.Namespace) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
+    checkpoint = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the experiment's latest"}
+    p.add_argument("--checkpoint", **checkpoint)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    g = add(commands, generate, "continue a text, or answer a question")
+    g = commands.add_parser("generate", description=generate.__doc__, help="continue a text, or answer a question")
     g.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it, or with -, read standard input")
     g.add_argument("--samples", type=cli.positive, default=1, help="number of texts (1)")
     add_sampling(g, max_tokens=200)
-    c = add(commands, chat, "chat with a fine-tuned model")
+    c = commands.add_parser("chat", description=chat.__doc__, help="chat with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
     add_sampling(c, max_tokens=None)
-    a = add(commands, api, "serve an HTTP API and a page to chat on")
+    a = commands.add_parser("api", description=api.__doc__, help="serve an HTTP API and a page to chat on")
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
     origin = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
     a.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin)
-    for parser, default in (p, None), (g, argparse.SUPPRESS), (c, argparse.SUPPRESS), (a, argparse.SUPPRESS):
-        checkpoint = "a trained model's directory, instead of the experiment's latest"
-        parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=default, help=checkpoint)
-    return p
-
-
-def add(commands, command, help: str) -> argparse.ArgumentParser:
-    p = commands.add_parser(command.__name__, description=command.__doc__, help=help)
-    p.set_defaults(command=command)
-    p.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
+    for parser, command in (g, generate), (c, chat), (a, api):
+        parser.set_defaults(command=command)
+        parser.add_argument("--checkpoint", default=argparse.SUPPRESS, **checkpoint)
+        parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
     return p
 
 
