@@ -52,9 +52,7 @@ def notice(text: str) -> None:
 class Chat:
     """The conversation so far. max_tokens: of an answer; None: what fits the context. system: "" for none."""
 
-    def __init__(
-        self, served: Served, engine: Engine, sampling: Sampling, max_tokens: int | None, seed: int | None, system: str
-    ):
+    def __init__(self, served: Served, engine: Engine, sampling: Sampling, max_tokens, seed, system: str):
         self.served, self.engine = served, engine
         self.system = [Message("system", system)] if system else []
         self.sampling, self.max_tokens, self.seed = sampling, max_tokens, seed
@@ -85,13 +83,12 @@ class Chat:
             except KeyboardInterrupt:
                 notice("\nCtrl-D or /exit leaves")
             except UnicodeDecodeError:
-                raise UserError("standard input is not UTF-8") from None
-            except BrokenPipeError:  # the reader of the answers has left
-                raise
-            except OSError as error:
-                notice(f"{error.filename}: {error.strerror}")
-            except (UserError, ValueError, RuntimeError) as error:  # RuntimeError: ~user with an unknown user
-                if not self.terminal and getattr(error, "status", 0) >= 500:  # the engine failed
+                if not self.terminal:
+                    raise UserError("standard input is not UTF-8") from None
+                notice("the message is not UTF-8")
+            except (UserError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~user with an unknown user
+                failed = not self.terminal and getattr(error, "status", 0) >= 500
+                if failed or isinstance(error, BrokenPipeError):  # the reader of the answers has left
                     raise
                 notice(str(error))
 
