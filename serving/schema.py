@@ -25,6 +25,8 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TopK = Annotated[int, Field(ge=0, le=2**31)]
 TokenLimit = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Ids = Annotated[list[int], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
+IdLists = Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)]
 Stops = Annotated[list[Text], Field(max_length=STOPS)]
 NoBias = Annotated[dict[str, float], Field(max_length=0)]
 NoTools = Annotated[list[dict], Field(max_length=0)]
@@ -92,12 +94,7 @@ class Sampled(Body):
 
 
 class CompletionRequest(Sampled):
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)]
-    ) = Field(description="The text to continue, as a string or as token ids; or a list of such texts.")
+    prompt: Text | Texts | Ids | IdLists = Field(description="The text to continue, or its ids, or a list of those.")
     logprobs: int | None = Field(None, ge=0, le=5, description="Report log-probabilities, with this many alternatives.")
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported: only 1.")
     echo: Literal[False] | None = Field(None, description="Not supported: only false.")
