@@ -82,6 +82,10 @@ class Experiment:
     imported: Path | None = field(default=None, repr=False)
     """The directory of a converted model (`convert.py from-hf`): training goes on from its weights and, in
     `tokenizer/`, its tokenizer. Its embedding may have more rows than the tokenizer has pieces."""
+    expected: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The usual range of a number, such as {"pretrain.validation.bits_per_byte": (1.6, 1.7)}: the report says whether a
+    run is in it. A key is a stage, then a path in results.json, or for a stage of data in the counts of its manifest.
+    An experiment that is derived from another does not inherit its ranges."""
     file: Path | None = field(default=None, repr=False)
     """Where `load` found it."""
 
@@ -116,6 +120,12 @@ class Experiment:
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
+
+        for key, bounds in self.expected.items():
+            if key.partition(".")[0] not in DIRECTORIES or "." not in key:
+                raise ValueError(f"expected names {key!r}; expected a stage and a number, such as 'sft.answers.loss'")
+            if not isinstance(bounds, tuple) or len(bounds) != 2 or not bounds[0] <= bounds[1]:
+                raise ValueError(f"expected[{key!r}] is {bounds!r}; expected a pair (lowest, highest)")
 
     @property
     def path(self) -> str:
@@ -203,13 +213,17 @@ def load(path: str | Path) -> Experiment:
         there = sorted(p.as_posix() for p in Path("configs").glob("*.py") if p.name != "__init__.py")
         raise UserError(f"no config at {path}; {_meant(path.as_posix(), there)}")
     try:
-        found = runpy.run_path(str(path)).get("experiment")
+        names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # a config is the user's own code: whatever it raises is theirs to mend
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
         raise UserError(f"{path}, line {line}: {_explain(error)}") from None
+    found = names.get("experiment")
     if not isinstance(found, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
+    for other in names.values():  # `replace` copies the ranges too, but they are about the other experiment
+        if isinstance(other, Experiment) and other is not found and other.expected is found.expected:
+            found = dataclasses.replace(found, expected={})
     return dataclasses.replace(found, file=path)
 
 
