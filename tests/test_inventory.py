@@ -118,7 +118,7 @@ def server(place: Place) -> dict:
 def shape(value, name: str = ""):
     """The keys of nested objects and the types of what is in them; of tensors also the size."""
     if isinstance(value, dict):
-        if value.get("type") in [config.__name__ for config in configs.CONFIGS]:
+        if value.get("type") in [config.__name__ for config in CONFIGS]:
             return value["type"]
         many = len(value) > 200 or (value and all(isinstance(key, int) for key in value))
         if name == "wrote":  # digests
@@ -190,7 +190,7 @@ def generate(place: Place) -> dict:
         patch.setenv("RUNS", str(place.runs))
         run, converted = run_files(place)
         found = {
-            "configs": {config.__name__: fields(config) for config in configs.CONFIGS},
+            "configs": {config.__name__: fields(config) for config in CONFIGS},
             "commands": {name: switches(command) for name, command in COMMANDS.items()},
             "names": NAMES,
             "server": server(place),
