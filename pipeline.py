@@ -12,6 +12,8 @@ that takes minutes. If the input takes hours (a trained model), it stops and nam
 
 import argparse
 import functools
+import mmap
+import operator
 import os
 import shlex
 from collections.abc import Callable
@@ -125,67 +127,53 @@ def command(experiment: Experiment, name: str, switches: argparse.Namespace) -> 
 
 def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: set, apart: bool = True) -> None:
     """Makes a stage, and before it the inputs that it lacks. apart: each in a process of its own."""
-    # made: the directories that this command has made already.
+    # made: the directories that this command has made. --force and --resume are about the named stage, not its inputs.
+    run = cli.apart if apart else operator.call
     if name in BASES:  # a missing model stops here, before the minutes that making the data takes
         base = base_checkpoint(name, experiment, switches)
         if name == "dpo":
             dpo.train.must_be_taught(base, experiment.sft.data.template)
-    inputs = [(needed, owner, unforced(switches)) for owner, needed in experiment.inputs(name, switches.force)]
-    for step in [*inputs, (name, experiment, switches)]:
-        directory = step[1].directory(step[0])
-        if directory not in made:
-            made.add(directory)
-            cli.apart(functools.partial(make_one, *step)) if apart else make_one(*step)
+
+    def make_inputs() -> None:
+        unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
+        for owner, needed in experiment.inputs(name, switches.force):
+            if owner.directory(needed) not in made:
+                made.add(owner.directory(needed))
+                run(functools.partial(make_one, needed, owner, unforced))
+
+    parallel.lead(make_inputs, timeout=parallel.DAY)  # under torchrun the other processes wait, however long it takes
+    if experiment.directory(name) not in made:
+        made.add(experiment.directory(name))
+        run(functools.partial(make_one, name, experiment, switches))
 
 
 def make_one(name: str, experiment: Experiment, switches: argparse.Namespace) -> None:
     """Makes a stage whose inputs are there."""
-    if name == "report":
-        eval.report.write(experiment)
-    else:
-        STAGES[name](experiment, switches).make()
-
-
-def unforced(switches: argparse.Namespace) -> argparse.Namespace:
-    """The switches for the inputs of a named stage: --force and --resume are about that stage alone."""
-    return argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
-
-
-def make_distributed(name: str, experiment: Experiment, switches: argparse.Namespace) -> None:
-    """Makes a training stage on the processes that torchrun has started."""
-
-    def make_inputs() -> None:
-        for owner, needed in experiment.inputs(name):
-            make_one(needed, owner, unforced(switches))
-
-    config = experiment.pretrain if name == "pretrain" else getattr(experiment, name).train
-    with parallel.joined(config.timeout):
-        parallel.lead(make_inputs, timeout=parallel.DAY)  # the other processes wait, however long it takes
-        make_one(name, experiment, switches)
+    eval.report.write(experiment) if name == "report" else STAGES[name](experiment, switches).make()
 
 
 def main(arguments: argparse.Namespace) -> None:
     check(arguments)
     experiment = configs.load(arguments.config)
     stage.imported_code(__file__)  # notes the digests of the code that is running now, for every stage
+    stage.warned = mmap.mmap(-1, 1)
     if arguments.status:
         print(status(experiment, arguments))
         return
     default = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
     chosen = [name for name in NAMES if name in (arguments.stages or default)]
-    if "RANK" in os.environ:
-        make_distributed(chosen[0], experiment, arguments)
-    else:
-        first = NAMES[0] if arguments.force else arguments.force_from
-        forced = [name for name in chosen if first and NAMES.index(name) >= NAMES.index(first)]
-        arguments.replaced = [experiment.directory(name) for name in forced]
-        made: set[Path] = set()
+    first = NAMES[0] if arguments.force else arguments.force_from
+    forced = [name for name in chosen if first and NAMES.index(name) >= NAMES.index(first)]
+    arguments.replaced = [experiment.directory(name) for name in forced]
+    training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
+    made: set[Path] = set()
+    with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
         for name in chosen:
             arguments.force = name in forced
-            make(name, experiment, arguments, made)
-    if following := [name for name in NAMES[NAMES.index(chosen[-1]) + 1 :] if "_" not in name]:
-        talk = f", or talk with the model: python serve.py {experiment.path} chat" * (chosen[-1] in ("sft", "dpo"))
-        log.info(f"next: {experiment.command(following[0])}{talk}")
+            make(name, experiment, arguments, made, apart="RANK" not in os.environ)
+        if following := [name for name in NAMES[NAMES.index(chosen[-1]) + 1 :] if "_" not in name]:
+            talk = f", or talk with the model: python serve.py {experiment.path} chat" * (chosen[-1] in ("sft", "dpo"))
+            log.info(f"next: {experiment.command(following[0])}{talk}")
 
 
 def check(arguments: argparse.Namespace) -> None:

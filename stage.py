@@ -14,7 +14,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from cli import UserError, log, logging_to
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS: dict[str, str] = {}  # the config file of each loaded experiment, for the commands in messages
-_warned = mmap.mmap(-1, 1)  # 1 after the warning about changed code; shared with the processes that this one forks
+warned = bytearray(1)  # 1 after the warning about changed code; pipeline.py shares it with the stages' processes
 
 
 def check_types(config) -> None:
@@ -54,14 +53,7 @@ def _matches(value, expected) -> bool:
 
 def describe(value):
     """A config as JSON holds it. A dataclass keeps its class name, because several classes may fit one field."""
-    if dataclasses.is_dataclass(value):
-        values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return describe({"type": type(value).__name__} | values)
-    if isinstance(value, (tuple, list)):
-        return [describe(item) for item in value]
-    if isinstance(value, dict):
-        return {key: describe(item) for key, item in value.items()}
-    return value
+    return json.loads(json.dumps(value, default=lambda config: {"type": type(config).__name__} | vars(config)))
 
 
 def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterator[str]:
@@ -288,8 +280,8 @@ class Stage:
     def log_up_to_date(self) -> None:
         """Logs that the directory is up to date. Warns once per command if code has changed since it was made."""
         changed = self.changed_code(self.directory)
-        if changed and not _warned[0]:
-            _warned[0] = 1
+        if changed and not warned[0]:
+            warned[0] = 1
             what = f"{self.directory} is kept, but {changed} changed since it was made"
             log.warning(f"{what}; make it and all later stages again with: {self.remake}")
         else:
