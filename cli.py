@@ -122,8 +122,9 @@ def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Itera
 
 
 def _become_worker(initializer: Callable, *initargs) -> None:
-    for number in STOPPING:  # a terminal signals every process: the parent decides, and its end ends the workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal signals every process: the parent decides
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     end_with_parent(signal.SIGKILL)
     gc.freeze()  # the collector then leaves the parent's objects alone, so their pages stay shared
@@ -195,11 +196,11 @@ def _stop(signum, frame):
     raise Stopped(128 + signum)
 
 
-def _end_imports(kind, *error):
+def _uncaught(kind, *error):
     _leave(130, "stopped") if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
 
 
-sys.excepthook = _end_imports  # Ctrl-C before `run`, while modules are imported: no traceback
+sys.excepthook = _uncaught  # Ctrl-C before `run`, while modules are imported, ends without a traceback
 
 
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import operator
+import os
 import re
 import runpy
 import shlex
@@ -51,7 +52,7 @@ SHARED = {  # stages that experiments can share: the settings that must be equal
     "sft": ("sft", "pretrain"),
     "dpo_data": ("dpo.data sft.data.template model.context_length", "tokenizer"),
 }
-DATA = ("tokenizer", "pack", "sft_data", "dpo_data")  # once made, they stand without their inputs
+DATA = ("tokenizer", "pack", "sft_data", "dpo_data")  # the stages that make data from other data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,6 @@ class Experiment:
     # run is in it. A key is a stage, then a path in results.json, or for a stage of data in the counts of its manifest.
     # A derived experiment does not inherit it.
     expected: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    file: Path | None = field(default=None, repr=False)  # set by `load`
 
     def __post_init__(self):
         stage.check_types(self)
@@ -92,13 +92,14 @@ class Experiment:
         for name, other in self.shared.items():
             if name not in SHARED:
                 raise ValueError(f"shared names {name!r}; expected one of {', '.join(SHARED)}")
-            settings, needed = (words.split() for words in SHARED[name])
-            for setting in settings:
+            settings, needed = SHARED[name]
+            for setting in settings.split():
                 if operator.attrgetter(setting)(self) != operator.attrgetter(setting)(other):
                     raise ValueError(f"{name} is shared with {other.name}, but {setting} differs")
-            if lacks := [need for need in needed if self.owner(need).name != other.owner(need).name]:
-                raise ValueError(f"{name} is shared with {other.name}; share {', '.join(lacks)} with it too")
-        known = [*(source.name for source in self.corpus.sources), *(other.name for other in self.beside)]
+            for need in needed.split():
+                if self.owner(need).name != other.owner(need).name:
+                    raise ValueError(f"{name} is shared with {other.name}; share {needed} with it too")
+        known = [source.name for source in (*self.corpus.sources, *self.beside)]
         if len(set(known)) < len(known):
             raise ValueError(f"sources and experiments beside are called {', '.join(known)}; give each its own name")
         for phase in self.mixture:
@@ -114,7 +115,7 @@ class Experiment:
     @property
     def path(self) -> str:
         """The config file, as a shell reads it: for commands in messages."""
-        return shlex.quote(str(self.file or f"configs/{self.name}.py"))
+        return stage.CONFIGS.get(self.name, f"configs/{self.name}.py")
 
     def command(self, name: str) -> str:
         """What the user types to make a stage."""
@@ -136,22 +137,21 @@ class Experiment:
             return owner.imported / "tokenizer"
         return stage.runs() / owner.name / DIRECTORIES[name]
 
-    def made(self, name: str) -> bool:
-        """True if a stage is finished."""
-        return stage.read_manifest(self.directory(name)) is not None
-
     def inputs(self, name: str, force: bool = False) -> list[tuple["Experiment", str]]:
         """What must be up to date before a stage: (experiment, stage), in running order."""
         owner = self.owner(name)
         if name == "tokenizer" and owner.imported:
             return []  # it came with the model
-        needed = [(owner, need) for need in INPUTS[name] if need != "dpo_reference" or owner.dpo.reference == "stored"]
+        needed = [(owner, need) for need in INPUTS[name]]
         if name == "pretrain":
             needed += [(other, "pack") for other in owner.beside]
-        stands = name in DATA and not force and owner.made(name)
+        if name == "dpo" and owner.dpo.reference != "stored":
+            needed.remove((owner, "dpo_reference"))
+        # Finished data stands without its inputs; those that are still there must still match.
+        stands = name in DATA and not force and stage.read_manifest(owner.directory(name))
         order = []
         for other, need in needed:
-            if not stands or other.made(need):  # inputs that are still there must still match
+            if not stands or stage.read_manifest(other.directory(need)):
                 order += [*other.inputs(need), (other, need)]
         return order
 
@@ -172,8 +172,11 @@ class Experiment:
 
     def all_trained(self) -> dict[str, Path]:
         """The final checkpoints of the stages that are trained, in order. UserError while not even the first is."""
-        later = [name for name in TRAINED if stage.read_manifest(self.directory(name) / "final")]
-        return {name: self.trained(name) for name in dict.fromkeys(["pretrain", *later])}
+        finals = {"pretrain": self.trained("pretrain")}
+        for name in ("sft", "dpo"):
+            if stage.read_manifest(self.directory(name) / "final"):
+                finals[name] = self.trained(name)
+        return finals
 
     def latest(self) -> Path:
         """The final checkpoint of the latest stage that is trained. UserError while none is."""
@@ -184,35 +187,36 @@ def load(path: str | Path) -> Experiment:
     """Runs a config file and returns its experiment. UserError, in one line, if it is missing or mistaken."""
     path = Path(path)
     if not path.is_file():
-        stems = {other.stem: other.as_posix() for other in sorted(Path("configs").glob("[!_]*.py"))}
-        near = difflib.get_close_matches(path.stem, stems, n=1)
-        raise UserError(f"no config at {path}; " + (f"did you mean {stems[near[0]]}?" if near else "see configs/"))
+        near = difflib.get_close_matches(path.name, os.listdir(stage.ROOT / "configs"), n=1, cutoff=0.75)
+        raise UserError(f"no config at {path}; " + (f"did you mean configs/{near[0]}?" if near else "see configs/"))
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # the config is the user's code: any error is the user's to fix
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
+        line = getattr(error, "lineno", "?")
+        for frame in traceback.extract_tb(error.__traceback__):
+            line = frame.lineno if frame.filename == str(path) else line
         raise UserError(f"{path}, line {line}: {_explain(error)}") from None
     experiment = names.get("experiment")
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
+    stage.CONFIGS[experiment.name] = shlex.quote(str(path))
     for other in names.values():  # `replace` copies the other experiment's ranges
         if isinstance(other, Experiment) and other is not experiment and other.expected is experiment.expected:
-            experiment = dataclasses.replace(experiment, expected={})
-    stage.CONFIGS[experiment.name] = shlex.quote(str(path))
-    return dataclasses.replace(experiment, file=path)
+            return dataclasses.replace(experiment, expected={})
+    return experiment
 
 
 def _explain(error: Exception) -> str:
     """An exception in a config, in words; for an unknown field, with the fields that exist."""
     if match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
-        kinds = [vars(module).get(match[1]) for module in list(sys.modules.values())]
-        known = [f.name for f in dataclasses.fields(next(filter(dataclasses.is_dataclass, kinds)))]
-        near = difflib.get_close_matches(match[2], known, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        return f"{match[1]} has no field {match[2]!r}; {meant}"
-    known = isinstance(error, (TypeError, ValueError))
-    return str(error).replace(".__init__()", "") if known else f"{type(error).__name__}: {error}"
+        for module in list(sys.modules.values()):
+            known = list(getattr(vars(module).get(match[1]), "__dataclass_fields__", ()))
+            if known:
+                near = difflib.get_close_matches(match[2], known, n=1)
+                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                return f"{match[1]} has no field {match[2]!r}; {meant}"
+    text = str(error).replace(".__init__()", "")
+    return text if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def places(name: str, config: type = Experiment, path: str = "") -> list[str]:

@@ -121,7 +121,7 @@ def tiny() -> configs.Experiment:
 
 
 def vary(tiny: configs.Experiment, *shared: str, **changes) -> configs.Experiment:
-    return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), file=None, **changes)
+    return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), **changes)
 
 
 def test_variants_of_a_fine_tuning_share_its_data(tiny):
@@ -142,7 +142,7 @@ def test_variants_of_a_fine_tuning_share_its_data(tiny):
         (("sft_data",), {}, "share tokenizer with it too"),
         (("dpo_data",), {}, "share tokenizer with it too"),
         (("sft",), {}, "share pretrain with it too"),
-        (("tokenizer", "pretrain"), {}, "share corpus, pack with it too"),
+        (("tokenizer", "pretrain"), {}, "share corpus tokenizer pack with it too"),
         (("tokenizer", "sft_data"), {"model": {"context_length": 512}}, "but model.context_length differs"),
         (("tokenizer", "dpo_data"), {"model": {"context_length": 512}}, "but model.context_length differs"),
         (("dpo",), {}, "shared names 'dpo'; expected one of corpus, "),
