@@ -64,6 +64,7 @@ def contents(place: Place) -> dict[str, str]:
         clock = path.name in ("manifest.json", "seconds.json", "log.txt", ".lock", "REPORT.md") or "plots" in path.parts
         if path.is_file() and not clock:
             content = re.sub(rb'"(seconds|tokens_per_second)": [0-9.e+-]+', b"", path.read_bytes())
+            content = content.replace(str(place.path).encode(), b"")  # results.json names missing files
             table[path.relative_to(place.runs).as_posix()] = hashlib.sha256(content).hexdigest()
     return table
 
@@ -195,9 +196,7 @@ def test_variants_of_a_fine_tuning_make_its_data_once(tuned: Place):
     )
     out = tuned.run("pipeline.py", other, "sft").stdout
     assert f"{tuned.runs}/mini/sft_data is up to date" in out
-    assert out.splitlines()[-1].startswith(
-        f"next: python pipeline.py {other} dpo, or talk with the model: python serve"
-    )
+    assert f"next: python pipeline.py {other} dpo, or talk with the model:" in out.splitlines()[-1]
     assert {path.name for path in (tuned.runs / "other").iterdir()} == {"sft", "seconds.json"}
 
 
