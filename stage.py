@@ -315,7 +315,7 @@ class Stage:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
         if different := self.different(directory):
             raise UserError(
-                f"{directory} was made from something else: {first(different, 3)}. Give the experiment another name, "
+                f"{directory} was made from something else: {first(different, 4)}. Give the experiment another name, "
                 f"or make this stage and all later ones again with: {self.remake}"
             )
 

@@ -63,7 +63,7 @@ def test_another_config_or_input_stops(tmp_path):
     assert str(error.value).endswith("python pipeline.py configs/mine.py --force-from pack")
     with pytest.raises(UserError, match="limit was not set, is now 7"):
         make(tmp_path / "mine/packed", Config(limit=7))
-    with pytest.raises(UserError, match=r'x was "1", is now "2"; y0 was .*; y1 .* and 5 more'):
+    with pytest.raises(UserError, match=r'x was "1", is now "2"; y0 was .*; y2 .* and 4 more'):
         make(tmp_path / "mine/packed", read={"x": "2"} | {f"y{i}": str(i) for i in range(7)})
     assert not make(tmp_path / "mine/packed", read={})  # inputs gone: what was made from them stands
     assert (
