@@ -224,7 +224,13 @@ def apart(function: Callable[[], None]) -> None:
     if (child := os.fork()) == 0:
         end_with_parent(signal.SIGTERM)
         _exit_after(function)
-    before = handle(lambda signum, frame: os.kill(child, signum))
+    caught = []
+
+    def pass_on(signum, frame):
+        caught.append(signum)
+        os.kill(child, signum)
+
+    before = handle(pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # the child saves its work, whatever signals come
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -232,6 +238,8 @@ def apart(function: Callable[[], None]) -> None:
         raise Stopped(128 - code, f"ended by {signal.Signals(-code).name}; run the same command again to continue")
     if code:
         raise Stopped(code, "")  # the child said why
+    if caught:  # the signal came as the child ended
+        raise Stopped(128 + caught[0])
 
 
 def _exit_after(function: Callable[[], None]) -> None:

@@ -121,13 +121,12 @@ def pretrain(experiment: Experiment, switches: argparse.Namespace) -> Step:
         settings["mixture"] = experiment.mixture
     # Weights need their tokenizer, so the tokenizer's digest is an input too.
     read = {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
-    packed = {owner.name: owner.directory("pack") for owner in (experiment, *experiment.beside)}
-    for directory in packed.values():
-        read |= stage.outputs(directory)
+    for owner in (experiment, *experiment.beside):
+        read |= stage.outputs(owner.directory("pack"))
     if experiment.imported:
         read |= stage.outputs(experiment.imported)
-    command = experiment.command("pretrain")
-    job = Stage(experiment.directory("pretrain"), settings, read, command, __file__, free=FREE)
+    directory, command = experiment.directory("pretrain"), experiment.command("pretrain")
+    job = Stage(directory, settings, read, command, __file__, free=FREE)
     return Step(job, lambda: train(job, experiment, spm.sha256, switches.force, switches.resume))
 
 
