@@ -197,10 +197,13 @@ def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
         if name == "dpo_reference" and experiment.dpo.reference != "stored":
             continue
         try:
-            state = step(experiment, arguments).job.state()
-            result = main_number(name, directory)
-        except UserError as error:  # the model that it starts from is missing, or a manifest is damaged
-            state = f"stale: {error}" if any(directory.glob("manifest.json")) else "missing"
+            if stage.read_manifest(directory) is None:
+                state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
+            else:
+                state = step(experiment, arguments).job.state()
+                result = main_number(name, directory)
+        except UserError as error:  # a manifest is damaged, or the model that the stage starts from is missing
+            state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
         if stale.intersection(needs) and state.startswith("done"):
             state = f"stale: {next(need for need in needs if need in stale)} is stale"
