@@ -127,6 +127,16 @@ def write_json(path: Path, value) -> None:
     write(path, text.encode(errors="backslashreplace"))  # a path may not be UTF-8; JSON escapes it
 
 
+def read_json(path: Path):
+    """The value in a JSON file, or None if there is no file. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (IsADirectoryError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, or restore a copy") from None
+
+
 def digests(directory: Path, files: Iterable[Path]) -> dict[str, dict]:
     """{name: {"bytes", "sha256"}} for a manifest. Each file is flushed to disk first."""
     table = {}
