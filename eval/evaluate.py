@@ -8,6 +8,7 @@ with the next task, and data and stages that come later are added.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from dpo.reference import of_pairs
 from eval.answers import answers
 from eval.generation import continuations, prompts, smoke
 from eval.language import Subject, validation
-from eval.markdown import main_metric, show, table, with_error
+from eval.markdown import main_metric, show, with_error
 from eval.preference import preference
 from eval.prompts import TEXTS
 from eval.summary import skipped
@@ -46,13 +47,13 @@ READS = {"validation": "pack", "continuations": "pack", "answers": "sft_data", "
 
 
 class Tasks:
-    """What can be measured on an experiment's models. final: the checkpoint of the latest stage."""
+    """What can be measured on an experiment's models."""
 
     def __init__(self, experiment: Experiment, final: Path):
-        self.experiment, self.final = experiment, final
-        self.tokenizer = experiment.load_tokenizer(final)
-        self.digests: dict[str, str] = {}  # of each task that can be measured: all its numbers depend on but the model
-        self.missing: dict[str, str] = {}  # why the others cannot be measured
+        """final: the checkpoint of the latest stage."""
+        self.experiment, self.final, self.tokenizer = experiment, final, experiment.load_tokenizer(final)
+        self.digests: dict[str, str] = {}  # of all that a task's numbers depend on, but for the model
+        self.missing: dict[str, str] = {}  # why the other tasks cannot be measured
         self.loaded: dict[str, object] = {}  # data of published tasks
         settings = stage.describe(experiment.eval)
         for name, published in PUBLISHED.items():
@@ -91,16 +92,14 @@ class Tasks:
         return data.pack.load(self.experiment.directory("pack"), self.tokenizer.sha256)["val"]
 
     @functools.cached_property
-    def pairs(self) -> PairRows:
-        directory = self.experiment.directory("dpo_data")
-        return PairRows(directory, "val", dpo.data.load(directory, self.tokenizer.sha256))
-
-    @functools.cached_property
-    def reference(self) -> torch.Tensor:
-        base, experiment = self.start()[0], self.experiment
+    def pairs(self) -> tuple[PairRows, torch.Tensor]:
+        """The held-out pairs, and the log-probabilities of their answers by the model that DPO started from."""
+        directory, experiment = self.experiment.directory("dpo_data"), self.experiment
+        rows = PairRows(directory, "val", dpo.data.load(directory, self.tokenizer.sha256))
+        base, _ = self.start()
         pieces = unseen(base, experiment.sft.data.template, self.tokenizer, experiment.imported is not None)
         model = Base(base, experiment.model, pieces).load().to(machine.pick_device())
-        return of_pairs(model.eval(), self.pairs, "reference")
+        return rows, of_pairs(model.eval(), rows, "reference")
 
     def measure(self, task: str, subject: Subject) -> dict:
         """A task's numbers, with `texts` if the model writes any."""
@@ -111,7 +110,7 @@ class Tasks:
         if task == "continuations":
             return continuations(subject, self.packed)
         if task == "preference":
-            return preference(subject, self.pairs, self.reference, self.start()[1])
+            return preference(subject, *self.pairs, self.start()[1])
         if task == "answers":
             directory, context = self.experiment.directory("sft_data"), self.experiment.model.context_length
             counts = sft.data.load(directory, self.tokenizer.sha256)
@@ -122,9 +121,6 @@ class Tasks:
 
 def digest(*values) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------- the stage
 
 
 def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
@@ -146,63 +142,58 @@ def step(experiment: Experiment, given: str | None, where: str | None, force: bo
     read = stage.outputs(experiment.directory("pack"))
     for final in trained.values():
         read |= stage.outputs(final)
-    job = Stage(directory, {"eval": experiment.eval}, {}, command, __file__)
-    compare_what_exists(job, read)
+    for published in PUBLISHED.values():
+        if path := published.find():
+            read[published.file] = stage.sha256(path)
+    # What an earlier run read is compared, if it still exists. What is new is measured now.
+    before = stage.read_manifest(directory) or {"read": {}}
+    compared = {path: read.get(path, digest) for path, digest in before["read"].items()}
+    job = Stage(directory, {"eval": experiment.eval}, compared, command, __file__)
     return Step(job, lambda: evaluate(experiment, job, trained, read, force))
 
 
-def compare_what_exists(job: Stage, now: dict[str, str]) -> None:
-    """Sets job.read to what an earlier run read, with the present digests of all that still exists."""
-    before = stage.read_manifest(job.directory) or {"read": now}
-    job.read = {path: now.get(path, digest) for path, digest in before["read"].items()}
-
-
 def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read: dict[str, str], force: bool) -> None:
-    """Measures what has not been measured yet. read: digests of checkpoints and packed tokens."""
+    """Measures what has not been measured yet. read: digests of all that may be read."""
     tasks, identity = Tasks(experiment, list(trained.values())[-1]), {}
     for name, final in trained.items():
         checkpoint.must_match(final, tasks.tokenizer.sha256)
         identity[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": tasks.tokenizer.sha256}
-    for name in tasks.digests.keys() & PUBLISHED.keys():
-        read[PUBLISHED[name].file] = tasks.digests[name]
-    compare_what_exists(job, read)
     finished = job.is_finished(force)
     job.read |= read
     results, texts = left(job.directory, identity, tasks, force)
-    waiting = [(name, task) for name in trained for task in tasks.digests if task not in results[name]]
-    if finished and not waiting:
-        log.info(overview(results, job.directory))
+    waiting = {name: [task for task in tasks.digests if task not in results[name]] for name in trained}
+    if finished and not any(waiting.values()):
+        log.info(skipped(results))
         job.log_up_to_date()
         return
-    for task in {task for _, task in waiting} & PUBLISHED.keys():
-        tasks.loaded[task] = PUBLISHED[task].load(
-            PUBLISHED[task].find()
-        )  # damaged data stops before anything is measured
+    for task in set(itertools.chain(*waiting.values())) & PUBLISHED.keys():
+        tasks.loaded[task] = PUBLISHED[task].load(PUBLISHED[task].find())  # damaged data stops before the long work
     with job.making(keep=not force):
         (job.directory / "manifest.json").unlink(missing_ok=True)  # a finished evaluation is added to
         job.earlier = sum(stage.read_seconds(job.directory).values())
         torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
-        device, opened = machine.pick_device(), None
-        for name, task in waiting:
-            if name != opened:
-                final, opened = trained[name], name
-                log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
-                model = checkpoint.load_model(final, str(device))
-                subject = Subject(model, tasks.tokenizer, checkpoint.template(final), experiment.eval)
-            started = time.perf_counter()
-            numbers = tasks.measure(task, subject)
-            seconds = time.perf_counter() - started
-            if "texts" in numbers:
-                texts[name][task] = numbers.pop("texts")
-            results[name][task] = finite(numbers) | identity[name] | {"data": tasks.digests[task]}
-            save(job.directory, results, texts)
-            stage.record_seconds(job.directory / f"{name}-{task}", seconds)
-            log.info(f"{task}: {seconds:.1f} s")
+        device = machine.pick_device()
+        for name, final in trained.items():
+            if not waiting[name]:
+                continue
+            log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
+            model = checkpoint.load_model(final, str(device))
+            subject = Subject(model, tasks.tokenizer, checkpoint.template(final), experiment.eval)
+            for task in waiting[name]:
+                started = time.perf_counter()
+                numbers = finite(tasks.measure(task, subject))
+                seconds = time.perf_counter() - started
+                if "texts" in numbers:
+                    texts[name][task] = numbers.pop("texts")
+                results[name][task] = numbers | identity[name] | {"data": tasks.digests[task]}
+                save(job.directory, results, texts)
+                stage.record_seconds(job.directory / f"{name}-{task}", seconds)
+                log.info(f"{task}: {in_words(numbers, main_metric(task))}{seconds:.1f} s")
         save(job.directory, results, texts)
         measured = {name: sum("n" in entry for entry in entries.values()) for name, entries in results.items()}
         counts = {"measured": measured, "machine": machine.name(device), "command": job.command}
         job.finish(counts, [job.directory / "results.json", job.directory / "generations.json"])
-        log.info(f"{overview(results, job.directory)}\nevaluated: {job.directory / 'results.json'}")
+        log.info(f"{skipped(results)}\nevaluated: {job.directory / 'results.json'}".lstrip())
 
 
 def left(directory: Path, identity: dict[str, dict], tasks: Tasks, force: bool) -> tuple[dict, dict]:
@@ -236,15 +227,9 @@ def finite(numbers):
     return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
-def overview(results: dict[str, dict], directory: Path) -> str:
-    """A table for the terminal, and one line for all that was not measured."""
-    rows, seconds = [], stage.read_seconds(directory)
-    for name, entries in results.items():
-        for task in TASKS:
-            entry, key = entries[task], main_metric(task)
-            if "n" in entry:
-                baseline = show(entry["baseline"]) if "baseline" in entry else ""
-                took = f"{seconds.get(f'{name}-{task}', 0.0):.1f}"
-                rows.append([name, task, key, with_error(entry, key, key), baseline, show(entry["n"]), took])
-    head = ["stage", "task", "metric", "value", "baseline", "n", "seconds"]
-    return f"{table(head, rows)}\n{skipped(results)}".rstrip()
+def in_words(numbers: dict, metric: str) -> str:
+    """A task's main number for the log."""
+    if metric not in numbers:
+        return ""
+    baseline = f" (baseline {show(numbers['baseline'])})" if "baseline" in numbers else ""
+    return f"{metric.replace('_', ' ')} {with_error(numbers, metric, metric)}{baseline}, "

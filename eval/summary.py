@@ -94,6 +94,9 @@ class Run:
                 number = lookup(self.numbers(name), path) if owner == name else None
                 if number is not None:
                     rows.append([name, digits(number), "", usual(number, bounds), path])
+        if self.results:
+            measured = sum("n" in entry for entries in self.results.values() for entry in entries.values())
+            rows.append(["eval", str(measured), "results", "", f"of {', '.join(self.results)}"])
         return rows
 
 
@@ -113,7 +116,7 @@ def usual(number: float, bounds: tuple[float, float] | None) -> str:
     if bounds is None:
         return ""
     low, high = bounds
-    return f"usual {low:,} to {high:,} " + ("✓" if low <= number <= high else "✗ unusual")
+    return f"{low:,} to {high:,} " + ("✓" if low <= number <= high else "✗ unusual")
 
 
 def notes(run: Run) -> list[str]:
@@ -173,6 +176,7 @@ def terminal(run: Run) -> str:
     """The summary for a terminal of 80 columns or more."""
     lines = []
     for name, number, unit, verdict, meaning in run.rows():
+        verdict = f"usual {verdict}" if verdict else ""
         lines.append(f"{name:9} {number:>10} {unit:16} {verdict}".rstrip())
         lines.append(wrapped(meaning, " " * 21))
     return "\n".join([run.experiment.name, "", *lines, "", *sample(run), "", *notes(run)])

@@ -75,7 +75,7 @@ def test_all_tasks(trained: Place):
     assert found["validation"]["loss"] == pytest.approx(last["val_loss"], rel=0.1)  # there: 8 windows, and no overlap
     again = evaluate(trained)
     assert "is up to date" in again
-    assert f"{found['boolq']['accuracy']:.4f} ± {found['boolq']['stderr']:.2g}" in again
+    assert f"boolq: accuracy {found['boolq']['accuracy']:.4f} ± {found['boolq']['stderr']:.2g}" in out
     seconds = json.loads((trained.runs / "mini/eval/seconds.json").read_text())
     assert seconds.keys() == {f"pretrain-{name}" for name in found}
     said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
