@@ -68,9 +68,7 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
     return np.split(log_p, ends[:-1]), len(truncated)
 
 
-def log_likelihoods(
-    subject: Subject, texts: Sequence[Scored], what: str = "choices", batch_tokens: int | None = None
-) -> np.ndarray:
+def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> np.ndarray:
     """log p in nats of the scored ids of each text, (texts,) float64. A text has at most context_length inputs."""
     rows, before = [Tree()], []
     for i in sorted(range(len(texts)), key=lambda i: texts[i].ids):  # equal beginnings become neighbours
@@ -82,7 +80,7 @@ def log_likelihoods(
         rows[-1].add(i, texts[i])
         before = texts[i].ids
     rows.sort(key=lambda row: len(row.tokens))
-    budget, batches = batch_tokens or BATCH_TOKENS[subject.device.type], [[]]
+    budget, batches = BATCH_TOKENS[subject.device.type], [[]]
     for row in rows:  # at least as long as the rows before it
         if batches[-1] and (len(batches[-1]) + 1) * len(row.tokens) > budget:
             batches.append([])

@@ -19,9 +19,9 @@ from eval.tasks import PUBLISHED, Published
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if unknown := [name for name in arguments.tasks if name not in PUBLISHED]:
-        raise UserError(f"no task {unknown[0]} has data of its own; there are {', '.join(PUBLISHED)}")
     for name in arguments.tasks or PUBLISHED:
+        if name not in PUBLISHED:
+            raise UserError(f"no task {name} has data of its own; there are {', '.join(PUBLISHED)}")
         published = PUBLISHED[name]
         log.info(f"{name}: {published.find() or download(published)}")
 

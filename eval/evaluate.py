@@ -47,13 +47,13 @@ READS = {"validation": "pack", "continuations": "pack", "answers": "sft_data", "
 
 
 class Tasks:
-    """What can be measured on an experiment's models."""
+    """What can be measured on trained models. `missing` says why the other tasks cannot be."""
 
-    def __init__(self, experiment: Experiment, final: Path):
-        """final: the checkpoint of the latest stage."""
-        self.experiment, self.final, self.tokenizer = experiment, final, experiment.load_tokenizer(final)
+    def __init__(self, experiment: Experiment, trained: dict[str, Path]):
+        self.experiment, self.trained, self.final = experiment, trained, list(trained.values())[-1]
+        self.tokenizer = experiment.load_tokenizer(self.final)
         self.digests: dict[str, str] = {}  # of all that a task's numbers depend on, but for the model
-        self.missing: dict[str, str] = {}  # why the other tasks cannot be measured
+        self.missing: dict[str, str] = {}
         self.loaded: dict[str, object] = {}  # data of published tasks
         settings = stage.describe(experiment.eval)
         for name, published in PUBLISHED.items():
@@ -70,36 +70,29 @@ class Tasks:
                 self.missing[name] = f"no {source}; make it with: {experiment.command(source)}"
             elif self.tokenizer.sha256 not in manifest["read"].values():
                 self.missing[name] = f"{source} was made with another tokenizer than this model's"
+            elif name == "preference" and trained.keys() == {"pretrain"}:
+                self.missing[name] = f"no fine-tuned model to compare with; train it with: {experiment.command('sft')}"
             else:
                 self.digests[name] = digest(settings, manifest["wrote"])
-        if "preference" in self.digests:
-            try:
-                base, beta = self.start()
-                self.digests["preference"] = digest(self.digests["preference"], checkpoint.digest(base), beta)
-            except UserError as error:
-                self.missing["preference"] = f"no model to compare with: {error}"
-                del self.digests["preference"]
-
-    def start(self) -> tuple[Path, float]:
-        """The model that DPO started from, or would start from, and the beta of its loss."""
-        config = checkpoint.read_manifest(self.final)["config"]
-        if "dpo" in config:
-            return checkpoint.base(self.final), config["loss"]["beta"]
-        return self.experiment.trained("sft"), self.experiment.dpo.loss.beta
+        if "preference" in self.digests:  # the reference is one of the trained models
+            self.digests["preference"] += digest([checkpoint.digest(final) for final in trained.values()])
 
     @functools.cached_property
     def packed(self) -> Packed:
         return data.pack.load(self.experiment.directory("pack"), self.tokenizer.sha256)["val"]
 
     @functools.cached_property
-    def pairs(self) -> tuple[PairRows, torch.Tensor]:
-        """The held-out pairs, and the log-probabilities of their answers by the model that DPO started from."""
-        directory, experiment = self.experiment.directory("dpo_data"), self.experiment
+    def pairs(self) -> tuple[PairRows, torch.Tensor, float]:
+        """The held-out pairs, log-probabilities of the model that DPO started or would start from, and DPO's beta."""
+        experiment, config = self.experiment, checkpoint.read_manifest(self.final)["config"]
+        directory = experiment.directory("dpo_data")
         rows = PairRows(directory, "val", dpo.data.load(directory, self.tokenizer.sha256))
-        base, _ = self.start()
+        base, beta = self.trained.get("sft", self.final), experiment.dpo.loss.beta
+        if "dpo" in config:
+            base, beta = checkpoint.base(self.final), config["loss"]["beta"]
         pieces = unseen(base, experiment.sft.data.template, self.tokenizer, experiment.imported is not None)
         model = Base(base, experiment.model, pieces).load().to(machine.pick_device())
-        return rows, of_pairs(model.eval(), rows, "reference")
+        return rows, of_pairs(model.eval(), rows, "reference"), beta
 
     def measure(self, task: str, subject: Subject) -> dict:
         """A task's numbers, with `texts` if the model writes any."""
@@ -110,7 +103,7 @@ class Tasks:
         if task == "continuations":
             return continuations(subject, self.packed)
         if task == "preference":
-            return preference(subject, *self.pairs, self.start()[1])
+            return preference(subject, *self.pairs)
         if task == "answers":
             directory, context = self.experiment.directory("sft_data"), self.experiment.model.context_length
             counts = sft.data.load(directory, self.tokenizer.sha256)
@@ -121,6 +114,9 @@ class Tasks:
 
 def digest(*values) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- the stage
 
 
 def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
@@ -154,16 +150,18 @@ def step(experiment: Experiment, given: str | None, where: str | None, force: bo
 
 def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read: dict[str, str], force: bool) -> None:
     """Measures what has not been measured yet. read: digests of all that may be read."""
-    tasks, identity = Tasks(experiment, list(trained.values())[-1]), {}
+    tasks, identity = Tasks(experiment, trained), {}
     for name, final in trained.items():
         checkpoint.must_match(final, tasks.tokenizer.sha256)
         identity[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": tasks.tokenizer.sha256}
     finished = job.is_finished(force)
     job.read |= read
     results, texts = left(job.directory, identity, tasks, force)
-    waiting = {name: [task for task in tasks.digests if task not in results[name]] for name in trained}
+    possible = [task for task in TASKS if task in tasks.digests]
+    waiting = {name: [task for task in possible if task not in results[name]] for name in trained}
+    if line := skipped(results):
+        log.info(line)
     if finished and not any(waiting.values()):
-        log.info(skipped(results))
         job.log_up_to_date()
         return
     for task in set(itertools.chain(*waiting.values())) & PUBLISHED.keys():
@@ -193,7 +191,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
         measured = {name: sum("n" in entry for entry in entries.values()) for name, entries in results.items()}
         counts = {"measured": measured, "machine": machine.name(device), "command": job.command}
         job.finish(counts, [job.directory / "results.json", job.directory / "generations.json"])
-        log.info(f"{skipped(results)}\nevaluated: {job.directory / 'results.json'}".lstrip())
+        log.info(f"evaluated: {job.directory / 'results.json'}")
 
 
 def left(directory: Path, identity: dict[str, dict], tasks: Tasks, force: bool) -> tuple[dict, dict]:

@@ -32,11 +32,6 @@ class Subject(NamedTuple):
     def device(self) -> torch.device:
         return self.model.embed.weight.device
 
-    @property
-    def rows(self) -> int:
-        """How many positions the output projection takes at once."""
-        return max(1, LOGITS[self.device.type] // self.model.config.vocab_size)
-
 
 # Windows start `step` tokens apart. By default it is half a window: then every token past the first window has at least
 # half a context.
@@ -65,8 +60,8 @@ def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, wh
 
 def token_losses(subject: Subject, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
     """−log p in nats of each target, (N,) float64. hidden: (N, D). UserError if one is not finite."""
-    losses = []
-    for x, wanted in zip(hidden.split(subject.rows), targets.split(subject.rows), strict=True):
+    losses, rows = [], max(1, LOGITS[subject.device.type] // subject.model.config.vocab_size)
+    for x, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         losses.append(F.cross_entropy(subject.model.head(x).float(), wanted, reduction="none"))
     nats = torch.cat(losses).double().cpu().numpy()
     if not np.isfinite(nats).all():

@@ -3,7 +3,6 @@
 python pipeline.py configs/tiny.py report   ->  runs/tiny/REPORT.md, runs/tiny/plots/; the summary on the terminal
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -15,13 +14,6 @@ from eval.markdown import block, main_metric, show, table, with_error
 from eval.summary import Run
 from eval.tasks import TASKS
 
-TEXTS = {  # the tasks whose texts are kept
-    "answers": "Questions held out from fine-tuning",
-    "prompts": "Longer prompts",
-    "everyday": "Everyday prompts",
-    "smoke": "Short prompts, and the rules that an answer breaks",
-    "continuations": "Held-out beginnings, continued",
-}
 LOGGED = ("step", "epoch", "loss", "val_loss", "val_bits_per_byte", "val_accuracy", "val_kl", "lr", "tokens_per_second")
 READING = """\
 ± is one standard error over the items of a task: questions, documents, conversations or prompts. Another
@@ -59,22 +51,18 @@ def draw(run: Run) -> dict[str, bytes]:
     for name in TRAINED:
         if records := run.metrics(name):
             pictures[name] = plots.curves(records, f"{run.experiment.name}: {name}")
-    for task, entries in measured(run).items():
-        if main_metric(task) != "repetition":
+    for task in TASKS:
+        entries = measured(run, task)
+        if entries and main_metric(task) != "repetition":
             panels.setdefault(main_metric(task), {})[task] = entries
     if panels:
         pictures["evaluation"] = plots.bars(panels)
     return pictures
 
 
-def measured(run: Run) -> dict[str, dict[str, dict]]:
-    """{task: {stage: its numbers}} of all that was measured."""
-    tasks: dict[str, dict[str, dict]] = {}
-    for task in TASKS:
-        for name, entries in run.results.items():
-            if "n" in entries.get(task, {}):
-                tasks.setdefault(task, {})[name] = entries[task]
-    return tasks
+def measured(run: Run, task: str) -> dict[str, dict]:
+    """The numbers of a task by stage."""
+    return {name: entries[task] for name, entries in run.results.items() if "n" in entries.get(task, {})}
 
 
 def page(run: Run, pictures: dict[str, bytes]) -> str:
@@ -93,20 +81,13 @@ def page(run: Run, pictures: dict[str, bytes]) -> str:
     parts += ["## Provenance", *provenance(run), "## Next", following(run)]
     if not pictures:
         parts = [part for part in parts if not part.startswith("![")]
-        parts.append(
-            "There are no plots: matplotlib is not installed. `pip install matplotlib`, then the same command."
-        )
+        parts.append("No plots: matplotlib is not installed. `pip install matplotlib`, then the same command again.")
     return "\n\n".join(parts) + "\n"
 
 
 def training(run: Run, name: str, records: list[dict]) -> list[str]:
     """Facts, the picture, and a table of the points where validation ran."""
-    lines, speeds = [f"![Curves of {name}](plots/{name}.png)"], []
-    for record in records:
-        if record.get("tokens_per_second"):
-            speeds.append(record["tokens_per_second"])
-    if speeds:
-        lines.append(f"The median speed is {statistics.median(speeds):,.0f} tokens per second.")
+    lines = [f"![Curves of {name}](plots/{name}.png)"]
     if name == "pretrain" and "pretrain" in run.results:
         lines.append(ROWS.format(run.finals["pretrain"]["config"]["pretrain"]["eval_rows"]))
     points = [record for record in records if "val_loss" in record] or records[-1:]
@@ -118,45 +99,44 @@ def training(run: Run, name: str, records: list[dict]) -> list[str]:
 def evaluation(run: Run) -> list[str]:
     """The main number of each task with error and baseline, then all numbers."""
     stages, rows, details = list(run.results), [], []
-    for task, entries in measured(run).items():
-        main, columns = main_metric(task), []
-        for name in stages:
-            columns.append(labelled(entries.get(name, {}), main))
-        first = next(iter(entries.values()))
-        baseline = show(first["baseline"]) if "baseline" in first else ""
-        label = main.replace("_", " ")
-        rows.append([task, label, *(column.get(label, "") for column in columns), baseline, show(first["n"])])
-        for label in dict.fromkeys(label for column in columns for label in column):
-            details.append([task, label, *(column.get(label, "") for column in columns)])
+    for task in TASKS:
+        main, entries, cells = main_metric(task), measured(run, task), {}
+        for name, entry in entries.items():
+            for label, text in labelled(entry, main).items():
+                cells.setdefault(label, dict.fromkeys(stages, ""))[name] = text
+        if entries:
+            first = next(iter(entries.values()))
+            baseline = show(first["baseline"]) if "baseline" in first else ""
+            rows.append([task, main.replace("_", " "), *cells.pop(main).values(), baseline, show(first["n"])])
+        details += [[task, label.replace("_", " "), *texts.values()] for label, texts in cells.items()]
     lines = [table(["task", "metric", *stages, "baseline", "n"], rows), READING]
     lines.append("![The same beside the baselines](plots/evaluation.png)")
-    return [*lines, "### All numbers", table(["task", "metric", *stages], details)]
+    return [*lines, "### All other numbers", table(["task", "metric", *stages], details)]
 
 
 def labelled(entry: dict, main: str) -> dict[str, str]:
-    """{label: text} of all numbers of a task, and of its parts."""
+    """{label: text} of the numbers of a task, and of its parts."""
     texts = {}
     for key, value in entry.items():
         if isinstance(value, dict):
             for name, part in value.items():
-                own = with_error(part, main, main) if isinstance(part, dict) else show(part)
-                texts[f"{key} {name}".replace("_", " ")] = own
-        elif not isinstance(value, str) and "stderr" not in key:
-            texts[key.replace("_", " ")] = with_error(entry, key, main)
+                texts[f"{key} {name}"] = with_error(part, main, main) if isinstance(part, dict) else show(part)
+        elif not isinstance(value, str) and "stderr" not in key and key not in ("baseline", "n"):
+            texts[key] = with_error(entry, key, main)
     return texts
 
 
 def samples(run: Run) -> list[str]:
     """All that the models wrote, side by side."""
-    lines = ["All that was generated, none of it selected."]
-    for task, head in TEXTS.items():
+    lines = ["All that was generated, none of it selected. The prompts are in `eval/prompts.json`."]
+    for task in TASKS:
         texts = {name: tasks[task] for name, tasks in run.texts.items() if task in tasks}
-        lines += [f"### {head}"] if texts else []
+        lines += [f"### {task}"] if texts else []
         for i, first in enumerate(next(iter(texts.values()), [])):
             lines += [f"{i + 1}, seed {first['seed']}:", block(first["prompt"].rstrip("\n"))]
             for name, answers in texts.items():
-                text = answers[i]
-                lines += [f"{name}{remarks(text)}:", block(text.get("answer", text.get("continuation")))]
+                answer = answers[i].get("answer", answers[i].get("continuation"))
+                lines += [f"{name}{remarks(answers[i])}:", block(answer)]
             if "truth" in first:
                 lines += ["truth:", block(first["truth"])]
     return lines
