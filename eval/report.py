@@ -67,8 +67,7 @@ def measured(run: Run, task: str) -> dict[str, dict]:
 
 def page(run: Run, pictures: dict[str, bytes]) -> str:
     """The report in Markdown that a terminal shows well, too."""
-    overview = [[name, f"{number} {unit}", *rest] for name, number, unit, *rest in run.rows()]
-    parts = [f"# {run.experiment.name}", table(["stage", "result", "usual", "meaning"], overview)]
+    parts = [f"# {run.experiment.name}", table(["stage", "result", "usual", "meaning"], run.rows())]
     parts += ["    " + line.replace("\n", "\n    ") for line in summary.sample(run)]
     parts += summary.notes(run)
     for name in TRAINED:

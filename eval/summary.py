@@ -35,24 +35,60 @@ class Run:
     """What the stages left, by stage: manifests, manifests of final checkpoints, results, and texts of the models."""
 
     def __init__(self, experiment: Experiment):
-        self.experiment = experiment
-        self.manifests, self.finals = {}, {}
+        self.experiment, self.manifests, self.finals, self.numbers = experiment, {}, {}, {}
         for name in DIRECTORIES:
             directory = experiment.directory(name)
             if manifest := stage.read_manifest(directory):
-                self.manifests[name] = manifest
+                self.manifests[name], self.numbers[name] = manifest, manifest["counts"]
             if final := stage.read_manifest(directory / "final"):
                 self.finals[name] = final
         if experiment.imported and "pretrain" not in self.finals:
             self.finals["pretrain"] = stage.read_manifest(experiment.imported)
         self.results = stage.read_json(experiment.directory("eval") / "results.json") or {}
         self.texts = stage.read_json(experiment.directory("eval") / "generations.json") or {}
+        self.numbers |= self.results
 
-    def numbers(self, name: str) -> dict:
-        """The results of a trained stage; else the counts of a stage's manifest."""
-        if name in TRAINED:
-            return self.results.get(name, {})
-        return self.manifests.get(name, {}).get("counts", {})
+    def lookup(self, key: str) -> float | None:
+        """The number that a key such as "sft.answers.loss" names."""
+        value = self.numbers
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def result(self, name: str) -> str:
+        """A stage's main number in words, for `pipeline.py --status` too; "" if there is none."""
+        if name not in MAIN:
+            return ""
+        path, unit, _ = MAIN[name]
+        number = self.lookup(f"{name}.{path}")
+        if number is None and name in TRAINED:
+            number = self.lookup(f"{name}.record.{IN_TRAINING[name]}")
+        return "" if number is None else f"{digits(number)} {unit}"
+
+    def usual(self, key: str) -> str:
+        """Whether a number is in the range that the config expects."""
+        if key not in self.experiment.expected:
+            return ""
+        low, high = self.experiment.expected[key]
+        return f"{low:,} to {high:,} " + ("✓" if low <= self.lookup(key) <= high else "✗ unusual")
+
+    def rows(self) -> list[list[str]]:
+        """[stage, main number, whether it is usual, what it means] of each stage that has a number."""
+        rows = []
+        for name, (path, _, meaning) in MAIN.items():
+            key = f"{name}.{path}"
+            if self.lookup(key) is not None:
+                rows.append([name, self.result(name), self.usual(key), meaning.format_map(self.numbers[name])])
+            elif self.result(name):
+                command = self.experiment.command("eval")
+                rows.append([name, self.result(name), "", f"in training, on part of the held-out data; run: {command}"])
+            for other in self.experiment.expected:  # other numbers that the config has a range for
+                if other.startswith(f"{name}.") and other != key and self.lookup(other) is not None:
+                    rows.append([name, digits(self.lookup(other)), self.usual(other), other])
+        if self.results:
+            measured = sum("n" in entry for entries in self.results.values() for entry in entries.values())
+            rows.append(["eval", f"{measured} results", "", f"of {', '.join(self.results)}"])
+        return rows
 
     def metrics(self, name: str) -> list[dict]:
         """What the training of a stage logged."""
@@ -64,59 +100,9 @@ class Run:
                 continue  # training was killed while it wrote this line
         return records
 
-    def main_number(self, name: str) -> float | None:
-        """A stage's main number, or what was last logged in training."""
-        number = lookup(self.numbers(name), MAIN[name][0])
-        if number is None and name in TRAINED:
-            counts = self.manifests.get(name, {}).get("counts", {})
-            number = lookup(counts, f"record.{IN_TRAINING[name]}")
-        return number
-
-    def result(self, name: str) -> str:
-        """A stage's main number in words, or "", for `pipeline.py --status`."""
-        number = self.main_number(name) if name in MAIN else None
-        return "" if number is None else f"{digits(number)} {MAIN[name][1]}"
-
-    def rows(self) -> list[list[str]]:
-        """[stage, number, unit, whether it is usual, what it means] of each stage that has a number."""
-        rows, expected = [], dict(self.experiment.expected)
-        for name, (path, unit, meaning) in MAIN.items():
-            number, evaluated = self.main_number(name), lookup(self.numbers(name), path) is not None
-            if number is None:
-                continue
-            text = f"in training, on part of the held-out data; run: {self.experiment.command('eval')}"
-            bounds = expected.pop(f"{name}.{path}", None)
-            if evaluated:
-                text = meaning.format_map(self.numbers(name))
-            rows.append([name, digits(number), unit, usual(number, bounds) if evaluated else "", text])
-            for key, bounds in expected.items():  # other numbers that the config has a range for
-                owner, _, path = key.partition(".")
-                number = lookup(self.numbers(name), path) if owner == name else None
-                if number is not None:
-                    rows.append([name, digits(number), "", usual(number, bounds), path])
-        if self.results:
-            measured = sum("n" in entry for entries in self.results.values() for entry in entries.values())
-            rows.append(["eval", str(measured), "results", "", f"of {', '.join(self.results)}"])
-        return rows
-
-
-def lookup(table: dict, path: str) -> float | None:
-    """The number at a path such as "answers.loss" in nested dicts."""
-    for key in path.split("."):
-        table = table.get(key) if isinstance(table, dict) else None
-    return table
-
 
 def digits(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:.3f}"
-
-
-def usual(number: float, bounds: tuple[float, float] | None) -> str:
-    """Whether a number is in its range."""
-    if bounds is None:
-        return ""
-    low, high = bounds
-    return f"{low:,} to {high:,} " + ("✓" if low <= number <= high else "✗ unusual")
 
 
 def notes(run: Run) -> list[str]:
@@ -174,9 +160,9 @@ def sample(run: Run) -> list[str]:
 
 def terminal(run: Run) -> str:
     """The summary for a terminal of 80 columns or more."""
-    lines = []
-    for name, number, unit, verdict, meaning in run.rows():
-        verdict = f"usual {verdict}" if verdict else ""
-        lines.append(f"{name:9} {number:>10} {unit:16} {verdict}".rstrip())
-        lines.append(wrapped(meaning, " " * 21))
-    return "\n".join([run.experiment.name, "", *lines, "", *sample(run), "", *notes(run)])
+    lines = [run.experiment.name, ""]
+    for name, result, usual, meaning in run.rows():
+        number, _, unit = result.partition(" ")
+        line = f"{name:9} {number:>10} {unit:16} " + f"usual {usual}" * bool(usual)
+        lines += [line.rstrip(), wrapped(meaning, " " * 21)]
+    return "\n".join([*lines, "", *sample(run), "", *notes(run)])
