@@ -1,8 +1,7 @@
-"""Multiple choice by log-likelihood: the model chooses the ending that it finds likeliest.
+"""Multiple choice by log-likelihood: the model chooses the ending that it finds likeliest."""
 
-Choices share beginnings, and so do questions. A row of tokens holds many texts as a tree, in which a token sees the
-tokens before it in its own text: each shared beginning is read once.
-"""
+# Choices share beginnings, and so do questions. A row of tokens holds many texts as a tree, in which a token sees the
+# tokens before it in its own text: each shared beginning is read once.
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,10 +1,7 @@
-"""Trained models to numbers.
+"""Trained models to numbers: `pipeline.py CONFIG eval` writes runs/NAME/eval/results.json and generations.json."""
 
-    python pipeline.py configs/tiny.py eval   ->  runs/tiny/eval: results.json, generations.json
-
-Every task whose data exists is measured on every stage that is trained, and saved at once: an interrupted run continues
-with the next task, and data and stages that come later are added.
-"""
+# Every task whose data exists is measured on every stage that is trained, and saved at once: an interrupted run
+# continues with the next task, and data and stages that come later are added.
 
 import functools
 import hashlib

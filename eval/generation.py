@@ -1,7 +1,4 @@
-"""What a model writes: answers to fixed prompts, and continuations of held-out documents.
-
-Nothing is chosen by what it says: prompts, documents and seeds are fixed beforehand.
-"""
+"""What a model writes, from prompts, documents and seeds that are fixed beforehand: nothing is selected."""
 
 from collections.abc import Sequence
 

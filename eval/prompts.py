@@ -1,8 +1,7 @@
-"""What the models are asked to write (prompts.json), and the rules that judge answers: fixed before any model answered.
+"""What models are asked to write (prompts.json), and the rules that judge it: fixed before any model had answered."""
 
-Anyone can check a rule with the answer in hand. Rules find failures: nothing that was asked for, loops, marks of a chat
-template, a few words, no end. They do not find quality. An answer passes if it passes every rule.
-"""
+# Anyone can check a rule with the answer in hand. Rules find failures: nothing that was asked for, loops, marks of a
+# chat template, a few words, no end. They do not find quality. An answer passes if it passes every rule.
 
 import re
 from collections import Counter
@@ -22,10 +21,8 @@ class Prompt:
 
     category: str
     text: str
-    expected: tuple[str, ...]
-    """The answer must have `least` of these words; a * at the end stands for any ending."""
-    words: tuple[int, int]
-    """The fewest and the most words of an answer."""
+    expected: tuple[str, ...]  # the answer must have `least` of these words; a * at the end stands for any ending
+    words: tuple[int, int]  # the fewest and the most words of an answer
     least: int
 
 

@@ -1,7 +1,4 @@
-"""A run as a page with pictures, from the files that its stages left. Nothing is measured here.
-
-python pipeline.py configs/tiny.py report   ->  runs/tiny/REPORT.md, runs/tiny/plots/; the summary on the terminal
-"""
+"""A run as a page: `python pipeline.py CONFIG report` writes runs/NAME/REPORT.md and plots/. It measures nothing."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""The published tasks: where their data is, and what a record asks.
+"""The published tasks: where their data is, and what a record asks."""
 
-A task's data is one file under DATA, as `python -m eval.download` writes it. Prompts are those of
-lm-evaluation-harness, but a text opens, as in training, with the piece that ends documents.
-"""
+# A task's data is one file under DATA, as `python -m eval.download` writes it. Prompts are those of
+# lm-evaluation-harness, but a text opens, as in training, with the piece that ends documents.
 
 import json
 import lzma
@@ -23,17 +22,12 @@ from eval.language import Subject
 class Published:
     """A task with data of its own."""
 
-    file: str
-    """Its name under DATA, without `.jsonl` or `.raw`, and without `.xz`, `.gz` or `.bz2`."""
-    dataset: str
-    """Its name on the Hub."""
-    subset: str | None
-    """The subset; '*' for all of them."""
+    file: str  # its name under DATA, without .jsonl or .raw, and without .xz, .gz or .bz2
+    dataset: str  # on the Hub
+    subset: str | None  # "*" for all of them
     split: str
-    question: Callable[[dict], Question] | None = None
-    """The question of a record; None: the data is running text."""
-    majority: bool = False
-    """Whether always giving the commonest answer is a baseline."""
+    question: Callable[[dict], Question] | None = None  # that a record asks; None: the data is running text
+    majority: bool = False  # whether always giving the commonest answer is a baseline
 
     def find(self) -> Path | None:
         """Its file, if there is one. UserError if there are several."""
