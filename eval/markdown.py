@@ -5,6 +5,8 @@ import re
 import textwrap
 import unicodedata
 
+import cli
+
 WIDTH = 100  # columns of text; a table may be wider
 NUMBER = re.compile(r"[-−]?[\d.,]+(e[-+]?\d+)?( ± \S+)?( [↑↓=])?|inf|not finite|")
 METRICS = {"validation": "bits_per_byte", "wikitext2": "bits_per_byte", "answers": "loss", "preference": "win_rate"}
@@ -13,19 +15,12 @@ HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode categories that a
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns; columns of numbers are aligned to the right."""
+    """A Markdown table, its columns of numbers aligned to the right."""
     cells = []
     for row in [head, *rows]:
         cells.append([" ".join(visible(text).split()).replace("|", "\\|") for text in row])
-    lines = ["|"] * (len(cells) + 1)
-    for column in zip(*cells, strict=True):
-        width = max(3, *map(len, column))
-        right = all(NUMBER.fullmatch(text) for text in column[1:])
-        texts = [text.rjust(width) if right else text.ljust(width) for text in column]
-        texts.insert(1, "-" * (width - 1) + (":" if right else "-"))
-        for i, text in enumerate(texts):
-            lines[i] += f" {text} |"
-    return "\n".join(lines)
+    columns = enumerate(zip(*cells[1:], strict=True))
+    return cli.table(cells, [i for i, column in columns if all(map(NUMBER.fullmatch, column))], markdown=True)
 
 
 def block(text: str) -> str:

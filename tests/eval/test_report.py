@@ -285,7 +285,7 @@ def test_a_cell_holds_what_it_is_given_in_one_line():
     made = markdown.table(["task|s", "n"], [["a|b\nc\x1b", "1.0 ± 0.5"], ["x", ""]]).splitlines()
     assert made == [
         "| task\\|s    |         n |",
-        "| ---------- | --------: |",
+        "| ---        |       --: |",
         "| a\\|b c\\x1b | 1.0 ± 0.5 |",
         "| x          |           |",
     ]
