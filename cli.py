@@ -92,14 +92,13 @@ def progress(items: Iterable, total: int | Callable[[], tuple[float, float]], un
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), markdown: bool = False) -> str:
     """Aligned columns for a terminal, or a Markdown table. The first row is the head. right: columns of numbers."""
     if markdown:
-        rule = ["--:" if i in right else "---" for i in range(len(rows[0]))]
-        lines = [" | ".join(row) for row in (rows[0], rule, *rows[1:])]
-        return "\n".join(f"| {line} |" for line in lines)
+        rows = [rows[0], ["--:" if i in right else "---" for i in range(len(rows[0]))], *rows[1:]]
     columns = []
     for i, column in enumerate(zip(*rows, strict=True)):
         width = max(map(len, column))
         columns.append([cell.rjust(width) if i in right else cell.ljust(width) for cell in column])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+    lines = zip(*columns, strict=True)
+    return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ import dpo.reference
 import dpo.train
 import eval.evaluate
 import eval.report
+import eval.summary
 import machine
 import parallel
 import sft.data
@@ -191,50 +192,26 @@ def check(arguments: argparse.Namespace) -> None:
 
 def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows, stale = [("stage", "seconds", "result", "state")], set()
+    rows, stale, run = [("stage", "seconds", "result", "state")], set(), eval.summary.Run(experiment)
     for name, step in STAGES.items():
-        directory, result = experiment.directory(name), ""
         if name == "dpo_reference" and experiment.dpo.reference != "stored":
             continue
-        try:
-            if stage.read_manifest(directory) is None:
-                state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
-            else:
+        directory = experiment.directory(name)
+        if stage.read_manifest(directory) is None:
+            state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
+        else:
+            try:
                 state = step(experiment, arguments).job.state()
-                result = main_number(name, directory)
-        except UserError as error:  # a manifest is damaged, or the model that the stage starts from is missing
-            state = f"stale: {error}"
+            except UserError as error:  # the model that the stage starts from is missing
+                state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
         if stale.intersection(needs) and state.startswith("done"):
             state = f"stale: {next(need for need in needs if need in stale)} is stale"
         if state.startswith("stale"):
             stale.add(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", result, state))
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name), state))
     return cli.table(rows, right=(1,))
-
-
-def main_number(name: str, directory: Path) -> str:
-    """The main number of a finished stage, in words."""
-    if (manifest := stage.read_manifest(directory)) is None:
-        return ""
-    counts = manifest["counts"]
-    record = counts.get("record") or {}
-    if name == "corpus":
-        return f"{counts['documents']:,} documents"
-    if name == "tokenizer" and "bytes_per_token" in counts:  # an imported one was not measured
-        return f"{counts['bytes_per_token']:.2f} bytes per token"
-    if name in ("pack", "sft_data"):
-        return f"{counts['train']['tokens']:,} tokens"
-    if name == "dpo_data":
-        return f"{counts['train']['pairs']:,} pairs"
-    if name == "pretrain":
-        return f"{record['val_bits_per_byte']:.3f} bits per byte"
-    if name == "sft":
-        return f"validation loss {record['val_loss']:.3f}"
-    if name == "dpo":
-        return f"{record['val_accuracy']:.1%} of pairs won"
-    return ""
 
 
 def parser() -> argparse.ArgumentParser:

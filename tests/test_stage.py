@@ -219,5 +219,5 @@ def test_tables():
     rows = [("stage", "seconds"), ("pack", "1.9"), ("pretrain", "178.0")]
     assert cli.table(rows, right=[1]) == "stage     seconds\npack          1.9\npretrain    178.0"
     assert cli.table(rows, [1], markdown=True) == (
-        "| stage | seconds |\n| --- | --: |\n| pack | 1.9 |\n| pretrain | 178.0 |"
+        "| stage    | seconds |\n| ---      |     --: |\n| pack     |     1.9 |\n| pretrain |   178.0 |"
     )
