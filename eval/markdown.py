@@ -59,8 +59,6 @@ def main_metric(task: str) -> str:
 
 def with_error(entry: dict, key: str, main: str) -> str:
     """A metric of a task with its standard error and, for a tested accuracy, the side of the baseline it is on."""
-    if key not in entry:
-        return ""
     text, error = show(entry[key]), entry.get(key.replace(main, "stderr"))
     if error is not None and main in key:
         text += f" ± {error:.2g}"
@@ -68,10 +66,3 @@ def with_error(entry: dict, key: str, main: str) -> str:
         side = "↑" if entry["accuracy"] > entry["baseline"] else "↓"
         text += f" {side}" if entry["p_value"] < 0.05 else " ="
     return text
-
-
-def clock(seconds: float) -> str:
-    minutes = round(seconds) // 60
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.1f} s"

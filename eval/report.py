@@ -152,17 +152,17 @@ def provenance(run: Run) -> list[str]:
     made, sources, versions = [], [], {}
     for name, manifest in run.manifests.items():
         counts, directory = manifest["counts"], run.experiment.directory(name)
-        seconds = stage.read_seconds(directory.parent).get(directory.name)
+        seconds = stage.read_seconds(directory.parent).get(directory.name, 0.0)
         command = counts.get("command", run.experiment.command(name))
-        made.append([name, command, show(seconds), counts.get("machine", ""), manifest["sha256"]])
+        made.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), manifest["sha256"][:16]])
         for source, numbers in counts.get("sources", {}).items():
             if "read" in numbers:
                 dropped = ", ".join(f"{n:,} {rule}" for rule, n in numbers["dropped"].items())
                 kept = numbers.get("kept", numbers.get("documents"))
                 sources.append([name, source, show(numbers["read"]), show(kept), dropped])
         versions[", ".join(f"{package} {version}" for package, version in manifest["versions"].items())] = None
-    lines = [table(["stage", "command", "seconds", "machine", "SHA-256 of manifest.json"], made)]
-    lines.append("A manifest holds the SHA-256 of every file that the stage read and wrote.")
+    lines = [table(["stage", "command", "seconds", "machine", "manifest"], made)]
+    lines.append("The last column opens the SHA-256 of manifest.json, which holds that of every file read and written.")
     if sources:
         lines.append(table(["stage", "source", "read", "kept", "dropped"], sources))
     return [*lines, summary.wrapped(f"Versions: {'; '.join(versions)}.")]

@@ -37,7 +37,7 @@ def p_value(right: float, chances: np.ndarray) -> float:
     for chance, n in zip(*np.unique(chances, return_counts=True), strict=True):
         probabilities = np.convolve(probabilities, binomial(n, chance))
     right = round(right, 6)  # ties give thirds, whose sum is not quite whole
-    # Half a success, from a tie, is rounded towards the mean: that never overstates the evidence.
+    # Half a success, from a tie, is rounded towards the mean: ties add no evidence.
     lower = probabilities[: math.ceil(right) + 1].sum()
     upper = probabilities[math.floor(right) :].sum()
     return float(min(1.0, 2 * lower, 2 * upper))

@@ -20,7 +20,6 @@ from sft.conversations import Message
 from sft.data import Rows
 from sft.templates import render
 from tests.conftest import Place
-from tests.eval.test_main import evaluate
 
 
 @pytest.fixture
@@ -91,15 +90,13 @@ def test_a_mark_of_the_template_in_an_answer_is_counted(loaded):
     assert found["marked"] == sum("<|im_start|>" in text["answer"] for text in found["texts"]) / 4 > 0
 
 
-def test_both_stages_are_measured_and_the_report_sets_them_side_by_side(tuned: Place, loaded):
-    evaluate(tuned)
-    found = json.loads((tuned.runs / "mini/eval/results.json").read_text())
-    assert list(found) == ["pretrain", "sft"]
+def test_stages_are_measured_alike_and_the_report_sets_them_side_by_side(measured: Place, loaded):
+    found = json.loads((measured.runs / "mini/eval/results.json").read_text())
     assert found["sft"]["answers"]["loss"] < found["pretrain"]["answers"]["loss"]
     assert found["sft"]["answers"]["baseline"] == found["pretrain"]["answers"]["baseline"]
-    adapter = stage.read_manifest(tuned.runs / "mini/sft/final")["wrote"]["adapter.pt"]["sha256"]
+    adapter = stage.read_manifest(measured.runs / "mini/sft/final")["wrote"]["adapter.pt"]["sha256"]
     assert {entry["checkpoint"] for entry in found["sft"].values() if "n" in entry} == {adapter}
-    texts = json.loads((tuned.runs / "mini/eval/generations.json").read_text())
+    texts = json.loads((measured.runs / "mini/eval/generations.json").read_text())
     for task in ("answers", "smoke", "prompts"):
         before, after = texts["pretrain"][task], texts["sft"][task]
         assert [(text["prompt"], text["seed"]) for text in before] == [(text["prompt"], text["seed"]) for text in after]
@@ -110,14 +107,10 @@ def test_both_stages_are_measured_and_the_report_sets_them_side_by_side(tuned: P
     stop = (spm.eos, spm.control["<|im_end|>"])
     new = generate.generate(model, ids, 128, temperature=0.7, top_p=0.9, seed=0, stop=stop)
     assert first["answer"] == spm.decode(new, begins=False)
-    out = tuned.run("pipeline.py", tuned.config, "report").stdout
-    assert re.findall(r"(?m)^(prompt|pretrain|sft|truth) +\D", out)[-4:] == ["prompt", "pretrain", "sft", "truth"]
-    page = (tuned.runs / "mini/REPORT.md").read_text()
+    out = measured.run("pipeline.py", measured.config, "report").stdout
+    said = re.findall(r"(?m)^(prompt|pretrain|sft|dpo|truth) +\D", out)
+    assert said[-5:] == ["prompt", "pretrain", "sft", "dpo", "truth"]
+    page = (measured.runs / "mini/REPORT.md").read_text()
     for text in texts["pretrain"]["answers"]:
         at = page.index(text["prompt"].splitlines()[1], page.index("## Samples"))
         assert page.index("\npretrain", at) < page.index("\nsft", at) < page.index("\ntruth:", at)
-
-
-def test_a_checkpoint_by_path_is_the_stage_that_it_is_of(tuned: Place):
-    evaluate(tuned, "--checkpoint", tuned.runs / "mini/sft/best")
-    assert list(json.loads((tuned.runs / "mini/sft/eval_best/results.json").read_text())) == ["sft"]

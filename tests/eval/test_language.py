@@ -18,12 +18,22 @@ from model import ModelConfig, Transformer
 from tests.conftest import Place
 
 
-def subject_of(model: Transformer) -> Subject:
-    """With a tokenizer that is only asked for the id that opens a text."""
+@pytest.fixture(scope="module")
+def strong() -> Subject:
+    """A model whose opinions depend on every token before, and a tokenizer that knows the id that opens a text."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)).eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(50)
+        model.head.weight.mul_(50)
     return Subject(model, SimpleNamespace(bos=1))
 
 
-SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)
+@torch.inference_mode()
+def nats_after(subject: Subject, stream: list[int], first: int, i: int) -> float:
+    """What the token after position i costs, given those from `first` on."""
+    logits = subject.model(torch.tensor([stream[first : i + 1]]))[0, -1]
+    return -float(torch.log_softmax(logits.double(), 0)[stream[i + 1]])
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
@@ -40,51 +50,32 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
     assert found["n"] == len(packed.tokens)
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 9, 12, 13, 16, 40, 41])
-def test_each_token_is_predicted_once_from_at_least_half_a_context(n):
-    torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
-    with torch.no_grad():
-        model.embed.weight.mul_(50)
-        model.head.weight.mul_(50)
+@pytest.mark.parametrize("n", [1, 3, 8, 9, 12, 13, 16, 41])
+def test_each_token_is_predicted_once_from_at_least_half_a_context(strong, n):
     tokens = np.random.default_rng(0).integers(31, size=n)
-    found = token_nats(subject_of(model), tokens)
-    stream, T = [1, *tokens.tolist()], 8
+    found, stream, T = token_nats(strong, tokens), [1, *tokens.tolist()], 8
     assert found.shape == (n,)
     for i in range(n):
         # All contexts the token may have: no longer than T, and reaching its stream's start or half a context back.
-        allowed = []
-        for first in range(max(0, i - T + 1), (0 if i < T else i - T // 2) + 1):
-            with torch.no_grad():
-                log_p = torch.log_softmax(model(torch.tensor([stream[first : i + 1]]))[0, -1].double(), 0)
-            allowed.append(-float(log_p[stream[i + 1]]))
-        assert min(abs(found[i] - nats) for nats in allowed) < 1e-4
+        firsts = range(max(0, i - T + 1), (0 if i < T else i - T // 2) + 1)
+        assert min(abs(found[i] - nats_after(strong, stream, first, i)) for first in firsts) < 1e-4
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 19, 24, 33])
-def test_windows_that_do_not_overlap(n):
-    """As lm-evaluation-harness takes them: each predicts context_length tokens, given the one before them and its own;
-    the last one ends where the text does, and counts what is left."""
-    torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
-    with torch.no_grad():
-        model.embed.weight.mul_(50)
-        model.head.weight.mul_(50)
-    tokens = np.random.default_rng(1).integers(31, size=n).tolist()
-    found = token_nats(subject_of(model), np.array(tokens), step=8)
-    stream = [1, *tokens]
+@pytest.mark.parametrize("n", [1, 8, 9, 19, 33])
+def test_windows_that_do_not_overlap(strong, n):
+    """As in lm-evaluation-harness: each predicts context_length tokens; the last one ends where the text ends."""
+    tokens = np.random.default_rng(1).integers(31, size=n)
+    found = token_nats(strong, tokens, step=8)
     for i in range(n):
         window = min(i // 8 * 8, max(0, n - 8))
-        with torch.no_grad():
-            log_p = torch.log_softmax(model(torch.tensor([stream[window : i + 1]]))[0, -1].double(), 0)
-        assert found[i] == pytest.approx(-float(log_p[stream[i + 1]]), abs=1e-4)
+        assert found[i] == pytest.approx(nats_after(strong, [1, *tokens.tolist()], window, i), abs=1e-4)
 
 
-def test_weights_that_are_not_finite():
-    model = Transformer(SHAPE).eval()
-    torch.nn.init.constant_(model.head.weight, np.nan)
+def test_weights_that_are_not_finite(strong):
+    broken = Transformer(strong.model.config).eval()
+    torch.nn.init.constant_(broken.head.weight, np.nan)
     with pytest.raises(UserError, match="the logits are not finite"):
-        token_nats(subject_of(model), np.arange(20))
+        token_nats(strong._replace(model=broken), np.arange(20))
 
 
 def test_of_many_held_out_documents_some_are_read(made: Place):

@@ -3,7 +3,6 @@
 import json
 import logging
 import lzma
-import os
 import shutil
 import signal
 
@@ -163,16 +162,6 @@ def test_an_unfinished_run_keeps_nothing_of_another_config(trained: Place):
     out = evaluate(trained)
     assert "validation: " in out
     assert results(trained)["continuations"]["n"] == 2
-
-
-def test_a_path_that_is_not_utf_8(trained: Place):
-    directory = os.fsdecode(b"caf\xe9")
-    shutil.copytree(trained.runs / "mini/pretrain/best", trained.path / directory)
-    evaluate(trained, "--checkpoint", trained.path / directory)
-    found = json.loads((trained.path / f"eval_{directory}/results.json").read_text())["pretrain"]
-    manifest = json.loads((trained.path / directory / "manifest.json").read_text())
-    assert found["validation"]["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
-    assert not (trained.runs / "mini/eval").exists()
 
 
 def test_another_tokenizer(trained: Place):

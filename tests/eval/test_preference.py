@@ -96,19 +96,18 @@ def test_prompts_that_score_alike_promise_no_certainty(wins, prompts, error):
     assert found[1] == pytest.approx(error)
 
 
-def test_three_stages(preferring: Place, tmp_path: Path):
-    evaluate(preferring)
-    found = json.loads((preferring.runs / "mini/eval/results.json").read_text())
+def test_three_stages(measured: Place, tmp_path: Path):
+    found = json.loads((measured.runs / "mini/eval/results.json").read_text())
     assert list(found) == ["pretrain", "sft", "dpo"]
     reference = found["sft"]["preference"]  # beside itself
     assert (reference["win_rate"], reference["margin"], reference["stderr"]) == (0.5, 0.0, 0.0)
     assert found["dpo"]["preference"]["win_rate"] > 0.7
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RUNS", str(preferring.runs))
-        experiment = configs.load(preferring.config)
-    counts = stage.read_manifest(preferring.runs / "mini/dpo_data")["counts"]
-    held_out = PairRows(preferring.runs / "mini/dpo_data", "val", counts)
-    models = [checkpoint.load_model(preferring.runs / f"mini/{name}/final").double() for name in ("dpo", "sft")]
+        patch.setenv("RUNS", str(measured.runs))
+        experiment = configs.load(measured.config)
+    counts = stage.read_manifest(measured.runs / "mini/dpo_data")["counts"]
+    held_out = PairRows(measured.runs / "mini/dpo_data", "val", counts)
+    models = [checkpoint.load_model(measured.runs / f"mini/{name}/final").double() for name in ("dpo", "sft")]
     margins = []
     for ids, (p, c, r) in zip(*(part.tolist() for part in held_out.read(range(held_out.count))[:2]), strict=True):
         rewards = []
@@ -120,6 +119,6 @@ def test_three_stages(preferring: Place, tmp_path: Path):
         margins.append(rewards[0] - rewards[1])
     assert found["dpo"]["preference"]["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
     assert found["dpo"]["preference"]["win_rate"] == np.mean(np.array(margins) > 0)
-    copy = Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True))  # other tests share the original
+    copy = Place(shutil.copytree(measured.path, tmp_path, dirs_exist_ok=True))  # other tests share the original
     evaluate(copy, "--checkpoint", copy.runs / "mini/dpo/best")
     assert list(json.loads((copy.runs / "mini/dpo/eval_best/results.json").read_text())) == ["dpo"]
