@@ -4,7 +4,6 @@ they are and what was left out.
     python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
 
 The same inputs give the same bytes, whatever the number of workers, and however often it was interrupted: it goes on
-import cli
 from the last finished shard.
 
 Workers clean and judge; this process decides on duplicates, one text after another, because what is one depends on what
@@ -12,7 +11,6 @@ was kept before. Long documents are judged by section: a bad chapter is dropped,
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -33,8 +31,9 @@ from cli import UserError, log, progress
 from data.clean import clean
 from data.decontaminate import Contamination
 from data.dedup import Deduplication, Index, MinHash
+from data.holdout import held_out as held_out
 from data.quality import Quality, judge, select_lines
-from data.sources import Document, Source, Unreadable
+from data.sources import Document, Source, Unreadable, inputs
 from data.words import fingerprint, hashes, words
 from stage import Stage, check_types
 
@@ -67,12 +66,6 @@ class CorpusConfig:
                 raise ValueError(f"{field} are called {', '.join(names)}; give each a name of its own")
         if self.decontaminate_ngram < 1:
             raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}; expected at least 1")
-
-
-def held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document, in UTF-8, is validation data: decided by the hash of its own first 4,096 bytes alone, so the
-    same in every corpus."""
-    return int.from_bytes(hashlib.sha256(text[:4096]).digest()[:8]) < fraction * 2**64
 
 
 def records(directory: Path) -> Iterator[dict[str, str]]:
@@ -252,12 +245,7 @@ class Tally:
 
 def job(config: CorpusConfig, directory: Path, command: str) -> Stage:
     """The stage that makes a corpus in `directory`. command: what the user types to make it."""
-    try:
-        read = {p: digest for each in (*config.sources, *config.decontaminate) for p, digest in each.inputs().items()}
-    except UserError:
-        if stage.read_manifest(directory) is None:
-            raise
-        read = {}  # the raw files have been moved away: the finished corpus stays valid
+    read = inputs((*config.sources, *config.decontaminate), directory)
     return Stage(directory, config, read, command, __file__)
 
 

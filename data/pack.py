@@ -39,6 +39,11 @@ class PackConfig:
             raise ValueError(f"val_fraction is {self.val_fraction}; expected more than 0 and less than 1")
 
 
+def token_dtype(vocab_size: int) -> str:
+    """The type of token ids on disk: little-endian uint16, or uint32 past 65,536 pieces."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
 class Packed:
     """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin.
 
@@ -160,7 +165,7 @@ def build(job: Stage, config: PackConfig, corpus: Path, spm: Path, workers: int 
 
 def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory: Path, workers: int) -> dict:
     """Writes the four files. The pieces are written in order, however many workers encode them."""
-    dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
+    dtype = token_dtype(spm.vocab_size)
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
     chunks = _chunks(corpus)
     with contextlib.ExitStack() as stack:

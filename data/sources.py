@@ -22,7 +22,7 @@ import time
 import types
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import cli
 from cli import UserError, log
 from data.clean import Cleaning
 from data.quality import Quality
-from stage import check_types, sha256
+from stage import check_types, read_manifest, sha256
 
 
 def raw() -> Path:
@@ -126,6 +126,26 @@ class Source(Records):
     def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
         """Its documents, without the first `skip`."""
         raise NotImplementedError
+
+
+def inputs(sources: Iterable[Records], directory: Path) -> dict[str, str]:
+    """{input: SHA-256} of all sources of a stage. {} if its directory is finished and the sources have been moved away:
+    what was made from them stays valid."""
+    try:
+        return {path: digest for source in sources for path, digest in source.inputs().items()}
+    except UserError:
+        if read_manifest(directory) is None:
+            raise
+        return {}
+
+
+def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, int]) -> None:
+    """Logs how much of a source was kept and what each rule dropped. Warns of a rule that dropped more than a third."""
+    rules = ", ".join(f"{number:,} {rule}" for rule, number in sorted(dropped.items())) or "none"
+    log.info(f"{name}: {kept:,} of {read:,} {unit} kept (dropped: {rules})")
+    for rule, number in dropped.items():
+        if 3 * number > read:
+            log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; if that is too many, change its setting")
 
 
 def extra(module: str, package: str, why: str) -> types.ModuleType:
