@@ -220,23 +220,6 @@ def test_an_answer_of_nothing_is_its_end_alone(spms, template):
     assert [i for i, learnt in zip(ids, trained, strict=True) if learnt] == [end]
 
 
-def test_a_conversation_by_its_pieces(spms):
-    spm = spms["bpe"]
-    start, end, line = spm.control[START], spm.control[END], spm.pieces.piece_to_id("\n")
-    before = [spm.eos, start, *spm.encode("user\nHi"), end, line, start, *spm.encode("assistant\n")]
-    answer = [*spm.encode("`Hello`"), end]
-    assert render("chatml", (HI, HELLO), spm) == (
-        [*before, *answer, line],
-        [*[False] * len(before), *[True] * len(answer), False],
-    )
-    assert render("chatml", (HI,), spm, ask=True) == (before, [False] * len(before))
-    before, answer = (
-        [spm.eos, *spm.encode("### Instruction:\nHi\n\n### Response:\n")],
-        [*spm.encode("`Hello`"), spm.eos],
-    )
-    assert render("instruct", (HI, HELLO), spm) == (before + answer, [False] * len(before) + [True] * len(answer))
-
-
 # ------------------------------------------------------------------------------------------------- of any conversation
 
 
@@ -277,16 +260,6 @@ BEGINNINGS = (
     "assistant\n`",
     "</s>",
 )
-
-
-@pytest.mark.parametrize("template", FORMS)
-def test_however_an_answer_begins_it_is_asked_for_alike(spms, template):
-    for spm in (spms["bpe"], spms["unigram"]):
-        asked, _ = render(template, (BE, CAT), spm, ask=True)
-        for beginning in BEGINNINGS:
-            ids, trained = render(template, (BE, CAT, Message("assistant", f"{beginning}x")), spm)
-            assert ids[: len(asked)] == asked
-            assert trained.index(True) == len(asked), beginning
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "LLaMA's with control"])
@@ -413,15 +386,6 @@ def test_marks_that_an_answer_spells(spms, answer, marked):
     for spm in (spms["bpe"], spms["unigram"], spms["LLaMA's with control"]):
         found = tuple(t for t in FORMS if templates.marked(t, spm.encode(answer, begins=False), spm))
         assert found == marked
-
-
-@pytest.mark.parametrize("template", FORMS)
-def test_a_control_piece_marks_an_answer_and_its_end_does_not(spms, template):
-    spm = spms["bpe"]
-    for piece in CONTROL:
-        assert templates.marked(template, [*spm.encode("Hello"), spm.control[piece]], spm)
-    assert not templates.marked(template, [*spm.encode("Hello"), spm.eos], spm)
-    assert not templates.marked(template, [], spm)
 
 
 def test_shown_names_the_control_pieces(spms):
