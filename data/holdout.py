@@ -21,7 +21,7 @@ def held_out(text: bytes, fraction: float) -> bool:
 
 
 def threshold(hashes: Iterable[int], fraction: float) -> int | None:
-    """Documents whose `split_hash` is below the threshold are held out: about `fraction` of them, at least one, not all.
+    """The threshold below which documents are held out: about `fraction` of them, but at least one and not all.
 
     None if no threshold separates the documents: there is only one, or all begin alike. Stops reading the hashes as
     soon as both sides have a document.
