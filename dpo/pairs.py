@@ -151,10 +151,6 @@ class PairSource(Records):
     max_pairs: int | None = None
     """Reading stops once so many pairs are kept."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._at_least_1("max_pairs")
-
     def pairs(self, workers: int) -> Iterator[Pair | Unreadable]:
         """Its pairs; in the place of one that cannot be read, why. UserError for that one where `unreadable` is
         "stop"."""

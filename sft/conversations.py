@@ -266,10 +266,6 @@ class ChatSource(Records):
     max_tokens: int | None = None
     """Reading stops once conversations of this many tokens are kept."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._at_least_1("max_tokens")
-
     def conversations(self, workers: int) -> Iterator[Conversation | Unreadable]:
         """Its conversations, `max_documents` at most; in the place of one that cannot be read, why. UserError for that
         one where `unreadable` is "stop"."""
