@@ -1,12 +1,16 @@
-"""Which text is held out for validation: the same rule for the tokenizer, packed tokens, conversations and pairs.
+"""Which text is held out for validation: one rule for the tokenizer, packed tokens, conversations and pairs.
 
 A document is held out if the hash of its beginning is below a threshold, so the decision does not depend on the corpus
-around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest hash.
+around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest hash. Of a
+single document the last part is held out.
 """
 
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
+
+from data.sections import cut
 
 
 def split_hash(text: bytes) -> int:
@@ -21,7 +25,7 @@ def held_out(text: bytes, fraction: float) -> bool:
 
 
 def threshold(hashes: Iterable[int], fraction: float) -> int | None:
-    """Documents whose `split_hash` is below the threshold are held out: about `fraction` of them, at least one, not all.
+    """The threshold below which documents are held out: about `fraction` of them, but at least one and not all.
 
     None if no threshold separates the documents: there is only one, or all begin alike. Stops reading the hashes as
     soon as both sides have a document.
@@ -35,3 +39,16 @@ def threshold(hashes: Iterable[int], fraction: float) -> int | None:
     if lowest >= highest:
         return None
     return lowest + 1 if lowest >= usual else highest
+
+
+class Holdout(NamedTuple):
+    """The rule for one corpus."""
+
+    fraction: float
+    threshold: int | None  # from `threshold`; None cuts every document
+
+    def split(self, text: str) -> tuple[str, str]:
+        """The parts of a document for training and for validation; one of them is usually empty."""
+        if self.threshold is None:
+            return cut(text, self.fraction)
+        return ("", text) if split_hash(text.encode()) < self.threshold else (text, "")
