@@ -93,42 +93,8 @@ def pairs(source: Records, workers: int) -> Iterator[Pair | Unreadable]:
 
 
 @dataclass(frozen=True, kw_only=True)
-<<<<<<< HEAD
 class Pairs(FileRecords):
     """The user's own pairs, one per record."""
-=======
-class PairSource(Records):
-    """What every source of pairs can be told."""
-
-    max_pairs: int | None = None
-    """Reading stops once so many pairs are kept."""
-
-    def pairs(self, workers: int) -> Iterator[Pair | Unreadable]:
-        """Its pairs; in the place of one that cannot be read, why. UserError for that one where `unreadable` is
-        "stop"."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairRecords(Formatted, PairSource):
-    """Records that are pairs."""
-
-    layouts = FORMATS
-
-    def pairs(self, workers: int) -> Iterator[Pair | Unreadable]:
-        return itertools.islice(self.examples(workers), self.max_documents)
-
-    def example(self, rows: list[Record], format: Format) -> Pair:
-        [record] = rows
-        prompt, chosen, rejected = format.read(record.value)
-        *prompt, _ = in_turn([*prompt, Message("assistant", chosen)])
-        return Pair(record.id, tuple(prompt), chosen, rejected, (first_question(prompt),), where=record.where)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs(FileRecords, PairRecords):
-    """The user's own pairs: a record each, as FileRecords has them."""
->>>>>>> i19-data
 
     name: str = "pairs"
     format: str = "auto"  # a name in FORMATS; "auto": for each file the layout of its first record

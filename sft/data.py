@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import data.sources
 import stage
 import tokenizer
 from cli import UserError, log, progress
@@ -163,18 +165,8 @@ def split(items: list[Item], counts: dict[str, dict], fraction: float) -> dict[s
 
 def inputs(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
     """The digests of sources and tokenizer; {} if the directory is finished and the sources have been moved away."""
-    read = {}
-    try:
-        for source in sources:
-            read |= source.inputs()
-    except UserError:
-        if stage.read_manifest(directory) is None:
-            raise
-        return {}
-    for path, digest in stage.outputs(spm).items():
-        if path.endswith("spm.model"):
-            read[path] = digest
-    return read
+    model = {path: digest for path, digest in stage.outputs(spm).items() if path.endswith("spm.model")}
+    return data.sources.inputs([*sources, SimpleNamespace(inputs=lambda: model)], directory)
 
 
 # ---------------------------------------------------------------------------------------------------------- the stage

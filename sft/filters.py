@@ -59,7 +59,7 @@ class Judge:
     def __init__(self, filters: Filters):
         self.filters, self.seen, self.answers = filters, set(), Counter()
         self.minhash = getattr(filters, "near_duplicates", None) and MinHash(filters.near_duplicates)
-        self.bands: dict[bytes, int] = {}  # a band of a signature -> the first conversation that has it
+        self.bands: dict[int, int] = {}  # a band of a signature -> the first conversation that has it
         self.parts: list[list[np.ndarray]] = []  # for each conversation the shingles of its parts
 
     def rule(self, example) -> str | None:
@@ -112,9 +112,8 @@ class Judge:
         for first, part in enumerate(shingles[: len(signature)]):
             rows = slice(first, None, len(shingles))
             signature[rows] = (self.minhash.a[rows] * part + self.minhash.b[rows]).min(axis=1)
-        bands = []
-        for number, band in enumerate(signature.reshape(self.minhash.bands, -1)):
-            bands.append(hashlib.sha256(band.tobytes() + number.to_bytes(4)).digest()[:8])
+        rows = signature.reshape(self.minhash.bands, -1)
+        bands = words.mix((rows * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
         for other in {self.bands[band] for band in bands if band in self.bands}:
             likeness = [jaccard(*pair) for pair in zip(shingles, self.parts[other], strict=False)]
             if len(shingles) == len(self.parts[other]) and min(likeness) >= self.filters.near_duplicates.threshold:
