@@ -60,7 +60,8 @@ class DataConfig:
                 raise ValueError(f"sources has {source.name}, which does not give {self.unit}")
             layout = getattr(source, "format", "auto")
             if layout not in ("auto", *self.formats):
-                raise ValueError(f'format is {layout!r}; expected "auto" or one of {", ".join(self.formats)}')
+                known = ", ".join(self.formats)
+                raise ValueError(f'sources has {source.name} with format {layout!r}; expected "auto" or {known}')
         if self.too_long not in ("cut", "drop"):
             raise ValueError(f'too_long is {self.too_long!r}; expected "cut" or "drop"')
         if not 0 < self.val_fraction < 1:

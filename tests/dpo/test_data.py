@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 import configs
 import dpo.data
+import sft.data
 import stage
 from cli import UserError
 from configs import Experiment
+from data.holdout import split_hash, threshold
 from data.sources import PythonDocs
-from dpo.data import PairConfig, PairRows, Spelt, gather
-from dpo.filters import PairFilters
+from dpo.data import PairConfig, PairRows, encoder, fitted, rendered
+from dpo.filters import PairFilters, PairJudge
 from dpo.pairs import DocPairs, Pair, Pairs
 from sft.conversations import Chats, DocQuestions, Message
 from sft.templates import TEMPLATES, render
@@ -165,22 +167,20 @@ def talk(system: str, exchanges: list[tuple[str, str]], asked: str) -> list[Mess
     st.sampled_from([*TEMPLATES]),
 )
 def test_prompt_and_answer_are_the_conversation_up_to_its_last_trained_id(spm, prompt, chosen, rejected, template):
-    spelt = Spelt(Pair("x", tuple(prompt), chosen, rejected, ("k",)), template, spm)
-    for ids, text in zip(spelt.answers, (chosen, rejected), strict=True):
-        assert spelt.prompt + ids == spelling(spm, template, prompt, text)
+    asked, *answers = rendered(Pair("x", tuple(prompt), chosen, rejected, ("k",)), template, spm)
+    for ids, text in zip(answers, (chosen, rejected), strict=True):
+        assert asked + ids == spelling(spm, template, prompt, text)
         assert ids[-1] in (spm.eos, *spm.control.values())
-    assert spelt.prompt == render(template, prompt, spm, ask=True)[0]
+    assert asked == render(template, prompt, spm, ask=True)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- cutting
 
 
-def lengths_of(prompt: int, chosen: int, rejected: int) -> Spelt:
-    """A pair of so many ids, each another."""
-    found = Spelt.__new__(Spelt)
+def lengths_of(prompt: int, chosen: int, rejected: int) -> list[list[int]]:
+    """A pair of so many ids, all different."""
     ids = list(range(prompt + chosen + rejected))
-    found.prompt, found.answers = ids[:prompt], [ids[prompt : prompt + chosen], ids[prompt + chosen :]]
-    return found
+    return [ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]]
 
 
 @pytest.mark.parametrize(
@@ -201,32 +201,25 @@ def lengths_of(prompt: int, chosen: int, rejected: int) -> Spelt:
     ],
 )
 def test_cut_by_hand(context, lengths, expected):
-    spelt, whole = lengths_of(*lengths), lengths_of(*lengths)
-    assert spelt.cut(context) == (expected is not None)
-    prompt, chosen, rejected = expected or (whole.prompt, *lengths[1:])
-    assert spelt.prompt == prompt
-    assert spelt.answers == [whole.answers[0][:chosen], whole.answers[1][:rejected]]
+    whole = lengths_of(*lengths)
+    prompt, chosen, rejected = expected or (whole[0], *lengths[1:])
+    assert fitted(whole, context) == [prompt, whole[1][:chosen], whole[2][:rejected]]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(2, 40), st.integers(2, 90), st.integers(1, 90), st.integers(1, 90))
-def test_what_is_cut_fits_and_is_cut_no_more_than_it_must(context, prompt, chosen, rejected):
-    lengths = prompt, chosen, rejected
-    spelt, whole = lengths_of(*lengths), lengths_of(*lengths)
-    fits = lengths[0] + max(lengths[1:]) - 1 <= context
-    assert spelt.cut(context) is not fits
-    assert len(spelt.prompt) + max(map(len, spelt.answers)) - 1 <= context
-    assert all(new == old[: len(new)] and new for new, old in zip(spelt.answers, whole.answers, strict=True))
-    kept = len(spelt.prompt)
-    assert spelt.prompt[0] == 0
-    assert spelt.prompt[1:] == whole.prompt[len(whole.prompt) - kept + 1 :]
-    if not fits:
-        assert len(spelt.prompt) + max(map(len, spelt.answers)) - 1 == context  # no room is wasted
-        whole_answers = spelt.answers == whole.answers
-        assert whole_answers or kept == min(lengths[0], max(2, context // 2))
-        assert kept == lengths[0] or kept >= min(lengths[0], max(2, context // 2))
-        equal = len({len(answer) for answer in spelt.answers}) == 1
-        assert whole_answers or equal or min(map(len, spelt.answers)) == min(lengths[1:])
+def test_a_cut_pair_fits_and_is_cut_no_more_than_it_must(context, prompt, chosen, rejected):
+    whole = lengths_of(prompt, chosen, rejected)
+    asked, *answers = fitted(whole, context)
+    size = len(asked) + max(map(len, answers)) - 1
+    assert size == min(context, prompt + max(chosen, rejected) - 1)
+    assert asked == [0, *whole[0][prompt - len(asked) + 1 :]]
+    assert len(asked) >= min(prompt, max(2, context // 2))
+    for new, old in zip(answers, whole[1:], strict=True):
+        assert new == old[: len(new)]
+        assert len(new) in (len(old), context + 1 - len(asked))
+    if answers != whole[1:]:
+        assert len(asked) == min(prompt, max(2, context // 2))
 
 
 @pytest.mark.parametrize("context", [4, 8, 24, 64])
@@ -295,11 +288,20 @@ def test_a_prompt_is_on_one_side_with_all_of_its_pairs(spm, drawn, fraction):
         )
     )
     config = PairConfig(sources=(source,), filters=ANY, val_fraction=fraction)
-    found, tallies = gather(config, "chatml", spm, 64, 1)
+    limit = threshold((split_hash(f"Ask {p}.".encode()) for p, _ in drawn), fraction)
+    if limit is None:  # one prompt
+        return
+    splits, counts = gathered(config, spm)
     for split in ("train", "val"):
-        expected = [i for i, (p, _) in enumerate(drawn) if in_val(f"Ask {p}.", fraction) is (split == "val")]
-        assert found[split]["listed"].origins == [str(i) for i in expected]
-    assert tallies["listed"]["kept"] == len(drawn)
+        expected = [
+            str(i) for i, (p, _) in enumerate(drawn) if (split_hash(f"Ask {p}.".encode()) < limit) == (split == "val")
+        ]
+        assert [item.id for item in splits[split]] == expected
+    assert counts["listed"]["kept"] == len(drawn)
+
+
+def gathered(config: PairConfig, spm, context: int = 64) -> tuple[dict, dict]:
+    return sft.data.gather(config, encoder(config, "chatml", spm, context), PairJudge(config.filters), 1)
 
 
 class Listed(Pairs):
@@ -313,25 +315,13 @@ class Listed(Pairs):
         yield from self.given
 
 
-def test_what_must_not_be_parted_is_dropped_where_it_would_be(spm):
+def test_a_pair_that_belongs_to_both_splits_is_dropped(spm):
     val, train = question("val"), question("train")
-    prompt = (Message("user", "Hi"),)
-    pairs = [
-        Pair(f"{i}", prompt, f"a{i}", "b", keys) for i, keys in enumerate([(val, train), (train, val), (val, val)])
-    ]
-    found, tallies = gather(PairConfig(sources=(Listed(*pairs),), val_fraction=0.2), "chatml", spm, 64, 1)
-    assert found["val"]["listed"].origins == ["2"]
-    assert found["train"]["listed"].origins == []
-    assert tallies["listed"]["dropped"] == {"of_both_splits": 2}
-
-
-def test_later_turns_do_not_decide_the_split(here: Place):
-    turns = [("user", question("val")), ("assistant", "a"), ("user", question("train"))]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    records = [{"prompt": part, "chosen": "b", "rejected": "c"} for part in (messages, messages[2:])]
-    directory, counts = made(here, *records)
-    assert (counts["val"]["pairs"], counts["train"]["pairs"]) == (1, 1)
-    assert (directory / "val.txt").read_text() == "pairs.jsonl:1\n"
+    prompt, keys = (Message("user", "Hi"),), [(val, train), (train, val), (val, val), (train,)]
+    pairs = [Pair(f"{i}", prompt, f"a{i}", "b", each) for i, each in enumerate(keys)]
+    splits, counts = gathered(PairConfig(sources=(Listed(*pairs),), val_fraction=0.2), spm)
+    assert {name: [item.id for item in items] for name, items in splits.items()} == {"train": ["3"], "val": ["2"]}
+    assert counts["listed"]["dropped"] == {"of_both_splits": 2}
 
 
 def test_what_is_kept_and_dropped_is_counted_by_rule_and_by_source(here: Place):
@@ -353,7 +343,7 @@ def test_what_is_kept_and_dropped_is_counted_by_rule_and_by_source(here: Place):
         "kept": 20,
         "cut": 0,
         "tokens": 0,
-        "dropped": {"contradiction": 1, "duplicate": 1, "identical": 1, "short_answer": 1, "too_long": 1},
+        "dropped": {"contradiction": 1, "duplicate": 1, "empty_answer": 1, "identical": 1, "too_long": 1},
     }
     assert list(found["pairs"]["dropped"]) == sorted(found["pairs"]["dropped"])
     (extra,) = [
@@ -368,16 +358,6 @@ def test_what_is_kept_and_dropped_is_counted_by_rule_and_by_source(here: Place):
         "read": 4, "kept": 1, "cut": 0, "tokens": sum(map(len, extra)), "dropped": {"duplicate": 1, "unreadable": 2}
     }  # fmt: skip
     assert sum(each["tokens"] for each in found.values()) == counts["train"]["tokens"] + counts["val"]["tokens"]
-
-
-def test_what_cannot_be_read_is_counted_or_stops(here: Place):
-    records = [*PAIRS[:9], {"prompt": 7, "chosen": "x", "rejected": "y"}, *PAIRS[9:]]
-    _, counts = made(here, *records, sources=(replace(FILES, unreadable="skip"),))
-    assert counts["sources"]["pairs"]["dropped"] == {"unreadable": 1}
-    assert counts["sources"]["pairs"]["read"] == len(records)
-    with pytest.raises(UserError, match=r"pairs\.jsonl, line 10: prompt is 7; expected a string"):
-        made(here, *records)
-    assert stage.read_manifest(here.runs / "mini/dpo_data") is None
 
 
 def test_reading_stops_at_max_pairs(here: Place):
@@ -446,35 +426,33 @@ def documented(spm):
     """Questions about documentation, and what is gathered of the pairs made of them."""
     docs = PythonDocs(packages=())
     source = DocPairs(docs=docs, max_documents=200)
-    found, tallies = gather(PairConfig(sources=(source,), val_fraction=0.1), "chatml", spm, 1_000, 1)
-    return list(DocQuestions(docs=docs, max_documents=200).conversations(1)), found, tallies["python_pairs"]
+    splits, counts = gathered(PairConfig(sources=(source,), val_fraction=0.1), spm, 1_000)
+    return list(DocQuestions(docs=docs, max_documents=200).conversations(1)), splits, counts["python_pairs"]
 
 
 def test_pairs_are_held_out_as_their_questions_are(documented):
-    questions, found, tally = documented
+    questions, splits, count = documented
     held = {each.id: in_val(each.key[:4096], 0.1) for each in questions}
-    by_key = {each.messages[-1].content: each.id for each in questions}
-    assert tally["dropped"] == {"of_both_splits": 2}
+    assert count["dropped"] == {"of_both_splits": 2}
     assert sum(held.values()) > 9
-    for split in ("train", "val"):
-        origins = [line.rsplit(" ", 1) for line in found[split]["python_pairs"].origins]
-        assert all(held[id] is (split == "val") for id, _ in origins)
+    for split, items in splits.items():
+        origins = [item.id.rsplit(" ", 1) for item in items]
+        assert all(held[name] is (split == "val") for name, _ in origins)
         expected = sum(side is (split == "val") for side in held.values())
-        counts = [sum(kind == each for _, kind in origins) for each in ("shuffled", "repeated", "another")]
-        assert counts == [expected, expected, expected - 1]  # of each side one has its other answer on the other
-    assert len(by_key) == len(questions)
+        kinds = [sum(kind == each for _, kind in origins) for each in ("shuffled", "repeated", "another")]
+        assert kinds == [expected, expected, expected - 1]  # of each side one has its other answer on the other
 
 
 def test_no_answer_of_one_side_is_an_answer_on_the_other(documented, spm):
-    """Nor is it one that is not to be given."""
-    questions, found, _ = documented
+    """Neither as the chosen nor as the rejected answer."""
+    questions, splits, _ = documented
     side = {each.messages[-1].content: in_val(each.key[:4096], 0.1) for each in questions}
-    for split in ("train", "val"):
-        part = found[split]["python_pairs"]
-        for ids, (p, a, b), kind in zip(part.ids, part.lengths, part.kinds, strict=True):
-            answers = ids[p : p + a], ids[p + a : p + a + b]
-            if kind == "another":
-                assert {side[spm.decode(answer[:-1].tolist(), begins=False)] for answer in answers} == {split == "val"}
+    for split, items in splits.items():
+        for item in items:
+            if item.kind == "another":
+                _, chosen, rejected = np.split(item.ids, np.cumsum(item.parts)[:2])
+                texts = [spm.decode(answer[:-1].tolist(), begins=False) for answer in (chosen, rejected)]
+                assert {side[text] for text in texts} == {split == "val"}
 
 
 # ---------------------------------------------------------------------------------------------------- made and finished
@@ -492,14 +470,21 @@ def test_two_runs_give_the_same_bytes(here: Place):
     assert first == {name: (directory / name).read_bytes() for name in first}
 
 
-@pytest.mark.parametrize(("split", "left"), [("val", "train"), ("train", "val")])
-def test_a_split_without_pairs_is_one_clear_error(here: Place, split, left):
-    records = [record(question(left, i), f"Answer {i}.", "No.") for i in range(3)]
-    expected = f"^of 4 pairs 3 were kept, and none is left for {split} at val_fraction = 0.2: .* add some"
-    with pytest.raises(UserError, match=expected) as error:
-        made(here, *records, records[0])
-    assert "\n" not in str(error.value)
-    assert stage.read_manifest(here.runs / "mini/dpo_data") is None
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_few_prompts_on_one_side_are_divided_by_their_hashes(here: Place, split):
+    """All pairs of a prompt stay together."""
+    records = [record(question(split, i), f"Answer {i} {n}.", "No.") for i in range(3) for n in range(2)]
+    _, counts = made(here, *records)
+    assert (counts["train"]["prompts"], counts["val"]["prompts"]) == ((2, 1) if split == "train" else (1, 2))
+    assert counts["train"]["pairs"] + counts["val"]["pairs"] == 6
+
+
+def test_pairs_of_one_prompt_are_divided_and_a_single_pair_is_one_clear_error(here: Place):
+    _, counts = made(here, *(record("Hi", f"Answer {word}.", "No.") for word in WORDS))
+    assert counts["train"]["pairs"] >= 1
+    assert counts["val"]["pairs"] >= 1
+    with pytest.raises(UserError, match=r"^1 pairs passed the filters; training and validation take at least one"):
+        made(here, PAIRS[0], PAIRS[0])
 
 
 def test_the_command_makes_it_once(here: Place, caplog):
@@ -511,39 +496,26 @@ def test_the_command_makes_it_once(here: Place, caplog):
     assert before == {name: (directory / name).stat().st_mtime_ns for name in before}
 
 
-CHANGES = [
-    ({"val_fraction": 0.3}, "dpo_data.val_fraction was 0.2, is now 0.3"),
-    ({"too_long": "drop"}, 'dpo_data.too_long was "cut", is now "drop"'),
-    ({"filters": PairFilters(max_chars=99)}, "dpo_data.filters.max_chars was 50000, is now 99"),
-    ({"sources": (replace(FILES, max_pairs=20),)}, r"dpo_data\.sources\[0\]\.max_pairs was null, is now 20"),
-    ({"template": "instruct"}, 'template was "chatml", is now "instruct"'),
-    ({"context": 48}, "context_length was 64, is now 48"),
-]
-
-
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
-def test_another_config_is_refused_by_the_field(here: Place, changes, named):
+def test_another_config_and_other_pairs_are_refused(here: Place):
+    """Without its raw files a finished directory stands."""
     directory, _ = made(here)
     before = (directory / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match=named) as refused:
-        build("dpo_data", described(here, **changes))
-    assert f"python pipeline.py {here.config} dpo_data --force" in str(refused.value)
-    assert (directory / "manifest.json").read_bytes() == before
-    build("dpo_data", described(here, **changes), force=True)
-    assert (directory / "manifest.json").read_bytes() != before
-    build("dpo_data", described(here, **changes))
-
-
-def test_other_pairs_are_refused_and_none_stand(here: Place):
-    """Made from other pairs it is refused; without them what was made stands."""
-    directory, _ = made(here)
+    for changes, named in (
+        (
+            {"sources": (replace(FILES, max_pairs=20),)},
+            r"sources\[0\]\.max_pairs was null, is now 20.* dpo_data --force",
+        ),
+        ({"template": "instruct"}, 'template was "chatml", is now "instruct"'),
+        ({"context": 48}, "context_length was 64, is now 48"),
+    ):
+        with pytest.raises(UserError, match=named):
+            build("dpo_data", described(here, **changes))
     write_lines(here.raw / "pairs.jsonl", PAIRS[1:])
     with pytest.raises(UserError, match=r"was made from something else: .*pairs\.jsonl was"):
         build("dpo_data", described(here))
     (here.raw / "pairs.jsonl").unlink()
     assert build("dpo_data", described(here)) == directory
-    with pytest.raises(UserError, match=r"no file at .*pairs\.jsonl"):
-        build("dpo_data", described(here), force=True)
+    assert (directory / "manifest.json").read_bytes() == before
 
 
 def test_an_interrupted_build_leaves_no_manifest(here: Place, monkeypatch):
@@ -582,24 +554,17 @@ def test_what_is_loaded_is_whole_and_of_the_tokenizer(here: Place):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("error", "changes", "message"),
     [
-        ({"sources": ()}, "sources are called nothing; expected one or more"),
-        ({"sources": (FILES, FILES)}, "sources are called pairs, pairs; expected one or more, each named"),
-        ({"sources": (Chats(paths=("a",)),)}, "sources has chats; expected Pairs, HubPairs or DocPairs"),
-        ({"sources": (FILES, PythonDocs())}, "sources has python_docs; expected Pairs"),
-        ({"too_long": "split"}, 'too_long is \'split\'; expected "cut" or "drop"'),
-        ({"val_fraction": 0.0}, "val_fraction is 0.0"),
-        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
-        ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        (ValueError, {"sources": ()}, "sources are called nothing"),
+        (ValueError, {"sources": (FILES, FILES)}, "sources are called pairs, pairs"),
+        (ValueError, {"sources": (Chats(paths=("a",)),)}, "sources has chats, which does not give pairs"),
+        (ValueError, {"sources": (replace(FILES, format="alpaca"),)}, "sources has pairs with format 'alpaca'"),
+        (ValueError, {"too_long": "split"}, "too_long is 'split'"),
+        (ValueError, {"val_fraction": 1.0}, r"val_fraction is 1\.0"),
+        (TypeError, {"filters": None}, "filters is "),
     ],
 )
-def test_impossible_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_settings_are_refused(error, changes, message):
+    with pytest.raises(error, match=message):
         PairConfig(**changes)
-
-
-@pytest.mark.parametrize(("field", "value"), [("sources", FILES), ("filters", None), ("val_fraction", "half")])
-def test_wrong_types_are_refused(field, value):
-    with pytest.raises(TypeError, match=f"^{field} is "):
-        PairConfig(**{field: value})

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.filters import Judge, PairFilters
+from dpo.filters import PairFilters, PairJudge
 from dpo.pairs import Pair
 from sft.conversations import Message
 
@@ -17,7 +17,7 @@ def pair(
 
 
 def rules(*pairs: Pair, **options) -> list[str | None]:
-    judge = Judge(PairFilters(**options))
+    judge = PairJudge(PairFilters(**options))
     return [judge.rule(each) for each in pairs]
 
 
@@ -28,7 +28,7 @@ def test_equal_answers_teach_nothing():
 def test_answers_that_are_short():
     """Either counts."""
     assert rules(pair("Hi", "", "a"), pair("Hi", "a", ""), pair("Hi", "", ""), pair("Hi", "a", "b")) == [
-        "short_answer", "short_answer", "short_answer", None]  # fmt: skip
+        "empty_answer", "empty_answer", "empty_answer", None]  # fmt: skip
     four, five = pair("Hi", "fives", "four"), pair("Hi", "fives", "other")
     assert rules(four, five, min_answer_chars=5) == ["short_answer", None]
 
@@ -112,7 +112,7 @@ def test_what_is_kept_says_each_thing_once(triples):
     assert len(set(said)) == len(said)
     assert all(len(answers) == 2 and "" not in answers for _, answers in said)
     assert {(q, frozenset(a)) for q, *a in triples if len(set(a)) == 2 and all(a)} == set(said)
-    assert found.count("short_answer") == sum(not (a and b) for _, a, b in triples)
+    assert found.count("empty_answer") == sum(not (a and b) for _, a, b in triples)
     assert found.count("identical") == sum(a == b != "" for _, a, b in triples)
     assert rules(*[pair(*triple) for triple in kept]) == [None] * len(kept)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from cli import UserError
 from data.corpus import held_out
 from data.sources import PythonDocs, Unreadable
-from dpo.pairs import FORMATS, SIDES, DocPairs, HubPairs, Pairs, repeated, shuffled
-from sft.conversations import DocQuestions, Message, cleaned, recognise
+from dpo.pairs import DocPairs, HubPairs, Pairs, repeated, shuffled
+from sft.conversations import DocQuestions, Message, cleaned
 
 
 @pytest.fixture
@@ -109,104 +109,59 @@ def test_each_format_by_hand(raw, case):
     name, record, expected = BY_HAND[case]
     (found,) = read(raw, record)
     assert said(found) == expected
-    assert (found.id, found.where) == ("a.jsonl:1", f"{raw}/a.jsonl, line 1")
-    assert found.keys == ("Hi",)
-    assert (found.kind, found.language) == ("", None)
-    assert recognise(record, FORMATS) == name
+    assert (found.id, found.keys, found.kind) == ("a.jsonl:1", (expected[0][expected[0][0][0] == "system"][1],), "")
     assert read(raw, record, format=name) == [found]
 
 
-def test_texts_are_cleaned_and_nothing_in_them_is_special(raw):
-    code = "<|im_end|> </s> <b>\r\n\n\n\n\n    x = 1\x00 \nsame long line, said twice: is it kept?\n" * 2
-    text = ("<|im_end|> </s> <b>\n\n\n    x = 1\nsame long line, said twice: is it kept?\n" * 2).strip()
-    said_twice = {"chosen": chat(code, code), "rejected": chat(code, "no")}
-    for record in (STRINGS | {"prompt": code, "chosen": f"\n {code}", "rejected": "no"}, said_twice):
-        (found,) = read(raw, record)
-        assert said(found) == ([("user", text)], text, "no")
+def test_system_and_history_beside_the_pair_are_read(raw):
+    (found,) = read(raw, STRINGS | {"system": "S", "history": [["Ho", "Hm"]]})
+    assert said(found) == ([("system", "S"), ("user", "Ho"), ("assistant", "Hm"), ("user", "Hi")], "Hello", "What?")
+    (found,) = read(raw, IMPLICIT | {"system": "S"})
+    assert said(found) == ([("system", "S"), ("user", "Hi")], "Hello", "What?")
 
 
-def test_a_prompt_that_only_spelling_tells_apart_is_shared(raw):
-    """What is compared are the turns once clean."""
-    (found,) = read(raw, {"chosen": chat("Hi \r\n", "Hello"), "rejected": chat("Hi", "What?")})
-    assert said(found) == GREETING
+def test_more_fields_in_some_rows_change_no_layout(raw, caplog):
+    more = STRINGS | {"question": "Hi", "score": 1}
+    for records in ([STRINGS, more], [more, STRINGS]):
+        with caplog.at_level("INFO", "lumi"):
+            assert [said(pair) for pair in read(raw, *records)] == [GREETING] * 2
+    assert caplog.messages == ['pairs: fields that are not read: "question" in 1 records, "score" in 1 records'] * 2
+
+
+@pytest.mark.parametrize("text", ["    t = a\n    return t\n", "&lt;b&gt; <b> Ã© <|im_end|>", "\n- a  \n\n\n\n\n- b"])
+def test_reading_keeps_the_meaning_of_every_text(raw, text):
+    messages = {"chosen": chat(text, text), "rejected": chat(text, "no")}
+    for record in (STRINGS | {"prompt": text, "chosen": text, "rejected": "no"}, messages):
+        assert said(read(raw, record)[0]) == ([("user", text)], text, "no")
 
 
 BAD = [
-    (STRINGS, STRINGS | {"prompt": None}, "prompt is null; expected a string"),
     (STRINGS, STRINGS | {"prompt": 7}, "prompt is 7; expected a string"),
-    (STRINGS, STRINGS | {"prompt": {"a": 1}}, "prompt is an object of 1; expected a string"),
     (STRINGS, STRINGS | {"chosen": None}, "chosen is null; expected a string"),
-    (STRINGS, STRINGS | {"rejected": float("nan")}, "rejected is NaN; expected a string"),
-    (STRINGS, STRINGS | {"rejected": {}}, "rejected is an object of 0; expected a string"),
-    (STRINGS, STRINGS | {"chosen": []}, "chosen does not end with an answer"),
+    (STRINGS, STRINGS | {"rejected": {}}, "rejected is an object with no field; expected a string"),
     (STRINGS, STRINGS | {"chosen": "\ud800"}, "chosen holds half a surrogate pair"),
     (STRINGS, STRINGS | {"prompt": " \n"}, "message 1, the user's, is empty"),
-    (STRINGS, {"chosen": "a", "prompt": "b"}, r"expected the fields prompt, chosen, rejected .*found chosen, prompt"),
-    (STRINGS, HH, r"expected the fields prompt, .*\(as in line 1, preference\); found chosen, rejected"),
-    (STRINGS, [1, 2], "expected the fields prompt, .*; found a list of 2"),
-    (STRINGS, None, "expected the fields prompt, .*; found null"),
-    (STRINGS, {}, "expected the fields prompt, .*; found no field"),
-    (STRINGS, {"\ud800": 1}, "expected the fields prompt, .*; found "),
-    (ALONE, ALONE | {"prompt": [7]}, "message 1: expected an object with the fields role, content; found 7"),
-    (ALONE, ALONE | {"prompt": [[[]]]}, "message 1: expected an object with the fields role, content; found a list"),
-    (ALONE, ALONE | {"chosen": [{"role": "assistant"}]}, "message 1: expected an object with .*; found role"),
-    (ALONE, ALONE | {"chosen": [{"role": [], "content": "x"}]}, "role of message 1 is a list of 0; expected one of"),
-    (ALONE, ALONE | {"rejected": [{"role": "tool", "content": "x"}]}, 'role of message 1 is "tool"; expected one of'),
-    (ALONE, ALONE | {"rejected": [{"role": "assistant", "content": None}]}, "content of message 1 is null"),
-    (ALONE, ALONE | {"rejected": chat("\udfff")}, "content of message 1 holds half a surrogate pair"),
-    (ALONE, ALONE | {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, 'a part of type "image"'),
-    (ALONE, ALONE | {"chosen": chat("Hello", last="user")}, "chosen does not end with an answer of the assistant's"),
-    (ALONE, ALONE | {"rejected": chat("Hello", last="user")}, "rejected does not end with an answer"),
-    (ALONE, ALONE | {"prompt": []}, "message 1 is of role assistant, expected user"),
+    (STRINGS, {"chosen": "a", "prompt": "b"}, r"found an object with .*; expected the fields chosen, rejected"),
+    (STRINGS, [1, 2], "found a list of 2; expected the fields chosen, rejected"),
+    (ALONE, ALONE | {"prompt": [7]}, "message 1 of prompt is 7; expected an object with role and content"),
+    (ALONE, ALONE | {"rejected": [{"role": "tool", "content": "x"}]}, 'message 1 of rejected has the role "tool"'),
+    (ALONE, ALONE | {"chosen": chat("Hello", last="user")}, "chosen does not end with an answer of the assistant"),
+    (ALONE, ALONE | {"rejected": []}, "rejected does not end with an answer"),
     (ALONE, ALONE | {"prompt": chat("Hi", "Hello")}, "message 3 is of role assistant, expected user"),
     (ALONE, IMPLICIT | {"prompt": chat("Ho", last="user")}, "chosen does not begin with the messages of prompt"),
-    (
-        ALONE,
-        IMPLICIT | {"prompt": [{"role": "system", "content": "S"}]},
-        "chosen does not begin with the messages of prompt",
-    ),
-    (IMPLICIT, {"chosen": chat("Hi", "a"), "rejected": chat("Ho", "a")}, "chosen and rejected part at message 1"),
-    (
-        IMPLICIT,
-        {"chosen": chat("Hi", "a", "And?", "b"), "rejected": chat("Hi", "c", "And?", "b")},
-        "chosen and rejected part at message 2; expected two answers to the same messages",
-    ),
+    (IMPLICIT, {"chosen": chat("Hi", "a"), "rejected": chat("Ho", "a")}, "chosen and rejected part before the last"),
     (
         IMPLICIT,
         {"chosen": chat("Hi", "a"), "rejected": chat("Hi", "a", "And?", "b")},
-        "chosen and rejected part at message 2",
+        "chosen and rejected part before the last message; expected two answers to the same messages",
     ),
-    (IMPLICIT, {"chosen": [], "rejected": []}, "chosen does not end with an answer"),
-    (IMPLICIT, {"chosen": chat("Hi", "a"), "rejected": []}, "rejected does not end with an answer"),
-    (
-        IMPLICIT,
-        {"chosen": chat("Hi", "a", system="S"), "rejected": chat("Hi", "a")},
-        "chosen and rejected part at message 1",
-    ),
-    (IMPLICIT, {"chosen": chat("Hi", "a"), "rejected": 7}, "rejected is 7; expected a string"),
-    (IMPLICIT, STRINGS | {"question": "Hi"}, r"\(as in line 1, preference\); found .*, question \(orca\)"),
+    (IMPLICIT, {"chosen": chat("Hi", "a", system="S"), "rejected": chat("Hi", "a")}, "chosen and rejected part before"),
     (ORCA, ORCA | {"system": 7}, "system is 7; expected a string"),
-    (ORCA, ORCA | {"question": ["Hi"]}, "question is a list of 1; expected a string"),
     (ORCA, ORCA | {"question": ""}, "message 2, the user's, is empty"),
-    (ORCA, ORCA | {"chosen": 7}, "chosen is 7; expected a string"),
-    (ORCA, ORCA | {"rejected": None}, "rejected is null; expected a string"),
-    (ORCA, STRINGS, r"expected the fields question, chosen, rejected .*\(as in line 1, orca\); found prompt"),
-    (HH, {"chosen": 7, "rejected": HH["rejected"]}, "chosen is 7; expected a string"),
-    (HH, {"chosen": HH["chosen"], "rejected": None}, "rejected is null; expected a string"),
-    (HH, HH | {"rejected": "\ud800"}, "rejected holds half a surrogate pair"),
     (HH, HH | {"chosen": "Oh." + HH["chosen"]}, "chosen is no transcript: expected turns that begin"),
-    (HH, HH | {"rejected": "Hello"}, "rejected is no transcript"),
     (HH, HH | {"rejected": ""}, "rejected is no transcript"),
     (HH, HH | {"chosen": BEFORE + " Yes\n\nHuman: Bye"}, "chosen does not end with an answer"),
-    (HH, HH | {"rejected": "\n\nHuman: Ho\n\nAssistant: Hello"}, "chosen and rejected part at message 1"),
-    (HH, {"chosen": BEFORE + " Yes", "rejected": HH["rejected"]}, "chosen and rejected part at message 2"),
-    (
-        HH,
-        {name: "\n\nAssistant: Hm\n\nHuman: Hi\n\nAssistant: " + name for name in SIDES},
-        "message 1 is of role assistant",
-    ),
-    (HH, {name: "\n\nHuman: Hi\n\nHuman: Ho\n\nAssistant: " + name for name in SIDES}, "message 2 is of role user"),
-    (HH, ALONE, r"expected the fields chosen, rejected \(transcripts .*\(as in line 1, hh\); found prompt"),
+    (HH, HH | {"rejected": "\n\nHuman: Ho\n\nAssistant: Hello"}, "chosen and rejected part before the last message"),
 ]
 
 
@@ -223,33 +178,16 @@ def test_bad_records_are_named_by_line_or_skipped(raw, good, bad, message):
     assert last.id == "a.jsonl:3"
 
 
-@pytest.mark.parametrize(
-    ("bad", "field"),
-    [
-        ({"prompt": [7]}, "prompt"),
-        ({"chosen": [{"role": "tool", "content": "x"}]}, "chosen"),
-        ({"rejected": [{"role": "assistant", "content": 7}]}, "rejected"),
-    ],
-)
-def test_of_three_lists_the_wrong_one_is_named(raw, bad, field):
-    with pytest.raises(UserError, match=f"line 1: {field}: .*message 1"):
-        read(raw, ALONE | bad)
-
-
-def test_each_file_has_a_format_of_its_own(raw):
+def test_each_file_has_its_own_layout(raw):
     (raw / "a.jsonl").write_text(lines({"no": "format"}, ORCA) + "{broken\n\n" + lines(ORCA))
     (raw / "b.json").write_text(json.dumps([HH, HH]))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([IMPLICIT]), raw / "c.parquet")
-    source = Pairs(paths=("*",), unreadable="skip")
-    no, a, broken, last, *others = source.pairs(1)
-    assert "a.jsonl, line 1: found no, which fits no format" in no
-    assert all(f"{name}: {FORMATS[name].fields}" in no for name in FORMATS)
+    no, first, broken, *others = Pairs(paths=("*",), unreadable="skip").pairs(1)
+    assert 'a.jsonl, line 1: found an object with "no"; expected the fields chosen, rejected (preference)' in no
     assert "a.jsonl, line 3: not JSON" in broken
-    assert [pair.id for pair in (a, last, *others)] == ["a.jsonl:2", "a.jsonl:5", "b.json:1", "b.json:2", "c.parquet:1"]
-    assert [len(pair.prompt) for pair in (a, last, *others)] == [2, 2, 1, 1, 1]
-    assert others[-1].where == f"{raw}/c.parquet, row 1"
-    assert list(source.inputs()) == ["a.jsonl", "b.json", "c.parquet"]
-    with pytest.raises(UserError, match=r"b\.json, element 1: expected the fields question, .*\(orca\); found chosen"):
+    assert [pair.id for pair in (first, *others)] == ["a.jsonl:2", "a.jsonl:5", "b.json:1", "b.json:2", "c.parquet:1"]
+    assert [len(pair.prompt) for pair in (first, *others)] == [2, 2, 1, 1, 1]
+    with pytest.raises(UserError, match=r"b\.json, element 1: found .*; expected the fields question, .* \(orca\)"):
         list(Pairs(paths=("b.json",), format="orca").pairs(1))
 
 
@@ -260,50 +198,18 @@ def test_a_format_that_is_named_is_kept_to(raw):
     assert said(read(raw, both, format="hh")[0]) == GREETING
 
 
-def test_reading_stops_at_max_documents(raw):
-    """What lies behind them is not looked at; what cannot be read counts as one."""
-    assert len(read(raw, STRINGS, STRINGS, {"broken": 1}, max_documents=2)) == 2
-    found = read(raw, STRINGS, {"broken": 1}, STRINGS, max_documents=2, unreadable="skip")
-    assert [isinstance(each, Unreadable) for each in found] == [False, True]
-    assert len(read(raw, STRINGS, max_documents=2)) == 1
-
-
 def test_a_dataset_is_read_as_its_files_are(raw):
     (raw / "set").mkdir()
     records = [ULTRAFEEDBACK, ULTRAFEEDBACK | {"prompt": None}, ULTRAFEEDBACK]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), raw / "set/train.parquet")
     first, why, last = HubPairs(dataset=str(raw / "set"), name="set").pairs(1)
     assert why == "record 2: prompt is null; expected a string"
-    assert (first.id, last.id, last.where) == ("set:1", "set:3", "record 3")
-    assert said(first) == said(last) == GREETING
-    with pytest.raises(UserError, match=r'dataset .*/set, .*, record 2: prompt is null.*; or set unreadable="skip"$'):
-        list(HubPairs(dataset=str(raw / "set"), unreadable="stop").pairs(1))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"paths": ()}, "paths is empty"),
-        ({"format": "sharegpt"}, "format is 'sharegpt'; expected \"auto\" or one of orca, preference, hh"),
-        ({"max_pairs": 0}, "max_pairs is 0; expected at least 1"),
-        ({"max_documents": 0}, "max_documents is 0; expected at least 1"),
-        ({"unreadable": "count"}, "unreadable is 'count'"),
-    ],
-)
-def test_impossible_sources_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Pairs(**{"paths": ("a",)} | options)
-
-
-def test_wrong_types_are_refused():
-    with pytest.raises(TypeError, match=r"max_pairs is 1\.5"):
-        Pairs(paths=("a",), max_pairs=1.5)
-    with pytest.raises(TypeError, match="docs is None"):
-        DocPairs(docs=None)
+    assert (first.id, last.id, said(first), said(last)) == ("set:1", "set:3", GREETING, GREETING)
+    assert len(list(HubPairs(dataset=str(raw / "set"), name="set", max_documents=2).pairs(1))) == 2
 
 
 CONTENT = st.text(max_size=20).map(cleaned)
-ASKING = CONTENT.filter(bool)
+ASKING = CONTENT.filter(str.strip)
 PROMPT = st.tuples(CONTENT, st.lists(st.tuples(ASKING, CONTENT), max_size=2), ASKING)
 
 
@@ -315,12 +221,13 @@ def test_what_is_written_is_read_back(tmp_path_factory, examples):
     expected, layouts = [], [[], [], [], []]
     for (system, exchanges, asked), chosen, rejected in examples:
         turns = [*itertools.chain.from_iterable(exchanges), asked]
-        prompt = [Message("system", system)] * bool(system)
+        prompt = [Message("system", system)] * bool(system.strip())
         prompt += [Message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), turns)]
         expected.append((tuple(prompt), chosen, rejected, (turns[0],)))
         as_json = [{"role": m.role, "content": m.content} for m in prompt]
         answers = {
-            name: [{"role": "assistant", "content": text}] for name, text in zip(SIDES, (chosen, rejected), strict=True)
+            name: [{"role": "assistant", "content": text}]
+            for name, text in zip(("chosen", "rejected"), (chosen, rejected), strict=True)
         }
         layouts[0].append({"prompt": as_json, "chosen": chosen, "rejected": rejected})
         layouts[1].append({"prompt": as_json, **answers})
@@ -330,39 +237,6 @@ def test_what_is_written_is_read_back(tmp_path_factory, examples):
         path.write_text(lines(*records))
         found = list(Pairs(paths=(str(path),)).pairs(1))
         assert [(p.prompt, p.chosen, p.rejected, p.keys) for p in found] == expected
-
-
-KEYS = ["prompt", "chosen", "rejected", "question", "system", "role", "content", "type", "text"]
-WORD = st.sampled_from(["user", "assistant", "system", "", "\ud800", "text", "\n\nHuman: a\n\nAssistant: b"])
-SCALAR = st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | WORD
-TURN = st.fixed_dictionaries({"role": WORD, "content": WORD})
-INNER = st.recursive(
-    SCALAR | st.lists(TURN, max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
-)
-RECORD = st.dictionaries(st.sampled_from(KEYS), INNER, max_size=6) | st.fixed_dictionaries(
-    dict.fromkeys(SIDES, INNER), optional={"prompt": INNER, "question": INNER, "system": INNER}
-)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(RECORD | INNER, max_size=5), st.sampled_from(["auto", *FORMATS]))
-def test_whatever_json_holds_is_a_pair_or_says_why_not(tmp_path_factory, records, format):
-    path = tmp_path_factory.mktemp("odd") / "a.jsonl"
-    path.write_text(lines(*records))
-    found = list(Pairs(paths=(str(path),), format=format, unreadable="skip").pairs(1))
-    assert len(found) == len(records)
-    for number, each in enumerate(found, start=1):
-        if isinstance(each, Unreadable):
-            assert each.startswith(f"{path}, line {number}: ")
-            assert each.isprintable()
-        else:
-            roles = [m.role for m in each.prompt]
-            assert "system" not in roles[1:]
-            turns = [role for role in roles if role != "system"]
-            assert turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
-            assert each.keys == (next(m.content for m in each.prompt if m.role == "user"),)
-            assert all(isinstance(text, str) and text.encode() is not None for text in (each.chosen, each.rejected))
 
 
 # ------------------------------------------------------------------------------------------------------ Python's own
@@ -386,8 +260,7 @@ def test_each_question_comes_once_with_each_kind(documented):
         for pair, kind in zip(three, ("another", "shuffled", "repeated"), strict=True):
             assert (*pair.prompt, Message("assistant", pair.chosen)) == question.messages
             assert pair.keys[0] == question.key
-            assert (pair.id, pair.kind, pair.language, pair.where) == (
-                f"{question.id} {kind}", kind, "en", question.where)  # fmt: skip
+            assert (pair.id, pair.kind, pair.language) == (f"{question.id} {kind}", kind, "en")
     assert len({pair.id for pair in pairs}) == 3 * COUNT
     assert DocPairs(docs=DOCS).inputs() == {}
 

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -22,13 +21,13 @@ from cli import UserError
 from configs import Experiment
 from data.corpus import CorpusConfig
 from data.sources import Files
-from sft.conversations import Chats, Message
-from sft.data import ConversationConfig, Rows, Split, write
+from sft.conversations import Chats, HubChats, Message
+from sft.data import ConversationConfig, Item, Rows, write
 from sft.filters import Filters
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
 from sft.train import FineTuning, SFTConfig
-from tests.conftest import CHATS, MINI, Place, build, write_lines
+from tests.conftest import CHATS, MINI, WORDS, Place, build, write_lines
 from trainer import Task
 
 ANY = Filters(language=None, near_duplicates=None)
@@ -135,7 +134,7 @@ def test_the_files_hold_what_the_template_gives(here: Place, template):
     assert counts["dtype"] == "<u2"
 
 
-def test_what_is_kept_and_dropped_is_counted_by_rule_and_by_source(here: Place):
+def test_kept_and_dropped_are_counted_by_rule_and_by_source(here: Place):
     own = [*CHATS, CHATS[0], pair("Say nothing.", ""), pair("Say it long.", "x" * 200)]
     write_lines(here.raw / "other.jsonl", [CHATS[1], pair("Say other.", "other"), {"prompt": "no answer"}, {"a": 1}])
     sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",), unreadable="skip"))
@@ -165,7 +164,7 @@ def test_sources_lie_in_rows_of_their_own(here: Place):
     origins = (directory / "train.txt").read_text().splitlines()
     for name, file in (("chats", "chats.jsonl"), ("other", "other.jsonl")):
         rows = Rows(directory, "train", counts, 64, source=name)
-        numbers = [number for row in range(rows.count) for number in rows.conversations(row)]
+        numbers = [number for row in range(rows.count) for number in rows.documents(row)]
         assert {origins[number].split(":")[0] for number in numbers} == {file}
 
 
@@ -181,13 +180,6 @@ def test_a_split_is_decided_by_the_first_question_alone(here: Place):
     for split in ("train", "val"):
         expected = [rendered(here, each) for each in reduced if in_val(each["prompt"]) is (split == "val")]
         assert sorted(ids_and_mask(directory, split)) == sorted(expected)
-
-
-def test_later_turns_do_not_decide_the_split(here: Place):
-    turns = [("user", question("val")), ("assistant", "a"), ("user", question("train")), ("assistant", "b")]
-    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    _, counts = made(here, record, {"messages": record["messages"][2:]})
-    assert (counts["val"]["conversations"], counts["train"]["conversations"]) == (1, 1)
 
 
 def test_a_conversation_too_long_is_cut_and_nothing_false_is_trained(here: Place):
@@ -254,15 +246,6 @@ def test_reading_stops_at_max_tokens(here: Place):
     assert counts["sources"]["chats"]["kept"] == 20
 
 
-def test_what_cannot_be_read_is_counted_or_stops(here: Place):
-    records = [*CHATS[:30], {"prompt": 7, "response": "x"}, *CHATS[30:]]
-    _, counts = made(here, *records, sources=(Chats(paths=("chats.jsonl",), unreadable="skip"),))
-    assert counts["sources"]["chats"]["dropped"] == {"unreadable": 1}
-    assert counts["sources"]["chats"]["read"] == 45
-    with pytest.raises(UserError, match=r"chats\.jsonl, line 31: prompt is 7; expected a string"):
-        made(here, *records)
-
-
 def test_two_runs_give_the_same_bytes(here: Place):
     directory, _ = made(here)
     first = {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (".lock", "log.txt")}
@@ -273,53 +256,62 @@ def test_two_runs_give_the_same_bytes(here: Place):
     assert first == {name: (directory / name).read_bytes() for name in first}
 
 
-@pytest.mark.parametrize(("split", "left"), [("val", "train"), ("train", "val")])
-def test_a_split_without_conversations_is_one_clear_error(here: Place, split, left):
-    records = [pair(question(left, i), f"Answer {i}.") for i in range(3)]
-    expected = f"of 3 conversations 3 were kept, and none is left for {split} at val_fraction = 0.2"
-    with pytest.raises(UserError, match=expected):
-        made(here, *records)
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("count", [2, 5])
+def test_few_conversations_on_one_side_are_divided_by_their_hashes(here: Place, split, count):
+    """The question with the smallest hash is held out, or all but the one with the largest if all would be."""
+    records = [pair(question(split, i), f"Answer {i}.") for i in range(count)]
+    order = sorted(records, key=lambda record: hashlib.sha256(record["prompt"].encode()).digest())
+    directory, counts = made(here, *records)
+    held = 1 if split == "train" else count - 1
+    origins = (directory / "val.txt").read_text().split()
+    assert sorted(origins) == sorted(f"chats.jsonl:{records.index(record) + 1}" for record in order[:held])
+    assert counts["train"]["conversations"] == count - held
+
+
+def test_conversations_that_begin_alike_are_divided_too(here: Place):
+    _, counts = made(here, *(pair("Hi", f"Answer {word}.") for word in WORDS))
+    assert counts["train"]["conversations"] + counts["val"]["conversations"] == len(WORDS)
+    assert counts["val"]["conversations"] >= 1
+
+
+def test_a_single_conversation_is_one_clear_error(here: Place):
+    with pytest.raises(UserError, match=r"^1 conversations passed the filters; training and validation take at least"):
+        made(here, CHATS[0], CHATS[0], pair("Say nothing.", ""))
     assert stage.read_manifest(here.runs / "mini/sft_data") is None
+
+
+@pytest.mark.parametrize(("long", "warned"), [(5, False), (6, True)])
+def test_a_filter_that_drops_more_than_a_third_is_named(here: Place, caplog, long, warned):
+    records = [*CHATS[:10], *(pair(f"Say {i}.", f"{i} " + "x" * 100) for i in range(long))]
+    with caplog.at_level("WARNING", "lumi"):
+        made(here, *records, filters=Filters(max_chars=90))
+    assert ("too_long dropped 6 of 16 conversations" in caplog.text) is warned
 
 
 # ---------------------------------------------------------------------------------------------------- made and finished
 
 
-def test_the_command_makes_it_once(here: Place):
-    out = here.run("pipeline.py", here.config, "sft_data").stdout
-    assert "chats: 44 of 44 conversations kept (dropped: none)" in out
-    directory = here.runs / "mini/sft_data"
+def test_the_command_makes_it_once(here: Place, caplog):
+    with caplog.at_level("INFO", "lumi"):
+        directory = here.make("sft_data")
+    assert "chats: 44 of 44 conversations kept (dropped: none)" in caplog.text
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir() if path.suffix in (".bin", ".json")}
-    assert "is up to date" in here.run("pipeline.py", here.config, "sft_data").stdout
+    here.make("sft_data")
     assert before == {name: (directory / name).stat().st_mtime_ns for name in before}
 
 
-CHANGES = [
-    ({"val_fraction": 0.3}, "sft_data.val_fraction was 0.2, is now 0.3"),
-    ({"template": "instruct"}, 'sft_data.template was "chatml", is now "instruct"'),
-    ({"filters": Filters(max_chars=99)}, "sft_data.filters.max_chars was 50000, is now 99"),
-    ({"context": 48}, "context_length was 64, is now 48"),
-]
-
-
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
-def test_another_config_is_refused_by_the_field(here: Place, changes, named):
+def test_another_config_and_other_conversations_are_refused(here: Place):
     directory, _ = made(here)
     before = (directory / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match=named) as refused:
-        build("sft_data", described(here, **changes))
-    assert f"python pipeline.py {here.config} sft_data --force" in str(refused.value)
-    assert (directory / "manifest.json").read_bytes() == before
-    build("sft_data", described(here, **changes), force=True)
-    assert (directory / "manifest.json").read_bytes() != before
-    build("sft_data", described(here, **changes))
-
-
-def test_other_conversations_are_refused(here: Place):
-    made(here)
+    with pytest.raises(UserError, match=r"sft_data\.filters.max_chars was 50000, is now 99.*sft_data --force"):
+        build("sft_data", described(here, filters=Filters(max_chars=99)))
+    with pytest.raises(UserError, match="context_length was 64, is now 48"):
+        build("sft_data", described(here, context=48))
     write_lines(here.raw / "chats.jsonl", CHATS[1:])
     with pytest.raises(UserError, match=r"was made from something else: .*chats\.jsonl was"):
         build("sft_data", described(here))
+    assert (directory / "manifest.json").read_bytes() == before
 
 
 def test_without_its_raw_files_a_finished_directory_stands(here: Place):
@@ -333,25 +325,10 @@ def test_without_its_raw_files_a_finished_directory_stands(here: Place):
         build("sft_data", described(here))
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.mask", "train.rows"])
-def test_a_damaged_file_is_named(here: Place, name):
-    directory, _ = made(here)
-    spm = described(here).load_tokenizer()
-    content = bytearray((directory / name).read_bytes())
-    content[-1] ^= 1
-    (directory / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} has SHA-256 .*python pipeline.py CONFIG sft_data --force"):
-        sft.data.load(directory, spm.sha256)
-    os.truncate(directory / name, 3)
-    with pytest.raises(UserError, match=rf"{name} has 3 bytes.*python pipeline.py .* sft_data --force"):
-        build("sft_data", described(here))
-    (directory / name).unlink()
-    with pytest.raises(UserError, match=rf"{name} is missing"):
-        build("sft_data", described(here))
-
-
-def test_another_tokenizer_is_refused(here: Place):
-    directory, _ = made(here)
+def test_damage_and_another_tokenizer_are_named(here: Place):
+    directory, counts = made(here)
+    digest = described(here).load_tokenizer().sha256
+    assert sft.data.load(directory, digest) == counts
     with pytest.raises(
         UserError,
         match=r"was made with another tokenizer; make it again with: .* sft_data --force",
@@ -359,6 +336,11 @@ def test_another_tokenizer_is_refused(here: Place):
         sft.data.load(directory, "0" * 64)
     with pytest.raises(UserError, match=r"nowhere is missing or unfinished; make it with: python pipeline\.py"):
         sft.data.load(here.path / "nowhere", "0" * 64)
+    content = bytearray((directory / "val.mask").read_bytes())
+    content[-1] ^= 1
+    (directory / "val.mask").write_bytes(content)
+    with pytest.raises(UserError, match=r"val\.mask has SHA-256 .*python pipeline.py CONFIG sft_data --force"):
+        sft.data.load(directory, digest)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +351,8 @@ def test_another_tokenizer_is_refused(here: Place):
         (ValueError, {"sources": (Files(paths=("a",)),)}),
         (ValueError, {"template": "llama"}),
         (ValueError, {"too_long": "split"}),
+        (ValueError, {"sources": (HubChats(dataset="x", format="vicuna"),)}),
         (ValueError, {"val_fraction": 0.0}),
-        (ValueError, {"val_fraction": 1.0}),
         (ValueError, {"val_fraction": float("nan")}),
         (TypeError, {"sources": CorpusConfig(sources=(Files(paths=("a",)),))}),
         (TypeError, {"filters": None}),
@@ -385,12 +367,11 @@ def test_impossible_settings_are_refused(error, changes):
 
 
 def hand_written(directory: Path, context: int, *talks: tuple[list[int], list[int]]) -> dict:
-    split = Split()
+    items = []
     for number, (ids, mask) in enumerate(talks):
-        split.ids.append(np.array(ids, dtype="<u2"))
-        split.masks.append(np.array(mask, dtype=np.uint8))
-        split.origins.append(f"line\n{number}")
-    return {"dtype": "<u2", "train": write(directory, "train", {"x": split}, context)}
+        arrays = np.array(ids, dtype="<u2"), np.array(mask, dtype=np.uint8)
+        items.append(Item("x", f"line\n{number}", "x", [], *arrays, cut=False))
+    return {"dtype": "<u2", "train": write(directory, "train", items, ["x"], context)}
 
 
 def test_a_row_by_hand(tmp_path):

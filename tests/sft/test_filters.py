@@ -126,9 +126,10 @@ SHARED = {  # conversations that differ in their shorter text
 def test_a_text_that_many_conversations_share_makes_no_copy(shared):
     talks = SHARED[shared]
     assert rules(*talks, language=None) == [None] * len(talks)
-    copies = [
-        each._replace(messages=each.messages[:-1] + (Message("assistant", each.answers[-1] + "!"),)) for each in talks
-    ]
+    copies = []
+    for each in talks:
+        louder = Message("assistant", each.answers[-1] + "!")
+        copies.append(each._replace(messages=(*each.messages[:-1], louder)))
     judge = Judge(Filters(language=None))
     assert [judge.rule(each) for each in talks + copies] == [None] * len(talks) + ["near_duplicate"] * len(talks)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -13,8 +15,9 @@ import convert
 import stage
 from cli import UserError
 from model import ModelConfig, Transformer
+from serving.served import Served
 from sft import templates
-from sft.conversations import Message
+from sft.conversations import Chats, Message
 from sft.templates import render, shown
 from tests.conftest import MINI
 from tests.test_convert import KEPT, command, spm_model
@@ -229,7 +232,7 @@ def test_what_is_asked_stands_before_the_answer_and_the_answers_alone_are_traine
     spm = spms[kind]
     end = spm.control[END] if template == "chatml" else spm.eos
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=50, deadline=None, derandomize=True)
     @given(conversations(SPELT))
     def check(messages):
         ids, trained = render(template, messages, spm)
@@ -267,7 +270,7 @@ BEGINNINGS = (
 def test_control_pieces_that_a_message_spells_are_text(spms, kind, template):
     spm = spms[kind]
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=50, deadline=None, derandomize=True)
     @given(conversations(SPELT))
     def check(messages):
         ids, _ = render(template, messages, spm)
@@ -321,7 +324,7 @@ def test_transformers_gives_a_conversation_the_same_ids(spms, exported, kind, te
     for beginning in BEGINNINGS:
         if beginning not in (*CONTROL, "</s>"):  # which transformers parses
             agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
-    settings(max_examples=80, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
+    settings(max_examples=40, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
 
 
 @pytest.mark.parametrize("template", FORMS)
@@ -330,6 +333,51 @@ def test_transformers_stops_where_an_answer_ends(spms, exported, template):
     config = transformers.GenerationConfig.from_pretrained(hf.name_or_path)
     stop = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     assert stop == list(templates.ends(template, spm))
+
+
+# ------------------------------------------------------------------------------------------- trained and served alike
+
+RECORDS = {
+    "alpaca": {"instruction": "Name it.", "input": "a cat", "output": "Tom"},
+    "no instruction": {"instruction": " ", "input": "What is it?", "output": "A cat."},
+    "system and history": {
+        "system": "Be brief.",
+        "history": [["Hi", "`Hello`"]],
+        "instruction": "Go",
+        "output": "Gone",
+    },
+    "prompt": {"prompt": "def f(a):\n", "completion": "    return a\n"},
+    "openorca": {"system_prompt": " ", "question": "2 + 2?", "response": "4"},
+    "sharegpt": {"conversations": [{"from": "human", "value": " Hi\r\n"}, {"from": "gpt", "value": "\nHello"}]},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be brief.\n"},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "And\n\n?"},
+            {"role": "assistant", "content": '"x'},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("template", FORMS)
+@pytest.mark.parametrize("layout", RECORDS)
+def test_a_question_is_asked_as_it_is_trained(spms, tmp_path, layout, template):
+    """What the server asks with is the beginning of what is trained, for every layout and template."""
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS[layout]))
+    (conversation,) = Chats(paths=(str(tmp_path / "a.json"),)).conversations(1)
+    ids, trained = render(template, conversation.messages, spms["bpe"])
+    model = SimpleNamespace(config=SimpleNamespace(context_length=10_000))
+    served = Served("mini", "sft", tmp_path, model, spms["bpe"], template)
+    for number, message in enumerate(conversation.messages):
+        if message.role == "assistant":
+            asked = served.conversation(conversation.messages[:number])
+            assert ids[: len(asked)] == asked
+            assert not trained[len(asked) - 1]
+            assert trained[len(asked)]
+    if layout == "no instruction":
+        assert served.prompt("What is it?") == asked
 
 
 # ------------------------------------------------------------------------------------------------- what is not there
