@@ -17,8 +17,8 @@ from sft.conversations import (
     examples,
     first_question,
     in_turn,
+    message_list,
     take,
-    turns,
 )
 
 
@@ -57,12 +57,12 @@ def read_pair(record: Record, fields: dict, layout: str) -> Pair:
     two answers do not belong to one prompt.
     """
     earlier, prompt, sides = earlier_turns(fields), [], []
-    prompts = [name for name in ("prompt", "question") if name in fields]
+    prompts = [name for name in ("prompt", "question") if fields.get(name) is not None]
     transcripts = layout == "hh" or (not prompts and isinstance(fields["chosen"], str))
     if prompts and not transcripts:
-        prompt = turns(fields, prompts, "user")
+        prompt = message_list(fields, prompts[0], "user")
     for name in ("chosen", "rejected"):
-        messages = transcript(fields, name) if transcripts else turns(fields, [name], "assistant")
+        messages = transcript(fields, name) if transcripts else message_list(fields, name, "assistant")
         if len(messages) == 1:
             messages = prompt + messages
         elif len(messages) > 1 and isinstance(record.value.get("prompt"), list) and messages[: len(prompt)] != prompt:
@@ -131,7 +131,7 @@ class DocPairs(Records):
     def pairs(self, workers: int) -> Iterator[Pair]:
         questions = list(DocQuestions(docs=self.docs, max_documents=self.max_documents).conversations(workers))
         # Neighbours in the order of the hashes that decide what is held out are in the same split, but for one.
-        hashes = [hashlib.sha256(question.key.encode()[:4096]).digest() for question in questions]
+        hashes = [hashlib.sha256(question.keys[0].encode()[:4096]).digest() for question in questions]
         order = sorted(range(len(questions)), key=hashes.__getitem__)
         neighbour = {number: order[place - 1] for place, number in enumerate(order)}
         for number, question in enumerate(questions):
@@ -141,7 +141,7 @@ class DocPairs(Records):
             rejected["shuffled"] = shuffled(answer.content, source)
             rejected["repeated"] = repeated(answer.content, source)
             for kind, text in rejected.items():
-                keys = (question.key, other.key) if kind == "another" else (question.key,)
+                keys = question.keys + other.keys if kind == "another" else question.keys
                 yield Pair(f"{question.id} {kind}", tuple(prompt), answer.content, text, keys, kind, "en")
 
 

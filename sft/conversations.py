@@ -7,7 +7,6 @@ word. A source yields its conversations in an order that depends only on the inp
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +31,9 @@ class Conversation(NamedTuple):
 
     id: str
     messages: tuple[Message, ...]
-    key: str  # its hash decides if the conversation is held out; for most sources the first question
+    keys: tuple[str]  # its hash decides if the conversation is held out; for most sources the first question
     language: str | None = None  # such as "en", if the data states it
     kind: str = ""
-
-    @property
-    def keys(self) -> tuple[str]:
-        return (self.key,)
 
     @property
     def answers(self) -> list[str]:
@@ -93,27 +88,24 @@ def take(record: dict, *names: str, required: bool = True) -> str:
     return "" if value is None and not required else text_of(value, name)
 
 
-def message_list(record: dict, name: str) -> list[Message]:
-    """Removes the field `name`, a list of objects with role and content, or from and value; returns the messages."""
+def message_list(record: dict, name: str, role: str = "") -> list[Message]:
+    """Removes the field `name`: a list of objects with role and content, or from and value; or one text of `role`."""
+    if role and not isinstance(record[name], list):
+        return [Message(role, take(record, name))]
     turns, messages = record.pop(name), []
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
         what = f"message {number} of {name}"
         if not isinstance(turn, dict) or not turn.keys() & {"role", "from"} or not turn.keys() & {"content", "value"}:
             raise Refused(f"{what} is {shown(turn)}; expected an object with role and content, or from and value")
         left = dict(turn)
-        role = left.pop("role" if "role" in left else "from")
-        if not isinstance(role, str) or role not in ROLES:
-            raise Refused(f"{what} has the role {shown(role)}; expected one of {', '.join(ROLES)}")
+        speaker = left.pop("role" if "role" in left else "from")
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            raise Refused(f"{what} has the role {shown(speaker)}; expected one of {', '.join(ROLES)}")
         text = left.pop("content" if "content" in left else "value")
-        messages.append(Message(ROLES[role], text_of(text, f"the content of {what}")))
-        record |= {f"{name}.{key}": value for key, value in left.items()}
+        messages.append(Message(ROLES[speaker], text_of(text, f"the content of {what}")))
+        for key, value in left.items():
+            record[f"{name}.{key}"] = value
     return messages
-
-
-def turns(record: dict, names: Sequence[str], role: str) -> list[Message]:
-    """Removes a field that is a list of messages, or the text of one message of a role."""
-    name = next(name for name in names if name in record)
-    return message_list(record, name) if isinstance(record[name], list) else [Message(role, take(record, *names))]
 
 
 def earlier_turns(record: dict) -> list[Message]:
@@ -167,19 +159,20 @@ FORMATS = {  # the fields that a layout needs, by all their names; "auto" takes 
     "openorca": (("question",), ANSWERS),
     "prompt": (("prompt",), ANSWERS),
     "dolly": (("instruction",), ANSWERS),
-    "wizardlm": (("instruction", *LISTS[1:]),),
+    "wizardlm": (("instruction", *LISTS[1:]), (*ANSWERS, *LISTS[1:])),
 }
 Formats = Mapping[str, tuple[tuple[str, ...], ...]]
 
 
-def fits(record, needs: tuple[tuple[str, ...], ...]) -> bool:
-    """True if a record has the fields that a layout needs. More fields make no difference."""
-    return isinstance(record, dict) and all(not record.keys().isdisjoint(names) for names in needs)
-
-
-def listed(needs: tuple[tuple[str, ...], ...]) -> str:
-    """The fields that a layout needs, for messages."""
-    return ", ".join(" or ".join(names) for names in needs)
+def recognise(record, formats: Formats) -> str:
+    """The first layout whose fields a record has; more fields make no difference. Refused if none fits."""
+    if isinstance(record, dict):
+        record = {key: value for key, value in record.items() if value is not None}
+        for name, needs in formats.items():
+            if all(not record.keys().isdisjoint(names) for names in needs):
+                return name
+    expected = [f"{', '.join(map(' or '.join, needs))} ({name})" for name, needs in formats.items()]
+    raise Refused(f"found {shown(record)}; expected the fields {'; or '.join(expected)}")
 
 
 def examples(source: Records, records: Iterator[Record], formats: Formats, read: Callable) -> Iterator:
@@ -188,22 +181,18 @@ def examples(source: Records, records: Iterator[Record], formats: Formats, read:
     `read` removes the fields that it uses; other fields are named in the log. With format="auto" the first good record
     of a file decides the layout of the whole file.
     """
-    file, name, unread = None, None, Counter()
+    file, known, unread = None, formats, Counter()
     try:
         for record in itertools.islice(records, source.max_documents):
             if isinstance(record.value, Unreadable):
                 yield record.value
                 continue
             if record.file != file:
-                file, name = record.file, None if source.format == "auto" else source.format
+                file = record.file
+                known = formats if source.format == "auto" else {source.format: formats[source.format]}
             try:
-                for candidate in formats:
-                    if name is None and fits(record.value, formats[candidate]):
-                        name = candidate
-                if name is None or not fits(record.value, formats[name]):
-                    known = formats if name is None else {name: formats[name]}
-                    expected = "; or ".join(f"{listed(needs)} ({name})" for name, needs in known.items())
-                    raise Refused(f"found {shown(record.value)}; expected the fields {expected}")
+                name = recognise(record.value, known)
+                known = {name: formats[name]}
                 fields = dict(record.value)
                 example = read(record, fields, name)
             except Refused as error:
@@ -245,32 +234,31 @@ def best_path(message: dict, rows: list[dict]) -> list[Message]:
         path.append({"role": message.get("role"), "content": message.get("text")})
         replies = message.get("replies") or []
         replies = replies + [row for row in rows if row.get("parent_id") == message["message_id"]]
-        message = min((reply for reply in replies if not reply.get("deleted")), key=_rank, default=None)
+        replies = [reply for reply in replies if not reply.get("deleted")]
+        # 0 is the best rank.
+        message = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0), default=None)
     return message_list({"tree": path}, "tree")
-
-
-def _rank(message: dict) -> float:
-    return math.inf if message.get("rank") is None else message["rank"]  # 0 is the best
 
 
 def read_conversation(record: Record, fields: dict, layout: str) -> Conversation:
     """The conversation in a record. Refused if a field has a wrong type, or the roles are out of order."""
     earlier, language = earlier_turns(fields), None
-    name = next(name for name in FORMATS[layout][0] if name in fields)
+    name = next(name for name in FORMATS[layout][0] if fields.get(name) is not None)
     if layout == "oasst1":
         language = fields["tree"].get("lang")
         messages = best_path(fields.pop("tree"), fields.pop("rows"))
     elif name in LISTS:
         messages = message_list(fields, name)
     else:
-        messages, about = turns(fields, [name], "user"), take(fields, "input", "context", required=False)
+        messages, about = message_list(fields, name, "user"), take(fields, "input", "context", required=False)
         if about.strip():
             question = messages.pop().content
             # Without an instruction the text is the whole question, as it is when somebody asks the model.
             messages.append(Message("user", question, about) if question.strip() else Message("user", about))
-        messages += turns(fields, ANSWERS, "assistant")
+        answer = next(name for name in ANSWERS if fields.get(name) is not None)
+        messages += message_list(fields, answer, "assistant")
     messages = in_turn(earlier + messages)
-    return Conversation(record.id, messages, first_question(messages), language)
+    return Conversation(record.id, messages, (first_question(messages),), language)
 
 
 def conversations(source: Records, workers: int) -> Iterator[Conversation | Unreadable]:
@@ -340,7 +328,7 @@ class DocQuestions(Records):
             answers.add(answer)
             form = QUESTIONS[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % len(QUESTIONS)]
             messages = (Message("user", form.format(name)), Message("assistant", answer))
-            yield Conversation(name, messages, text, "en")
+            yield Conversation(name, messages, (text,), "en")
 
 
 NO_PROSE = re.compile(

@@ -109,14 +109,15 @@ class Judge:
             spelled = words.words(text) or [text.encode()]
             shingles.append(self.minhash.shingles(words.hashes(spelled)))
         signature = np.empty(len(self.minhash.a), dtype=np.uint32)
-        for first, part in enumerate(shingles[: len(signature)]):
-            rows = slice(first, None, len(shingles))
-            signature[rows] = (self.minhash.a[rows] * part + self.minhash.b[rows]).min(axis=1)
+        for first, part in enumerate(shingles):
+            turns = slice(first, None, len(shingles))
+            signature[turns] = self.minhash.signature(part)[turns]
         rows = signature.reshape(self.minhash.bands, -1)
         bands = words.mix((rows * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
+        least = self.filters.near_duplicates.threshold
         for other in {self.bands[band] for band in bands if band in self.bands}:
-            likeness = [jaccard(*pair) for pair in zip(shingles, self.parts[other], strict=False)]
-            if len(shingles) == len(self.parts[other]) and min(likeness) >= self.filters.near_duplicates.threshold:
+            likeness = map(jaccard, shingles, self.parts[other])
+            if len(shingles) == len(self.parts[other]) and min(likeness) >= least:
                 return True
         for band in bands:
             self.bands.setdefault(band, len(self.parts))

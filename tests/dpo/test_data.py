@@ -432,7 +432,7 @@ def documented(spm):
 
 def test_pairs_are_held_out_as_their_questions_are(documented):
     questions, splits, count = documented
-    held = {each.id: in_val(each.key[:4096], 0.1) for each in questions}
+    held = {each.id: in_val(each.keys[0][:4096], 0.1) for each in questions}
     assert count["dropped"] == {"of_both_splits": 2}
     assert sum(held.values()) > 9
     for split, items in splits.items():
@@ -446,7 +446,7 @@ def test_pairs_are_held_out_as_their_questions_are(documented):
 def test_no_answer_of_one_side_is_an_answer_on_the_other(documented, spm):
     """Neither as the chosen nor as the rejected answer."""
     questions, splits, _ = documented
-    side = {each.messages[-1].content: in_val(each.key[:4096], 0.1) for each in questions}
+    side = {each.messages[-1].content: in_val(each.keys[0][:4096], 0.1) for each in questions}
     for split, items in splits.items():
         for item in items:
             if item.kind == "another":

@@ -13,7 +13,7 @@ def talk(*contents: str, language: str | None = None, about: str = "", system: s
     for number, content in enumerate(contents):
         role = "assistant" if number % 2 else "user"
         messages.append(Message(role, content, about if number == 0 else ""))
-    return Conversation("x", tuple(messages), contents[0], language)
+    return Conversation("x", tuple(messages), (contents[0],), language)
 
 
 def rules(*conversations: Conversation, **options) -> list[str | None]:
