@@ -8,6 +8,7 @@ answer start and the pair ends, the number of its kind, and the number of its pr
 pair: its origin.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from data.sources import Records
 from dpo.filters import PairFilters, PairJudge
 from dpo.pairs import FORMATS, DocPairs, Pair
 from sft.conversations import Message
-from sft.data import DataConfig, Item, gather, inputs
+from sft.data import DataConfig, Item, gather, inputs, write_texts
 from sft.data import load as load  # the same checks
 from sft.templates import render
 from stage import Stage
@@ -89,31 +90,23 @@ def encoder(config: PairConfig, template: str, spm: Tokenizer, context: int) -> 
 
 def write(directory: Path, name: str, items: list[Item], sources: Sequence[str]) -> dict:
     """Writes the three files of one split. Returns its counts."""
-    counts: dict = {"pairs": len(items), "prompts": 0, "tokens": 0, "longest": 0, "sources": {}, "kinds": {}}
-    kinds: dict[str, int] = {}
-    prompts: dict[int, int] = {}
-    index = []
-    with (
-        open(directory / f"{name}.bin", "wb") as tokens,
-        open(directory / f"{name}.txt", "w", encoding="utf-8") as origins,
-    ):
-        for source in sources:
-            counts["sources"][source] = {"pair": len(index), "pairs": 0}
-            for item in items:
-                if item.source != source:
-                    continue
-                item.ids.tofile(tokens)
-                origins.write(" ".join(item.id.split()) + "\n")
-                places = counts["tokens"] + np.cumsum([0, *item.parts])
-                kind = kinds.setdefault(item.kind, len(kinds))
-                prompt = prompts.setdefault(item.hashes[0], len(prompts))
-                index.append([*places, kind, prompt])
-                counts["tokens"] = int(places[-1])
-                counts["longest"] = max(counts["longest"], len(item.ids))
-                counts["kinds"][item.kind] = counts["kinds"].get(item.kind, 0) + 1
-                counts["sources"][source]["pairs"] += 1
-    np.array(index, dtype="<i8").tofile(directory / f"{name}.idx")
-    return counts | {"prompts": len(prompts)}
+    write_texts(directory, name, items)
+    lengths = np.array([item.parts for item in items])  # (pairs, 3): prompt, chosen, rejected
+    ends = lengths.cumsum().reshape(-1, 3)
+    kinds = Counter(item.kind for item in items)
+    prompts, labels = {}, []
+    for item in items:
+        labels.append([list(kinds).index(item.kind), prompts.setdefault(item.hashes[0], len(prompts))])
+    index = np.column_stack([ends - lengths, ends[:, 2], labels])
+    index.astype("<i8").tofile(directory / f"{name}.idx")
+    counts = {"pairs": len(items), "prompts": len(prompts), "tokens": int(ends[-1, 2])}
+    counts |= {"longest": int(lengths.sum(axis=1).max()), "sources": {}, "kinds": dict(kinds)}
+    first = 0
+    for source in sources:
+        size = sum(item.source == source for item in items)
+        counts["sources"][source] = {"pair": first, "pairs": size}
+        first += size
+    return counts
 
 
 def job(config: PairConfig, template: str, context: int, spm: Path, directory: Path, command: str) -> Stage:

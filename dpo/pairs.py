@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from data.sources import FileRecords, HubRecords, PythonDocs, Record, Records, Unreadable
 from sft.conversations import (
+    ROLES,
     DocQuestions,
     Message,
     Refused,
@@ -47,7 +48,6 @@ class Pair(NamedTuple):
 SIDES = (("chosen",), ("rejected",))
 FORMATS = {"preference": SIDES, "orca": (("question",), *SIDES), "hh": SIDES}  # as in sft.conversations
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_pair(record: Record, fields: dict, layout: str) -> Pair:
@@ -83,7 +83,7 @@ def transcript(fields: dict, name: str) -> list[Message]:
         raise Refused(f'{name} is no transcript: expected turns that begin "\\n\\nHuman:" and "\\n\\nAssistant:"')
     messages = []
     for speaker, text in zip(parts[::2], parts[1::2], strict=True):
-        messages.append(Message(SPEAKERS[speaker], text.removeprefix(" ")))
+        messages.append(Message(ROLES[speaker.lower()], text.removeprefix(" ")))
     return messages
 
 

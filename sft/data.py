@@ -188,32 +188,34 @@ def encoder(config: ConversationConfig, spm: Tokenizer, context: int) -> Callabl
     return encode
 
 
+def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
+    """Writes the ids and the origins of a split."""
+    np.concatenate([item.ids for item in items]).tofile(directory / f"{name}.bin")
+    with open(directory / f"{name}.txt", "w", encoding="utf-8") as origins:
+        for item in items:
+            print(*item.id.split(), file=origins)
+
+
 def write(directory: Path, name: str, items: list[Item], sources: Sequence[str], context: int) -> dict:
     """Packs one split, source by source, and writes its five files. Returns its counts."""
     counts = {"conversations": len(items), "tokens": 0, "trained": 0, "rows": 0, "sources": {}}
-    starts, firsts = [0], [0]
-    with (
-        open(directory / f"{name}.bin", "wb") as tokens,
-        open(directory / f"{name}.mask", "wb") as masks,
-        open(directory / f"{name}.txt", "w", encoding="utf-8") as origins,
-    ):
-        for source in sources:
-            talks = [item for item in items if item.source == source]
-            rows = best_fit([len(item.ids) - 1 for item in talks], context)
-            counts["sources"][source] = {"row": counts["rows"], "rows": len(rows)}
-            counts["rows"] += len(rows)
-            for row in rows:
-                for i in row:
-                    talks[i].ids.tofile(tokens)
-                    talks[i].parts.tofile(masks)
-                    origins.write(" ".join(talks[i].id.split()) + "\n")
-                    starts.append(starts[-1] + len(talks[i].ids))
-                    counts["trained"] += int(talks[i].parts.sum())
-                firsts.append(firsts[-1] + len(row))
-    np.array(starts, dtype="<i8").tofile(directory / f"{name}.idx")
-    np.array(firsts, dtype="<i8").tofile(directory / f"{name}.rows")
-    counts["tokens"] = starts[-1]
-    return counts | {"packing_efficiency": (starts[-1] - len(items)) / (counts["rows"] * context)}
+    packed, sizes = [], [0]
+    for source in sources:
+        texts = [item for item in items if item.source == source]
+        rows = best_fit([len(item.ids) - 1 for item in texts], context)
+        counts["sources"][source] = {"row": counts["rows"], "rows": len(rows)}
+        counts["rows"] += len(rows)
+        for row in rows:
+            sizes.append(len(row))
+            packed += [texts[number] for number in row]
+    write_texts(directory, name, packed)
+    mask = np.concatenate([item.parts for item in packed])
+    mask.tofile(directory / f"{name}.mask")
+    starts = np.cumsum([0] + [len(item.ids) for item in packed])
+    starts.astype("<i8").tofile(directory / f"{name}.idx")
+    np.cumsum(sizes).astype("<i8").tofile(directory / f"{name}.rows")
+    counts |= {"tokens": len(mask), "trained": int(mask.sum())}
+    return counts | {"packing_efficiency": (len(mask) - len(packed)) / (counts["rows"] * context)}
 
 
 def job(config: ConversationConfig, context: int, spm: Path, directory: Path, command: str) -> Stage:
