@@ -122,8 +122,8 @@ class DocPairs(Records):
 
     name: str = "python_pairs"
     licence: str = PythonDocs.licence
-    docs: PythonDocs = field(default_factory=PythonDocs)
     max_pairs: int | None = None
+    docs: PythonDocs = field(default_factory=PythonDocs)
 
     def inputs(self) -> dict[str, str]:
         return self.docs.inputs()

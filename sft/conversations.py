@@ -94,7 +94,7 @@ def message_list(record: dict, name: str, role: str = "") -> list[Message]:
         return [Message(role, take(record, name))]
     turns, messages = record.pop(name), []
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
-        what = f"message {number} of {name}"
+        what = f"{name}: message {number}"
         if not isinstance(turn, dict) or not turn.keys() & {"role", "from"} or not turn.keys() & {"content", "value"}:
             raise Refused(f"{what} is {shown(turn)}; expected an object with role and content, or from and value")
         left = dict(turn)
@@ -102,7 +102,7 @@ def message_list(record: dict, name: str, role: str = "") -> list[Message]:
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise Refused(f"{what} has the role {shown(speaker)}; expected one of {', '.join(ROLES)}")
         text = left.pop("content" if "content" in left else "value")
-        messages.append(Message(ROLES[speaker], text_of(text, f"the content of {what}")))
+        messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
         for key, value in left.items():
             record[f"{name}.{key}"] = value
     return messages
@@ -306,8 +306,8 @@ class DocQuestions(Records):
 
     name: str = "python_questions"
     licence: str = PythonDocs.licence
-    docs: PythonDocs = field(default_factory=PythonDocs)
     max_tokens: int | None = None
+    docs: PythonDocs = field(default_factory=PythonDocs)
 
     def inputs(self) -> dict[str, str]:
         return self.docs.inputs()

@@ -27,7 +27,7 @@ from sft.data import ConversationConfig, Item, Rows, write
 from sft.filters import Filters
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
-from sft.train import FineTuning, SFTConfig
+from sft.train import FineTuning
 from tests.conftest import CHATS, MINI, WORDS, Place, build, write_lines
 from trainer import Task
 
@@ -373,94 +373,69 @@ def test_rows_give_each_conversation_back(tmp_path_factory, lengths, seed):
     assert len(found) <= len(talks) + rows.count  # a filling at most in each row
 
 
-def task_of(experiment: Experiment, directory: Path) -> Task:
-    """The task of learning the conversations in a directory."""
-    spm = experiment.load_tokenizer()
-    counts = sft.data.load(directory, spm.sha256)
-    return FineTuning(experiment.sft, experiment.model, directory, counts, spm).task()
-
-
-@pytest.fixture
-def task(here: Place):
-    """Makes the task of learning two sources by weight."""
-    write_lines(here.raw / "other.jsonl", [pair(question("train", i), "other") for i in range(40)])
+def task_of(place: Place, batch_size: int = 4, seed: int = 0, **weights: float) -> tuple[Task, Path]:
+    """The task of learning two sources by weight, and the directory of the data."""
+    write_lines(place.raw / "other.jsonl", [pair(question("train", i), "other") for i in range(40)])
     sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",)))
-
-    def make(batch_size: int = 4, seed: int = 0, **weights: float):
-        found = described(here, sources=sources, filters=ANY)
-        training = replace(found.sft.train, batch_size=batch_size, micro_batch_size=1, seed=seed)
-        found = replace(found, sft=replace(found.sft, train=training, weights=weights))
-        directory = build("sft_data", found)
-        return task_of(found, directory), directory
-
-    return make
+    experiment = described(place, sources=sources, filters=ANY)
+    training = replace(experiment.sft.train, batch_size=batch_size, micro_batch_size=1, seed=seed)
+    tuning = replace(experiment.sft, train=training, weights=weights)
+    directory, spm = build("sft_data", replace(experiment, sft=tuning)), experiment.load_tokenizer()
+    counts = sft.data.load(directory, spm.sha256)
+    return FineTuning(tuning, experiment.model, directory, counts, spm).task(), directory
 
 
 def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_batches_follow_the_weights(task):
+def test_batches_follow_the_weights(here: Place):
     """Three rows of one source to one of the other, in every batch of four; in those of five, over four batches."""
-    made, directory = task(chats=3.0, other=1.0)
+    task, directory = task_of(here, chats=3.0, other=1.0)
     counts = stage.read_manifest(directory)["counts"]
     whose = {}
     for name in ("chats", "other"):
         rows = Rows(directory, "train", counts, 64, source=name)
         whose |= {tuple(row): name for row in rows.read(range(rows.count))[0].tolist()}
     for step in range(12):
-        names = Counter(whose[tuple(row)] for row in made.batch(step, 0, 1)[0].tolist())
+        names = Counter(whose[tuple(row)] for row in task.batch(step, 0, 1)[0].tolist())
         assert names == {"chats": 3, "other": 1}
-        assert made.seen(step) == {"chats": 3 * step * 64, "other": step * 64}
-    made, _ = task(batch_size=5, chats=3, other=1)
-    names = Counter(whose[tuple(row)] for step in range(4) for row in made.batch(step, 0, 1)[0].tolist())
+        assert task.seen(step) == {"chats": 3 * step * 64, "other": step * 64}
+    task, _ = task_of(here, batch_size=5, chats=3, other=1)
+    names = Counter(whose[tuple(row)] for step in range(4) for row in task.batch(step, 0, 1)[0].tolist())
     assert names == {"chats": 15, "other": 5}
-    made, _ = task(other=2.5)
-    assert {whose[tuple(row)] for step in range(8) for row in made.batch(step, 0, 1)[0].tolist()} == {"other"}
 
 
-def test_without_weights_every_row_is_seen_once_an_epoch(task):
-    made, directory = task(batch_size=1)
+def test_without_weights_every_row_is_seen_once_an_epoch(here: Place):
+    task, directory = task_of(here, batch_size=1)
     counts = stage.read_manifest(directory)["counts"]["train"]
     rows = counts["rows"]
-    assert made.epoch == rows
+    assert task.epoch == rows
     for epoch in range(2):
-        seen = [made.batch(epoch * rows + i, 0, 1) for i in range(rows)]
+        seen = [task.batch(epoch * rows + i, 0, 1) for i in range(rows)]
         assert len({tuple(batch[0][0].tolist()) for batch in seen}) == rows
-        assert sum(made.targets(*batch) for batch in seen) == counts["trained"]
-    assert made.seen(7) == {}
+        assert sum(task.targets(*batch) for batch in seen) == counts["trained"]
 
 
 @pytest.mark.parametrize("weights", [{}, {"chats": 2, "other": 1}])
-def test_a_batch_is_a_pure_function_of_seed_and_step(task, weights):
-    made, _ = task(**weights)
-    other, _ = task(**weights)
-    batches = [made.batch(step, 0, 1) for step in range(12)]
+def test_a_batch_is_a_pure_function_of_seed_and_step(here: Place, weights):
+    task, other = task_of(here, **weights)[0], task_of(here, **weights)[0]
+    batches = [task.batch(step, 0, 1) for step in range(12)]
     for step in (11, 3, 0, 7):
         assert equal(other.batch(step, 0, 1), batches[step])
         for ranks in (2, 4):
-            parts = [made.batch(step, rank, ranks) for rank in range(ranks)]
-            assert {len(part[0]) for part in parts} == {4 // ranks}
+            parts = [task.batch(step, rank, ranks) for rank in range(ranks)]
             assert equal(tuple(torch.cat(column) for column in zip(*parts, strict=True)), batches[step])
         assert batches[step][-1].tolist() == list(range(4 * step, 4 * step + 4))  # the numbers that dropout follows
-    another, _ = task(seed=1, **weights)
+    another = task_of(here, seed=1, **weights)[0]
     assert not all(equal(another.batch(step, 0, 1), batches[step]) for step in range(3))
 
 
-def test_weights_of_no_source_are_refused(here: Place):
+def test_weights_name_sources_that_have_rows(here: Place):
     with pytest.raises(ValueError, match="weights names others; expected names of the data's sources"):
-        replace(described(here).sft, weights={"chats": 1, "others": 1})
+        task_of(here, chats=1, others=1)
     with pytest.raises(ValueError, match="weights are"):
-        replace(described(here).sft, weights={"chats": 0})
-    with pytest.raises(TypeError, match="weights is"):
-        SFTConfig(weights=("chats",))
-
-
-def test_a_source_of_which_nothing_is_left_cannot_be_drawn_from(here: Place):
-    write_lines(here.raw / "other.jsonl", [pair("Say nothing.", "")])
-    sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",)))
-    found = described(here, sources=sources)
-    found = replace(found, sft=replace(found.sft, weights={"chats": 1, "other": 1}))
-    directory = build("sft_data", found)
-    with pytest.raises(UserError, match="weights names other, but no training conversations are left of it"):
-        task_of(found, directory)
+        task_of(here, chats=0)
+    write_lines(here.raw / "chats.jsonl", [HELD])
+    with pytest.raises(UserError, match="weights names chats, but no training conversations are left of it"):
+        task_of(here, chats=1, other=1)

@@ -140,6 +140,9 @@ PAIRED = (
     "request.\n\n"
 )
 START, END = CONTROL[:2]
+QUESTION = "### Instruction:\nHi\n\n### Response:\n"
+SUMS = ["`Hello`</s>", "### Instruction:\n1 + 1?\n\n### Response:\n", "Tom\n</s>"]
+LINES = "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n"
 BY_HAND = {
     "chatml": [
         ((HI, HELLO), [f"</s>{START}user\nHi{END}\n{START}assistant\n", f"`Hello`{END}", "\n"]),
@@ -156,51 +159,16 @@ BY_HAND = {
         ((CAT, TOM), [f"</s>{START}user\nName it.\n\na cat{END}\n{START}assistant\n", f"Tom\n{END}", "\n"]),
     ],
     "instruct": [
-        ((HI, HELLO), ["</s>### Instruction:\nHi\n\n### Response:\n", "`Hello`</s>"]),
-        (
-            (BE, HI, HELLO, SUM, TOM),
-            [
-                "</s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-                "### Instruction:\n1 + 1?\n\n### Response:\n",
-                "Tom\n</s>",
-            ],
-        ),
+        ((HI, HELLO), [f"</s>{QUESTION}", "`Hello`</s>"]),
+        ((BE, HI, HELLO, SUM, TOM), [f"</s>Be brief.\n\n{QUESTION}", *SUMS]),
         ((CAT, TOM), ["</s>### Instruction:\nName it.\n\na cat\n\n### Response:\n", "Tom\n</s>"]),
     ],
     "alpaca": [
-        ((HI, HELLO), [f"</s>{ALONE}### Instruction:\nHi\n\n### Response:\n", "`Hello`</s>"]),
-        (
-            (BE, HI, HELLO, SUM, TOM),
-            [
-                "</s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-                "### Instruction:\n1 + 1?\n\n### Response:\n",
-                "Tom\n</s>",
-            ],
-        ),
-        (
-            (CAT, TOM, HI, HELLO),
-            [
-                f"</s>{PAIRED}### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n",
-                "Tom\n</s>",
-                "### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-            ],
-        ),
-        (
-            (HI, HELLO, CAT, TOM),
-            [
-                f"</s>{ALONE}### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-                "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n",
-                "Tom\n</s>",
-            ],
-        ),
-        (
-            (BE, CAT, TOM),
-            ["</s>Be brief.\n\n### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n", "Tom\n</s>"],
-        ),
+        ((HI, HELLO), [f"</s>{ALONE}{QUESTION}", "`Hello`</s>"]),
+        ((BE, HI, HELLO, SUM, TOM), [f"</s>Be brief.\n\n{QUESTION}", *SUMS]),
+        ((CAT, TOM, HI, HELLO), [f"</s>{PAIRED}{LINES}", "Tom\n</s>", QUESTION, "`Hello`</s>"]),
+        ((HI, HELLO, CAT, TOM), [f"</s>{ALONE}{QUESTION}", "`Hello`</s>", LINES, "Tom\n</s>"]),
+        ((BE, CAT, TOM), [f"</s>Be brief.\n\n{LINES}", "Tom\n</s>"]),
     ],
 }
 CASES = [(template, *case) for template, cases in BY_HAND.items() for case in cases]
@@ -228,7 +196,7 @@ def test_an_answer_of_nothing_is_its_end_alone(spms, template):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "LLaMA's with control"])
 @pytest.mark.parametrize("template", FORMS)
-def test_what_is_asked_stands_before_the_answer_and_the_answers_alone_are_trained(spms, kind, template):
+def test_only_answers_are_trained_and_each_is_asked_for_as_it_is_trained(spms, kind, template):
     spm = spms[kind]
     end = spm.control[END] if template == "chatml" else spm.eos
 
@@ -240,48 +208,14 @@ def test_what_is_asked_stands_before_the_answer_and_the_answers_alone_are_traine
         learnt = [run for is_trained, run in runs(ids, trained) if is_trained]
         assert [spm.decode(run[:-1], begins=False) for run in learnt] == [content for _, content in said]
         assert {run[-1] for run in learnt} == {end}
+        # A control piece that a message spells is text: only the template's are in the ids.
+        marks = sum(bool(m.role != "system" or m.content.strip()) for m in messages) if template == "chatml" else 0
+        expected = {START: marks, END: marks, "<|reserved_0|>": 0}
+        assert {piece: ids.count(spm.control[piece]) for piece in expected} == expected
+        assert ids.count(spm.eos) == (spm.bos == spm.eos) + (0 if template == "chatml" else len(said))
         firsts = [i for i in range(1, len(ids)) if trained[i] and not trained[i - 1]]
         for first, (at, _) in zip(firsts, said, strict=True):
             assert render(template, messages[:at], spm, ask=True) == (ids[:first], [*trained[: first - 1], False])
-
-    check()
-
-
-BEGINNINGS = (
-    "`",
-    '"',
-    "(",
-    "\n",
-    "\n\n",
-    " ",
-    "-",
-    ".",
-    "▁",
-    "🙂",
-    *CONTROL,
-    "### Response:\n`",
-    "assistant\n`",
-    "</s>",
-)
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "LLaMA's with control"])
-@pytest.mark.parametrize("template", FORMS)
-def test_control_pieces_that_a_message_spells_are_text(spms, kind, template):
-    spm = spms[kind]
-
-    @settings(max_examples=50, deadline=None, derandomize=True)
-    @given(conversations(SPELT))
-    def check(messages):
-        ids, _ = render(template, messages, spm)
-        said = [m for m in messages if m.role != "system" or m.content.strip()]
-        answers = sum(message.role == "assistant" for message in said)
-        marks = len(said) if template == "chatml" else 0
-        expected = {spm.control[START]: marks, spm.control[END]: marks, spm.control["<|reserved_0|>"]: 0, spm.eos: 0}
-        expected[spm.eos] += 0 if template == "chatml" else answers
-        expected[spm.bos] = expected.get(spm.bos, 0) + 1
-        assert {i: ids.count(i) for i in expected} == expected
-        assert ids[0] == spm.bos
 
     check()
 
@@ -321,9 +255,8 @@ def test_transformers_gives_a_conversation_the_same_ids(spms, exported, kind, te
                 asked = render(template, messages[:at], spm, ask=True)[0]
                 assert same(spm, theirs(hf, messages[:at], add_generation_prompt=True), asked, exact)
 
-    for beginning in BEGINNINGS:
-        if beginning not in (*CONTROL, "</s>"):  # which transformers parses
-            agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
+    for beginning in ("`", '"', "(", "\n", "\n\n", " ", "-", "▁", "🙂", "### Response:\n`", "assistant\n`"):
+        agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
     settings(max_examples=40, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
 
 
