@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def preparation(experiment) -> dict[str, float]:
     spm = experiment.load_tokenizer()
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
-        encode = sft.data.encoder(config, spm, context)
+        encode = partial(sft.data.encode, config, spm, context)
         splits, sources = sft.data.gather(config, encode, Judge(config.filters), workers=2)
         counts = {s: sft.data.write(Path(directory), s, splits[s], list(sources), context) for s in splits}
         seconds = time.perf_counter() - started

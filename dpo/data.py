@@ -9,8 +9,9 @@ pair: its origin.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 import tokenizer
-from cli import log
 from data.batches import Shuffled
 from data.pack import token_dtype
 from data.sources import Records
@@ -72,20 +72,18 @@ def fitted(parts: list[list[int]], context: int) -> list[list[int]]:
     return [prompt, *(answer[:room] for answer in answers)]
 
 
-def encoder(config: PairConfig, template: str, spm: Tokenizer, context: int) -> Callable:
-    """The function that turns a pair into ids and lengths, or names the rule that drops it."""
-
-    def encode(pair: Pair):
-        whole = rendered(pair, template, spm)
-        parts = fitted(whole, context)
-        if parts != whole and config.too_long == "drop":
-            return "longer_than_context"
-        if parts != whole and parts[1] == parts[2] and pair.chosen != pair.rejected:
-            return "identical_when_cut"
-        ids = np.array(parts[0] + parts[1] + parts[2], dtype=token_dtype(spm.vocab_size))
-        return ids, np.array([len(part) for part in parts]), parts != whole
-
-    return encode
+def encode(config: PairConfig, template: str, spm: Tokenizer, context: int, pair: Pair):
+    """Ids of a pair, the lengths of its parts, and True if it was cut; or the name of the rule that drops it."""
+    whole = rendered(pair, template, spm)
+    parts = fitted(whole, context)
+    cut = parts != whole
+    if cut and config.too_long == "drop":
+        return "longer_than_context"
+    prompt, chosen, rejected = parts
+    if cut and chosen == rejected and pair.chosen != pair.rejected:
+        return "identical_when_cut"
+    ids = np.array(prompt + chosen + rejected, dtype=token_dtype(spm.vocab_size))
+    return ids, np.array([len(prompt), len(chosen), len(rejected)]), cut
 
 
 def write(directory: Path, name: str, items: list[Item], sources: Sequence[str]) -> dict:
@@ -93,19 +91,21 @@ def write(directory: Path, name: str, items: list[Item], sources: Sequence[str])
     write_texts(directory, name, items)
     lengths = np.array([item.parts for item in items])  # (pairs, 3): prompt, chosen, rejected
     ends = lengths.cumsum().reshape(-1, 3)
-    kinds = Counter(item.kind for item in items)
-    prompts, labels = {}, []
+    kinds, prompts, labels = Counter(), {}, []
     for item in items:
-        labels.append([list(kinds).index(item.kind), prompts.setdefault(item.hashes[0], len(prompts))])
+        kinds[item.kind] += 1
+        kind = list(kinds).index(item.kind)
+        prompt = prompts.setdefault(item.hashes[0], len(prompts))
+        labels.append([kind, prompt])
     index = np.column_stack([ends - lengths, ends[:, 2], labels])
     index.astype("<i8").tofile(directory / f"{name}.idx")
     counts = {"pairs": len(items), "prompts": len(prompts), "tokens": int(ends[-1, 2])}
     counts |= {"longest": int(lengths.sum(axis=1).max()), "sources": {}, "kinds": dict(kinds)}
+    names = [item.source for item in items]
     first = 0
     for source in sources:
-        size = sum(item.source == source for item in items)
-        counts["sources"][source] = {"pair": first, "pairs": size}
-        first += size
+        counts["sources"][source] = {"pair": first, "pairs": names.count(source)}
+        first += names.count(source)
     return counts
 
 
@@ -123,11 +123,11 @@ def build(
         return
     spm = tokenizer.load(spm)
     with job.making():
-        splits, sources = gather(config, encoder(config, template, spm, context), PairJudge(config.filters), workers)
+        encoded = partial(encode, config, template, spm, context)
+        splits, sources = gather(config, encoded, PairJudge(config.filters), workers)
         counts = {"dtype": token_dtype(spm.vocab_size), "sources": sources}
         for name, items in splits.items():
             counts[name] = write(job.directory, name, items, list(sources))
-            log.info(f"{name}: " + ", ".join(f"{counts[name][key]:,} {key}" for key in ("pairs", "prompts", "tokens")))
         job.finish(counts)
 
 
@@ -147,7 +147,8 @@ class PairRows(Shuffled):
         self.file, totals = str(directory / f"{split}.bin"), counts[split]
         self.tokens = np.memmap(self.file, dtype=counts["dtype"], mode="r")
         index = np.fromfile(directory / f"{split}.idx", dtype="<i8").reshape(-1, COLUMNS)
-        self.bounds, self.kinds, self.prompts = index[:, :4], index[:, 4], index[:, 5]
+        self.bounds = index[:, :4]
+        self.kinds, self.prompts = index[:, 4:].T
         self.names, self.width = list(totals["kinds"]), totals["longest"]
         part = totals["sources"][source] if source else {"pair": 0, "pairs": totals["pairs"]}
         self.first = part["pair"]

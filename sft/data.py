@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,9 +29,9 @@ import tokenizer
 from cli import UserError, log, progress
 from data.batches import Shuffled
 from data.holdout import split_hash, threshold
-from data.pack import SPLITS, token_dtype
+from data.pack import token_dtype
 from data.sources import Records, Unreadable, log_kept
-from sft.conversations import FORMATS, DocQuestions
+from sft.conversations import FORMATS, Conversation, DocQuestions
 from sft.filters import Filters, Judge
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
@@ -98,7 +99,7 @@ class Item(NamedTuple):
     cut: bool
 
 
-def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int) -> tuple[dict, dict]:
+def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
     """Reads all sources. Returns the items of each split, {"train": [Item], "val": [Item]}, and counts by source.
 
     encode(example): ids, parts and cut as in Item, or the name of the rule that drops the example.
@@ -133,8 +134,10 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int) -> 
     for name, count in counts.items():
         count["dropped"] = dict(sorted(count["dropped"].items()))
         log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
-        if count["cut"]:
-            log.info(f"{name}: {count['cut']:,} {config.unit} were cut to the context")
+        cut = count["cut"]
+        if cut:
+            log.info(f"{name}: {cut:,} {config.unit} were cut to the context")
+    log.info(f"{len(splits['train']):,} {config.unit} to train on, {len(splits['val']):,} held out")
     if not splits["train"] or not splits["val"]:
         raise UserError(
             f"{len(items):,} {config.unit} passed the filters; training and validation take at least one each that "
@@ -143,16 +146,15 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int) -> 
     return splits, counts
 
 
-def split(items: list[Item], counts: dict[str, dict], fraction: float) -> dict[str, list[Item]]:
+def split(items: list[Item], counts: dict, fraction: float) -> dict[str, list[Item]]:
     """Divides the items by the hashes of their keys, and counts those that are kept."""
-    keys = slice(None, -1)
     limit = threshold((item.hashes[0] for item in items), fraction)
-    if limit is None:  # all begin alike: the whole example decides
-        keys = slice(-1, None)
+    alike = limit is None  # all begin alike: the whole example decides
+    if alike:
         limit = threshold((item.hashes[-1] for item in items), fraction) or 0
-    splits = {name: [] for name in SPLITS}
+    splits = {"train": [], "val": []}
     for item in items:
-        numbers = item.hashes[keys]
+        numbers = item.hashes[-1:] if alike else item.hashes[:-1]
         count = counts[item.source]
         if min(numbers) < limit <= max(numbers):  # a pair whose two answers belong to different splits
             count["dropped"]["of_both_splits"] += 1
@@ -173,19 +175,15 @@ def inputs(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, 
 # ---------------------------------------------------------------------------------------------------------- the stage
 
 
-def encoder(config: ConversationConfig, spm: Tokenizer, context: int) -> Callable:
-    """The function that turns a conversation into ids and mask, or names the rule that drops it."""
-    dtype = token_dtype(spm.vocab_size)
-
-    def encode(conversation):
-        ids, trained = render(config.template, conversation.messages, spm)
-        end = len(trained) - trained[::-1].index(True)
-        fits = min(end, context + 1)  # the last id of a row is only predicted
-        if not any(trained[:fits]) or (fits < end and config.too_long == "drop"):
-            return "longer_than_context"
-        return np.array(ids[:fits], dtype=dtype), np.array(trained[:fits], dtype=np.uint8), fits < end
-
-    return encode
+def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversation: Conversation):
+    """Ids and mask of a conversation, and True if it was cut; or the name of the rule that drops it."""
+    ids, trained = render(config.template, conversation.messages, spm)
+    end = len(trained) - trained[::-1].index(True)
+    fits = min(end, context + 1)  # the last id of a row is only predicted
+    if True not in trained[:fits] or (fits < end and config.too_long == "drop"):
+        return "longer_than_context"
+    mask = np.array(trained[:fits], dtype=np.uint8)
+    return np.array(ids[:fits], dtype=token_dtype(spm.vocab_size)), mask, fits < end
 
 
 def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
@@ -232,13 +230,13 @@ def build(
         return
     spm = tokenizer.load(spm)
     with job.making():
-        splits, sources = gather(config, encoder(config, spm, context), Judge(config.filters), workers)
+        splits, sources = gather(config, partial(encode, config, spm, context), Judge(config.filters), workers)
         counts = {"dtype": token_dtype(spm.vocab_size), "sources": sources}
         for name, items in splits.items():
             counts[name] = write(job.directory, name, items, list(sources), context)
-            numbers = [f"{counts[name][key]:,} {key}" for key in ("conversations", "tokens", "rows")]
-            log.info(f"{name}: {', '.join(numbers)} of {context:,}, {counts[name]['packing_efficiency']:.2%} used")
-        job.finish({"packing_efficiency": counts["train"]["packing_efficiency"]} | counts)
+        rows, efficiency = counts["train"]["rows"], counts["train"]["packing_efficiency"]
+        log.info(f"{rows:,} training rows of {context:,} tokens, {efficiency:.2%} of them used -> {job.directory}")
+        job.finish(counts | {"packing_efficiency": efficiency})
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -265,7 +263,8 @@ class Rows(Shuffled):
 
     def documents(self, row: int) -> range:
         """The numbers in the split of a row's conversations."""
-        return range(int(self.firsts[self.first + row]), int(self.firsts[self.first + row + 1]))
+        first = self.first + row
+        return range(*self.firsts[first : first + 2].tolist())
 
     def conversation(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,) int64 and mask (n,) bool of a conversation."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from cli import UserError
 from configs import Experiment
 from data.holdout import held_out
 from data.sources import PythonDocs
-from dpo.data import PairConfig, PairRows, encoder, fitted, rendered
+from dpo.data import PairConfig, PairRows, encode, fitted, rendered
 from dpo.filters import PairFilters, PairJudge
 from dpo.pairs import DocPairs, Pair, Pairs
 from sft.conversations import Chats, DocQuestions, Message
@@ -249,7 +250,7 @@ class Listed(Pairs):
 
 
 def gathered(config: PairConfig, spm, context: int = 64) -> tuple[dict, dict]:
-    return sft.data.gather(config, encoder(config, "chatml", spm, context), PairJudge(config.filters), 1)
+    return sft.data.gather(config, partial(encode, config, "chatml", spm, context), PairJudge(config.filters), 1)
 
 
 def test_a_pair_that_belongs_to_both_splits_is_dropped(spm):
