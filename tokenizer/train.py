@@ -237,6 +237,6 @@ def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> s
         "| source | documents | bytes a token | characters a token | tokens a word | unknown | came back the same |",
         "|---|---|---|---|---|---|---|",
         *rows,
-        f"\nScore: {numbers['score']} bits of text per bit of an id, 8 · bytes a token / log2(pieces); higher is better",
+        f"\nScore: {numbers['score']} bits of text per bit of id, 8 · bytes a token / log2(pieces). More is better",
     ]
     return "\n".join(lines) + "\n"
