@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,13 +177,11 @@ class Tally:
 
     def counts(self) -> dict:
         """For the manifest."""
-        counts: dict = dict.fromkeys(("read", "documents", "bytes", "words"), 0) | {"dropped": {}}
+        sums, dropped = Counter(), Counter()
         for table in self.sources.values():
-            for key in ("read", "documents", "bytes", "words"):
-                counts[key] += table[key]
-            for rule, number in table["dropped"].items():
-                counts["dropped"][rule] = counts["dropped"].get(rule, 0) + number
-        return counts | {"dropped": dict(sorted(counts["dropped"].items())), "sources": self.sources}
+            sums.update({key: table[key] for key in ("read", "documents", "bytes", "words")})
+            dropped.update(table["dropped"])
+        return {**sums, "dropped": dict(sorted(dropped.items())), "sources": self.sources}
 
 
 def _sample(sample: list, size: int, source: str, id: str, text: str) -> None:
@@ -281,19 +280,18 @@ def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> 
 def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
     """The lines of the shards. Updates `source` and `read` of the state: the position after each line."""
     for number in range(state["source"], len(config.sources)):
-        source = config.sources[number]
+        source, share = config.sources[number], 0.0
         counts, budget = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN
-        most, share = source.max_documents or math.inf, 0.0
-        rest = None if most == math.inf else most - state["read"]
+        rest = source.max_documents and source.max_documents - state["read"]
         batches = _batches(itertools.islice(source.documents(workers, state["read"]), rest))
         prepared = cli.ordered(pool, functools.partial(_prepare, number), batches, 2 * workers)
-        expected = lambda: (counts["read"], counts["read"] / share if share else 0)  # noqa: B023, E731
-        for document, pieces in progress(itertools.chain.from_iterable(prepared), expected, "documents", source.name):
+        done = lambda: (counts["read"], counts["read"] / share if share else 0)  # noqa: B023, E731
+        for document, pieces in progress(itertools.chain.from_iterable(prepared), done, "documents", source.name):
             if counts["bytes"] >= budget:
                 break
+            share = max(document.read, counts["bytes"] / budget)
             state["read"] += 1
             counts["read"] += 1
-            share = max(document.read, counts["bytes"] / budget, state["read"] / most)
             kept = []
             for piece in pieces:
                 counts["words_read"] += piece.words

@@ -147,7 +147,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     """Writes the four files and returns their counts. The order of documents does not depend on the workers."""
     dtype, rule = token_dtype(spm.vocab_size), holdout(corpus, val_fraction)
     if rule.threshold is None:
-        log.info(f"packed: no whole document can be held out; of each the last {val_fraction:.0%} is")
+        log.info(f"packed: no whole document can be held out: the last {val_fraction:.1%} of each is")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
     chunks = []
     for shard in sorted(corpus.glob("shard_*.jsonl")):

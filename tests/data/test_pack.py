@@ -1,5 +1,6 @@
 """Packed tokens hold the whole corpus, in order, in the split that the hash of each document gives."""
 
+import argparse
 import re
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import configs
+import data.inspect
 import data.pack
 import stage
 import tokenizer
@@ -80,13 +82,22 @@ def test_each_source_is_a_part(two_sources: Place):
         packed.of("x")
 
 
-def test_a_mixture_is_trained_on_and_shown(two_sources: Place):
+def inspect(place: Place, **options) -> None:
+    """python -m data.inspect in this process."""
+    defaults = {"split": "train", "first": 0, "documents": 3, "step": 0, "rows": 2, "chars": 500}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS", str(place.runs))
+        data.inspect.main(argparse.Namespace(config=place.config, **defaults | options))
+
+
+def test_a_mixture_is_trained_on_and_shown(two_sources: Place, capsys):
     two_sources.make("pretrain")
     seen = [line["seen"] for line in two_sources.metrics()]
     assert seen[9] == {"files": 10 * 3 * 64, "more": 10 * 9 * 64}
     assert seen[11] == {"files": (10 * 3 + 2 * 12) * 64, "more": 10 * 9 * 64}
     for step, counts in {9: (3, 9), 10: (12, 0)}.items():
-        shown = two_sources.run("-m", "data.inspect", two_sources.config, "--rows", 12, "--step", step).stdout
+        inspect(two_sources, rows=12, step=step)
+        shown = capsys.readouterr().out
         assert (shown.count(": files, window"), shown.count(": more, window")) == counts
     two_sources.edit(("start=10", "start=11"))
     with pytest.raises(UserError, match="mixture"):
@@ -112,7 +123,7 @@ experiment = replace(first, name="mini", shared={"tokenizer": first}, beside=(fi
         place.make("pretrain", force=True)
 
 
-def test_inspect_shows_documents_and_batches(made: Place, spm):
+def test_inspect_shows_documents_and_batches(made: Place, spm, capsys):
     """Every row of a batch is text of the documents that the numbers of the batch name."""
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["train"]
     config = configs.load(made.config).pretrain
@@ -123,8 +134,8 @@ def test_inspect_shows_documents_and_batches(made: Place, spm):
     row = batches.batch(7)[0][0].tolist()
     together = np.concatenate([documents[number] for number in sorted(numbers)]).tolist()
     assert any(together[i : i + 64] == row for i in range(len(together)))
-    options = ("--first", min(numbers), "--documents", 1, "--step", 5, "--rows", 3, "--chars", 30)
-    shown = made.run("-m", "data.inspect", made.config, *options).stdout
+    inspect(made, first=min(numbers), documents=1, step=5, rows=3, chars=30)
+    shown = capsys.readouterr().out
     text = spm.decode(documents[min(numbers)].tolist()).replace("\n", "⏎")
     assert re.search(rf"^{min(numbers)} \[[\d,]+ to [\d,]+\) {re.escape(text[:30])}", shown, re.MULTILINE)
     assert f"{len(packed.tokens):,} tokens" in shown
