@@ -24,8 +24,6 @@ class Cleaning:
         check_types(self)
         if self.urls not in ("keep", "drop", "replace"):
             raise ValueError(f'urls is {self.urls!r}; expected "keep", "drop" or "replace"')
-        if self.repeated_line_chars < 0:
-            raise ValueError(f"repeated_line_chars is {self.repeated_line_chars}; expected at least 0")
 
 
 BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")

@@ -60,8 +60,6 @@ class CorpusConfig:
             names = [source.name for source in getattr(self, field)]
             if len(set(names)) < len(names):
                 raise ValueError(f"{field} are called {', '.join(names)}; give each a name of its own")
-        if self.decontaminate_ngram < 1:
-            raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}; expected at least 1")
 
 
 def records(directory: Path) -> Iterator[dict[str, str]]:
@@ -111,23 +109,23 @@ class Preparation:
             rule = "too_short" if len(text) < source.min_chars else "too_long"
             return [*pieces, Piece(text, len(words(text)), rule)]
         parts = [part for part in sections(text) if part.strip()]
-        spelt = [words(part) for part in parts] + [[]]
+        listed = [words(part) for part in parts] + [[]]
         for i, part in enumerate(parts):
-            following = spelt[i + 1][: self.config.decontaminate_ngram - 1]  # no run hides across a cut
-            pieces.append(self._piece(part, spelt[i], following, source.quality))
+            following = listed[i + 1][: self.config.decontaminate_ngram - 1]  # no run hides across a cut
+            pieces.append(self._piece(part, listed[i], following, source.quality))
         return pieces
 
-    def _piece(self, text: str, spelt: list[bytes], following: list[bytes], quality: Quality | None) -> Piece:
-        numbers = hashes(spelt)
-        if quality and (rule := judge(text, spelt, numbers, quality)):
-            return Piece(text, len(spelt), rule)
+    def _piece(self, text: str, words: list[bytes], following: list[bytes], quality: Quality | None) -> Piece:
+        numbers, count = hashes(words), len(words)
+        if quality and (rule := judge(text, words, numbers, quality)):
+            return Piece(text, count, rule)
         if name := self.contamination.find(np.concatenate([numbers, hashes(following)])):
-            return Piece(text, len(spelt), f"contaminated: {name}")
-        keys, shingles = fingerprint(spelt or [text.strip().encode()]), np.empty(0, np.uint32)
+            return Piece(text, count, f"contaminated: {name}")
+        keys, shingles = fingerprint(words or [text.strip().encode()]), np.empty(0, np.uint32)
         if self.minhash:
             shingles = self.minhash.shingles(numbers)
             keys = np.concatenate([keys, self.minhash.keys(shingles)])
-        return Piece(text, len(spelt), None, keys, shingles)
+        return Piece(text, count, None, keys, shingles)
 
 
 def _start_worker(preparation: Preparation) -> None:
@@ -209,13 +207,10 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
             job.clear()
         tally = gather(config, directory, workers, state or beginning(job.config, job.read))
         counts = tally.counts()
-        if not counts["documents"]:
-            dropped = ", ".join(f"{n:,} {rule}" for rule, n in counts["dropped"].items()) or "nothing was dropped"
-            raise UserError(
-                f"the corpus is empty: of {counts['read']:,} documents none was kept ({dropped}); add sources, or "
-                "change their min_chars and quality"
-            )
         _report(config, tally)
+        if not counts["documents"]:
+            none = f"the corpus is empty: none of {counts['read']:,} documents was kept"
+            raise UserError(f"{none}; add sources, or change their min_chars and quality")
         (directory / "DATA_CARD.md").write_text(card(directory.parent.name, config, tally), encoding="utf-8")
         job.finish(counts)
         shutil.rmtree(directory / "partial")

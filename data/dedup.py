@@ -31,7 +31,7 @@ class Deduplication:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}; expected more than 0, at most 1")
         if min(self.ngram, self.permutations) < 1:
-            raise ValueError(f"ngram is {self.ngram}, permutations is {self.permutations}; expected at least 1")
+            raise ValueError(f"ngram is {self.ngram}, permutations {self.permutations}; expected at least 1")
 
     @property
     def rows(self) -> int:

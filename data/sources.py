@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -262,15 +263,10 @@ class FileRecords(Records):
             for number, element in enumerate(value if isinstance(value, list) else [value], start=1):
                 yield "element", number, element
         elif _format(path) == ".parquet":
-            number = 0
-            for batch in (
-                extra("pyarrow.parquet", "pyarrow", "a .parquet file")
-                .ParquetFile(file)
-                .iter_batches(256, columns=self.columns)
-            ):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield "row", number, row
+            table = extra("pyarrow.parquet", "pyarrow", "a .parquet file").ParquetFile(file)
+            batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=self.columns))
+            for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
+                yield "row", number, row
         else:
             yield "", 0, self._decode(content.read(), str(path))
 

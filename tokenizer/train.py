@@ -54,8 +54,6 @@ class TokenizerConfig:
         taken = {"", "<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))}
         if taken & set(self.control) or len(set(self.control)) < len(self.control):
             raise ValueError(f"control is {self.control}; expected different pieces, none empty, <unk>, </s> or a byte")
-        if self.sample_bytes < 1:
-            raise ValueError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
 
 
 def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:
