@@ -1,11 +1,10 @@
-"""Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a data card.
+"""Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a data card."""
 
-    python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
-
-The same inputs give the same bytes for any number of workers. An interrupted build continues after its last finished
-shard. Workers clean and judge. This process finds duplicates, one text after another, because that depends on the texts
-kept before. Long documents are judged by section: a bad chapter is dropped, the book stays.
-"""
+#     python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
+#
+# The same inputs give the same bytes for any number of workers. An interrupted build continues after its last finished
+# shard. Workers clean and judge. This process finds duplicates, text after text: they depend on the texts kept before.
+# Long documents are judged by section: a bad chapter is dropped, the book stays.
 
 import functools
 import itertools

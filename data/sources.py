@@ -1,8 +1,7 @@
-"""Where text comes from: files, datasets on the Hugging Face Hub, the documentation that Python carries.
+"""Where text comes from: files, datasets on the Hugging Face Hub, the documentation that Python carries."""
 
-A source reads records in an order that depends on nothing but the input. A record becomes a document here; it becomes
-a conversation or a pair in `sft` and `dpo`.
-"""
+# A source reads records in an order that depends on nothing but the input. A record becomes a document here; it becomes
+# a conversation or a pair in `sft` and `dpo`.
 
 import ast
 import bz2
@@ -134,8 +133,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def inputs(sources: Iterable[Records], directory: Path) -> dict[str, str]:
-    """{input: SHA-256} of all sources of a stage. {} if its directory is finished and the sources have been moved away:
-    what was made from them stays valid."""
+    """{input: SHA-256} of all sources of a stage; {} if its directory is finished and a source has been moved away."""
     try:
         return {path: digest for source in sources for path, digest in source.inputs().items()}
     except UserError:
@@ -198,8 +196,7 @@ def _format(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecords(Records):
-    """Records in files: each line of .jsonl, each element of the list in .json, each row of .parquet (with pyarrow).
-    All but .parquet also as .gz, .bz2 or .xz. In UTF-8."""
+    """Records in files: each line of .jsonl, each element of the list in .json, each row of .parquet (with pyarrow)."""
 
     paths: tuple[str, ...]  # paths or globs; relative ones are found under DATA in the environment, or data/raw/
 
@@ -308,10 +305,7 @@ class Files(FileRecords, Source):
 
 @dataclass(frozen=True, kw_only=True)
 class HubRecords(Records):
-    """The records of a dataset on the Hugging Face Hub, or of a directory laid out like one, streamed by `datasets`.
-
-    After a failed read it continues with the record after the last good one.
-    """
+    """The records of a dataset on the Hugging Face Hub, or of a directory laid out like one, streamed by `datasets`."""
 
     dataset: str  # such as "allenai/c4"; also the name, unless `name` is set
     subset: str | None = None
@@ -396,12 +390,10 @@ class Hub(HubRecords, Source):
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocs(Source):
-    """The documentation in every installation: docstrings of the standard library and of the packages that come with
-    torch and numpy, and the language topics of `pydoc`. Parses the code, never imports it.
+    """The documentation in every installation: docstrings, parsed and never imported, and the topics of `pydoc`."""
 
-    A document is a docstring; its id is the full name of what it documents. The text depends on the versions of Python
-    and of the packages.
-    """
+    # A document is a docstring of the standard library or of a package that comes with torch or numpy. Its id is the
+    # full name of what it documents. The text depends on the versions of Python and of the packages.
 
     name: str = "python_docs"
     licence: str = "those of Python (PSF-2.0) and of the packages"
