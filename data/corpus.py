@@ -238,7 +238,7 @@ def _interrupted(job: Stage) -> dict | None:
         state = json.loads((job.directory / "partial/state.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    same = state["config"] == job.config and state["inputs"] == job.read
+    same = (state.get("config"), state.get("inputs")) == (job.config, job.read)
     return state if same and not stage.damage(job.directory, state["shards"], contents=False) else None
 
 

@@ -117,10 +117,9 @@ class Source(Records):
             value = value.get(field)
         if isinstance(value, str):
             return value
-        names = ", ".join(record.value) if isinstance(record.value, dict) else type(record.value).__name__
-        return self.refuse(
-            f"{record.where}: expected an object whose {field!r} is a string, found {names}; set field=…"
-        )
+        found = ", ".join(record.value) if isinstance(record.value, dict) else type(record.value).__name__
+        expected = f"expected an object whose {field!r} is a string"
+        return self.refuse(f"{record.where}: {expected}, found {found}; set field=…")
 
 
 def _strings(value) -> Iterator[str]:

@@ -121,14 +121,7 @@ def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: P
     return Stage(directory, settings, stage.outputs(corpus), command, __file__)
 
 
-def build(
-    job: Stage,
-    config: TokenizerConfig,
-    corpus: Path,
-    val_fraction: float,
-    force: bool = False,
-    replaced: Collection = (),
-) -> None:
+def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float, force=False, replaced=()) -> None:
     """Makes the tokenizer if it is missing. replaced: directories that are made again after it."""
     directory = job.directory
     if job.up_to_date(force):

@@ -283,7 +283,8 @@ def test_impossible_settings_are_refused():
 @pytest.mark.parametrize("quality", [None, Quality()])
 def test_odd_documents_go_through_every_rule(raw, tmp_path, quality):
     """Each is kept or counted."""
-    odd = ["x" * 900_000, "word " * 100_000, "\x00" * 50, "?" * 20_000, "<b>" * 9_000, "港" * 9_000, "a\n" * 20_000, ""]
+    odd = ["x" * 900_000, "word " * 100_000, "\x00" * 50, "?" * 20_000, "<b>" * 9_000, "港" * 9_000, "a\n" * 20_000]
+    odd += ["", "half \ud800 a pair " * 20]
     write(raw / "a.jsonl", odd)
     tally, found = make(CorpusConfig(sources=(source("a", quality=quality),)), tmp_path / "corpus")
     assert tally.sources["a"]["read"] == len(odd)
