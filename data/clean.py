@@ -24,8 +24,6 @@ class Cleaning:
         check_types(self)
         if self.urls not in ("keep", "drop", "replace"):
             raise ValueError(f'urls is {self.urls!r}; expected "keep", "drop" or "replace"')
-        if self.repeated_line_chars < 0:
-            raise ValueError(f"repeated_line_chars is {self.repeated_line_chars}; expected at least 0")
 
 
 BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
@@ -56,11 +54,7 @@ ATTRIBUTES = r"\s+(?:[\w:-]+\s*=|(?:checked|compact|disabled|hidden|noshade|nowr
 TAG = re.compile(rf"<(/?)(?:({BLOCK})|({INLINE}))({ATTRIBUTES})?\s*/?>|<!doctype[^<>]*>", re.IGNORECASE)
 CLOSING = re.compile(r"</(\w+)\s*>")
 # The text between an opening and its closing is not for readers.
-HIDDEN = (
-    (re.compile("<!--"), re.compile("-->")),
-    (re.compile(r"<script\b", re.IGNORECASE), re.compile(r"</script\s*>", re.IGNORECASE)),
-    (re.compile(r"<style\b", re.IGNORECASE), re.compile(r"</style\s*>", re.IGNORECASE)),
-)
+HIDDEN = (("<!--", "-->"), (r"<script\b", r"</script\s*>"), (r"<style\b", r"</style\s*>"))
 AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escaped more than once
 ENTITY = re.compile(r"&(#\d{1,7}|#x[0-9a-f]{1,6}|\w{2,31});", re.IGNORECASE)
 
@@ -87,7 +81,10 @@ def clean(text: str, config: Cleaning = Cleaning()) -> str:
 def _without_html(text: str) -> str:
     if "<" in text:
         for opening, closing in HIDDEN:
-            text = _without_hidden(text, opening, closing)
+            ends = [match.end() for match in re.finditer(closing, text, re.IGNORECASE)]
+            if ends:  # search only before the last closing: an opening that is never closed would cost quadratic time
+                before, after = text[: ends[-1]], text[ends[-1] :]
+                text = re.sub(f"{opening}.*?{closing}", "", before, flags=re.IGNORECASE | re.DOTALL) + after
         closed = set(CLOSING.findall(text))
         text = TAG.sub(lambda match: _tag(match, closed), text)
     if "&" in text:
@@ -109,17 +106,6 @@ def _tag(match: re.Match, closed: set[str]) -> str:
 def _entity(match: re.Match) -> str:
     known = match[1].startswith("#") or f"{match[1]};" in html5
     return html.unescape(match[0]) if known else match[0]
-
-
-def _without_hidden(text: str, opening: re.Pattern, closing: re.Pattern) -> str:
-    """The text without everything from an opening to the next closing. Keeps an opening that is never closed."""
-    kept, start, looked = [], 0, 0
-    for close in closing.finditer(text):
-        if match := opening.search(text, looked, close.start()):
-            kept.append(text[start : match.start()])
-            start = close.end()
-        looked = close.end()
-    return "".join(kept) + text[start:]
 
 
 def _without_repeated_lines(text: str, length: int) -> str:

@@ -1,11 +1,10 @@
-"""Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a data card.
+"""Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a data card."""
 
-    python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
-
-The same inputs give the same bytes for any number of workers. An interrupted build continues after its last finished
-shard. Workers clean and judge. This process finds duplicates, one text after another, because that depends on the texts
-kept before. Long documents are judged by section: a bad chapter is dropped, the book stays.
-"""
+#     python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
+#
+# The same inputs give the same bytes for any number of workers. An interrupted build continues after its last finished
+# shard. Workers clean and judge. This process finds duplicates, text after text: they depend on the texts kept before.
+# Long documents are judged by section: a bad chapter is dropped, the book stays.
 
 import functools
 import itertools
@@ -13,6 +12,7 @@ import json
 import math
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,6 @@ class CorpusConfig:
             names = [source.name for source in getattr(self, field)]
             if len(set(names)) < len(names):
                 raise ValueError(f"{field} are called {', '.join(names)}; give each a name of its own")
-        if self.decontaminate_ngram < 1:
-            raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}; expected at least 1")
 
 
 def records(directory: Path) -> Iterator[dict[str, str]]:
@@ -110,23 +108,23 @@ class Preparation:
             rule = "too_short" if len(text) < source.min_chars else "too_long"
             return [*pieces, Piece(text, len(words(text)), rule)]
         parts = [part for part in sections(text) if part.strip()]
-        spelt = [words(part) for part in parts] + [[]]
+        listed = [words(part) for part in parts] + [[]]
         for i, part in enumerate(parts):
-            following = spelt[i + 1][: self.config.decontaminate_ngram - 1]  # no run hides across a cut
-            pieces.append(self._piece(part, spelt[i], following, source.quality))
+            following = listed[i + 1][: self.config.decontaminate_ngram - 1]  # no run hides across a cut
+            pieces.append(self._piece(part, listed[i], following, source.quality))
         return pieces
 
-    def _piece(self, text: str, spelt: list[bytes], following: list[bytes], quality: Quality | None) -> Piece:
-        numbers = hashes(spelt)
-        if quality and (rule := judge(text, spelt, numbers, quality)):
-            return Piece(text, len(spelt), rule)
+    def _piece(self, text: str, words: list[bytes], following: list[bytes], quality: Quality | None) -> Piece:
+        numbers, count = hashes(words), len(words)
+        if quality and (rule := judge(text, words, numbers, quality)):
+            return Piece(text, count, rule)
         if name := self.contamination.find(np.concatenate([numbers, hashes(following)])):
-            return Piece(text, len(spelt), f"contaminated: {name}")
-        keys, shingles = fingerprint(spelt or [text.strip().encode()]), np.empty(0, np.uint32)
+            return Piece(text, count, f"contaminated: {name}")
+        keys, shingles = fingerprint(words or [text.strip().encode()]), np.empty(0, np.uint32)
         if self.minhash:
             shingles = self.minhash.shingles(numbers)
             keys = np.concatenate([keys, self.minhash.keys(shingles)])
-        return Piece(text, len(spelt), None, keys, shingles)
+        return Piece(text, count, None, keys, shingles)
 
 
 def _start_worker(preparation: Preparation) -> None:
@@ -176,13 +174,11 @@ class Tally:
 
     def counts(self) -> dict:
         """For the manifest."""
-        counts: dict = dict.fromkeys(("read", "documents", "bytes", "words"), 0) | {"dropped": {}}
+        sums, dropped = Counter(), Counter()
         for table in self.sources.values():
-            for key in ("read", "documents", "bytes", "words"):
-                counts[key] += table[key]
-            for rule, number in table["dropped"].items():
-                counts["dropped"][rule] = counts["dropped"].get(rule, 0) + number
-        return counts | {"dropped": dict(sorted(counts["dropped"].items())), "sources": self.sources}
+            sums.update({key: table[key] for key in ("read", "documents", "bytes", "words")})
+            dropped.update(table["dropped"])
+        return {**sums, "dropped": dict(sorted(dropped.items())), "sources": self.sources}
 
 
 def _sample(sample: list, size: int, source: str, id: str, text: str) -> None:
@@ -210,13 +206,10 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
             job.clear()
         tally = gather(config, directory, workers, state or beginning(job.config, job.read))
         counts = tally.counts()
-        if not counts["documents"]:
-            dropped = ", ".join(f"{n:,} {rule}" for rule, n in counts["dropped"].items()) or "nothing was dropped"
-            raise UserError(
-                f"the corpus is empty: of {counts['read']:,} documents none was kept ({dropped}); add sources, or "
-                "change their min_chars and quality"
-            )
         _report(config, tally)
+        if not counts["documents"]:
+            none = f"the corpus is empty: none of {counts['read']:,} documents was kept"
+            raise UserError(f"{none}; add sources, or change their min_chars and quality")
         (directory / "DATA_CARD.md").write_text(card(directory.parent.name, config, tally), encoding="utf-8")
         job.finish(counts)
         shutil.rmtree(directory / "partial")
@@ -245,7 +238,7 @@ def _interrupted(job: Stage) -> dict | None:
         state = json.loads((job.directory / "partial/state.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    same = state["config"] == job.config and state["inputs"] == job.read
+    same = (state.get("config"), state.get("inputs")) == (job.config, job.read)
     return state if same and not stage.damage(job.directory, state["shards"], contents=False) else None
 
 
@@ -281,19 +274,18 @@ def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> 
 def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
     """The lines of the shards. Updates `source` and `read` of the state: the position after each line."""
     for number in range(state["source"], len(config.sources)):
-        source = config.sources[number]
+        source, share = config.sources[number], 0.0
         counts, budget = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN
-        most, share = source.max_documents or math.inf, 0.0
-        rest = None if most == math.inf else most - state["read"]
+        rest = source.max_documents and source.max_documents - state["read"]
         batches = _batches(itertools.islice(source.documents(workers, state["read"]), rest))
         prepared = cli.ordered(pool, functools.partial(_prepare, number), batches, 2 * workers)
-        expected = lambda: (counts["read"], counts["read"] / share if share else 0)  # noqa: B023, E731
-        for document, pieces in progress(itertools.chain.from_iterable(prepared), expected, "documents", source.name):
+        done = lambda: (counts["read"], counts["read"] / share if share else 0)  # noqa: B023, E731
+        for document, pieces in progress(itertools.chain.from_iterable(prepared), done, "documents", source.name):
             if counts["bytes"] >= budget:
                 break
+            share = max(document.read, counts["bytes"] / budget)
             state["read"] += 1
             counts["read"] += 1
-            share = max(document.read, counts["bytes"] / budget, state["read"] / most)
             kept = []
             for piece in pieces:
                 counts["words_read"] += piece.words

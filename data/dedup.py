@@ -1,11 +1,9 @@
-"""Near-duplicates: MinHash with locality-sensitive hashing (Broder 1997; Leskovec et al., "Mining of Massive Datasets",
-chapter 3) finds candidates, and their true Jaccard similarity decides.
+"""Near-duplicates: MinHash with locality-sensitive hashing finds candidates, and their Jaccard similarity decides."""
 
-Two texts are as similar as their sets of word n-grams ("shingles"): J = |A ∩ B| / |A ∪ B|. A random permutation of all
-shingles has the same minimum over A and over B with probability J. The minima under `permutations` permutations are the
-signature of a text. It is cut into bands of `rows`. Texts that agree in a whole band are compared: that happens with
-probability 1 - (1 - J^rows)^bands.
-"""
+# Broder 1997; Leskovec et al., "Mining of Massive Datasets", chapter 3. Two texts are as similar as their sets of word
+# n-grams ("shingles"): J = |A ∩ B| / |A ∪ B|. A random permutation of all shingles has the same minimum over A and over
+# B with probability J. The minima under `permutations` permutations are the signature of a text, cut into bands of
+# `rows`. Texts that agree in a whole band are compared: that happens with probability 1 - (1 - J^rows)^bands.
 
 import array
 import os
@@ -31,7 +29,7 @@ class Deduplication:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}; expected more than 0, at most 1")
         if min(self.ngram, self.permutations) < 1:
-            raise ValueError(f"ngram is {self.ngram}, permutations is {self.permutations}; expected at least 1")
+            raise ValueError(f"ngram is {self.ngram}, permutations {self.permutations}; expected at least 1")
 
     @property
     def rows(self) -> int:
@@ -89,12 +87,10 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Index:
-    """The texts kept so far; finds the text that a new one repeats.
+    """The texts kept so far; finds the text that a new one repeats."""
 
-    In memory: 12 bytes per key and 8 per text, and at most RECENT keys in a dict. In `directory`: texts.bin with the
-    keys of each text and the end of its shingles, (1 + bands + 1) uint64, and shingles.bin with the shingles, uint32.
-    """
-
+    # In memory: 12 bytes per key and 8 per text, and at most RECENT keys in a dict. In `directory`: texts.bin with the
+    # keys of each text and the end of its shingles, (1 + bands + 1) uint64, and shingles.bin with the shingles, uint32.
     RECENT = 1 << 20
 
     def __init__(self, config: Deduplication | None, directory: Path, texts: int = 0):
@@ -125,10 +121,8 @@ class Index:
         return len(self.ends) - 1
 
     def duplicate(self, keys: np.ndarray, shingles: np.ndarray) -> str | None:
-        """ "duplicate" or "near_duplicate" if a text repeats an earlier one; None if it does not, and adds it.
-
-        keys: (1 + bands,) uint64, first the fingerprint of the text. shingles: (s,) uint32, sorted.
-        """
+        """ "duplicate" or "near_duplicate" if a text repeats an earlier one; None if it does not, and adds it."""
+        # keys: (1 + bands,) uint64, first the fingerprint of the text. shingles: (s,) uint32, sorted.
         numbers = keys.tolist()
         texts = [self.recent.get(key, -1) for key in numbers]
         if len(self.keys):

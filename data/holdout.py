@@ -1,9 +1,8 @@
-"""Which text is held out for validation: one rule for the tokenizer, packed tokens, conversations and pairs.
+"""Which text is held out for validation: one rule for the tokenizer, packed tokens, conversations and pairs."""
 
-A document is held out if the hash of its beginning is below a threshold, so the decision does not depend on the corpus
-around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest hash. Of a
-single document the last part is held out.
-"""
+# A document is held out if the hash of its beginning is below a threshold, so the decision does not depend on the
+# corpus around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest
+# hash. Of a single document the last part is held out.
 
 import hashlib
 import math
@@ -14,8 +13,7 @@ from data.sections import cut
 
 
 def split_hash(text: bytes) -> int:
-    """The number that decides whether a document in UTF-8 is held out, 0 to 2**64 - 1: a hash of its first 4,096
-    bytes."""
+    """The number that decides whether a document is held out, 0 to 2**64 - 1: a hash of its first 4,096 bytes."""
     return int.from_bytes(hashlib.sha256(text[:4096]).digest()[:8])
 
 
@@ -25,11 +23,9 @@ def held_out(text: bytes, fraction: float) -> bool:
 
 
 def threshold(hashes: Iterable[int], fraction: float) -> int | None:
-    """The threshold below which documents are held out: about `fraction` of them, but at least one and not all.
-
-    None if no threshold separates the documents: there is only one, or all begin alike. Stops reading the hashes as
-    soon as both sides have a document.
-    """
+    """The threshold below which documents are held out: about `fraction` of them, but at least one and not all."""
+    # None if no threshold separates the documents: there is only one, or all begin alike. Stops reading the hashes as
+    # soon as both sides have a document.
     usual = math.ceil(fraction * 2**64)
     lowest, highest = 2**64, -1
     for number in hashes:

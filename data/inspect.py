@@ -5,6 +5,7 @@ python -m data.inspect configs/tiny.py --step 1000        # the batch of that st
 """
 
 import argparse
+import itertools
 
 import numpy as np
 
@@ -28,16 +29,6 @@ def show(ids: np.ndarray, spm: Tokenizer, chars: int) -> str:
     return text if len(text) <= chars else f"{text[:chars]}… ({len(text):,} characters)"
 
 
-def show_documents(packed: data.pack.Packed, spm: Tokenizer, first: int, count: int, chars: int) -> None:
-    ends = [*packed.starts[1:], len(packed.tokens)]
-    if first >= len(ends):
-        raise UserError(f"{packed.name} has documents 0 to {len(ends) - 1:,}; found --first {first:,}")
-    print(f"\ndocuments of {packed.name}")
-    for number in range(first, min(first + count, len(ends))):
-        start, end = packed.starts[number], ends[number]
-        print(f"{number:,} [{start:,} to {end:,}) {show(packed.tokens[start:end], spm, chars)}")
-
-
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
     spm = experiment.load_tokenizer()
@@ -47,7 +38,14 @@ def main(arguments: argparse.Namespace) -> None:
         for name, counts in packed.counts["sources"].items():
             numbers = f"{counts['tokens']:,} tokens, {counts['documents']:,} documents"
             print(f"  {name}: {numbers} from {counts['start']:,}")
-    show_documents(splits[arguments.split], spm, arguments.first, arguments.documents, arguments.chars)
+
+    packed, first = splits[arguments.split], arguments.first
+    if first >= len(packed.starts):
+        raise UserError(f"{packed.name} has documents 0 to {len(packed.starts) - 1:,}; found --first {first:,}")
+    print(f"\ndocuments of {packed.name}")
+    for number, ids in itertools.islice(enumerate(packed.documents()), first, first + arguments.documents):
+        start = packed.starts[number]
+        print(f"{number:,} [{start:,} to {start + len(ids):,}) {show(ids, spm, arguments.chars)}")
 
     others = {}
     for other in experiment.beside:

@@ -1,10 +1,9 @@
-"""Corpus and tokenizer to packed tokens: two flat files per split that training maps into memory.
+"""Corpus and tokenizer to packed tokens: two flat files per split that training maps into memory."""
 
-    python pipeline.py configs/tiny.py pack   ->  runs/tiny/packed
-
-`train.bin` and `val.bin` hold the ids of one document after another, each followed by the end token, as little-endian
-uint16 (uint32 past 65,536 pieces). `train.idx` and `val.idx` hold the start of each document, in tokens, as int64.
-"""
+#     python pipeline.py configs/tiny.py pack   ->  runs/tiny/packed
+#
+# `train.bin` and `val.bin` hold the ids of one document after another, each followed by the end token, as little-endian
+# uint16 (uint32 past 65,536 pieces). `train.idx` and `val.idx` hold the start of each document, in tokens, as int64.
 
 import contextlib
 import json
@@ -45,11 +44,10 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class Packed:
-    """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin.
+    """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin."""
 
-    name: for messages. counts: from the manifest, among them the `bytes` of UTF-8 text that the tokens encode.
-    file, first: the file that holds the tokens, and the number of the first document in that file.
-    """
+    # name: for messages. counts: from the manifest, among them the `bytes` of UTF-8 text that the tokens encode.
+    # file, first: the file that holds the tokens, and the number of the first document in that file.
 
     def __init__(
         self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict, file: str | None = None, first: int = 0
@@ -98,10 +96,7 @@ def _start_worker(*state) -> None:
 
 
 def _encode(chunk: tuple[Path, int]) -> list[tuple[str, str, np.ndarray, int]]:
-    """(split, source, ids with the end token, bytes of text) of each document in CHUNK bytes of a shard.
-
-    A line belongs to the chunk that contains its first byte.
-    """
+    """(split, source, ids with the end token, bytes of text) of each document that begins in a chunk of a shard."""
     spm, rule, dtype = _worker
     shard, start = chunk
     encoded = []
@@ -147,7 +142,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     """Writes the four files and returns their counts. The order of documents does not depend on the workers."""
     dtype, rule = token_dtype(spm.vocab_size), holdout(corpus, val_fraction)
     if rule.threshold is None:
-        log.info(f"packed: no whole document can be held out; of each the last {val_fraction:.0%} is")
+        log.info(f"packed: no whole document can be held out: the last {val_fraction:.1%} of each is")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
     chunks = []
     for shard in sorted(corpus.glob("shard_*.jsonl")):

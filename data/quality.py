@@ -4,7 +4,6 @@ Every rule has a name. The corpus counts rejected text under it.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +107,7 @@ def judge(text: str, words: list[bytes], hashes: np.ndarray, quality: Quality) -
         return "not_english"
     rule = _c4(text, quality.c4) if quality.c4 else None
     if rule is None and quality.gopher:
-        rule = next(_gopher(text, words, hashes, quality.gopher), None)
+        rule = _gopher(text, words, quality.gopher) or _gopher_ngrams(words, hashes, quality.gopher)
     return rule
 
 
@@ -120,53 +119,44 @@ def _c4(text: str, c4: C4) -> str | None:
     return "c4_sentences" if len(SENTENCE_END.findall(text)) < c4.min_sentences else None
 
 
-def _gopher(text: str, words: list[bytes], hashes: np.ndarray, gopher: Gopher) -> Iterator[str]:
-    """The names of the rules that a text fails."""
+def _gopher(text: str, words: list[bytes], gopher: Gopher) -> str | None:
     spaced = text.split()
-    count = len(spaced)
-    if not gopher.min_words <= count <= gopher.max_words:
-        yield "gopher_words"
-    if not gopher.min_word_length <= sum(map(len, spaced)) / max(1, count) <= gopher.max_word_length:
-        yield "gopher_word_length"
-    if max(text.count("#"), sum(map(text.count, ELLIPSES))) > gopher.max_symbols * count:
-        yield "gopher_symbols"
+    count, chars = len(spaced), sum(map(len, spaced))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if sum(line.startswith(BULLETS) for line in lines) > gopher.max_bullet_lines * len(lines):
-        yield "gopher_bullet_lines"
-    if sum(line.endswith(ELLIPSES) for line in lines) > gopher.max_ellipsis_lines * len(lines):
-        yield "gopher_ellipsis_lines"
-    if len(LETTER.findall(text)) < gopher.min_alphabetic * count:
-        yield "gopher_alphabetic"
-    if sum(map(STOP_WORDS.__contains__, words)) < gopher.min_stop_words:
-        yield "gopher_stop_words"
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    symbols = max(text.count("#"), sum(map(text.count, ELLIPSES)))
+    bullets = sum(line.startswith(BULLETS) for line in lines)
+    ellipses = sum(line.endswith(ELLIPSES) for line in lines)
+    failed = {
+        "words": not gopher.min_words <= count <= gopher.max_words,
+        "word_length": not gopher.min_word_length <= chars / max(1, count) <= gopher.max_word_length,
+        "symbols": symbols > gopher.max_symbols * count,
+        "bullet_lines": bullets > gopher.max_bullet_lines * len(lines),
+        "ellipsis_lines": ellipses > gopher.max_ellipsis_lines * len(lines),
+        "alphabetic": len(LETTER.findall(text)) < gopher.min_alphabetic * count,
+        "stop_words": sum(map(STOP_WORDS.__contains__, words)) < gopher.min_stop_words,
+    }
     for kind, parts in (("line", lines), ("paragraph", paragraphs)):
-        repeats, chars = _repeats(parts)
-        if repeats > getattr(gopher, f"max_duplicate_{kind}s") * len(parts):
-            yield f"gopher_duplicate_{kind}s"
-        if chars > getattr(gopher, f"max_duplicate_{kind}_chars") * len(text):
-            yield f"gopher_duplicate_{kind}_chars"
+        once = set(parts)
+        repeated = sum(map(len, parts)) - sum(map(len, once))
+        most = getattr(gopher, f"max_duplicate_{kind}s") * len(parts)
+        failed[f"duplicate_{kind}s"] = len(parts) - len(once) > most
+        failed[f"duplicate_{kind}_chars"] = repeated > getattr(gopher, f"max_duplicate_{kind}_chars") * len(text)
+    return next((f"gopher_{name}" for name, fails in failed.items() if fails), None)
+
+
+def _gopher_ngrams(words: list[bytes], hashes: np.ndarray, gopher: Gopher) -> str | None:
     ends = np.cumsum([0, *map(len, words)])  # bytes before each word
     for n, limit in enumerate(gopher.max_top_ngrams, start=2):
         if _top_share(ngrams(hashes, n), ends, n) > limit:
-            yield f"gopher_top_{n}gram"
+            return f"gopher_top_{n}gram"
     for n, limit in enumerate(gopher.max_duplicate_ngrams, start=5):
         share = _duplicate_share(ngrams(hashes, n), ends, n)
         if share > limit:
-            yield f"gopher_duplicate_{n}grams"
+            return f"gopher_duplicate_{n}grams"
         if share <= min(gopher.max_duplicate_ngrams):  # longer runs cover even less
-            return
-
-
-def _repeats(parts: list[str]) -> tuple[int, int]:
-    """How many parts repeat an earlier part, and the characters in them."""
-    seen, repeats, chars = set(), 0, 0
-    for part in parts:
-        if part in seen:
-            repeats += 1
-            chars += len(part)
-        seen.add(part)
-    return repeats, chars
+            break
+    return None
 
 
 def _top_share(runs: np.ndarray, ends: np.ndarray, n: int) -> float:

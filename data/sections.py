@@ -10,10 +10,8 @@ GAPS = (PARAGRAPH, LINE, SENTENCE, WORD)
 
 
 def sections(text: str) -> list[str]:
-    """Cuts a text that is longer than two sections. The sections joined give the text.
-
-    The paragraph before a cut decides on it: copies of a text are cut alike, even if one of them has a preface.
-    """
+    """Cuts a text that is longer than two sections. The sections joined give the text."""
+    # The paragraph before a cut decides on it: copies of a text are cut alike, even if one of them has a preface.
     if len(text) <= 2 * SECTION_CHARS:
         return [text]
     parts, start, last = [], 0, 0  # last: the latest gap at which the section can end

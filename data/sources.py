@@ -1,8 +1,7 @@
-"""Where text comes from: files, datasets on the Hugging Face Hub, the documentation that Python carries.
+"""Where text comes from: files, datasets on the Hugging Face Hub, the documentation that Python carries."""
 
-A source reads records in an order that depends on nothing but the input. A record becomes a document here; it becomes
-a conversation or a pair in `sft` and `dpo`.
-"""
+# A source reads records in an order that depends on nothing but the input. A record becomes a document here; it becomes
+# a conversation or a pair in `sft` and `dpo`.
 
 import ast
 import bz2
@@ -11,6 +10,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -117,10 +117,9 @@ class Source(Records):
             value = value.get(field)
         if isinstance(value, str):
             return value
-        names = ", ".join(record.value) if isinstance(record.value, dict) else type(record.value).__name__
-        return self.refuse(
-            f"{record.where}: expected an object whose {field!r} is a string, found {names}; set field=…"
-        )
+        found = ", ".join(record.value) if isinstance(record.value, dict) else type(record.value).__name__
+        expected = f"expected an object whose {field!r} is a string"
+        return self.refuse(f"{record.where}: {expected}, found {found}; set field=…")
 
 
 def _strings(value) -> Iterator[str]:
@@ -133,8 +132,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def inputs(sources: Iterable[Records], directory: Path) -> dict[str, str]:
-    """{input: SHA-256} of all sources of a stage. {} if its directory is finished and the sources have been moved away:
-    what was made from them stays valid."""
+    """{input: SHA-256} of all sources of a stage; {} if its directory is finished and a source has been moved away."""
     try:
         return {path: digest for source in sources for path, digest in source.inputs().items()}
     except UserError:
@@ -197,8 +195,7 @@ def _format(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecords(Records):
-    """Records in files: each line of .jsonl, each element of the list in .json, each row of .parquet (with pyarrow).
-    All but .parquet also as .gz, .bz2 or .xz. In UTF-8."""
+    """Records in files: each line of .jsonl, each element of the list in .json, each row of .parquet (with pyarrow)."""
 
     paths: tuple[str, ...]  # paths or globs; relative ones are found under DATA in the environment, or data/raw/
 
@@ -262,15 +259,10 @@ class FileRecords(Records):
             for number, element in enumerate(value if isinstance(value, list) else [value], start=1):
                 yield "element", number, element
         elif _format(path) == ".parquet":
-            number = 0
-            for batch in (
-                extra("pyarrow.parquet", "pyarrow", "a .parquet file")
-                .ParquetFile(file)
-                .iter_batches(256, columns=self.columns)
-            ):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield "row", number, row
+            table = extra("pyarrow.parquet", "pyarrow", "a .parquet file").ParquetFile(file)
+            batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=self.columns))
+            for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
+                yield "row", number, row
         else:
             yield "", 0, self._decode(content.read(), str(path))
 
@@ -312,10 +304,7 @@ class Files(FileRecords, Source):
 
 @dataclass(frozen=True, kw_only=True)
 class HubRecords(Records):
-    """The records of a dataset on the Hugging Face Hub, or of a directory laid out like one, streamed by `datasets`.
-
-    After a failed read it continues with the record after the last good one.
-    """
+    """The records of a dataset on the Hugging Face Hub, or of a directory laid out like one, streamed by `datasets`."""
 
     dataset: str  # such as "allenai/c4"; also the name, unless `name` is set
     subset: str | None = None
@@ -400,12 +389,10 @@ class Hub(HubRecords, Source):
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocs(Source):
-    """The documentation in every installation: docstrings of the standard library and of the packages that come with
-    torch and numpy, and the language topics of `pydoc`. Parses the code, never imports it.
+    """The documentation in every installation: docstrings, parsed and never imported, and the topics of `pydoc`."""
 
-    A document is a docstring; its id is the full name of what it documents. The text depends on the versions of Python
-    and of the packages.
-    """
+    # A document is a docstring of the standard library or of a package that comes with torch or numpy. Its id is the
+    # full name of what it documents. The text depends on the versions of Python and of the packages.
 
     name: str = "python_docs"
     licence: str = "those of Python (PSF-2.0) and of the packages"

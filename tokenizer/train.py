@@ -1,9 +1,8 @@
-"""Corpus to tokenizer: a SentencePiece model that can encode any text.
+"""Corpus to tokenizer: a SentencePiece model that can encode any text."""
 
-    python pipeline.py configs/tiny.py tokenizer   ->  runs/tiny/tokenizer
-
-Its SHA-256 is its identity: packed tokens and checkpoints record it and refuse another.
-"""
+#     python pipeline.py configs/tiny.py tokenizer   ->  runs/tiny/tokenizer
+#
+# Its SHA-256 is its identity: packed tokens and checkpoints record it and refuse another.
 
 import hashlib
 import io
@@ -12,7 +11,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +53,10 @@ class TokenizerConfig:
         taken = {"", "<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))}
         if taken & set(self.control) or len(set(self.control)) < len(self.control):
             raise ValueError(f"control is {self.control}; expected different pieces, none empty, <unk>, </s> or a byte")
-        if self.sample_bytes < 1:
-            raise ValueError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
 
 
 def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:
-    """(source, text) evenly from all parts of all documents: about `limit` of the `total` bytes of a corpus.
-
-    held_out: the rule that says which text to leave out.
-    """
+    """(source, text) evenly from all text that is not held out: about `limit` of the `total` bytes of a corpus."""
     share = min(1.0, limit / max(1, total))
     for source, documents in itertools.groupby(data.corpus.records(corpus), operator.itemgetter("source")):
         passed, taken, part = 0, 0, ""
@@ -80,10 +74,7 @@ def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None
 
 
 def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float) -> bytes:
-    """A SentencePiece model with byte fallback that keeps white space and separates digits. total: bytes of the corpus.
-
-    The number of threads is fixed: the sums of the training depend on it.
-    """
+    """A SentencePiece model with byte fallback, all white space, and digits apart. total: bytes of the corpus."""
     texts = sample(corpus, total, config.sample_bytes, data.corpus.holdout(corpus, val_fraction))
     model = io.BytesIO()
     try:
@@ -105,7 +96,7 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            num_threads=4,
+            num_threads=4,  # fixed: the sums of the training depend on it
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -125,22 +116,12 @@ def _advice(vocab_size: int, error: str) -> str:
 
 
 def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: Path, command: str) -> Stage:
-    """The stage that makes a tokenizer from the corpus in a directory. command: what the user types to make it.
-
-    val_fraction: the share of text that it must not learn from.
-    """
+    """The stage that makes a tokenizer from the corpus in a directory. command: what the user types to make it."""
     settings = {"tokenizer": config, "val_fraction": val_fraction}
     return Stage(directory, settings, stage.outputs(corpus), command, __file__)
 
 
-def build(
-    job: Stage,
-    config: TokenizerConfig,
-    corpus: Path,
-    val_fraction: float,
-    force: bool = False,
-    replaced: Collection[Path] = (),
-) -> None:
+def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float, force=False, replaced=()) -> None:
     """Makes the tokenizer if it is missing. replaced: directories that are made again after it."""
     directory = job.directory
     if job.up_to_date(force):
@@ -188,11 +169,8 @@ def write(directory: Path, model: bytes) -> tuple[Tokenizer, dict]:
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], lossless: bool) -> dict:
-    """Measures the tokenizer on (source, text) pairs: rates for each source and for all, and a score.
-
-    fertility: tokens per word. score: bits of text per bit of an id, 8 · bytes per token / log2(vocab_size).
-    AssertionError if `lossless` and a text does not come back.
-    """
+    """Measures the tokenizer on (source, text) pairs. AssertionError if `lossless` and a text does not come back."""
+    # fertility: tokens per word. score: bits of text per bit of an id, 8 · bytes per token / log2(vocab_size).
     sums: dict[str, Counter] = {}
     for source, text in texts:
         ids = tokenizer.encode(text)
@@ -237,6 +215,6 @@ def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> s
         "| source | documents | bytes a token | characters a token | tokens a word | unknown | came back the same |",
         "|---|---|---|---|---|---|---|",
         *rows,
-        f"\nScore: {numbers['score']} bits of text per bit of an id, 8 · bytes a token / log2(pieces); higher is better",
+        f"\nScore: {numbers['score']} bits of text per bit of id, 8 · bytes a token / log2(pieces). More is better",
     ]
     return "\n".join(lines) + "\n"
