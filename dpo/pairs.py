@@ -19,7 +19,7 @@ from sft.conversations import (
     first_question,
     in_turn,
     message_list,
-    take,
+    text_of,
 )
 
 
@@ -78,7 +78,7 @@ def read_pair(record: Record, fields: dict, layout: str) -> Pair:
 
 def transcript(fields: dict, name: str) -> list[Message]:
     """Removes a field that is a transcript; its turns."""
-    before, *parts = SPEAKER.split(take(fields, name))
+    before, *parts = SPEAKER.split(text_of(fields.pop(name), name))
     if before.strip() or not parts:
         raise Refused(f'{name} is no transcript: expected turns that begin "\\n\\nHuman:" and "\\n\\nAssistant:"')
     messages = []

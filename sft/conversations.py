@@ -65,7 +65,7 @@ def text_of(value, name: str) -> str:
         parts, value = value, ""
         for part in parts:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise Refused(f'{name} has a part {shown(part)}; expected {{"type": "text", "text": a string}}')
+                raise Refused(f'{name} has the part {shown(part)}; expected {{"type": "text", "text": a string}}')
             value += part["text"]
     if not isinstance(value, str):
         raise Refused(f"{name} is {shown(value)}; expected a string")
@@ -81,27 +81,28 @@ def shown(value) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else json.dumps(value, default=str)[:80]
 
 
-def take(record: dict, *names: str, required: bool = True) -> str:
-    """Removes the first of these fields that is not null, and returns its text; "" if an optional one is missing."""
-    name = next((name for name in names if record.get(name) is not None), names[0])
-    value = record.pop(name, None)
-    return "" if value is None and not required else text_of(value, name)
+def optional(record: dict, *names: str) -> str:
+    """Removes the first of these fields that is not null, and returns its text; "" if there is none."""
+    for name in names:
+        if record.get(name) is not None:
+            return text_of(record.pop(name), name)
+    return ""
 
 
 def message_list(record: dict, name: str, role: str = "") -> list[Message]:
     """Removes the field `name`: a list of objects with role and content, or from and value; or one text of `role`."""
-    if role and not isinstance(record[name], list):
-        return [Message(role, take(record, name))]
     turns, messages = record.pop(name), []
+    if role and not isinstance(turns, list):
+        return [Message(role, text_of(turns, name))]
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
         what = f"{name}: message {number}"
-        if not isinstance(turn, dict) or not turn.keys() & {"role", "from"} or not turn.keys() & {"content", "value"}:
+        left = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+        speaker = left.pop("role", None) or left.pop("from", None)
+        text = left.pop("content" if "content" in left else "value", None)
+        if speaker is None or text is None:
             raise Refused(f"{what} is {shown(turn)}; expected an object with role and content, or from and value")
-        left = dict(turn)
-        speaker = left.pop("role" if "role" in left else "from")
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise Refused(f"{what} has the role {shown(speaker)}; expected one of {', '.join(ROLES)}")
-        text = left.pop("content" if "content" in left else "value")
         messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
         for key, value in left.items():
             record[f"{name}.{key}"] = value
@@ -110,11 +111,12 @@ def message_list(record: dict, name: str, role: str = "") -> list[Message]:
 
 def earlier_turns(record: dict) -> list[Message]:
     """Removes the fields that may stand beside the turns: a system message and a history of [question, answer]."""
-    messages = [Message("system", take(record, "system", "system_prompt", required=False))]
+    messages = [Message("system", optional(record, "system", "system_prompt"))]
     for pair in record.pop("history", None) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused(f"history holds {shown(pair)}; expected pairs [question, answer]")
-        messages += [Message("user", text_of(pair[0], "history")), Message("assistant", text_of(pair[1], "history"))]
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append(Message(role, text_of(text, "history")))
     return messages
 
 
@@ -151,8 +153,9 @@ def first_question(messages: Sequence[Message]) -> str:
 
 ANSWERS = ("output", "response", "completion", "answer")
 LISTS = ("messages", "conversations", "conversation")
+TREE = "a tree of OASST1"  # the field that `trees` puts it in
 FORMATS = {  # the fields that a layout needs, by all their names; "auto" takes the first layout that fits
-    "oasst1": (("tree",),),  # see `trees`
+    "oasst1": ((TREE,),),
     "messages": (LISTS[:1],),
     "sharegpt": (LISTS[1:],),
     "alpaca": (("instruction",), ANSWERS),
@@ -208,7 +211,7 @@ def examples(source: Records, records: Iterator[Record], formats: Formats, read:
 
 
 def trees(records: Iterator[Record]) -> Iterator[Record]:
-    """OASST1: a tree that is one record, or comes row by row, as a record with the field "tree". Others stay."""
+    """A tree of OASST1, one record or one message per row, becomes a record with the field TREE. Others stay."""
 
     def tree(record: Record) -> tuple:
         in_rows = isinstance(record.value, dict) and record.value.keys() >= {"message_tree_id", "message_id", "text"}
@@ -217,18 +220,16 @@ def trees(records: Iterator[Record]) -> Iterator[Record]:
     for (_, name), rows in itertools.groupby(records, tree):
         first, *others = rows
         if isinstance(name, tuple):
-            first = first._replace(value={"tree": first.value, "rows": [row.value for row in others]})
+            first = first._replace(value={TREE: first.value, "rows": [row.value for row in others]})
         elif isinstance(first.value, dict) and isinstance(first.value.get("prompt"), dict):
-            first = first._replace(value={"tree": first.value["prompt"], "rows": []})
+            first = first._replace(value={TREE: first.value["prompt"], "rows": []})
         yield first
 
 
 def best_path(message: dict, rows: list[dict]) -> list[Message]:
     """The path through a tree that takes the best-ranked reply to each message."""
     if message.get("deleted") or message.get("parent_id") is not None:
-        raise Refused(
-            "the first message of the tree is deleted, or has a parent_id: the rows of a tree belong together"
-        )
+        raise Refused("the first message of the tree is deleted, or has a parent_id; keep the rows of a tree together")
     path = []
     while message is not None:
         path.append({"role": message.get("role"), "content": message.get("text")})
@@ -237,7 +238,7 @@ def best_path(message: dict, rows: list[dict]) -> list[Message]:
         replies = [reply for reply in replies if not reply.get("deleted")]
         # 0 is the best rank.
         message = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0), default=None)
-    return message_list({"tree": path}, "tree")
+    return message_list({TREE: path}, TREE)
 
 
 def read_conversation(record: Record, fields: dict, layout: str) -> Conversation:
@@ -245,12 +246,12 @@ def read_conversation(record: Record, fields: dict, layout: str) -> Conversation
     earlier, language = earlier_turns(fields), None
     name = next(name for name in FORMATS[layout][0] if fields.get(name) is not None)
     if layout == "oasst1":
-        language = fields["tree"].get("lang")
-        messages = best_path(fields.pop("tree"), fields.pop("rows"))
+        language = fields[TREE].get("lang")
+        messages = best_path(fields.pop(TREE), fields.pop("rows"))
     elif name in LISTS:
         messages = message_list(fields, name)
     else:
-        messages, about = message_list(fields, name, "user"), take(fields, "input", "context", required=False)
+        messages, about = message_list(fields, name, "user"), optional(fields, "input", "context")
         if about.strip():
             question = messages.pop().content
             # Without an instruction the text is the whole question, as it is when somebody asks the model.
