@@ -29,7 +29,8 @@ from dpo.filters import PairFilters, PairJudge
 from dpo.pairs import DocPairs, Pair, Pairs
 from sft.conversations import Chats, DocQuestions, Message
 from sft.templates import TEMPLATES, render
-from tests.conftest import MINI, WORDS, Place, build, write_lines
+from tests.conftest import WORDS, Place, build, write_lines
+from tests.sft.test_data import question, spoken  # noqa: F401 - a fixture
 
 ANY = PairFilters(language=None)
 PAIRS = [
@@ -38,45 +39,32 @@ PAIRS = [
 FILES = Pairs(paths=("pairs.jsonl",))
 
 
-@pytest.fixture(scope="session")
-def preferred(tmp_path_factory, text) -> Place:
-    """A directory with corpus, tokenizer and pairs."""
-    place = Place(tmp_path_factory.mktemp("preferred"))
-    place.raw.mkdir()
-    write_lines(place.raw / "text.jsonl", ({"text": part} for part in text))
-    write_lines(place.raw / "pairs.jsonl", PAIRS)
-    head, tail = MINI.split("    dpo=DPOConfig(")
-    data = '    dpo=DPOConfig(data=PairConfig(sources=(Pairs(paths=("pairs.jsonl",)),), val_fraction=0.2)),\n'
-    place.config.write_text(head + data + tail[tail.index("    eval=") :])
-    place.make("tokenizer")
-    return place
-
-
 @pytest.fixture
-def here(preferred: Place, tmp_path: Path, monkeypatch) -> Place:
-    """A copy of it."""
-    shutil.copytree(preferred.path, tmp_path, dirs_exist_ok=True)
+def here(spoken: Place, tmp_path: Path, monkeypatch) -> Place:  # noqa: F811 - the imported fixture
+    """A directory with tokenizer and pairs."""
+    shutil.copytree(spoken.path, tmp_path, dirs_exist_ok=True)
     place = Place(tmp_path)
+    write_lines(place.raw / "pairs.jsonl", PAIRS)
     monkeypatch.setenv("DATA", str(place.raw))
     monkeypatch.setenv("RUNS", str(place.runs))
     return place
 
 
 @pytest.fixture(scope="session")
-def spm(preferred: Place):
+def spm(spoken: Place):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RUNS", str(preferred.runs))
-        return configs.load(preferred.config).load_tokenizer()
+        patch.setenv("RUNS", str(spoken.runs))
+        return configs.load(spoken.config).load_tokenizer()
 
 
 def described(place: Place, context: int = 64, template: str = "chatml", **changes) -> Experiment:
-    """The experiment with changes of its PairConfig."""
+    """The experiment with another PairConfig."""
     experiment = configs.load(place.config)
     return replace(
         experiment,
         model=replace(experiment.model, context_length=context),
         sft=replace(experiment.sft, data=replace(experiment.sft.data, template=template)),
-        dpo=replace(experiment.dpo, data=replace(experiment.dpo.data, **changes)),
+        dpo=replace(experiment.dpo, data=PairConfig(**{"sources": (FILES,), "val_fraction": 0.2} | changes)),
     )
 
 
@@ -86,12 +74,6 @@ def made(place: Place, *records: dict, **changes) -> tuple[Path, dict]:
         write_lines(place.raw / "pairs.jsonl", records)
     directory = build("dpo_data", described(place, **changes), force=True)
     return directory, json.loads((directory / "manifest.json").read_text())["counts"]
-
-
-def question(split: str, number: int = 0) -> str:
-    """A question that belongs to a split by its hash."""
-    questions = (text for n in itertools.count() if held_out((text := f"Ask {n}.").encode(), 0.2) is (split == "val"))
-    return next(itertools.islice(questions, number, None))
 
 
 def record(asked: str, chosen: str, rejected: str) -> dict:

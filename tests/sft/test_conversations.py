@@ -1,7 +1,6 @@
 """Conversations: each layout by hand, refused records, and the questions about Python's documentation."""
 
 import json
-import lzma
 
 import pyarrow
 import pyarrow.parquet
@@ -254,16 +253,6 @@ def test_bad_records_are_named_by_line_or_skipped(raw, good, bad, message):
     assert why.isprintable()
     assert first.messages == last.messages
     assert last.id == "a.jsonl:3"
-
-
-def test_lines_are_counted_in_compressed_files_and_in_those_with_gaps(raw):
-    text = lines(ALPACA) + "\n" + lines(ALPACA) + "{broken\n" + lines(ALPACA)
-    (raw / "a.jsonl.xz").write_bytes(lzma.compress(text.encode()))
-    found = list(Chats(paths=("a.jsonl.xz",), unreadable="skip").conversations(1))
-    assert [getattr(conversation, "id", None) for conversation in found] == [
-        f"a.jsonl.xz:{number}" if number != 4 else None for number in (1, 3, 4, 5)
-    ]
-    assert "line 4: not JSON" in found[2]
 
 
 def test_each_file_has_its_own_layout(raw):

@@ -183,14 +183,6 @@ def test_a_conversation_is_spelt_as_by_hand(spms, kind, template, messages, expe
             assert spelling(template, (Message("system", blank), *messages), spms[kind]) == expected
 
 
-@pytest.mark.parametrize("template", FORMS)
-def test_an_answer_of_nothing_is_its_end_alone(spms, template):
-    spm = spms["bpe"]
-    ids, trained = render(template, (HI, Message("assistant", "")), spm)
-    end = spm.control[END] if template == "chatml" else spm.eos
-    assert [i for i, learnt in zip(ids, trained, strict=True) if learnt] == [end]
-
-
 # ------------------------------------------------------------------------------------------------- of any conversation
 
 
@@ -326,27 +318,7 @@ def test_chatml_needs_its_control_pieces_and_the_others_none(spms):
             assert spelling(template, messages, spm) == expected
 
 
-def test_a_space_before_every_text_is_none_before_an_answer(spms):
-    spm = spms["LLaMA's"]
-    before = [spm.bos, *spm.encode("### Instruction:\nHi\n\n### Response:\n")]
-    assert spm.pieces.id_to_piece(before[1]).startswith("▁")
-    answer = [*spm.encode("`Hello`", begins=False), spm.eos]
-    ids, trained = render("instruct", (HI, HELLO), spm)
-    assert (ids, trained.index(True)) == (before + answer, len(before))
-    assert spm.decode(answer, begins=False) == "`Hello`"
-
-
 # ------------------------------------------------------------------------------------------------------ ends and marks
-
-
-def test_the_ids_that_end_an_answer(spms):
-    for kind in ("bpe", "LLaMA's with control"):
-        spm = spms[kind]
-        assert templates.ends("chatml", spm) == (spm.eos, spm.control[END])
-        for template in ("instruct", "alpaca"):
-            assert templates.ends(template, spm) == (spm.eos,)
-    assert templates.ends("instruct", spms["bare"]) == (1,)
-    assert templates.ends("instruct", spms["LLaMA's"]) == (2,)
 
 
 @pytest.mark.parametrize(
