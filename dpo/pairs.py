@@ -19,6 +19,7 @@ from sft.conversations import (
     first_question,
     in_turn,
     message_list,
+    present,
     text_of,
 )
 
@@ -57,10 +58,10 @@ def read_pair(record: Record, fields: dict, layout: str) -> Pair:
     two answers do not belong to one prompt.
     """
     earlier, prompt, sides = earlier_turns(fields), [], []
-    prompts = [name for name in ("prompt", "question") if fields.get(name) is not None]
-    transcripts = layout == "hh" or (not prompts and isinstance(fields["chosen"], str))
-    if prompts and not transcripts:
-        prompt = message_list(fields, prompts[0], "user")
+    name = present(fields, ("prompt", "question"))
+    transcripts = layout == "hh" or (not name and isinstance(fields["chosen"], str))
+    if name and not transcripts:
+        prompt = message_list(fields, name, "user")
     for name in ("chosen", "rejected"):
         messages = transcript(fields, name) if transcripts else message_list(fields, name, "assistant")
         if len(messages) == 1:

@@ -77,16 +77,23 @@ def text_of(value, name: str) -> str:
 def shown(value) -> str:
     """A JSON value, short enough for a message."""
     if isinstance(value, dict):
-        return f"an object with {json.dumps(list(value))[1:-1][:200] or 'no field'}"
+        names = json.dumps([name for name in value if value[name] is not None])
+        return f"an object with {names[1:-1][:200] or 'no field'}"
     return f"a list of {len(value)}" if isinstance(value, list) else json.dumps(value, default=str)[:80]
+
+
+def present(record: dict, names: Sequence[str]) -> str:
+    """The first of these fields that is not null; "" if there is none."""
+    for name in names:
+        if record.get(name) is not None:
+            return name
+    return ""
 
 
 def optional(record: dict, *names: str) -> str:
     """Removes the first of these fields that is not null, and returns its text; "" if there is none."""
-    for name in names:
-        if record.get(name) is not None:
-            return text_of(record.pop(name), name)
-    return ""
+    name = present(record, names)
+    return text_of(record.pop(name), name) if name else ""
 
 
 def message_list(record: dict, name: str, role: str = "") -> list[Message]:
@@ -170,9 +177,8 @@ Formats = Mapping[str, tuple[tuple[str, ...], ...]]
 def recognise(record, formats: Formats) -> str:
     """The first layout whose fields a record has; more fields make no difference. Refused if none fits."""
     if isinstance(record, dict):
-        record = {key: value for key, value in record.items() if value is not None}
         for name, needs in formats.items():
-            if all(not record.keys().isdisjoint(names) for names in needs):
+            if all(present(record, names) for names in needs):
                 return name
     expected = [f"{', '.join(map(' or '.join, needs))} ({name})" for name, needs in formats.items()]
     raise Refused(f"found {shown(record)}; expected the fields {'; or '.join(expected)}")
@@ -244,7 +250,7 @@ def best_path(message: dict, rows: list[dict]) -> list[Message]:
 def read_conversation(record: Record, fields: dict, layout: str) -> Conversation:
     """The conversation in a record. Refused if a field has a wrong type, or the roles are out of order."""
     earlier, language = earlier_turns(fields), None
-    name = next(name for name in FORMATS[layout][0] if fields.get(name) is not None)
+    name = present(fields, FORMATS[layout][0])
     if layout == "oasst1":
         language = fields[TREE].get("lang")
         messages = best_path(fields.pop(TREE), fields.pop("rows"))
@@ -256,8 +262,7 @@ def read_conversation(record: Record, fields: dict, layout: str) -> Conversation
             question = messages.pop().content
             # Without an instruction the text is the whole question, as it is when somebody asks the model.
             messages.append(Message("user", question, about) if question.strip() else Message("user", about))
-        answer = next(name for name in ANSWERS if fields.get(name) is not None)
-        messages += message_list(fields, answer, "assistant")
+        messages += message_list(fields, present(fields, ANSWERS), "assistant")
     messages = in_turn(earlier + messages)
     return Conversation(record.id, messages, (first_question(messages),), language)
 

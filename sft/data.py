@@ -209,7 +209,7 @@ def write(directory: Path, name: str, items: list[Item], sources: Sequence[str],
     write_texts(directory, name, packed)
     mask = np.concatenate([item.parts for item in packed])
     mask.tofile(directory / f"{name}.mask")
-    starts = np.cumsum([0] + [len(item.ids) for item in packed])
+    starts = np.cumsum([0, *(len(item.ids) for item in packed)])
     starts.astype("<i8").tofile(directory / f"{name}.idx")
     np.cumsum(sizes).astype("<i8").tofile(directory / f"{name}.rows")
     counts |= {"tokens": len(mask), "trained": int(mask.sum())}

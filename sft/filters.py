@@ -64,13 +64,15 @@ class Judge:
 
     def rule(self, example) -> str | None:
         """The name of the first rule that an example fails; None if it passes all."""
-        text = "\n".join(f"{message.content}\n{message.input}" for message in example.messages)
-        shortest = min(len(answer) if answer.strip() else 0 for answer in example.answers)
+        texts = []
+        for message in example.messages:
+            texts += [message.content, message.input]
+        shortest = min(map(len, map(str.strip, example.answers)))
         if shortest < self.filters.min_answer_chars:
             return "short_answer" if shortest else "empty_answer"
-        characters = sum(len(message.content) + len(message.input) for message in example.messages)
-        if self.filters.max_chars and characters > self.filters.max_chars:
+        if self.filters.max_chars and len("".join(texts)) > self.filters.max_chars:
             return "too_long"
+        text = "\n".join(texts)
         return self.loop(example) or other_language(text, example.language, self.filters.language) or self.copy(example)
 
     def loop(self, conversation: Conversation) -> str | None:

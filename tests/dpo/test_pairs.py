@@ -107,7 +107,7 @@ def test_more_fields_in_some_rows_change_no_layout(raw, caplog):
 
 BAD = [
     (STRINGS, STRINGS | {"prompt": 7}, "prompt is 7; expected a string"),
-    (STRINGS, STRINGS | {"chosen": None}, r'found an object with "prompt", "rejected"; expected the fields chosen'),
+    (STRINGS, STRINGS | {"chosen": None}, r"found an object with .*; expected the fields chosen"),
     (STRINGS, STRINGS | {"rejected": {}}, "rejected is an object with no field; expected a string"),
     (STRINGS, STRINGS | {"prompt": " \n"}, "message 1, the user's, is empty"),
     (STRINGS, [1, 2], "found a list of 2; expected the fields chosen, rejected"),

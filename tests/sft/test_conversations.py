@@ -233,7 +233,7 @@ BAD = [
     (
         MESSAGES,
         {"messages": [{"role": "user", "content": None}]},
-        'messages: message 1 is an object with "role", "content"',
+        'messages: message 1 is an object with "role"; expected',
     ),
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 'has the part an object with "type"'),
     (MESSAGES, turns("assistant", "user"), "roles out of order: message 1 is of role assistant, expected user"),
