@@ -128,13 +128,13 @@ class Judge:
 
 
 def parts(messages: tuple[Message, ...]) -> list[str]:
-    """Answers, and the paragraphs of other messages: a prompt may begin with an instruction that all prompts have."""
+    """Answers, and the lines of other messages: a prompt may begin with an instruction that all prompts have."""
     texts = []
     for message in messages:
         if message.role == "assistant":
             texts.append(message.content)
         else:
-            texts += f"{message.content}\n\n{message.input}".strip().split("\n\n")
+            texts += filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
     return texts
 
 

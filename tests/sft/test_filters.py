@@ -115,7 +115,7 @@ SHARED = {  # conversations that differ in their shorter text
     "instruction": [talk(LONG, WORDS[i % 3], about=f"The film number {i} was long.") for i in range(500)],
     "system": [talk(f"What is the capital of country {i}?", f"City {i}.", system=LONG) for i in range(500)],
     "context": [talk(f"Who is person {i}?", f"Person {i} of 500.", about=LONG) for i in range(500)],
-    "one prompt": [talk(f"{LONG}\n\nReview: film {i}\n\nAnswer:", WORDS[i % 3]) for i in range(500)],
+    "one prompt": [talk(f"{LONG}\nReview: film {i}\nAnswer:", WORDS[i % 3]) for i in range(500)],
     "answer": [talk(f"May I do {i}?", f"{numbered(19)} {i}") for i in range(500)],
     "earlier turns": [talk(LONG, "Well.", f"And number {i}?", WORDS[i % 3]) for i in range(500)],
     "one letter": [talk(LONG + f"\n\n{sign}", "yes") for sign in "+-*/"],
