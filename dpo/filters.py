@@ -1,24 +1,15 @@
-"""Filters: which pairs are worth learning from. Each rule has a name, under which the dropped pairs are counted."""
+"""Filters: which pairs are worth learning from. What a rule drops is counted under its name."""
 
 import hashlib
 from dataclasses import dataclass
 
 from dpo.pairs import Pair
-from sft.filters import Judge, check_limits
-from stage import check_types
+from sft.filters import Judge, Limits
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairFilters:
-    """The rules for pairs. Raises TypeError or ValueError, with the field's name, for an impossible value."""
-
-    min_answer_chars: int = 1  # pairs with a shorter answer are dropped ("empty_answer", "short_answer")
-    max_chars: int | None = 50_000  # longer pairs are dropped ("too_long")
-    language: str | None = "en"  # pairs in another language are dropped ("other_language"), as in sft.filters.Filters
-
-    def __post_init__(self):
-        check_types(self)
-        check_limits(self, "min_answer_chars", "max_chars")
+class PairFilters(Limits):
+    """The rules for pairs. "identical", "duplicate" and "contradiction" (the other order) always apply."""
 
 
 class PairJudge(Judge):

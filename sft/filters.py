@@ -23,34 +23,38 @@ FOREIGN = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filters:
-    """The rules for conversations. Raises TypeError or ValueError, with the field's name, for an impossible value."""
+class Limits:
+    """The rules for conversations and for pairs. Raises TypeError or ValueError, with the field's name."""
 
-    min_answer_chars: int = 1  # conversations with a shorter answer are dropped ("empty_answer", "short_answer")
-    max_chars: int | None = 50_000  # longer conversations are dropped ("too_long")
-    # Conversations in another language are dropped ("other_language"). If the data states no language and this is "en",
-    # texts of 20 words are judged by their letters and frequent words. None keeps all.
+    min_answer_chars: int = 1  # drops an example with a shorter answer ("empty_answer", "short_answer")
+    max_chars: int | None = 50_000  # drops a longer example ("too_long")
+    # Drops an example in another language ("other_language"). If the data states no language and this is "en", a text
+    # of 20 words or more is judged by its letters and frequent words. None keeps all.
     language: str | None = "en"
-    # Largest share of an answer's four-word runs that repeat an earlier one ("repeats_itself"); answers of 20 words.
-    max_repetition: float = 0.5
-    max_same_answers: int | None = 20  # so many conversations may give the same answer of 20 words ("same_answer")
-    # A copy of an earlier conversation is dropped ("duplicate"), as is one that is near it in every message
-    # ("near_duplicate"): a shared system message, instruction or context alone makes no copy. None keeps near ones.
-    near_duplicates: Deduplication | None = Deduplication()
 
     def __post_init__(self):
         check_types(self)
-        check_limits(self, "min_answer_chars", "max_chars", "max_same_answers")
+        for name in ("min_answer_chars", "max_chars", "max_same_answers"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters(Limits):
+    """The rules for conversations."""
+
+    # Largest share of an answer's four-word runs that repeat an earlier one ("repeats_itself"); answers of 20 words.
+    max_repetition: float = 0.5
+    max_same_answers: int | None = 20  # so many conversations may give the same answer of 20 words ("same_answer")
+    # Drops a copy ("duplicate"), and a conversation that is near an earlier one in every message ("near_duplicate"): a
+    # shared system message, instruction or context alone makes no copy. None keeps near ones.
+    near_duplicates: Deduplication | None = Deduplication()
+
+    def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.max_repetition <= 1:
             raise ValueError(f"max_repetition is {self.max_repetition}; expected 0 to 1")
-
-
-def check_limits(filters, *names: str) -> None:
-    """ValueError if one of the limits is below 1."""
-    for name in names:
-        value = getattr(filters, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
 
 
 class Judge:
