@@ -27,6 +27,7 @@ def test_many_documents_are_held_out_by_their_own_hash():
     assert all(held_out(text, 0.1) for text in texts if held_out(text, 0.05))
     assert split_hash(b"x") == int(hashlib.sha256(b"x").hexdigest()[:16], 16)
     assert threshold(map(split_hash, texts), 0.05) == math.ceil(0.05 * 2**64)
+    assert threshold([7, 7], 0.05) is threshold([7], 0.05) is None  # no threshold separates them
 
 
 @given(st.sets(st.integers(0, 2**64 - 1), min_size=2, max_size=6), st.floats(0.001, 0.999))
