@@ -1,6 +1,7 @@
 """The corpus: what is kept and dropped, for any number of workers and after any interruption."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.corpus
-import stage
 from cli import UserError
-from data.corpus import CorpusConfig, Tally, beginning, gather, records
+from data.corpus import CorpusConfig, Tally, gather, records
+from data.dedup import Index
 from data.quality import C4, Gopher, Quality
 from data.sections import SECTION_CHARS, sections
 from data.sources import Files
@@ -32,7 +33,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def make(config: CorpusConfig, directory: Path, workers: int = 1) -> tuple[Tally, list[dict[str, str]]]:
     directory.mkdir()
-    tally = gather(config, directory, workers, beginning({}, {}))
+    tally = gather(config, directory, workers, {})
     return tally, list(records(directory))
 
 
@@ -210,51 +211,53 @@ def test_any_number_of_workers_gives_the_same(mixed, tmp_path):
     assert card.split("## Ten documents at random\n\n")[1].count("jsonl:") == 10
 
 
-def test_an_interrupted_build_continues_from_any_shard(mixed, tmp_path, monkeypatch):
-    whole, _ = make(mixed, tmp_path / "whole")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    write_json, state = data.corpus.stage.write_json, beginning({}, {})
+@pytest.fixture
+def crash(monkeypatch):
+    """Ends every build after a finished shard."""
 
-    def crash(path, value):
-        write_json(path, value)
+    def commit(index, state):
+        Index.committed(index, state)
         raise InterruptedError
 
-    monkeypatch.setattr(data.corpus.stage, "write_json", crash)
-    shards = len(list((tmp_path / "whole").glob("shard_*")))
-    for _ in range(shards):
+    monkeypatch.setattr(Index, "committed", Index.commit, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "commit", commit)
+        yield patch
+
+
+def test_an_interrupted_build_continues_from_any_shard(mixed, tmp_path, crash):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for shards in itertools.count(1):
         with pytest.raises(InterruptedError):
-            gather(mixed, broken, 2, state)
-        state = json.loads((broken / "partial/state.json").read_text())
-        (broken / f"shard_{len(state['shards']):05d}.jsonl").write_text("half a li")
-    monkeypatch.setattr(data.corpus.stage, "write_json", write_json)
-    tally = gather(mixed, broken, 2, state)
-    assert len(state["shards"]) == shards
-    assert files(broken) == files(tmp_path / "whole")
+            gather(mixed, broken, 2, {})
+        next_shard = broken / f"shard_{shards:05d}.jsonl"
+        next_shard.write_text("half a li")
+        if shards == 15:
+            break
+    crash.undo()
+    tally = gather(mixed, broken, 2, {})
+    whole, _ = make(mixed, tmp_path / "whole")
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("shard_*")}
+    assert len(shards) > 15
+    assert {path.name: path.read_bytes() for path in broken.glob("shard_*")} == shards
     assert data.corpus.card("x", mixed, tally) == data.corpus.card("x", mixed, whole)
 
 
-def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, caplog):
+def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, crash, caplog):
     monkeypatch.setattr(data.corpus, "SHARD_BYTES", 3_000)
     caplog.set_level("INFO", "lumi")
-    corpus, write_json = place.runs / "mini/corpus", stage.write_json
-
-    def crash(path, value):
-        write_json(path, value)
-        raise InterruptedError
-
-    for min_chars, continued in ((20, 1), (21, 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(stage, "write_json", crash)
-            with pytest.raises(InterruptedError):
-                place.make("corpus", force=True)
+    for min_chars, continued in ((20, 0), (21, 0), (21, 1)):
+        if min_chars == 21 and not continued:
+            place.edit(("min_chars=20", "min_chars=21"))
+        with pytest.raises(InterruptedError):
+            place.make("corpus")
         for worker in multiprocessing.active_children():  # a killed worker holds the lock until it is gone
             worker.join()
-        (corpus / "shard_00099.jsonl").write_text('{"text": "left"}')
-        place.edit(("min_chars=20", f"min_chars={min_chars}"))
-        place.make("corpus")
         assert caplog.text.count("continuing after 1 finished shards") == continued
-        assert not {"partial", "shard_00099.jsonl"} & {path.name for path in corpus.iterdir()}
+    crash.undo()
+    place.make("corpus")
+    assert not (place.runs / "mini/corpus/partial").exists()
 
 
 @pytest.mark.parametrize("quality", [None, Quality()])
