@@ -51,9 +51,6 @@ class TokenizerConfig:
             raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
         if self.normalization not in ("identity", "nfkc"):
             raise ValueError(f'normalization is {self.normalization!r}; expected "identity" or "nfkc"')
-        taken = {"", "<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))}
-        if taken & set(self.control) or len(set(self.control)) < len(self.control):
-            raise ValueError(f"control is {self.control}; expected different pieces, none empty, <unk>, </s> or a byte")
 
 
 def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:

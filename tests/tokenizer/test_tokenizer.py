@@ -160,10 +160,7 @@ def test_a_text_file_of_five_megabytes_has_numbers(place: Place, text, count):
     assert numbers["documents"] == numbers["round_trips"] >= 20
 
 
-WRONG = [("normalization", "nfd"), ("algorithm", "word"), *(("control", c) for c in (("a", "a"), ("",), ("<0x41>",)))]
-
-
-@pytest.mark.parametrize(("field", "value"), WRONG)
+@pytest.mark.parametrize(("field", "value"), [("normalization", "nfd"), ("algorithm", "word"), ("vocab_size", 256)])
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is"):
         TokenizerConfig(**{field: value})
