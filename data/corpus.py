@@ -269,30 +269,38 @@ def gather(config: CorpusConfig, directory: Path, workers: int, made: dict) -> T
 def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
     """The lines of the shards. Updates `source` and `read` of the state: the position after each line."""
     for number in range(state["source"], len(config.sources)):
-        source, share = config.sources[number], 0.0
-        counts, budget = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN
+        source = config.sources[number]
         rest = source.max_documents and source.max_documents - state["read"]
         batches = _batches(itertools.islice(source.documents(workers, state["read"]), rest))
         prepared = cli.ordered(pool, functools.partial(_prepare, number), batches, 2 * workers)
-        done = lambda: (counts["read"], counts["read"] / share if share else 0)  # noqa: B023, E731
-        for document, pieces in progress(itertools.chain.from_iterable(prepared), done, "documents", source.name):
-            if counts["bytes"] >= budget:
-                break
-            share = max(document.read, counts["bytes"] / budget)
-            state["read"] += 1
-            counts["read"] += 1
-            kept = []
-            for piece in pieces:
-                counts["words_read"] += piece.words
-                if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
-                    tally.drop(source.name, document.id, piece, rule)
-                else:
-                    kept.append(piece)
-            if text := "".join(piece.text for piece in kept).strip("\n"):
-                tally.keep(source.name, document.id, text, sum(piece.words for piece in kept))
-                record = {"text": text, "source": source.name, "id": document.id}
-                yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        yield from _kept_of(source, itertools.chain.from_iterable(prepared), state, tally, index)
         state |= {"source": number + 1, "read": 0}
+
+
+def _kept_of(source: Source, prepared: Iterator, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
+    """The lines that a source adds to the shards."""
+    counts, budget, share = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN, 0.0
+
+    def done() -> tuple[float, float]:
+        return counts["read"], counts["read"] / share if share else 0
+
+    for document, pieces in progress(prepared, done, "documents", source.name):
+        if counts["bytes"] >= budget:
+            return
+        share = max(document.read, counts["bytes"] / budget)
+        state["read"] += 1
+        counts["read"] += 1
+        kept = []
+        for piece in pieces:
+            counts["words_read"] += piece.words
+            if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
+                tally.drop(source.name, document.id, piece, rule)
+            else:
+                kept.append(piece)
+        if text := "".join(piece.text for piece in kept).strip("\n"):
+            tally.keep(source.name, document.id, text, sum(piece.words for piece in kept))
+            record = {"text": text, "source": source.name, "id": document.id}
+            yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def card(name: str, config: CorpusConfig, tally: Tally) -> str:
