@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import shutil
+import sqlite3
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -201,10 +202,13 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
     for source in (*config.sources, *config.decontaminate):
         source.inputs()  # UserError if a file is missing, before --force removes the old corpus
     with job.making(keep=True):
-        state = None if force else _interrupted(job)
-        if state is None:
+        made = {"config": job.config, "read": job.read}
+        if force or not _continues(directory, made):
             job.clear()
-        tally = gather(config, directory, workers, state or beginning(job.config, job.read))
+        try:
+            tally = gather(config, directory, workers, made)
+        except sqlite3.OperationalError as error:  # a full disk
+            raise UserError(f"{directory}: {error}; fix that and run the same command again") from None
         counts = tally.counts()
         _report(config, tally)
         if not counts["documents"]:
@@ -227,36 +231,28 @@ def _report(config: CorpusConfig, tally: Tally) -> None:
             log.warning(f"{source.name} has only about {tokens:,.0f} of the {asked:,} tokens of max_tokens")
 
 
-def beginning(config: dict, read: dict) -> dict:
-    """The state of a build that has read nothing. It is JSON, saved as partial/state.json after every shard."""
-    return {"config": config, "inputs": read, "source": 0, "read": 0, "texts": 0, "shards": {}, "tally": None}
+def _continues(directory: Path, made: dict) -> bool:
+    """True if an interrupted build of the same corpus has left finished shards."""
+    if not (directory / "partial/index.db").is_file():
+        return False
+    with Index(None, directory / "partial") as index:
+        state = index.state() or {"made": None}
+    return state["made"] == made and not stage.damage(directory, state["shards"], contents=False)
 
 
-def _interrupted(job: Stage) -> dict | None:
-    """The state of an interrupted build of the same corpus, or None."""
-    try:
-        state = json.loads((job.directory / "partial/state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    same = (state.get("config"), state.get("inputs")) == (job.config, job.read)
-    return state if same and not stage.damage(job.directory, state["shards"], contents=False) else None
-
-
-def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> Tally:
+def gather(config: CorpusConfig, directory: Path, workers: int, made: dict) -> Tally:
     """Writes the shards, each closed once it holds SHARD_BYTES, and after each the state to continue from."""
-    shards, tally, partial = state["shards"], Tally(config), directory / "partial"
-    vars(tally).update(state["tally"] or {})
-    partial.mkdir(exist_ok=True)
-    for path in directory.glob("shard_*.jsonl"):
-        if path.name not in shards:
-            path.unlink()
-    if shards:
-        log.info(f"corpus: continuing after {len(shards)} finished shards")
-    preparation = Preparation(config)
+    tally, preparation = Tally(config), Preparation(config)
+    (directory / "partial").mkdir(exist_ok=True)
     with (
-        Index(config.dedup, partial, state["texts"]) as index,
+        Index(config.dedup, directory / "partial") as index,
         cli.pool(workers, _start_worker, preparation) as pool,
     ):
+        state = index.state() or {"made": made, "source": 0, "read": 0, "shards": {}, "tally": vars(tally)}
+        vars(tally).update(state["tally"])
+        shards = state["shards"]
+        if shards:
+            log.info(f"corpus: continuing after {len(shards)} finished shards")
         lines = _kept(pool, config, workers, state, tally, index)
         for first in lines:
             path = directory / f"shard_{len(shards):05d}.jsonl"
@@ -266,38 +262,45 @@ def gather(config: CorpusConfig, directory: Path, workers: int, state: dict) -> 
                     if shard.tell() >= SHARD_BYTES:
                         break
             shards |= stage.digests(directory, [path])
-            state |= {"tally": vars(tally), "texts": index.sync()}
-            stage.write_json(partial / "state.json", state)
+            index.commit(state | {"tally": vars(tally)})
     return tally
 
 
 def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
     """The lines of the shards. Updates `source` and `read` of the state: the position after each line."""
     for number in range(state["source"], len(config.sources)):
-        source, share = config.sources[number], 0.0
-        counts, budget = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN
+        source = config.sources[number]
         rest = source.max_documents and source.max_documents - state["read"]
         batches = _batches(itertools.islice(source.documents(workers, state["read"]), rest))
         prepared = cli.ordered(pool, functools.partial(_prepare, number), batches, 2 * workers)
-        done = lambda: (counts["read"], counts["read"] / share if share else 0)  # noqa: B023, E731
-        for document, pieces in progress(itertools.chain.from_iterable(prepared), done, "documents", source.name):
-            if counts["bytes"] >= budget:
-                break
-            share = max(document.read, counts["bytes"] / budget)
-            state["read"] += 1
-            counts["read"] += 1
-            kept = []
-            for piece in pieces:
-                counts["words_read"] += piece.words
-                if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
-                    tally.drop(source.name, document.id, piece, rule)
-                else:
-                    kept.append(piece)
-            if text := "".join(piece.text for piece in kept).strip("\n"):
-                tally.keep(source.name, document.id, text, sum(piece.words for piece in kept))
-                record = {"text": text, "source": source.name, "id": document.id}
-                yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        yield from _kept_of(source, itertools.chain.from_iterable(prepared), state, tally, index)
         state |= {"source": number + 1, "read": 0}
+
+
+def _kept_of(source: Source, prepared: Iterator, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
+    """The lines that a source adds to the shards."""
+    counts, budget, share = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN, 0.0
+
+    def done() -> tuple[float, float]:
+        return counts["read"], counts["read"] / share if share else 0
+
+    for document, pieces in progress(prepared, done, "documents", source.name):
+        if counts["bytes"] >= budget:
+            return
+        share = max(document.read, counts["bytes"] / budget)
+        state["read"] += 1
+        counts["read"] += 1
+        kept = []
+        for piece in pieces:
+            counts["words_read"] += piece.words
+            if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
+                tally.drop(source.name, document.id, piece, rule)
+            else:
+                kept.append(piece)
+        if text := "".join(piece.text for piece in kept).strip("\n"):
+            tally.keep(source.name, document.id, text, sum(piece.words for piece in kept))
+            record = {"text": text, "source": source.name, "id": document.id}
+            yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def card(name: str, config: CorpusConfig, tally: Tally) -> str:

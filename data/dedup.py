@@ -5,15 +5,15 @@
 # B with probability J. The minima under `permutations` permutations are the signature of a text, cut into bands of
 # `rows`. Texts that agree in a whole band are compared: that happens with probability 1 - (1 - J^rows)^bands.
 
-import array
-import os
+import json
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.words import GOLDEN, mix, ngrams
-from stage import check_types, sync
+from stage import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,73 +87,43 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Index:
-    """The texts kept so far; finds the text that a new one repeats."""
+    """The texts kept so far, in an SQLite database; finds the text that a new one repeats."""
 
-    # In memory: 12 bytes per key and 8 per text, and at most RECENT keys in a dict. In `directory`: texts.bin with the
-    # keys of each text and the end of its shingles, (1 + bands + 1) uint64, and shingles.bin with the shingles, uint32.
-    RECENT = 1 << 20
-
-    def __init__(self, config: Deduplication | None, directory: Path, texts: int = 0):
-        """texts: how many texts of an earlier index in the directory to keep."""
-        self.config, self.width = config, 1 + (config.bands if config else 0)
-        self.table = open(directory / "texts.bin", "a+b")  # noqa: SIM115 - closed by __exit__
-        self.shingles = open(directory / "shingles.bin", "a+b")  # noqa: SIM115
-        self.table.truncate(texts * (self.width + 1) * 8)
-        rows = np.fromfile(directory / "texts.bin", np.uint64).reshape(-1, self.width + 1)
-        self.ends = array.array("q", [0, *rows[:, -1].tolist()])
-        self.shingles.truncate(self.ends[-1] * 4)
-        self.recent: dict[int, int] = {}
-        self.keys, self.texts = np.empty(0, np.uint64), np.empty(0, np.uint32)
-        self._merge(rows[:, :-1].ravel(), np.repeat(np.arange(len(rows), dtype=np.uint32), self.width))
+    def __init__(self, config: Deduplication | None, directory: Path):
+        """config: None finds exact duplicates only. Continues from what the last `commit` has left in the directory."""
+        self.config, self.database = config, sqlite3.connect(directory / "index.db")
+        self.database.execute("PRAGMA cache_size = -65536")  # 64 MiB
+        self.database.execute("CREATE TABLE IF NOT EXISTS texts (text INTEGER PRIMARY KEY, shingles BLOB)")
+        self.database.execute("CREATE TABLE IF NOT EXISTS keys (key INTEGER PRIMARY KEY, text INTEGER)")
+        self.database.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT)")
 
     def __enter__(self) -> "Index":
         return self
 
     def __exit__(self, *exception) -> None:
-        self.table.close()
-        self.shingles.close()
+        self.database.close()
 
-    def sync(self) -> int:
-        """Writes everything to disk. Returns the number of texts."""
-        for file in (self.table, self.shingles):
-            file.flush()
-            sync(Path(file.name))
-        return len(self.ends) - 1
+    def commit(self, state: dict) -> None:
+        """Saves the texts and a state in JSON together, or neither if the process is killed."""
+        self.database.execute("REPLACE INTO state VALUES ('state', ?)", [json.dumps(state)])
+        self.database.commit()
+
+    def state(self) -> dict | None:
+        """The state of the last `commit`."""
+        row = self.database.execute("SELECT value FROM state").fetchone()
+        return row and json.loads(row[0])
 
     def duplicate(self, keys: np.ndarray, shingles: np.ndarray) -> str | None:
         """ "duplicate" or "near_duplicate" if a text repeats an earlier one; None if it does not, and adds it."""
         # keys: (1 + bands,) uint64, first the fingerprint of the text. shingles: (s,) uint32, sorted.
-        numbers = keys.tolist()
-        texts = [self.recent.get(key, -1) for key in numbers]
-        if len(self.keys):
-            at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-            for i in np.flatnonzero(self.keys[at] == keys):
-                texts[i] = int(self.texts[at[i]])
-        if texts[0] >= 0:
+        first, *others = numbers = keys.view(np.int64).tolist()
+        if self.database.execute("SELECT text FROM keys WHERE key = ?", [first]).fetchone():
             return "duplicate"
-        for text in sorted(set(texts[1:]) - {-1}):
-            if jaccard(shingles, self._shingles(text)) >= self.config.threshold:
+        listed = ", ".join("?" * len(others))
+        query = f"SELECT shingles FROM texts WHERE text IN (SELECT text FROM keys WHERE key IN ({listed}))"
+        for (candidate,) in self.database.execute(query, others):
+            if jaccard(shingles, np.frombuffer(candidate, np.uint32)) >= self.config.threshold:
                 return "near_duplicate"
-        number = len(self.ends) - 1
-        for key, text in zip(numbers, texts, strict=True):
-            if text < 0:
-                self.recent[key] = number
-        self.ends.append(self.ends[-1] + len(shingles))
-        self.table.write(np.append(keys, np.uint64(self.ends[-1])).tobytes())
-        self.shingles.write(shingles.tobytes())
-        if len(self.recent) > self.RECENT:
-            recent = np.fromiter(self.recent.keys(), np.uint64), np.fromiter(self.recent.values(), np.uint32)
-            self._merge(*recent)
-            self.recent.clear()
+        text = self.database.execute("INSERT INTO texts (shingles) VALUES (?)", [shingles.tobytes()]).lastrowid
+        self.database.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?)", [(number, text) for number in numbers])
         return None
-
-    def _shingles(self, text: int) -> np.ndarray:
-        start, end = self.ends[text], self.ends[text + 1]
-        self.shingles.flush()
-        return np.frombuffer(os.pread(self.shingles.fileno(), (end - start) * 4, start * 4), np.uint32)
-
-    def _merge(self, keys: np.ndarray, texts: np.ndarray) -> None:
-        """Adds keys to the sorted keys. Of equal keys the first stays."""
-        keys, texts = np.concatenate([self.keys, keys]), np.concatenate([self.texts, texts])
-        self.keys, first = np.unique(keys, return_index=True)
-        self.texts = texts[first]

@@ -26,6 +26,7 @@ from stage import Stage, check_types
 from tokenizer import Tokenizer
 
 PART = 1 << 16  # characters of a document that are sampled together
+SMALLEST = 300  # pieces: 256 bytes, control pieces, and some text
 MEASURED = 2_000_000  # bytes of text that the numbers in the card are measured on
 
 
@@ -44,15 +45,12 @@ class TokenizerConfig:
 
     def __post_init__(self):
         check_types(self)
-        if not 300 <= self.vocab_size <= 1 << 20:
-            raise ValueError(f"vocab_size is {self.vocab_size}; expected 300 to {1 << 20}")
+        if not SMALLEST <= self.vocab_size <= 1 << 20:
+            raise ValueError(f"vocab_size is {self.vocab_size}; expected {SMALLEST} to {1 << 20}")
         if self.algorithm not in ("unigram", "bpe"):
             raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
         if self.normalization not in ("identity", "nfkc"):
             raise ValueError(f'normalization is {self.normalization!r}; expected "identity" or "nfkc"')
-        taken = {"", "<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))}
-        if taken & set(self.control) or len(set(self.control)) < len(self.control):
-            raise ValueError(f"control is {self.control}; expected different pieces, none empty, <unk>, </s> or a byte")
 
 
 def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:
@@ -106,13 +104,13 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
 
 def _advice(vocab_size: int, error: str) -> str:
     """The message for an error of SentencePiece."""
+    size, setting = f"vocab_size = {vocab_size:,}", "set it in the tokenizer and in the model to"
     if most := re.search(r"too high .* <= (\d+)", error):
-        cause, fix = "too little text", f"add text, or set it to {int(most[1]):,} or less"
-    elif least := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
-        cause, fix = "more different characters than pieces", f"set it to {int(least[1]):,} or more"
-    else:
-        return f"SentencePiece cannot make {vocab_size:,} pieces of this corpus ({error})"
-    return f"{cause} for vocab_size = {vocab_size:,}: {fix}, in the tokenizer and in the model"
+        smaller = f", or {setting} {int(most[1]):,} or less" if int(most[1]) >= SMALLEST else ""
+        return f"too little text for {size}: add text{smaller}"
+    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
+        return f"the text has more different characters than {size}: {setting} {int(least[1]):,} or more"
+    return f"SentencePiece cannot make {vocab_size:,} pieces of this corpus ({error})"
 
 
 def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: Path, command: str) -> Stage:
@@ -127,16 +125,17 @@ def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float
     if job.up_to_date(force):
         return
     total = stage.finished(corpus)["counts"]["bytes"]
-    log.info(f"tokenizer: training {config.vocab_size:,} pieces")
-    with cli.pool(1) as pool:  # SentencePiece does not react to Ctrl-C; this process does
-        model = pool.submit(train, corpus, total, config, val_fraction).result()
-    others = [path for path in made_with_another(directory, model) if not {path, path.parent} & set(replaced)]
-    if others:
-        raise UserError(
-            f"{', '.join(map(str, others))} was made with another tokenizer in {directory}, and the new one would not "
-            "fit. Make it all again with --force-from tokenizer, or give the experiment another name"
-        )
-    with job.making():
+    with job.making(keep=True):
+        log.info(f"tokenizer: training {config.vocab_size:,} pieces")
+        with cli.pool(1) as pool:  # SentencePiece does not react to Ctrl-C; this process does
+            model = pool.submit(train, corpus, total, config, val_fraction).result()
+        others = [path for path in made_with_another(directory, model) if not {path, path.parent} & set(replaced)]
+        if others:
+            raise UserError(
+                f"{', '.join(map(str, others))} was made with another tokenizer in {directory}, and the new one would "
+                "not fit. Make it all again with --force-from tokenizer, or give the experiment another name"
+            )
+        job.clear()
         tokenizer, settings = write(directory, model)
         numbers = measure(tokenizer, sample(corpus, total, MEASURED), config.normalization == "identity")
         text = card(directory.parent.name, config, settings, numbers)

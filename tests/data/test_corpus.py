@@ -1,6 +1,7 @@
 """The corpus: what is kept and dropped, for any number of workers and after any interruption."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.corpus
-import stage
 from cli import UserError
-from data.corpus import CorpusConfig, Tally, beginning, gather, records
+from data.corpus import CorpusConfig, Tally, gather, records
+from data.dedup import Index
 from data.quality import C4, Gopher, Quality
 from data.sections import SECTION_CHARS, sections
 from data.sources import Files
@@ -32,7 +33,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def make(config: CorpusConfig, directory: Path, workers: int = 1) -> tuple[Tally, list[dict[str, str]]]:
     directory.mkdir()
-    tally = gather(config, directory, workers, beginning({}, {}))
+    tally = gather(config, directory, workers, {})
     return tally, list(records(directory))
 
 
@@ -58,15 +59,15 @@ def test_what_is_dropped_is_counted(raw, tmp_path):
     long = " ".join(a)
     write(raw / "b.jsonl", [a[2], a[0].replace(" ", "\n"), long])
     config = CorpusConfig(sources=(source("a"), source("b", max_chars=len(long) - 1)))
-    tally, found = make(config, tmp_path / "corpus")
+    tally, documents = make(config, tmp_path / "corpus")
     kept = [*(("a", f"a.jsonl:{i}") for i in (1, 3, 6, 7)), ("b", "b.jsonl:1")]
-    assert [(r["source"], r["id"]) for r in found] == kept
+    assert [(r["source"], r["id"]) for r in documents] == kept
     counts = tally.counts()
     assert counts["sources"]["a"]["dropped"] == {"too_short": 1, "near_duplicate": 1, "duplicate": 2}
     assert counts["sources"]["b"]["dropped"] == {"duplicate": 1, "too_long": 1}
     assert counts["dropped"] == {"duplicate": 3, "near_duplicate": 1, "too_long": 1, "too_short": 1}
     assert (counts["read"], counts["documents"]) == (11, 5)
-    assert counts["bytes"] == sum(len(r["text"].encode()) for r in found)
+    assert counts["bytes"] == sum(len(r["text"].encode()) for r in documents)
     for table in tally.sources.values():
         assert table["words_read"] == table["words"] + sum(table["dropped_words"].values())
     _, exact = make(replace(config, dedup=None), tmp_path / "exact")
@@ -83,10 +84,10 @@ def test_each_source_has_its_own_rules(raw, tmp_path):
     config = CorpusConfig(
         sources=(source("b"), source("a", quality=strict), source("c", quality=lines)), decontaminate_ngram=5
     )
-    tally, found = make(config, tmp_path / "corpus")
-    assert len(found) == 8
-    assert tally.sources["a"]["dropped"] == {"not_english": 6, "c4_sentences": 1, "c4_lines": 1}
-    assert found[-1]["text"] == line
+    tally, documents = make(config, tmp_path / "corpus")
+    assert len(documents) == 6
+    assert tally.sources["a"]["dropped"] == {"not_english": 4, "c4_sentences": 1, "c4_lines": 1}
+    assert documents[-1]["text"] == line
 
 
 def test_evaluation_sets_are_kept_out(raw, tmp_path):
@@ -112,10 +113,10 @@ def test_evaluation_sets_are_kept_out(raw, tmp_path):
     ]
     write(raw / "a.jsonl", [*bad, *good, book])
     sets = (source("test", field="*", max_documents=4), source("other", field="*"))
-    tally, found = make(CorpusConfig(sources=(source("a"),), decontaminate=sets), tmp_path / "corpus")
-    assert [r["id"] for r in found] == [f"a.jsonl:{i}" for i in (4, 5, 6, 7)]
+    tally, documents = make(CorpusConfig(sources=(source("a"),), decontaminate=sets), tmp_path / "corpus")
+    assert [r["id"] for r in documents] == [f"a.jsonl:{i}" for i in (4, 5, 6, 7)]
     assert tally.sources["a"]["dropped"] == {"contaminated: test": 3, "contaminated: other": 1}
-    assert found[-1]["text"] == book.removeprefix(first)
+    assert documents[-1]["text"] == book.removeprefix(first)
 
 
 BOOK = st.lists(st.text("ab .\n", min_size=0, max_size=3000), max_size=30).map("\n\n".join)
@@ -130,34 +131,29 @@ def test_sections_join_to_the_text(book, more):
     assert len(parts) == 1 or all(len(part) >= SECTION_CHARS // 2 for part in parts[1:])
 
 
-def test_two_copies_of_a_book_are_cut_alike():
-    book = "\n\n".join(varied(900))
-    one, other = sections(book), sections("A preface, which only this edition has.\n\n" * 30 + book)
-    assert len(one) > 30
-    assert len(set(one) & set(other)) > 0.9 * len(one)
-
-
 def test_a_book_is_judged_by_section(raw, tmp_path):
     chapters, before, after = varied(400), varied(300, 1), varied(300, 2)
     write(raw / "a.jsonl", ["\n\n".join(chapters)])
     book = "\n\n".join([*before, *chapters[100:200], *after])
     write(raw / "b.jsonl", [book])
-    tally, found = make(CorpusConfig(sources=(source("a"), source("b"))), tmp_path / "corpus")
+    tally, documents = make(CorpusConfig(sources=(source("a"), source("b"))), tmp_path / "corpus")
     assert sum(tally.sources["b"]["dropped"].values()) >= 2
-    kept = found[-1]["text"]
+    kept = documents[-1]["text"]
     assert kept.startswith(before[0])
     assert kept.endswith(after[-1])
     assert 0.75 < len(kept) / len(book) < 0.95
+    one, other = sections(book), sections("A preface, which only this edition has.\n\n" * 30 + book)
+    assert len(set(one) & set(other)) > 0.9 * len(one) > 18
 
 
 def test_limits(raw, tmp_path):
     write(raw / "a.jsonl", varied(300))
-    tally, found = make(CorpusConfig(sources=(source("a", max_tokens=2_000),)), tmp_path / "budget")
+    tally, documents = make(CorpusConfig(sources=(source("a", max_tokens=2_000),)), tmp_path / "budget")
     size = 2_000 * data.corpus.BYTES_PER_TOKEN
     assert size <= tally.sources["a"]["bytes"] < size + 1_000
-    assert tally.sources["a"]["read"] == len(found)
-    _, found = make(CorpusConfig(sources=(source("a", max_documents=7),)), tmp_path / "documents")
-    assert len(found) == 7
+    assert tally.sources["a"]["read"] == len(documents)
+    _, documents = make(CorpusConfig(sources=(source("a", max_documents=7),)), tmp_path / "documents")
+    assert len(documents) == 7
 
 
 def test_what_a_source_lacks_is_logged(place: Place, caplog):
@@ -175,6 +171,8 @@ def test_what_a_source_lacks_is_logged(place: Place, caplog):
     assert "line 21: not JSON" in card
     assert "line 22: expected an object whose 'text' is a string" in card
     place.edit(("min_chars=20", "min_chars=20_000"))
+    with pytest.raises(ValueError, match="sources are called a, a; give each a name of its own"):
+        CorpusConfig(sources=(source("a"), source("a")))
     with pytest.raises(UserError, match=r"the corpus is empty: none of \d+ documents was kept; add sources"):
         place.make("corpus", force=True)
 
@@ -205,79 +203,61 @@ def test_any_number_of_workers_gives_the_same(mixed, tmp_path):
     assert len(list((tmp_path / "1").glob("shard_*"))) > 8
     assert files(tmp_path / "1") == files(tmp_path / "4")
     assert one.counts() == four.counts()
-    assert data.corpus.card("x", mixed, one) == data.corpus.card("x", mixed, four)
-
-
-def test_an_interrupted_build_continues_from_any_shard(mixed, tmp_path, monkeypatch):
-    whole, _ = make(mixed, tmp_path / "whole")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    write_json, state = data.corpus.stage.write_json, beginning({}, {})
-
-    def crash(path, value):
-        write_json(path, value)
-        raise InterruptedError
-
-    monkeypatch.setattr(data.corpus.stage, "write_json", crash)
-    shards = len(list((tmp_path / "whole").glob("shard_*")))
-    for _ in range(shards):
-        with pytest.raises(InterruptedError):
-            gather(mixed, broken, 2, state)
-        state = json.loads((broken / "partial/state.json").read_text())
-        (broken / f"shard_{len(state['shards']):05d}.jsonl").write_text("half a li")
-    monkeypatch.setattr(data.corpus.stage, "write_json", write_json)
-    tally = gather(mixed, broken, 2, state)
-    assert len(state["shards"]) == shards
-    assert files(broken) == files(tmp_path / "whole")
-    assert data.corpus.card("x", mixed, tally) == data.corpus.card("x", mixed, whole)
-
-
-def test_the_card_says_what_was_left_out(mixed, tmp_path):
-    tally, found = make(mixed, tmp_path / "corpus")
-    card = data.corpus.card("mixed", mixed, tally)
+    card = data.corpus.card("x", mixed, four)
+    assert card == data.corpus.card("x", mixed, one)
     assert "| a | CC0 | 139 |" in card
     assert "| a | contaminated: test |" in card
     assert "- b, too_short, `b.jsonl:1`: `short`" in card
-    samples = card.split("## Ten documents at random\n\n")[1].strip().split("\n")
-    assert len(samples) == 10
-    assert all(any(f"`{r['id']}`" in sample for r in found) for sample in samples)
+    assert card.split("## Ten documents at random\n\n")[1].count("jsonl:") == 10
 
 
-def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, caplog):
-    monkeypatch.setattr(data.corpus, "SHARD_BYTES", 3_000)
-    directory, write_json = place.runs / "mini/corpus", stage.write_json
+@pytest.fixture
+def crash(monkeypatch):
+    """Ends every build after a finished shard."""
 
-    def crash(path, value):
-        write_json(path, value)
-        if len(value["shards"]) == 2:
-            raise InterruptedError
+    def commit(index, state):
+        Index.committed(index, state)
+        raise InterruptedError
 
-    def interrupt() -> None:
-        monkeypatch.setattr(stage, "write_json", crash)
+    monkeypatch.setattr(Index, "committed", Index.commit, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "commit", commit)
+        yield patch
+
+
+def test_an_interrupted_build_continues_from_any_shard(mixed, tmp_path, crash):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for shards in itertools.count(1):
         with pytest.raises(InterruptedError):
-            place.make("corpus", force=True)
+            gather(mixed, broken, 2, {})
+        next_shard = broken / f"shard_{shards:05d}.jsonl"
+        next_shard.write_text("half a li")
+        if shards == 15:
+            break
+    crash.undo()
+    tally = gather(mixed, broken, 2, {})
+    whole, _ = make(mixed, tmp_path / "whole")
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("shard_*")}
+    assert len(shards) > 15
+    assert {path.name: path.read_bytes() for path in broken.glob("shard_*")} == shards
+    assert data.corpus.card("x", mixed, tally) == data.corpus.card("x", mixed, whole)
+
+
+def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, crash, caplog):
+    monkeypatch.setattr(data.corpus, "SHARD_BYTES", 3_000)
+    caplog.set_level("INFO", "lumi")
+    for min_chars, continued in ((20, 0), (21, 0), (21, 1)):
+        if min_chars == 21 and not continued:
+            place.edit(("min_chars=20", "min_chars=21"))
+        with pytest.raises(InterruptedError):
+            place.make("corpus")
         for worker in multiprocessing.active_children():  # a killed worker holds the lock until it is gone
             worker.join()
-        monkeypatch.setattr(stage, "write_json", write_json)
-
-    caplog.set_level("INFO", "lumi")
-    interrupt()
+        assert caplog.text.count("continuing after 1 finished shards") == continued
+    crash.undo()
     place.make("corpus")
-    assert caplog.text.count("continuing after 2 finished shards") == 1
-    expected = files(directory)
-    interrupt()
-    place.edit(("min_chars=20", "min_chars=21"))
-    (directory / "shard_00099.jsonl").write_text('{"text": "left"}')
-    place.make("corpus")
-    assert caplog.text.count("continuing") == 1
-    assert files(directory).keys() == expected.keys()
-
-
-def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="sources are called a, a; give each a name of its own"):
-        CorpusConfig(sources=(source("a"), source("a")))
-    with pytest.raises(ValueError, match="sources is empty"):
-        CorpusConfig(sources=())
+    assert not (place.runs / "mini/corpus/partial").exists()
 
 
 @pytest.mark.parametrize("quality", [None, Quality()])
@@ -286,27 +266,9 @@ def test_odd_documents_go_through_every_rule(raw, tmp_path, quality):
     odd = ["x" * 900_000, "word " * 100_000, "\x00" * 50, "?" * 20_000, "<b>" * 9_000, "港" * 9_000, "a\n" * 20_000]
     odd += ["", "half \ud800 a pair " * 20]
     write(raw / "a.jsonl", odd)
-    tally, found = make(CorpusConfig(sources=(source("a", quality=quality),)), tmp_path / "corpus")
+    tally, documents = make(CorpusConfig(sources=(source("a", quality=quality),)), tmp_path / "corpus")
     assert tally.sources["a"]["read"] == len(odd)
-    assert sum(tally.sources["a"]["dropped"].values()) + len(found) >= len(odd)
-
-
-@pytest.fixture
-def tmpfs(tmp_path):
-    """A file system of 600 kB."""
-    place = tmp_path / "full"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("mounting a file system needs to be root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def test_a_full_disk_is_named_and_nothing_counts_as_finished(place: Place, tmpfs, tmp_path):
-    write(place.raw / "text.jsonl", varied(3_000))
-    place.env["RUNS"] = str(tmpfs)
-    assert "No space left on device" in place.run("pipeline.py", place.config, "corpus", status=2).stderr
-    assert not (tmpfs / "mini/corpus/manifest.json").exists()
+    assert sum(tally.sources["a"]["dropped"].values()) + len(documents) >= len(odd)
 
 
 # Runs all data stages with small shards, so that there is something to continue from.

@@ -86,19 +86,19 @@ def test_against_all_pairs(tmp_path):
     assert near > 15
 
 
-def test_an_index_continues_after_a_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(Index, "RECENT", 100)  # so that it merges now and then
+def test_an_index_continues_after_a_crash(tmp_path):
     rng = random.Random(1)
     texts = [[str(rng.randrange(99)) for _ in range(50)] for _ in range(60)]
     texts += [changed(text, 0.02, rng) for text in texts]
     minhash, verdicts = MinHash(Deduplication()), {}
     for name, stops in {"whole": (0,), "broken": (0, 1, 30, 31, 90)}.items():
         (tmp_path / name).mkdir()
-        verdicts[name], size = [], 0
+        verdicts[name] = []
         for start, stop in itertools.pairwise([*stops, len(texts)]):
-            with Index(Deduplication(), tmp_path / name, size) as index:
+            with Index(Deduplication(), tmp_path / name) as index:
+                assert index.state() == ({"next": start} if start else None)
                 verdicts[name] += [index.duplicate(*prepared(text, minhash)) for text in texts[start:stop]]
-                size = index.sync()
-                index.duplicate(*prepared(["lost", "in", "the", "crash"], minhash))
+                index.commit({"next": stop})
+                assert index.duplicate(*prepared(texts[0] + texts[1], minhash)) is None  # lost in the crash
     assert verdicts["whole"] == verdicts["broken"]
     assert {"near_duplicate", None} <= set(verdicts["whole"])

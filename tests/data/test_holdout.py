@@ -1,9 +1,8 @@
 """Held-out text: a share of many documents, at least one of few, the end of a single one."""
 
-import dataclasses
 import hashlib
-import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,6 +17,7 @@ from data.holdout import Holdout, held_out, split_hash, threshold
 from data.sections import cut
 from tests.conftest import Place, build, write_lines
 from tests.data.test_corpus import varied
+from tokenizer.train import TokenizerConfig, train
 
 
 def test_many_documents_are_held_out_by_their_own_hash():
@@ -27,6 +27,7 @@ def test_many_documents_are_held_out_by_their_own_hash():
     assert all(held_out(text, 0.1) for text in texts if held_out(text, 0.05))
     assert split_hash(b"x") == int(hashlib.sha256(b"x").hexdigest()[:16], 16)
     assert threshold(map(split_hash, texts), 0.05) == math.ceil(0.05 * 2**64)
+    assert threshold([7, 7], 0.05) is threshold([7], 0.05) is None  # no threshold separates them
 
 
 @given(st.sets(st.integers(0, 2**64 - 1), min_size=2, max_size=6), st.floats(0.001, 0.999))
@@ -43,12 +44,11 @@ def test_of_few_documents_neither_side_is_empty(numbers, fraction):
 
 @pytest.mark.parametrize("gap", ["\n\n", "\n", ". ", " ", ""])
 def test_a_single_document_is_cut_at_its_best_gap(gap):
-    sentence = "wordword" if gap in (" ", "") else "some words"
-    parts = [f"{sentence}{i}" for i in range(2_000)]
+    parts = [("wordword" if gap in (" ", "") else "some words") + str(i) for i in range(2_000)]
     train, val = cut(gap.join(parts), 0.1)
     assert 0.05 < len(val) / len(gap.join(parts)) < 0.2
-    assert val in {gap.join(parts[i:]) for i in range(1, 2_000)} or gap == ""
-    assert train.strip() + gap.strip("\n") * gap.startswith("\n") + val in (gap.join(parts), (train.strip() + val))
+    assert gap.join(parts) == (train + gap + val if "\n" in gap else train + val)
+    assert val in {gap.join(parts[i:]) for i in range(2_000)} or gap == ""
 
 
 @given(st.text(min_size=2).filter(lambda text: text.strip("\n") == text), st.floats(0.001, 0.999))
@@ -76,10 +76,8 @@ def test_few_text_files_are_packed(place: Place, count, fraction):
     texts = packed(place)
     assert all(texts.values())
     assert len(" ".join(texts.values()).split()) == len(" ".join(text).split())
-    files = [path.read_text().strip() for path in place.raw.glob("*.txt")]
-    smallest = min(files, key=lambda file: split_hash(file.encode()))
     if fraction == "1e-9":
-        assert texts["val"] == smallest
+        assert texts["val"] == min(place.raw.glob("*.txt"), key=lambda p: split_hash(p.read_bytes())).read_text()
 
 
 def test_the_tokenizer_does_not_learn_what_is_held_out(place: Place):
@@ -92,42 +90,32 @@ def test_the_tokenizer_does_not_learn_what_is_held_out(place: Place):
     assert "yzz" not in pieces
 
 
-def test_a_text_file_of_a_megabyte_goes_through_the_config_of_the_readme(tmp_path, monkeypatch):
-    """The config that the README shows, `configs/mine.py`, with a smaller vocabulary: the text is simple."""
-    monkeypatch.setenv("DATA", str(tmp_path / "raw"))
-    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/input.txt").write_text("\n\n".join(varied(2_500, words=4_000)))
+def test_a_text_file_of_a_megabyte_goes_through_the_config_of_the_readme(place: Place):
+    """With a smaller vocabulary, because the text is simple, and two steps."""
+    (place.raw / "input.txt").write_text("\n\n".join(varied(2_500, words=4_000)))
     readme = (stage.ROOT / "README.md").read_text()
-    config = readme.split("# configs/mine.py\n")[1].split("```")[0]
-    (tmp_path / "mine.py").write_text(config)
-    experiment = configs.load(tmp_path / "mine.py")
-    experiment = dataclasses.replace(
-        experiment,
-        model=dataclasses.replace(experiment.model, vocab_size=1_000),
-        tokenizer=dataclasses.replace(experiment.tokenizer, vocab_size=1_000),
-        pretrain=dataclasses.replace(experiment.pretrain, steps=2, warmup_steps=1, eval_rows=8),
-    )
-    assert build("pretrain", experiment).joinpath("final/manifest.json").is_file()
-    counts = json.loads((tmp_path / "runs/mine/packed/manifest.json").read_text())["counts"]
+    place.config.write_text(readme.split("# configs/mine.py\n")[1].split("```")[0])
+    mine = configs.load(place.config)
+    train = replace(mine.pretrain, steps=2, warmup_steps=1, eval_rows=8)
+    sizes = {"model": replace(mine.model, vocab_size=1_000), "tokenizer": replace(mine.tokenizer, vocab_size=1_000)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA", str(place.raw))
+        patch.setenv("RUNS", str(place.runs))
+        build("pretrain", replace(mine, pretrain=train, **sizes))
+    counts = stage.read_manifest(place.runs / "mine/packed")["counts"]
     assert 0.04 < counts["val"]["bytes"] / counts["train"]["bytes"] < 0.07
+    assert stage.read_manifest(place.runs / "mine/pretrain/final")
 
 
-@pytest.mark.parametrize(
-    ("texts", "vocab_size", "message"),
-    [
-        (["too little text for so many pieces " * 9], 5_000, r"too little text .* or set it to \d+ or less, in the"),
-        (
-            ["".join(chr(0x4E00 + i) for i in range(900)) * 3],
-            600,
-            r"more different characters .* set it to 1,\d+ or more",
-        ),
-        (["aa bb " * 99], 300, r"too little text"),
-    ],
-)
-def test_each_cause_of_an_impossible_vocabulary_has_its_advice(place: Place, texts, vocab_size, message):
-    write_lines(place.raw / "text.jsonl", [{"text": text} for text in texts])
-    place.edit(("vocab_size=512, context", f"vocab_size={vocab_size}, context"))
-    place.edit(("vocab_size=512, alg", f"vocab_size={vocab_size}, alg"))
+ADVICE = [
+    ("too little text for so many pieces " * 9, 5_000, r"too little text .*add text, or set it .* to 3\d\d or less"),
+    ("".join(chr(0x4E00 + i) for i in range(900)) * 3, 600, r"more different characters .* set it .* to 1,\d+ or more"),
+    ("aa bb " * 99, 300, r"too little text for vocab_size = 300: add text$"),
+]
+
+
+@pytest.mark.parametrize(("text", "vocab_size", "message"), ADVICE)
+def test_each_cause_of_an_impossible_vocabulary_has_its_advice(tmp_path, text, vocab_size, message):
+    write_lines(tmp_path / "shard_00000.jsonl", [{"source": "a", "text": text}])
     with pytest.raises(UserError, match=message):
-        place.make("tokenizer")
+        train(tmp_path, 1, TokenizerConfig(vocab_size=vocab_size), 0.05)
