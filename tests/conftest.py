@@ -96,7 +96,7 @@ def build(name: str, experiment: configs.Experiment, **switches) -> Path:
     return experiment.directory(name)
 
 
-PRESENT = os.environ | {"PYTHONPATH": str(ROOT)}  # the environment of the fork server
+PRESENT = os.environ.copy() | {"PYTHONPATH": str(ROOT)}  # the fork server's environment
 
 
 @functools.cache
@@ -124,7 +124,7 @@ class Command(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         changed = {name for name in env.keys() | PRESENT.keys() if env.get(name) != PRESENT.get(name)}
-        if preexec_fn or cwd != ROOT or changed - {"DATA", "RUNS", "PYTEST_CURRENT_TEST"}:
+        if preexec_fn or cwd != ROOT or changed - {"DATA", "RUNS"}:
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         pipes, start_new_session = rest[3:9], rest[14]
@@ -165,7 +165,7 @@ class Place:
     def __init__(self, path: Path):
         self.path, self.config = path, path / "mini.py"
         self.raw, self.runs = path / "raw", path / "runs"
-        self.env = os.environ | {"DATA": str(self.raw), "RUNS": str(self.runs), "PYTHONPATH": str(ROOT)}
+        self.env = PRESENT | {"DATA": str(self.raw), "RUNS": str(self.runs)}
 
     def start(self, *arguments, **options) -> Command:
         """Starts a command from the repository's root."""
