@@ -167,7 +167,8 @@ def test_rms_norm_kernel(shape, memory, dtype):
 def test_swiglu_kernel(shape, memory, dtype):
     torch.manual_seed(0)
     gate, up = (3 * torch.randn(2, *shape)).to(device, dtype).unbind(0)
-    assert_kernel_agrees(lambda g, u: lumi.swiglu(g, u, "triton"), lumi.swiglu_torch, [gate, up], memory)
+    kernels = [lambda g, u, name=name: lumi.swiglu(g, u, name) for name in ("triton", "torch")]
+    assert_kernel_agrees(*kernels, [gate, up], memory)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -194,14 +195,6 @@ def test_cross_entropy_kernel_past_2_to_the_31_elements():
     losses = lumi.cross_entropy(logits, targets, -100, "triton")
     assert torch.equal(losses, lumi.cross_entropy(near, targets, -100, "triton"))
     assert torch.equal(logits, near)
-
-
-def test_kernels_refuse_shapes_that_do_not_fit():
-    x = torch.ones(4, 33, device=device)
-    with pytest.raises(ValueError, match="do not fit"):
-        lumi.rms_norm(x, x[0, :7], 1e-5, "triton")
-    with pytest.raises(ValueError, match="one shape"):
-        lumi.swiglu(x, x[:1], "triton")
 
 
 # Compiles every kernel for an H100 (no GPU is needed for that), in a process where Triton is not interpreted.
@@ -428,7 +421,7 @@ def test_a_rule_that_shows_later_keys_is_refused(monkeypatch):
         build()
 
 
-def test_too_many_tokens_and_wrong_arguments_are_refused():
+def test_too_many_tokens_are_refused():
     model, tokens = build(), torch.zeros(1, 25, dtype=torch.long)
     for options in ({}, {"positions": torch.arange(25)[None]}, {"cache": KVCache(model, 1, 99)}):
         with pytest.raises(ValueError, match="25 tokens; context_length is 24"):
@@ -439,9 +432,6 @@ def test_too_many_tokens_and_wrong_arguments_are_refused():
         model(tokens[:, :5], cache=cache)
     with pytest.raises(ValueError, match="reduction is 'sum'"):
         model(tokens[:, :4], tokens[:, :4], reduction="sum")
-    for options in ({"cache": cache, "positions": torch.arange(4)[None]}, {"mask": tokens > 0}):
-        with pytest.raises(ValueError, match="a mask goes with positions only"):
-            model.hidden(tokens[:, :4], **options)
 
 
 # --------------------------------------------------------------------------------------------------------- packed rows
