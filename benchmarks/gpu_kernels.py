@@ -4,7 +4,6 @@ A part of `python -m benchmarks.gpu`. What is compared is timed in turn, by CUDA
 before every kernel; quoted are medians. Bytes: each input of the operator read once, each output written once.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
-
-# ruff: noqa: E402
 import model as lumi
 from model import ModelConfig, Transformer
 
+GPU = torch.cuda.is_available()
 DEVICE, HALF = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
 BACKEND = "inductor" if GPU else "aot_eager"
 

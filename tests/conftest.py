@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more, and tests often share a machine
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ if not torch.cuda.is_available():
 import configs
 import pipeline
 
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=25)
+hypothesis.settings.load_profile("suite")
 ROOT = Path(__file__).resolve().parent.parent
 
 MINI = """

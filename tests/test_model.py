@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import configs
@@ -52,13 +52,11 @@ def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
     ("name", "count"), [("micro", 9_438_336), ("tiny", 23_072_000), ("small", 83_898_880), ("base", 276_861_696)]
 )
 def test_number_of_parameters(name, count):
+    config = configs.load(f"configs/{name}.py").model
     with torch.device("meta"):
-        assert Transformer(configs.load(f"configs/{name}.py").model).num_parameters() == count
-
-
-def test_tied_embeddings_count_once():
-    tied = Transformer(dataclasses.replace(SMALL, tie_embeddings=True))
-    assert Transformer(SMALL).num_parameters() - tied.num_parameters() == SMALL.vocab_size * SMALL.d_model
+        assert Transformer(config).num_parameters() == count
+        tied = Transformer(dataclasses.replace(config, tie_embeddings=True))
+    assert tied.num_parameters() == count - config.vocab_size * config.d_model
 
 
 def test_initial_weights():
@@ -71,16 +69,6 @@ def test_initial_weights():
         expected = 0.02 / math.sqrt(16) if name.endswith((".o.weight", ".down.weight")) else 0.02
         assert float(weight.detach().std()) == pytest.approx(expected, rel=0.05), name
         assert abs(float(weight.detach().mean())) < expected / 10, name
-
-
-@pytest.mark.parametrize("name", ["demo", "tiny"])
-def test_first_loss_is_that_of_a_uniform_guess(name):
-    config = configs.load(f"configs/{name}.py").model
-    torch.manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (2, 65))
-    with torch.no_grad():
-        loss = Transformer(config)(tokens[:, :-1], tokens[:, 1:])
-    assert float(loss) == pytest.approx(math.log(config.vocab_size), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +460,6 @@ def pack(rows: list, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
 
 
 @pytest.mark.parametrize(("config", "recomputed"), [(UNGROUPED, False), (SMALL, True)])
-@settings(max_examples=20, deadline=None)
 @given(rows=ROWS, seed=st.integers(0, 9))
 def test_texts_in_packed_rows_get_the_losses_and_gradients_they_get_alone(config, recomputed, rows, seed):
     """A text whose beginning others share has the sum of their gradients."""
@@ -496,25 +483,6 @@ def test_texts_in_packed_rows_get_the_losses_and_gradients_they_get_alone(config
     ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in (together, alone))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_the_loss_of_a_packed_batch_is_the_mean_over_its_targets(kernels):
-    """So texts count by their targets, not alike."""
-    model = build(dataclasses.replace(SMALL, kernels=kernels), scale=3.0).to(device)
-    tokens, positions, texts = pack([[(9, []), (1, []), (6, []), (7, [])], [(23, [])]], 1)
-    targets = random_tokens(*tokens.shape, seed=2)
-    targets[:, ::3] = -100
-    loss, gradient = loss_and_gradient(model, tokens.to(device), targets, positions)
-    mean, expected, total = 0.0, 0.0, int((targets != -100).sum())
-    for row, place, text in texts:
-        own = targets[row, place][None]
-        count = int((own != -100).sum())
-        if count:
-            alone, alone_gradient = loss_and_gradient(model, text.to(device), own)
-            mean, expected = mean + alone * count / total, expected + alone_gradient.double() * count / total
-    assert loss == pytest.approx(mean, rel=1e-5)
-    assert relative(gradient, expected) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")  # from transformers

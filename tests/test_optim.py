@@ -5,15 +5,12 @@ import dataclasses
 import io
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
-import optim
-import trainer
 from model import ModelConfig, Transformer
 from optim import Muon, learning_rate, make_optimizers, orthogonalise
 from trainer import TrainConfig
@@ -70,16 +67,6 @@ def test_wsd_in_a_short_run_rises_to_the_peak_and_then_only_falls(steps, warmup_
     assert all(a >= b for a, b in itertools.pairwise(fall))
     if steps > warmup_steps:
         assert (fall[0], fall[-1]) == (1.0, pytest.approx(0.2))
-
-
-def test_a_schedule_is_added_in_one_place(monkeypatch):
-    with pytest.raises(ValueError, match="schedule is 'exponential'; expected one of cosine, linear, wsd"):
-        rates(3, schedule="exponential")
-    with pytest.raises(KeyError, match="exponential"):
-        learning_rate(SimpleNamespace(schedule="exponential", warmup_steps=0), 1, 3)
-    monkeypatch.setitem(optim.SCHEDULES, "exponential", lambda config, step, steps: 0.1 ** (step / steps))
-    monkeypatch.setitem(trainer.CHOICES, "schedule", tuple(optim.SCHEDULES))
-    assert rates(2, schedule="exponential") == pytest.approx([1.0, 0.2 + 0.8 * 0.1**0.5, 0.28])
 
 
 # ----------------------------------------------------------------------------------------------- orthogonalised updates
@@ -151,41 +138,6 @@ def test_muon_updates_by_hand():
         expected = (1 - 0.1 * 0.2) * expected - 0.1 * 0.2 * s * sign
         assert w.item() == pytest.approx(expected, rel=1e-5)
     assert optimizer.state[w]["momentum"].item() == 0.25
-
-
-def test_weight_decay_is_decoupled():
-    """It multiplies the weight by 1 − η λ; it does not enter the momentum."""
-    (w,) = parameters((6, 24))
-    optimizer, before = Muon([w], lr=0.1, weight_decay=0.3), w.detach().clone()
-    for _ in range(2):
-        w.grad = torch.zeros_like(w)
-        optimizer.step()
-    torch.testing.assert_close(w.detach(), before * (1 - 0.1 * 0.3) ** 2)
-    assert not optimizer.state[w]["momentum"].any()
-
-
-@pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64)])
-def test_an_update_has_adamws_usual_size(shape):
-    """Root mean square 0.2 (arXiv:2502.16982, section 2.2), whatever the shape."""
-    (w,) = parameters(shape)
-    before = w.detach().clone()
-    set_gradients([w], 0)
-    Muon([w], lr=1.0, weight_decay=0.0).step()
-    assert 0.16 < rms(w - before) < 0.22
-
-
-def test_a_parameter_without_a_gradient_does_not_change():
-    first, second = parameters((4, 6), (4, 6))
-    optimizer, before = Muon([first, second], lr=0.1), second.detach().clone()
-    set_gradients([first], 0)
-    optimizer.step()
-    assert torch.equal(second, before)
-    assert second not in optimizer.state
-
-
-def test_muon_refuses_vectors():
-    with pytest.raises(ValueError, match=r"matrices.*\(3,\)"):
-        Muon(parameters((3,)), lr=0.1)
 
 
 def test_a_saved_and_loaded_muon_continues_exactly():
