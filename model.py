@@ -484,9 +484,6 @@ def linear_cross_entropy(
     # without targets; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated once.
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
-    if x.dim() != 2 or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
-        shapes = f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}"
-        raise ValueError(f"{shapes}; expected (N, D) and (N,) int64")
     learn = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     dtype = matmul_dtype(x)
     loss = LinearCrossEntropy.apply(x, weight, targets, ignore_index, dtype, kernels, reduction == "none", *learn)

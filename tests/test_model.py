@@ -340,13 +340,6 @@ def test_a_target_outside_the_vocabulary_is_noticed(target):
     assert math.isnan(lumi.linear_cross_entropy(x, weight, targets, kernels="triton").item())
 
 
-@pytest.mark.parametrize("targets", [torch.zeros(4, dtype=torch.long), torch.zeros(3), torch.zeros(3, 1).long()])
-def test_targets_that_do_not_fit_are_refused(targets):
-    x, weight, _, _ = loss_case(3)
-    with pytest.raises(ValueError, match=r"expected \(N, D\) and \(N,\) int64"):
-        lumi.linear_cross_entropy(x, weight, targets)
-
-
 # --------------------------------------------------------------------------------------------------------- the network
 
 

@@ -444,7 +444,7 @@ def test_resuming_from_a_path(packed: Place, made: Place):
 
 def test_fewer_steps_than_were_trained_are_refused(trained: Place, made: Place):
     trained.edit(("steps=24", "steps=20"))
-    assert "trained to step 24 already" in trained.run("train.py", trained.config, status=2).stderr
+    assert "is at step 24 already" in trained.run("train.py", trained.config, status=2).stderr
     shutil.rmtree(trained.runs / "mini/pretrain")
     shutil.copytree(made.runs / "mini/pretrain/step_0000015", trained.runs / "mini/pretrain/step_0000015")
     trained.edit(("steps=20", "steps=10"))
