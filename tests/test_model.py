@@ -142,7 +142,7 @@ def assert_kernel_agrees(kernel, plain, inputs: list[torch.Tensor], memory: str)
         assert kernel_error <= 2 * plain_error + SLACK[inputs[0].dtype]
 
 
-@pytest.mark.parametrize(("shape", "memory", "dtype"), [*CASES, ((600, 4096), "contiguous", torch.float32)])
+@pytest.mark.parametrize(("shape", "memory", "dtype"), [*CASES, ((514, 2049), "contiguous", torch.float32)])
 def test_rms_norm_kernel(shape, memory, dtype):
     """In the last case a program of the backward pass sums over several tiles."""
     torch.manual_seed(0)
@@ -283,7 +283,7 @@ def loss_case(rows: int, pieces: int = 53, ignored: float = 0.0) -> list[torch.T
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize(
-    ("rows", "pieces", "ignored"), [(1, 53, 0), (513, 2, 0.6), (1100, 97, 0.6), (3, 8191, 0), (0, 53, 0), (4, 53, 1.0)]
+    ("rows", "pieces", "ignored"), [(1, 53, 0), (40, 2, 0.6), (530, 97, 0.02), (3, 8191, 0), (0, 53, 0), (4, 53, 1.0)]
 )
 def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction):
     x, weight, targets, factors = loss_case(rows, pieces, ignored)
