@@ -625,6 +625,9 @@ def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
     return TritonSwiGLU.apply(gate, up) if use_triton(kernels, gate) else F.silu(gate) * up
 
 
+PROGRAMS = 512  # at most, of RMSNorm's backward pass; each sums its rows' gradients of the gains
+
+
 class TritonRMSNorm(torch.autograd.Function):
     """Keeps each row's 1/rms for the backward pass."""
 
@@ -643,7 +646,7 @@ class TritonRMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
         rows, D, (R, C, warps) = scale.numel(), len(weight), tile(len(weight))
-        programs = min(512, triton.cdiv(rows, R))
+        programs = min(PROGRAMS, triton.cdiv(rows, R))
         dw = x.new_empty(programs, D, dtype=torch.float32)
         rms_norm_backward_kernel[(programs,)](x, weight, scale, dy, dx, dw, rows, D, R, C, num_warps=warps)
         return dx, dw.sum(0).to(weight.dtype), None, None

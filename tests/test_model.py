@@ -142,9 +142,11 @@ def assert_kernel_agrees(kernel, plain, inputs: list[torch.Tensor], memory: str)
         assert kernel_error <= 2 * plain_error + SLACK[inputs[0].dtype]
 
 
-@pytest.mark.parametrize(("shape", "memory", "dtype"), [*CASES, ((514, 2049), "contiguous", torch.float32)])
-def test_rms_norm_kernel(shape, memory, dtype):
-    """In the last case a program of the backward pass sums over several tiles."""
+@pytest.mark.parametrize(("shape", "memory", "dtype"), CASES)
+@pytest.mark.parametrize("programs", [512, 2])
+def test_rms_norm_kernel(shape, memory, dtype, programs, monkeypatch):
+    """With two programs, each sums the gradient of the gains over several tiles."""
+    monkeypatch.setattr(lumi, "PROGRAMS", programs)
     torch.manual_seed(0)
     x, weight = (3 * torch.randn(shape)).to(device, dtype), (torch.rand(shape[-1]) + 0.5).to(device, dtype)
     kernels = [lambda x, w, name=name: lumi.rms_norm(x, w, 1e-5, name) for name in ("triton", "torch")]
@@ -280,11 +282,18 @@ def loss_case(rows: int, pieces: int = 53, ignored: float = 0.0) -> list[torch.T
     return [x.requires_grad_(), weight.requires_grad_(), targets, factors]
 
 
+LOSSES = [
+    (1, 53, 0, "torch"),
+    (530, 97, 0.02, "torch"),
+    (3, 8191, 0, "torch"),
+    (0, 53, 0, "torch"),
+    (4, 53, 1, "torch"),
+]
+LOSSES += [(1, 53, 0, "triton"), (40, 2, 0.6, "triton"), (3, 8191, 0, "triton"), (4, 53, 1, "triton")]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize(
-    ("rows", "pieces", "ignored"), [(1, 53, 0), (40, 2, 0.6), (530, 97, 0.02), (3, 8191, 0), (0, 53, 0), (4, 53, 1.0)]
-)
+@pytest.mark.parametrize(("rows", "pieces", "ignored", "kernels"), LOSSES)
 def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction):
     x, weight, targets, factors = loss_case(rows, pieces, ignored)
     factors = torch.tensor(3.0, device=device) if reduction == "mean" else factors
