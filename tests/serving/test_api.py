@@ -229,7 +229,7 @@ def test_a_control_piece_that_a_user_writes_is_text(client, server: Server, spie
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_is_the_beginning_of_the_conversation_in_training(served, template):
     served = dataclasses.replace(served, template=template)
-    texts = ("Be brief.", " Say\ta. ", "a", "b?", "b")
+    texts = ("Be brief.", " Say\r\na. ", "a", "b?", "b")
     messages = list(map(Message, ("system", "user", "assistant", "user", "assistant"), texts))
     prompt = served.conversation(messages[:-1])
     clean = [message._replace(content=cleaned(message.content)) for message in messages]
