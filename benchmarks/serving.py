@@ -168,7 +168,7 @@ async def soak(port: int, pid: int, prompts: Prompts, requests: int, context: in
             case "streamed" | "left":
                 body |= {"stream": True, "seed": i, "temperature": 0.7}
             case "wrong":
-                body |= chance.choice(({"max_tokens": -1}, {"prompt": []}, {"temperature": "hot"}, {"tools": [1]}))
+                body |= chance.choice(({"max_tokens": -2}, {"prompt": []}, {"temperature": "hot"}, {"tools": [1]}))
         bodies.append((kind, body))
     memory, left = [], requests
 
