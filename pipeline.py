@@ -192,26 +192,25 @@ def check(arguments: argparse.Namespace) -> None:
 
 def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows, stale = [("stage", "seconds", "result", "state")], set()
-    try:
-        run = eval.summary.Run(experiment)
-    except UserError:  # a damaged manifest, which the state of its stage names
-        run = None
+    rows, stale, run = [("stage", "seconds", "result", "state")], set(), eval.summary.Run(experiment)
     for name, step in STAGES.items():
-        directory = experiment.directory(name)
         if name == "dpo_reference" and experiment.dpo.reference != "stored":
             continue
-        try:
-            state = step(experiment, arguments).job.state()
-        except UserError as error:  # the model that it starts from is missing, or a manifest is damaged
-            state = f"stale: {error}" if any(directory.glob("manifest.json")) else "missing"
+        directory = experiment.directory(name)
+        if stage.read_manifest(directory) is None:
+            state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
+        else:
+            try:
+                state = step(experiment, arguments).job.state()
+            except UserError as error:  # the model that the stage starts from is missing
+                state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
         if stale.intersection(needs) and state.startswith("done"):
             state = f"stale: {next(need for need in needs if need in stale)} is stale"
         if state.startswith("stale"):
             stale.add(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name) if run else "", state))
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name), state))
     return cli.table(rows, right=(1,))
 
 

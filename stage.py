@@ -288,15 +288,11 @@ class Stage:
             log.info(f"{self.directory} is up to date" + ", but older than the code" * bool(changed))
 
     def state(self) -> str:
-        """ "done", "unfinished", "missing", or "stale" and why."""
-        try:
-            if read_manifest(self.directory) is None:
-                return "unfinished" if any(self.directory.glob("[!.]*")) else "missing"
-            if different := self.different(self.directory):
-                return f"stale: {first(different)}"
-            self.is_finished()
-        except UserError as error:
-            return f"stale: {error}"
+        """The state of a finished directory: "done", or "stale" and why."""
+        if different := self.different(self.directory):
+            return f"stale: {first(different)}"
+        if wrong := damage(self.directory, read_manifest(self.directory)["wrote"], contents=False):
+            return f"stale: {wrong}"
         changed = self.changed_code(self.directory)
         return f"done, but {changed} changed since" if changed else "done"
 
