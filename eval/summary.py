@@ -16,7 +16,7 @@ MAIN = {
     "pretrain": (
         "validation.bits_per_byte",
         "bits per byte",
-        "to store held-out text; less is better, xz needs {validation[baseline]:.3f}",
+        "of held-out text; xz -9 needs {validation[baseline]:.3f}",
     ),
     "sft_data": ("train.conversations", "conversations", "to train on, in rows that are {packing_efficiency:.1%} full"),
     "sft": (
