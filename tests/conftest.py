@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more, and tests often share a machine
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ if not torch.cuda.is_available():
 import configs
 import pipeline
 
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=25)
+hypothesis.settings.load_profile("suite")
 ROOT = Path(__file__).resolve().parent.parent
 
 MINI = """
@@ -96,7 +99,7 @@ def build(name: str, experiment: configs.Experiment, **switches) -> Path:
     return experiment.directory(name)
 
 
-PRESENT = os.environ | {"PYTHONPATH": str(ROOT)}  # the environment of the fork server
+PRESENT = os.environ.copy() | {"PYTHONPATH": str(ROOT)}  # the fork server's environment
 
 
 @functools.cache
@@ -124,7 +127,7 @@ class Command(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         changed = {name for name in env.keys() | PRESENT.keys() if env.get(name) != PRESENT.get(name)}
-        if preexec_fn or cwd != ROOT or changed - {"DATA", "RUNS", "PYTEST_CURRENT_TEST"}:
+        if preexec_fn or cwd != ROOT or changed - {"DATA", "RUNS"}:
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         pipes, start_new_session = rest[3:9], rest[14]
@@ -165,7 +168,7 @@ class Place:
     def __init__(self, path: Path):
         self.path, self.config = path, path / "mini.py"
         self.raw, self.runs = path / "raw", path / "runs"
-        self.env = os.environ | {"DATA": str(self.raw), "RUNS": str(self.runs), "PYTHONPATH": str(ROOT)}
+        self.env = PRESENT | {"DATA": str(self.raw), "RUNS": str(self.runs)}
 
     def start(self, *arguments, **options) -> Command:
         """Starts a command from the repository's root."""

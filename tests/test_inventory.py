@@ -61,8 +61,8 @@ COMMANDS = {  # how each is started: a file and, after it, the subcommand if the
     **{name: f"convert.py {name}" for name in ("to-hf", "from-hf")},
 }
 NAMES = {  # that configs, requests and data may have in them
-    "conversations": {name: layout.fields for name, layout in sft.conversations.FORMATS.items()},
-    "pairs": {name: layout.fields for name, layout in dpo.pairs.FORMATS.items()},
+    "conversations": sft.conversations.FORMATS,
+    "pairs": dpo.pairs.FORMATS,
     "text files": sources.Files.formats,
     "record files": sources.FileRecords.formats,
     "compressed": list(sources.OPEN),

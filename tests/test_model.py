@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import configs
@@ -52,13 +52,11 @@ def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
     ("name", "count"), [("micro", 9_438_336), ("tiny", 23_072_000), ("small", 83_898_880), ("base", 276_861_696)]
 )
 def test_number_of_parameters(name, count):
+    config = configs.load(f"configs/{name}.py").model
     with torch.device("meta"):
-        assert Transformer(configs.load(f"configs/{name}.py").model).num_parameters() == count
-
-
-def test_tied_embeddings_count_once():
-    tied = Transformer(dataclasses.replace(SMALL, tie_embeddings=True))
-    assert Transformer(SMALL).num_parameters() - tied.num_parameters() == SMALL.vocab_size * SMALL.d_model
+        assert Transformer(config).num_parameters() == count
+        tied = Transformer(dataclasses.replace(config, tie_embeddings=True))
+    assert tied.num_parameters() == count - config.vocab_size * config.d_model
 
 
 def test_initial_weights():
@@ -71,16 +69,6 @@ def test_initial_weights():
         expected = 0.02 / math.sqrt(16) if name.endswith((".o.weight", ".down.weight")) else 0.02
         assert float(weight.detach().std()) == pytest.approx(expected, rel=0.05), name
         assert abs(float(weight.detach().mean())) < expected / 10, name
-
-
-@pytest.mark.parametrize("name", ["demo", "tiny"])
-def test_first_loss_is_that_of_a_uniform_guess(name):
-    config = configs.load(f"configs/{name}.py").model
-    torch.manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (2, 65))
-    with torch.no_grad():
-        loss = Transformer(config)(tokens[:, :-1], tokens[:, 1:])
-    assert float(loss) == pytest.approx(math.log(config.vocab_size), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +142,11 @@ def assert_kernel_agrees(kernel, plain, inputs: list[torch.Tensor], memory: str)
         assert kernel_error <= 2 * plain_error + SLACK[inputs[0].dtype]
 
 
-@pytest.mark.parametrize(("shape", "memory", "dtype"), [*CASES, ((600, 4096), "contiguous", torch.float32)])
-def test_rms_norm_kernel(shape, memory, dtype):
-    """In the last case a program of the backward pass sums over several tiles."""
+@pytest.mark.parametrize(("shape", "memory", "dtype"), CASES)
+@pytest.mark.parametrize("programs", [512, 2])
+def test_rms_norm_kernel(shape, memory, dtype, programs, monkeypatch):
+    """With two programs, each sums the gradient of the gains over several tiles."""
+    monkeypatch.setattr(lumi, "PROGRAMS", programs)
     torch.manual_seed(0)
     x, weight = (3 * torch.randn(shape)).to(device, dtype), (torch.rand(shape[-1]) + 0.5).to(device, dtype)
     kernels = [lambda x, w, name=name: lumi.rms_norm(x, w, 1e-5, name) for name in ("triton", "torch")]
@@ -167,7 +157,8 @@ def test_rms_norm_kernel(shape, memory, dtype):
 def test_swiglu_kernel(shape, memory, dtype):
     torch.manual_seed(0)
     gate, up = (3 * torch.randn(2, *shape)).to(device, dtype).unbind(0)
-    assert_kernel_agrees(lambda g, u: lumi.swiglu(g, u, "triton"), lumi.swiglu_torch, [gate, up], memory)
+    kernels = [lambda g, u, name=name: lumi.swiglu(g, u, name) for name in ("triton", "torch")]
+    assert_kernel_agrees(*kernels, [gate, up], memory)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -194,14 +185,6 @@ def test_cross_entropy_kernel_past_2_to_the_31_elements():
     losses = lumi.cross_entropy(logits, targets, -100, "triton")
     assert torch.equal(losses, lumi.cross_entropy(near, targets, -100, "triton"))
     assert torch.equal(logits, near)
-
-
-def test_kernels_refuse_shapes_that_do_not_fit():
-    x = torch.ones(4, 33, device=device)
-    with pytest.raises(ValueError, match="do not fit"):
-        lumi.rms_norm(x, x[0, :7], 1e-5, "triton")
-    with pytest.raises(ValueError, match="one shape"):
-        lumi.swiglu(x, x[:1], "triton")
 
 
 # Compiles every kernel for an H100 (no GPU is needed for that), in a process where Triton is not interpreted.
@@ -299,11 +282,18 @@ def loss_case(rows: int, pieces: int = 53, ignored: float = 0.0) -> list[torch.T
     return [x.requires_grad_(), weight.requires_grad_(), targets, factors]
 
 
+LOSSES = [
+    (1, 53, 0, "torch"),
+    (530, 97, 0.02, "torch"),
+    (3, 8191, 0, "torch"),
+    (0, 53, 0, "torch"),
+    (4, 53, 1, "torch"),
+]
+LOSSES += [(1, 53, 0, "triton"), (40, 2, 0.6, "triton"), (3, 8191, 0, "triton"), (4, 53, 1, "triton")]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize(
-    ("rows", "pieces", "ignored"), [(1, 53, 0), (513, 2, 0.6), (1100, 97, 0.6), (3, 8191, 0), (0, 53, 0), (4, 53, 1.0)]
-)
+@pytest.mark.parametrize(("rows", "pieces", "ignored", "kernels"), LOSSES)
 def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction):
     x, weight, targets, factors = loss_case(rows, pieces, ignored)
     factors = torch.tensor(3.0, device=device) if reduction == "mean" else factors
@@ -357,13 +347,6 @@ def test_a_target_outside_the_vocabulary_is_noticed(target):
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             lumi.linear_cross_entropy(x, weight, targets, kernels="torch")
     assert math.isnan(lumi.linear_cross_entropy(x, weight, targets, kernels="triton").item())
-
-
-@pytest.mark.parametrize("targets", [torch.zeros(4, dtype=torch.long), torch.zeros(3), torch.zeros(3, 1).long()])
-def test_targets_that_do_not_fit_are_refused(targets):
-    x, weight, _, _ = loss_case(3)
-    with pytest.raises(ValueError, match=r"expected \(N, D\) and \(N,\) int64"):
-        lumi.linear_cross_entropy(x, weight, targets)
 
 
 # --------------------------------------------------------------------------------------------------------- the network
@@ -428,7 +411,7 @@ def test_a_rule_that_shows_later_keys_is_refused(monkeypatch):
         build()
 
 
-def test_too_many_tokens_and_wrong_arguments_are_refused():
+def test_too_many_tokens_are_refused():
     model, tokens = build(), torch.zeros(1, 25, dtype=torch.long)
     for options in ({}, {"positions": torch.arange(25)[None]}, {"cache": KVCache(model, 1, 99)}):
         with pytest.raises(ValueError, match="25 tokens; context_length is 24"):
@@ -439,9 +422,6 @@ def test_too_many_tokens_and_wrong_arguments_are_refused():
         model(tokens[:, :5], cache=cache)
     with pytest.raises(ValueError, match="reduction is 'sum'"):
         model(tokens[:, :4], tokens[:, :4], reduction="sum")
-    for options in ({"cache": cache, "positions": torch.arange(4)[None]}, {"mask": tokens > 0}):
-        with pytest.raises(ValueError, match="a mask goes with positions only"):
-            model.hidden(tokens[:, :4], **options)
 
 
 # --------------------------------------------------------------------------------------------------------- packed rows
@@ -482,7 +462,6 @@ def pack(rows: list, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
 
 
 @pytest.mark.parametrize(("config", "recomputed"), [(UNGROUPED, False), (SMALL, True)])
-@settings(max_examples=20, deadline=None)
 @given(rows=ROWS, seed=st.integers(0, 9))
 def test_texts_in_packed_rows_get_the_losses_and_gradients_they_get_alone(config, recomputed, rows, seed):
     """A text whose beginning others share has the sum of their gradients."""
@@ -506,25 +485,6 @@ def test_texts_in_packed_rows_get_the_losses_and_gradients_they_get_alone(config
     ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in (together, alone))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_the_loss_of_a_packed_batch_is_the_mean_over_its_targets(kernels):
-    """So texts count by their targets, not alike."""
-    model = build(dataclasses.replace(SMALL, kernels=kernels), scale=3.0).to(device)
-    tokens, positions, texts = pack([[(9, []), (1, []), (6, []), (7, [])], [(23, [])]], 1)
-    targets = random_tokens(*tokens.shape, seed=2)
-    targets[:, ::3] = -100
-    loss, gradient = loss_and_gradient(model, tokens.to(device), targets, positions)
-    mean, expected, total = 0.0, 0.0, int((targets != -100).sum())
-    for row, place, text in texts:
-        own = targets[row, place][None]
-        count = int((own != -100).sum())
-        if count:
-            alone, alone_gradient = loss_and_gradient(model, text.to(device), own)
-            mean, expected = mean + alone * count / total, expected + alone_gradient.double() * count / total
-    assert loss == pytest.approx(mean, rel=1e-5)
-    assert relative(gradient, expected) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")  # from transformers
