@@ -5,8 +5,8 @@
         state.pt         what else resuming needs: optimizers, random generators, the step
         manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
 
-A checkpoint is written to `.step_0005000.partial`, flushed to disk, and renamed. A rename is atomic: after a crash at
-any moment the directory is there with all its bytes, or not at all.
+A checkpoint is written to `.step_0005000.partial`, flushed to disk, and renamed: after a crash at any moment the
+directory is there with all its bytes, or not at all.
 """
 
 import os
@@ -29,10 +29,13 @@ from model import ModelConfig, Transformer
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """Yields a temporary directory, which replaces `directory` at the end of the block. If the block fails, it goes."""
+    """Yields a temporary directory, which replaces `directory` at the end of the block, unless the block fails."""
     temporary = directory.with_name(f".{directory.name}.partial")
     remove(temporary)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made: {error.strerror}; name a place that can be written") from None
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -53,16 +56,13 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def recover(parent: Path, name: str = "*") -> None:
-    """Cleans up after a killed process: restores directories that were moved aside, removes partial ones.
-
-    name: a pattern of directory names. Nobody may be writing any of them.
-    """
+    """Cleans up after a killed process: restores directories that were moved aside, removes partial ones."""
+    # name: a pattern for the directories' names. Nobody may be writing one of them.
     for old in parent.glob(f".{name}.old"):
         target = parent / old.name.removeprefix(".").removesuffix(".old")
-        if target.exists():
+        if os.path.lexists(target):
             remove(old)
         else:
-            remove(target)  # it may be a link to nowhere
             os.rename(old, target)
     for partial in parent.glob(f".{name}.partial"):
         remove(partial)
@@ -77,17 +77,17 @@ def remove(path: Path) -> None:
 
 
 def save(directory: Path, files: dict[str, dict], about: dict) -> None:
-    """Writes a checkpoint directory, atomically. It replaces one of the same name. Arguments as for `write`."""
+    """Writes a checkpoint directory, atomically. It replaces one of the same name.
+
+    files: by name, what `torch.load(weights_only=True)` can read: tensors, numbers, strings, and containers of them.
+    about: the rest of the manifest, from `Stage.about`.
+    """
     with replacing(directory) as temporary:
         write(temporary, files, about)
 
 
 def write(directory: Path, files: dict[str, dict], about: dict) -> None:
-    """Writes the files and the manifest of a checkpoint into an empty directory.
-
-    files: by name, what `torch.load(weights_only=True)` can read: tensors, numbers, strings, and containers of them.
-    about: the rest of the manifest, from `Stage.about`.
-    """
+    """Writes the files and the manifest of a checkpoint into a directory."""
     try:
         for name, content in files.items():
             with open(directory / name, "wb") as file:
@@ -101,8 +101,7 @@ def write(directory: Path, files: dict[str, dict], about: dict) -> None:
 
 
 def _interned(x):
-    """The same content with equal strings as one object. Pickle writes an object once and then refers to it, so equal
-    content would otherwise not always give equal bytes."""
+    """The same content with equal strings as one object: pickle writes an object once, and then refers to it."""
     if isinstance(x, dict):
         return {_interned(key): _interned(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -125,17 +124,12 @@ def read(directory: Path, file: str) -> dict:
         raise UserError(f"{directory} has no {file}; it holds {', '.join(wrote)}")
     if wrong := stage.damage(directory, {file: wrote[file]}):
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
-    return load_file(directory / file)
-
-
-def load_file(path: Path) -> dict:
-    """What torch.save wrote to a file, on the CPU. UserError if it holds more than tensors and numbers: code."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(directory / file, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious file can fail anywhere in the reader; torch's message suggests to trust it
-        problem = f"is damaged, or holds something other than tensors and numbers ({type(error).__name__})"
-        raise UserError(f"{path} {problem}; use another") from None
+        problem = f"holds something other than tensors and numbers ({type(error).__name__})"
+        raise UserError(f"{directory / file} {problem}; use another checkpoint") from None
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:
@@ -185,9 +179,6 @@ def template(directory: Path) -> str | None:
     return read_manifest(directory)["config"].get("template")
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
-
-
 def weights(model: torch.nn.Module) -> tuple[str, dict]:
     """The file in which a checkpoint keeps a model, and its tensors: all, or the trained ones if the rest is frozen."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -196,10 +187,8 @@ def weights(model: torch.nn.Module) -> tuple[str, dict]:
 
 
 def load_weights(directory: Path, model: torch.nn.Module, name: str = "default") -> None:
-    """Loads the tensors that `weights` kept into a model. UserError if they are missing, damaged, or another model's.
-
-    name: the adapter's name in this model; on disk it is always "default".
-    """
+    """Loads the tensors that `weights` kept into a model. UserError if they are damaged, or another model's."""
+    # name: the adapter's name in this model; on disk it is always "default".
     file, expected = weights(model)
     tensors = read(directory, file)
     if file == "adapter.pt":
@@ -216,8 +205,8 @@ def load_weights(directory: Path, model: torch.nn.Module, name: str = "default")
 def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None) -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base.
 
-    shape: of the experiment that uses the model. UserError if the checkpoint's is another, if a file is missing or
-    damaged, or if the base is not the one that the adapter was trained on.
+    UserError if a file is missing or damaged, if the base is not the one that the adapter was trained on, or if the
+    checkpoint's shape is not the given one, which an experiment's config describes.
     """
     directory = Path(directory)
     identity = digest(directory)  # first: UserError if the directory is no checkpoint
@@ -267,10 +256,9 @@ def base(directory: Path) -> Path:
 
 
 def load_adapter(directory: Path | str, model: Transformer, name: str = "default") -> None:
-    """Adds the adapter in a checkpoint directory to its base model and activates it. Other adapters stay.
+    """Adds the adapter in a checkpoint directory to its base model and activates it. UserError for another base.
 
-    model: from `load_model(base(directory))`. `lora.init_end_piece` may change a row of its output projection. Raises
-    UserError for an adapter of another model.
+    model: from `load_model(base(directory))`. `lora.init_end_piece` may change a row of its output projection.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)

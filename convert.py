@@ -3,7 +3,8 @@
     python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
     python convert.py from-hf DIR OUT              # a LLaMA in that layout becomes a checkpoint of ours
 
-Both ways keep every bit of weights and tokenizer. Needs: pip install safetensors protobuf; to-hf also transformers
+Both ways keep every bit of weights and tokenizer, and compare the logits of both models. Needs two more packages:
+pip install transformers protobuf
 """
 
 import argparse
@@ -15,7 +16,6 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import checkpoint
 import cli
@@ -49,11 +49,7 @@ FIELDS = {  # field of ModelConfig: its name in config.json
     "rms_norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-DEFAULTS = {"num_key_value_heads": None, "rope_theta": 10_000.0, "tie_word_embeddings": False, "rope_type": "default"}
-ARCHITECTURES = {  # what `Transformer` can compute: the values of fields that config.json lacks
-    "LlamaForCausalLM": DEFAULTS,
-    "MistralForCausalLM": DEFAULTS | {"sliding_window": 4_096},
-}
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 SUPPORTED = {  # field of config.json that changes what a model computes: the only value that `Transformer` computes
     "hidden_act": "silu",
     "attention_bias": False,
@@ -63,6 +59,7 @@ SUPPORTED = {  # field of config.json that changes what a model computes: the on
     "partial_rotary_factor": 1,
     "quantization_config": None,
 }
+CHANGED = "convert.py knows plain LLaMAs only; was model.py changed, or is a weight not finite?"
 # --force replaces only a directory that holds nothing but these.
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
@@ -80,8 +77,15 @@ def extra(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        command = "pip install safetensors protobuf transformers"
-        raise UserError(f"a package is missing ({error}); install what conversion needs with: {command}") from None
+        raise UserError(f"convert.py lacks a package ({error}): pip install transformers protobuf") from None
+
+
+def transformers():
+    """The library. It neither warns nor shows progress: UserErrors say all that matters here."""
+    library = extra("transformers")
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
 
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
@@ -112,7 +116,12 @@ def to_hf(arguments: argparse.Namespace) -> None:
     model = checkpoint.load_model(directory)
     weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
     description = llama_config(model.config, spm)
-    must_be_llama(model, weights, description)
+    library = transformers()
+    llama = library.LlamaForCausalLM(library.LlamaConfig(**description))
+    if missing := sorted(llama.state_dict().keys() - weights.keys()):
+        raise UserError(f"the model has no {missing[0]}; {CHANGED}")
+    llama.load_state_dict(weights, strict=False)
+    must_be_llama(model, llama)
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
     files = {"config.json": description} | tokenizer_files(spm, checkpoint.template(directory))
@@ -145,24 +154,15 @@ def llama_config(config: ModelConfig, spm: Tokenizer) -> dict:
     }
 
 
-def must_be_llama(model: Transformer, weights: dict[str, Tensor], description: dict) -> None:
-    """UserError if a LLaMA of transformers computes other logits: the architecture in model.py was changed."""
-    transformers = extra("transformers")
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**description)).eval()
-    refusal = "to-hf exports LLaMAs only, and the architecture in model.py was changed"
-    if missing := sorted(llama.state_dict().keys() - weights.keys()):
-        raise UserError(f"the model has no {missing[0]}; {refusal}")
-    llama.load_state_dict(weights, strict=False)
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, model.config.context_length), generator=draw)
+def must_be_llama(model: Transformer, llama: torch.nn.Module) -> None:
+    """UserError if a LLaMA of transformers computes other logits with the same weights. Tried on random tokens."""
+    c = model.config
+    tokens = torch.randint(c.vocab_size, (1, c.context_length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = llama(tokens).logits
-        difference = float((model(tokens) - expected).abs().max() / expected.abs().max())
-    if not difference <= 1e-4:
-        raise UserError(f"a plain LLaMA with these weights gives other logits (by {difference:.1e}); {refusal}")
-
-
-# ----------------------------------------------------------------------------------------------------- their tokenizer
+        expected = llama.eval()(tokens).logits
+        difference = float((model.eval()(tokens) - expected).abs().max() / expected.abs().max())
+    if not difference <= 1e-4:  # NaN, if a weight is not finite
+        raise UserError(f"a plain LLaMA with these weights gives other logits (by {difference:.1e}); {CHANGED}")
 
 
 def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
@@ -273,12 +273,11 @@ def never_whole(normal: dict[str, float], others: list[str]) -> str:
 def from_hf(arguments: argparse.Namespace) -> None:
     """Writes a LLaMA in the Hugging Face layout as a checkpoint, with its tokenizer and a config to use it by."""
     source, out = Path(arguments.source), Path(arguments.out)
-    config = read_config(source)
+    must_be_free(out, arguments.force, source)
+    model = read_model(source)
+    config = model.config
     spm = read_tokenizer(source / "tokenizer.model", config)
     template = read_template(source, spm) if spm else None
-    must_be_free(out, arguments.force, source)
-    weights = fitted(read_tensors(source), config)
-    # The name stands in paths and manifests, as an experiment's does.
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"
     about = {
         "config": {"model": stage.describe(config), "template": template},
@@ -290,106 +289,59 @@ def from_hf(arguments: argparse.Namespace) -> None:
         if spm:
             write_tokenizer(temporary / "tokenizer", spm, name)
             (temporary / "config.py").write_text(config_file(name, config, template), encoding="utf-8")
-        checkpoint.write(temporary, {"weights.pt": weights}, about)
-    log.info(f"converted: {sum(w.numel() for w in set(weights.values())):,} parameters -> {out}")
+        checkpoint.write(temporary, {"weights.pt": model.state_dict()}, about)
+    log.info(f"converted: {model.num_parameters():,} parameters -> {out}")
     if spm:
         log.info(f"try: python serve.py {out}/config.py " + ("chat" if template else 'generate "The"'))
     else:
         log.warning(f"{source} has no tokenizer.model: only checkpoint.load_model opens {out}, not serve.py or eval")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. UserError, naming the file, if it is missing or damaged."""
+def read_model(source: Path) -> Transformer:
+    """The LLaMA in a directory. UserError, naming all of it, for what is missing, damaged or not supported."""
+    if not (source / "config.json").is_file():
+        raise UserError(f"no {source / 'config.json'}; expected the directory of a model in the Hugging Face layout")
+    library = transformers()
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no {path}; expected the directory of a model in the Hugging Face layout") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}; get it again") from None
+        described = library.AutoConfig.from_pretrained(source)
+        shape = read_config(described)
+        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        llama, report = library.AutoModelForCausalLM.from_pretrained(source, config=described, **options)
+    except UserError as error:
+        raise UserError(f"{source / 'config.json'} describes a model that is not supported: {error}") from None
+    except Exception as error:  # each file format has its own errors
+        raise UserError(f"{source} cannot be read ({type(error).__name__}: {error}); get it again") from None
+    wrong = []
+    for problem in ("missing", "unexpected", "mismatched"):
+        wrong += [f"{problem} {key if isinstance(key, str) else key[0]}" for key in sorted(report[f"{problem}_keys"])]
+    if wrong:
+        raise UserError(f"the weights do not fit config.json, {len(wrong)} tensors: {', '.join(wrong[:8])}")
+    model, weights = Transformer(shape), llama.state_dict()
+    model.load_state_dict({name: weights[theirs(name)] for name in model.state_dict()})
+    must_be_llama(model, llama)
+    return model
 
 
-def read_config(source: Path) -> ModelConfig:
-    """The shape that config.json describes. UserError, naming every field that is missing or not supported."""
-    path = source / "config.json"
-    given = read_json(path)
+def read_config(described) -> ModelConfig:
+    """The shape of a model that transformers describes. UserError, naming every field that is not supported."""
+    given = described.to_dict()
     architecture = (given.get("architectures") or ["unknown"])[0]
-    refusal = f"{path} describes a model that is not supported"
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{refusal}: {architecture}; supported are {' and '.join(ARCHITECTURES)}")
+        raise UserError(f"{architecture}; supported are {' and '.join(ARCHITECTURES)}")
     for name in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
-        if rope := given.get(name):
-            given |= rope | {"rope_type": rope.get("rope_type", rope.get("type"))}
-    given = ARCHITECTURES[architecture] | given
-
-    problems = [f"{name} is missing" for name in FIELDS.values() if name not in given]
+        given |= given.get(name) or {}
+    problems = []
     for name, supported in SUPPORTED.items():
         if given.get(name) not in (None, supported):
             problems.append(f"{name} is {given[name]!r}, supported is {supported!r}")
+    if given.get("head_dim") not in (None, given["hidden_size"] / given["num_attention_heads"]):
+        problems.append(f"head_dim is {given['head_dim']}, supported is hidden_size / num_attention_heads")
     if problems:
-        raise UserError(f"{refusal}: {'; '.join(problems)}")
+        raise UserError("; ".join(problems))
     try:
-        config = ModelConfig(**{field: given[name] for field, name in FIELDS.items()})
+        return ModelConfig(**{field: given[name] for field, name in FIELDS.items()})
     except (TypeError, ValueError) as error:
-        raise UserError(f"{refusal}: {error}") from None
-    if given.get("head_dim") not in (None, config.head_dim):
-        raise UserError(f"{refusal}: head_dim is {given['head_dim']}, supported is hidden_size / heads")
-    return config
-
-
-def read_tensors(source: Path) -> dict[str, Tensor]:
-    """Every tensor of the model's files, on the CPU. UserError, naming the file, if one is missing or damaged."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = source / f"{name}.index.json"
-        if (source / name).is_file():
-            return read_file(source / name)
-        if index.is_file():
-            tensors = {}
-            for shard in sorted(set(read_json(index)["weight_map"].values())):
-                tensors |= read_file(source / shard)
-            return tensors
-    raise UserError(f"{source} holds no weights; expected model.safetensors or pytorch_model.bin, or their index")
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one .safetensors or .bin file. No code in it is run."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing, but the index beside it names it; get it again")
-    if path.suffix != ".safetensors":
-        return checkpoint.load_file(path)
-    try:
-        return extra("safetensors.torch").load_file(path)
-    except extra("safetensors").SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); get it again") from None
-
-
-def fitted(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The weights in float32 by our names. UserError, naming all tensors that are missing, unexpected or misshapen."""
-    with torch.device("meta"):
-        expected = {name: list(p.shape) for name, p in Transformer(config).state_dict().items()}
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    weights, problems = {}, []
-    embedding = tensors.get("model.embed_tokens.weight")
-    if config.tie_embeddings and embedding is not None:
-        head = tensors.setdefault("lm_head.weight", embedding)
-        if not torch.equal(head, embedding):
-            problems.append("lm_head.weight differs from model.embed_tokens.weight, which config.json ties it to")
-    for name, shape in expected.items():
-        tensor = tensors.pop(theirs(name), None)
-        if tensor is None:
-            problems.append(f"{theirs(name)} is missing")
-        elif list(tensor.shape) != shape or not tensor.is_floating_point():
-            problems.append(f"{theirs(name)} is {tensor.dtype} {list(tensor.shape)}, expected floats {shape}")
-        elif not tensor.isfinite().all():
-            problems.append(f"{theirs(name)} has numbers that are not finite")
-        else:
-            # A copy: a view into a larger tensor would be saved with all of it.
-            weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    problems += [f"{name} is unexpected" for name in tensors]
-    if problems:
-        raise UserError(f"the weights do not fit config.json: {'; '.join(problems[:8])}; {len(problems)} problems")
-    if config.tie_embeddings:
-        weights["head.weight"] = weights["embed.weight"]
-    return weights
+        raise UserError(str(error)) from None
 
 
 def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
@@ -407,15 +359,16 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
 
 def read_template(source: Path, spm: Tokenizer) -> str | None:
     """The template of ours in which the model learnt to answer, if it did."""
-    settings, separate = source / "tokenizer_config.json", source / "chat_template.jinja"
-    fast = source / "tokenizer.json"
-    jinja = read_json(settings).get("chat_template") if settings.is_file() else None
-    if separate.is_file():  # where transformers 5 saves it
-        jinja = separate.read_text(encoding="utf-8")
+    texts = {}
+    for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
+        texts[name] = (source / name).read_text(encoding="utf-8") if (source / name).is_file() else None
+    settings = json.loads(texts["tokenizer_config.json"] or "{}")
+    jinja = texts["chat_template.jinja"] or settings.get("chat_template")  # transformers 5 saves it in its own file
+    fast = texts["tokenizer.json"]
     # to-hf gives chatml to a model that was only pretrained too, but then tokenizer.json does not cut before answers.
     for name, form in TEMPLATES.items():
-        cuts = not fast.is_file() or json.dumps(form.cut) in fast.read_text(encoding="utf-8")
-        if jinja == form.jinja and cuts and set(form.needs) <= spm.control.keys():
+        taught = fast is None or json.dumps(form.cut) in fast
+        if jinja == form.jinja and taught and set(form.needs) <= spm.control.keys():
             return name
     return None
 
@@ -442,15 +395,8 @@ def config_file(name: str, config: ModelConfig, template: str | None) -> str:
 
 from pathlib import Path
 
-from configs import Experiment
-from data.corpus import CorpusConfig
-from data.pack import PackConfig
-from data.sources import PythonDocs
-from model import ModelConfig
-from sft.data import ConversationConfig
-from sft.train import SFTConfig
-from tokenizer.train import TokenizerConfig
-from trainer import TrainConfig
+from configs import ConversationConfig, CorpusConfig, Experiment, Files, ModelConfig, PackConfig, PythonDocs, SFTConfig
+from configs import TokenizerConfig, TrainConfig
 
 experiment = Experiment(
     name="{name}",
@@ -458,7 +404,7 @@ experiment = Experiment(
     model=ModelConfig(
 {shape}    ),
     tokenizer=TokenizerConfig(),  # not used: the tokenizer came with the model
-    corpus=CorpusConfig(sources=(PythonDocs(),)),  # what it is evaluated on: put your own text here
+    corpus=CorpusConfig(sources=(PythonDocs(),)),  # your own text: Files(paths=("FILE.txt",)), in data/raw/
     pack=PackConfig(),
     pretrain=TrainConfig(steps=1_000, batch_size=8, learning_rate=1e-4),
     sft=SFTConfig(data=ConversationConfig(template="{template or "chatml"}")),

@@ -1,7 +1,4 @@
-"""The machine: device and precision, speed and memory, and the page that training prints before its first step.
-
-Nothing here changes what is trained, only where and how fast. `config` is a trainer.TrainConfig everywhere.
-"""
+"""The machine: device, precision, memory, and the page before training. `config` is always a trainer.TrainConfig."""
 
 import ctypes
 import functools
@@ -131,7 +128,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
-    """Lets torch.compile fuse the operations between matrix products. False, with a warning, if it cannot here."""
+    """Fuses the operations between matrix products with torch.compile. False, with a warning, if it cannot here."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: many types
@@ -144,15 +141,12 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep freed memory for the next step. Returning it to the system and getting it again costs
-    a step of tiny on a CPU 37,000 page faults, a twelfth of its time."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc has it
+    """Makes the C library keep freed memory for the next step."""
+    # Returning it and getting it again costs a step of tiny on a CPU 37,000 page faults, a twelfth of its time.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc has it
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
 
 
 def rows_held(config, processes: int) -> int:
@@ -214,13 +208,18 @@ def peak_memory(device: torch.device) -> str:
 
 @contextmanager
 def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
-    """Turns running out of memory inside the block into a UserError that says what to change."""
+    """Turns running out of memory inside the block into a UserError that says what to change, the mildest first."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"out of memory; {smaller(model, config, processes)}") from None
+        held, length = rows_held(config, processes), model.context_length
+        fewer = max((n for n in range(1, held) if held % n == 0), default=1)
+        raise UserError(
+            f"out of memory; set micro_batch_size={fewer} (now {held}), then gradient_checkpointing=True (now "
+            f"{config.gradient_checkpointing}), then context_length={max(1, length // 2)} (now {length})"
+        ) from None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -229,58 +228,40 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or words in str(error)
 
 
-def smaller(model: ModelConfig, config, processes: int) -> str:
-    """Three fields to change after running out of memory, the mildest change first."""
-    held = rows_held(config, processes)
-    fewer = [n for n in range(1, held // 2 + 1) if config.batch_size % n == 0 and held % n == 0]
-    changes = [f"micro_batch_size={fewer[-1]} (now {held})"] if fewer else []
-    if not config.gradient_checkpointing:
-        changes.append("gradient_checkpointing=True (now False)")
-    elif processes > 1 and config.parallel == "ddp":
-        changes.append("parallel='fsdp' (now 'ddp')")
-    for field in ("context_length", "n_layers"):
-        if (now := getattr(model, field)) > 1:
-            changes.append(f"{field}={now // 2} (now {now})")
-    return f"set {', then '.join(changes[:3])}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- page
-
-
 def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:
     """What training is about to do: lines of a label and a value. task: trainer.Task."""
-    steps, total = task.steps, model.num_parameters()
+    steps, total, batch = task.steps, model.num_parameters(), config.batch_size
     trained = numbers(p for p in model.parameters() if p.requires_grad)
-    held, share = rows_held(config, processes), max(1, config.batch_size // processes)
     row, length = task.row or ("row", model.config.context_length)
-    tokens = round(steps * config.batch_size * length)
+    tokens = round(steps * batch * length)
     if config.warmup_steps >= steps:
         log.warning(f"warmup_steps is {config.warmup_steps:,} of {steps:,} steps: the learning rate never peaks")
-    part = f", {trained:,} of them trained" if trained < total else ""
-    held_text = f", {_count(held, row)} at a time" if held < share else ""
-    of_best = f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}" if trained == total else ""
+    held = rows_held(config, processes)
+    at_a_time = f", {held:,} at a time" if held * processes < batch else ""
+    per_parameter = f"{tokens / total:.2f} per parameter"
+    if trained == total:
+        per_parameter += f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}"
     rates = f"{config.schedule} from {config.learning_rate:g} to {config.min_lr:g}"
     lines = {
-        "parameters": f"{total:,}{part}",
-        "steps": f"{steps:,} of {_count(config.batch_size, row)} × {length:,.0f} tokens{held_text}",
-        "tokens": f"{tokens:,} in {steps / task.epoch:.2f} epochs; {tokens / total:.2f} per parameter{of_best}",
+        "parameters": f"{total:,}" + (f", {trained:,} of them trained" if trained < total else ""),
+        "steps": f"{steps:,} of {batch:,} {row}s × {length:,.0f} tokens{at_a_time}",
+        "tokens": f"{tokens:,} in {steps / task.epoch:.2f} epochs; {per_parameter}",
         "FLOPs": f"{task.flops * steps / tokens:.1e} per token, {task.flops * steps:.1e} in all",
-        "device": device_used(config, processes),
+        "device": devices(config, processes),
         "precision": f"{_name(dtype)}; weights and optimizer in float32",
         "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}",
-        "schedule": f"{rates}, {_count(config.warmup_steps, 'step')} of warm-up",
+        "schedule": f"{rates}, {config.warmup_steps:,} steps of warm-up",
     }
     return [f"{label:<12}{value}" for label, value in lines.items()]
 
 
 def used(config, dtype: torch.dtype, processes: int) -> str:
     """The machine of a run, in one line for its manifest. config.compile: True if compiling worked."""
-    return f"{device_used(config, processes)}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
+    return f"{devices(config, processes)}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
 
 
-def device_used(config, processes: int) -> str:
-    several = f", {processes} processes by {config.parallel}" if processes > 1 else ""
-    return f"{name(pick_device())}{several}"
+def devices(config, processes: int) -> str:
+    return name(pick_device()) + (f", {processes} processes by {config.parallel}" if processes > 1 else "")
 
 
 def name(device: torch.device) -> str:
@@ -289,12 +270,8 @@ def name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    processor = model[1] if model else platform.machine()
-    return f"{processor}, {_count(torch.get_num_threads(), 'thread')}"
-
-
-def _count(n: int, thing: str) -> str:
-    return f"{n:,} {thing}" + ("" if n == 1 else "s")
+    threads = torch.get_num_threads()
+    return f"{model[1] if model else platform.machine()}, {threads} thread" + ("s" if threads > 1 else "")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -302,5 +279,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _bytes(n: float) -> str:
-    """1.5 GiB or 12 MiB."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
