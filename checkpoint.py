@@ -220,7 +220,7 @@ def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | 
         saved = ModelConfig(**fields)
         shape = shape or saved
         # The names and shapes of tensors do not show rope_theta or rms_norm_eps: compare every field.
-        if different := list(stage.differences(full(saved), full(shape), "model")):
+        if different := list(stage.differences(full(saved), full(shape))):
             names = "; ".join(different)
             raise UserError(f"{directory} holds a model of another shape than the config describes: {names}")
         model = Transformer(shape)
