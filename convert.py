@@ -3,8 +3,7 @@
     python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
     python convert.py from-hf DIR OUT              # a LLaMA in that layout becomes a checkpoint of ours
 
-Both ways keep every bit of weights and tokenizer, and compare the logits of both models. Needs two more packages:
-pip install transformers protobuf
+Both keep every bit of weights and tokenizer, and compare the logits of the two models. pip install transformers protobuf
 """
 
 import argparse
@@ -12,6 +11,7 @@ import dataclasses
 import glob
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -74,18 +74,14 @@ def theirs(name: str) -> str:
 
 def extra(module: str):
     """Imports a module of an optional package. UserError, with the command that installs it, if it is missing."""
+    os.environ |= {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # UserErrors say what matters
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"convert.py lacks a package ({error}): pip install transformers protobuf") from None
-
-
-def transformers():
-    """The library. It neither warns nor shows progress: UserErrors say all that matters here."""
-    library = extra("transformers")
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    return library
 
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
@@ -103,9 +99,6 @@ def must_be_free(out: Path, force: bool, source: Path) -> None:
         raise UserError(f"{out} holds {min(strange)}, which no conversion wrote; name another directory")
 
 
-# --------------------------------------------------------------------------------------------------------------- to-hf
-
-
 def to_hf(arguments: argparse.Namespace) -> None:
     """Writes a trained model and its tokenizer as transformers reads them."""
     experiment, out = configs.load(arguments.config), Path(arguments.out)
@@ -116,7 +109,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     model = checkpoint.load_model(directory)
     weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
     description = llama_config(model.config, spm)
-    library = transformers()
+    library = extra("transformers")
     llama = library.LlamaForCausalLM(library.LlamaConfig(**description))
     if missing := sorted(llama.state_dict().keys() - weights.keys()):
         raise UserError(f"the model has no {missing[0]}; {CHANGED}")
@@ -187,11 +180,7 @@ def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
 
 
 def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
-    """tokenizer.json, which gives the ids of SentencePiece. UserError for a model that it cannot reproduce.
-
-    template: cut a text where an answer in it begins. A control piece in a text is parsed. Pieces are written with the
-    space itself, so that U+2581 in a text stays what it is: bytes.
-    """
+    """tokenizer.json, which gives the ids of SentencePiece. template: cut a text where an answer in it begins."""
     model = extra("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(spm.model)
     must_be_exact(model)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -199,7 +188,7 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     for i, piece in enumerate(model.pieces):
         text = piece.piece
         if piece.type == piece.NORMAL:
-            text = text.replace("▁", " ")
+            text = text.replace("▁", " ")  # so that U+2581 in a text stays what it is: bytes
             scores[text] = piece.score
         elif piece.type == piece.CONTROL:
             added.append({"id": i, "content": text} | plain)
@@ -253,10 +242,8 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def never_whole(normal: dict[str, float], others: list[str]) -> str:
-    """A regular expression that cuts "<0x41>", "</s>" and the like in a text where no normal piece crosses the cut.
-
-    SentencePiece reads them as characters, but Unigram in tokenizers would find the byte or control piece.
-    """
+    """A regular expression that cuts "<0x41>" or "</s>" in a text at a place that no normal piece crosses."""
+    # SentencePiece reads them as characters, but Unigram in tokenizers would find the byte or control piece.
     pairs = {piece[i : i + 2] for piece in normal for i in range(len(piece) - 1)}
     places: dict[str, list[str]] = {}
     for piece in others:
@@ -267,16 +254,12 @@ def never_whole(normal: dict[str, float], others: list[str]) -> str:
     return "|".join(f"(?<={re.escape(before)})(?={'|'.join(after)})" for before, after in places.items())
 
 
-# ------------------------------------------------------------------------------------------------------------- from-hf
-
-
 def from_hf(arguments: argparse.Namespace) -> None:
     """Writes a LLaMA in the Hugging Face layout as a checkpoint, with its tokenizer and a config to use it by."""
     source, out = Path(arguments.source), Path(arguments.out)
     must_be_free(out, arguments.force, source)
     model = read_model(source)
-    config = model.config
-    spm = read_tokenizer(source / "tokenizer.model", config)
+    config, spm = model.config, read_tokenizer(source / "tokenizer.model", model.config)
     template = read_template(source, spm) if spm else None
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"
     about = {
@@ -301,7 +284,7 @@ def read_model(source: Path) -> Transformer:
     """The LLaMA in a directory. UserError, naming all of it, for what is missing, damaged or not supported."""
     if not (source / "config.json").is_file():
         raise UserError(f"no {source / 'config.json'}; expected the directory of a model in the Hugging Face layout")
-    library = transformers()
+    library = extra("transformers")
     try:
         described = library.AutoConfig.from_pretrained(source)
         shape = read_config(described)
@@ -348,10 +331,7 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a tokenizer.model; None without the file. UserError if it does not fit the embedding."""
     if not path.is_file():
         return None
-    try:
-        spm = Tokenizer(path.read_bytes(), stage.sha256(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    spm = Tokenizer(path.read_bytes(), stage.sha256(path))
     if spm.vocab_size > config.vocab_size:
         raise UserError(f"{path} has {spm.vocab_size:,} pieces, but the embedding only {config.vocab_size:,} rows")
     return spm

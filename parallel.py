@@ -38,11 +38,8 @@ def ranks() -> int:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
-    """Joins the processes that torchrun started, and leaves them at the end.
-
-    timeout: seconds to wait for another process. If one ends, or does not answer in time, this one stops too, with one
-    line and status 1 (in the middle of NCCL's work, by NCCL's watchdog).
-    """
+    """Joins the processes that torchrun started, and leaves them at the end. timeout: seconds to wait for another one."""
+    # If one ends or does not answer, this one stops with one line and status 1 (amid NCCL's work, by NCCL's watchdog).
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -136,7 +133,7 @@ def lead(function: Callable, timeout: float | None = None):
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends all processes with status 2, and the first one says why. Every process must call it."""
+    """Ends all processes with status 2; the first one prints the message. Every process must call it."""
     raise UserError(message) if rank() == 0 else Stopped(2, "")
 
 
@@ -168,11 +165,10 @@ def command(remake: str) -> str:
 
 
 class Exchange:
-    """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704).
+    """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704)."""
 
-    Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
-    resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
-    """
+    # Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
+    # resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         # The backward pass reaches the last layer first. The order is fixed: gradients that a process sends in

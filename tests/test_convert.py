@@ -464,7 +464,7 @@ def test_damaged_files_are_refused_and_run_no_code(foreign, tmp_path, monkeypatc
     weights, spm = foreign / "model.safetensors", foreign / "tokenizer.model"
     whole, pieces = weights.read_bytes(), spm.read_bytes()
     spm.write_bytes(pieces[: len(pieces) // 2])
-    refused("tokenizer.model: the tokenizer is damaged")
+    refused("the tokenizer is damaged")
     spm.write_bytes(spm_model(["a b c d"] * 9, vocab_size=265))
     llama(vocab_size=260).save_pretrained(foreign)
     refused("has 265 pieces, but the embedding only 260 rows")
