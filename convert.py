@@ -3,7 +3,7 @@
     python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
     python convert.py from-hf DIR OUT              # a LLaMA in that layout becomes a checkpoint of ours
 
-Both keep every bit of weights and tokenizer, and compare the logits of the two models. pip install transformers protobuf
+Both keep every bit of weights and tokenizer, and compare both models' logits. Needs: pip install transformers protobuf
 """
 
 import argparse
@@ -74,10 +74,7 @@ def theirs(name: str) -> str:
 
 def extra(module: str):
     """Imports a module of an optional package. UserError, with the command that installs it, if it is missing."""
-    os.environ |= {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }  # UserErrors say what matters
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # UserErrors say enough
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -83,7 +83,7 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
 def training_dtype(device: torch.device, config) -> torch.dtype:
     """As `pick_dtype`. But "auto" is float32 on a CPU if `deterministic`: in bfloat16, results depend on the CPU."""
     exact = config.deterministic and device.type == "cpu" and config.precision == "auto"
-    return torch.float32 if exact else pick_dtype(device, config.precision)
+    return pick_dtype(device, "float32" if exact else config.precision)
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -189,10 +189,10 @@ def must_fit(model: Transformer, config, processes: int) -> None:
         needed //= processes
     available = memory_available(pick_device())
     if needed > available:
+        size, free = _bytes(needed), _bytes(available)
         raise UserError(
-            f"{model.num_parameters():,} parameters take {_bytes(needed)} for weights, gradients and optimizer, and "
-            f"{_bytes(available)} are available; choose a smaller model (d_model, n_layers, vocab_size), or "
-            'parallel="fsdp" on several GPUs'
+            f"{model.num_parameters():,} parameters take {size} for weights, gradients and optimizer, and {free} are "
+            'available; choose a smaller model (d_model, n_layers, vocab_size), or parallel="fsdp" on several GPUs'
         )
 
 

@@ -38,7 +38,7 @@ def ranks() -> int:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
-    """Joins the processes that torchrun started, and leaves them at the end. timeout: seconds to wait for another one."""
+    """Joins the processes that torchrun started, and leaves them at the end. timeout: seconds to wait for another."""
     # If one ends or does not answer, this one stops with one line and status 1 (amid NCCL's work, by NCCL's watchdog).
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
