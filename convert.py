@@ -84,15 +84,12 @@ def extra(module: str):
 def must_be_free(out: Path, force: bool, source: Path) -> None:
     """UserError if writing to `out` would lose anything. force: an earlier conversion may be lost."""
     checkpoint.recover(out.parent, glob.escape(out.name))
-    if out.is_file():
-        raise UserError(f"{out} is a file; name a directory to write")
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out} is the directory to convert, or holds it; name another directory to write")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    strange = names - WRITTEN if names & {"weights.pt", "model.safetensors"} else names
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and not force:
         raise UserError(f"{out} is not empty: it holds {min(names)}; name another directory, or replace it: --force")
-    if strange:
+    if strange := names - WRITTEN if names & {"weights.pt", "model.safetensors"} else names:
         raise UserError(f"{out} holds {min(strange)}, which no conversion wrote; name another directory")
 
 
@@ -157,16 +154,14 @@ def must_be_llama(model: Transformer, llama: torch.nn.Module) -> None:
 
 def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
     """The JSON files of a tokenizer by name. taught: the template in which the model learnt to answer."""
-    template, stop = taught, [spm.eos]
+    fast, template, stop = fast_tokenizer(spm, taught), taught, [spm.eos]
+    marks = {"bos_token": spm.pieces.id_to_piece(spm.bos), "eos_token": spm.pieces.id_to_piece(spm.eos)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **marks}
+    settings["add_prefix_space"] = fast["normalizer"] is not None  # llama.cpp adds a space unless this says no
     if taught is None and set(TEMPLATES["chatml"].needs) <= spm.control.keys():
         template = "chatml"  # so that a model that was only pretrained can be fine-tuned elsewhere
     if template:
         stop = list(ends(template, spm))
-    marks = {"bos_token": spm.pieces.id_to_piece(spm.bos), "eos_token": spm.pieces.id_to_piece(spm.eos)}
-    fast = fast_tokenizer(spm, taught)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **marks}
-    settings["add_prefix_space"] = fast["normalizer"] is not None  # llama.cpp adds a space unless this says no
-    if template:
         settings["chat_template"] = TEMPLATES[template].jinja
     return {
         "generation_config.json": {"bos_token_id": spm.bos, "eos_token_id": stop if len(stop) > 1 else spm.eos},
@@ -258,7 +253,7 @@ def from_hf(arguments: argparse.Namespace) -> None:
     model = read_model(source)
     config, spm = model.config, read_tokenizer(source / "tokenizer.model", model.config)
     template = read_template(source, spm) if spm else None
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"  # in paths and manifests
     about = {
         "config": {"model": stage.describe(config), "template": template},
         "read": {f"{name}/tokenizer/spm.model": spm.sha256} if spm else {},
@@ -336,15 +331,14 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
 
 def read_template(source: Path, spm: Tokenizer) -> str | None:
     """The template of ours in which the model learnt to answer, if it did."""
-    texts = {}
-    for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
-        texts[name] = (source / name).read_text(encoding="utf-8") if (source / name).is_file() else None
-    settings = json.loads(texts["tokenizer_config.json"] or "{}")
-    jinja = texts["chat_template.jinja"] or settings.get("chat_template")  # transformers 5 saves it in its own file
-    fast = texts["tokenizer.json"]
+    names, texts = ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"), []
+    for name in names:
+        texts.append((source / name).read_text(encoding="utf-8") if (source / name).is_file() else "")
+    settings, jinja, fast = texts
+    jinja = jinja or json.loads(settings or "{}").get("chat_template")  # transformers 5 saves it in a file of its own
     # to-hf gives chatml to a model that was only pretrained too, but then tokenizer.json does not cut before answers.
     for name, form in TEMPLATES.items():
-        taught = fast is None or json.dumps(form.cut) in fast
+        taught = not fast or json.dumps(form.cut) in fast
         if jinja == form.jinja and taught and set(form.needs) <= spm.control.keys():
             return name
     return None

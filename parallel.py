@@ -138,7 +138,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def add_up(x: Tensor) -> Tensor:
-    """The sum of x over all processes, written into it."""
+    """Replaces x by its sum over all processes."""
     if ranks() > 1:
         dist.all_reduce(x)
     return x
