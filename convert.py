@@ -192,7 +192,9 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     else:
         body = {"type": "Unigram", "unk_id": spm.pieces.unk_id(), "byte_fallback": True, "vocab": vocabulary}
         places.append(never_whole(scores, [text for text, _ in vocabulary if text not in scores]))
-    cuts = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in places]
+    cuts = []
+    for place in places:
+        cuts.append({"type": "Split", "pattern": {"Regex": place}, "behavior": "Isolated", "invert": False})
     prefix = model.normalizer_spec.add_dummy_prefix  # a space before every text
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
@@ -211,15 +213,18 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
 def must_be_exact(model) -> None:
     """UserError, naming the reasons, if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
-    types = [piece.type for piece in model.pieces]
-    problems = {
-        "an algorithm that is neither unigram nor BPE": trainer.model_type not in (trainer.UNIGRAM, trainer.BPE),
-        "text normalisation": normalizer.precompiled_charsmap != b"",
-        "white space that is not kept": normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix,
-        "no byte pieces": types.count(kinds.BYTE) != 256,
-        "user-defined or unused pieces": kinds.USER_DEFINED in types or kinds.UNUSED in types,
-    }
-    if reasons := [reason for reason, applies in problems.items() if applies]:
+    types, reasons = [piece.type for piece in model.pieces], []
+    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
+        reasons.append("an algorithm that is neither unigram nor BPE")
+    if normalizer.precompiled_charsmap:
+        reasons.append("text normalisation")
+    if normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix:
+        reasons.append("white space that is not kept")
+    if types.count(kinds.BYTE) != 256:
+        reasons.append("no byte pieces")
+    if kinds.USER_DEFINED in types or kinds.UNUSED in types:
+        reasons.append("user-defined or unused pieces")
+    if reasons:
         raise UserError(f"the tokenizer has {', '.join(reasons)}, which tokenizer.json cannot reproduce exactly")
 
 
@@ -288,7 +293,8 @@ def read_model(source: Path) -> Transformer:
         raise UserError(f"{source} cannot be read ({type(error).__name__}: {error}); get it again") from None
     wrong = []
     for problem in ("missing", "unexpected", "mismatched"):
-        wrong += [f"{problem} {key if isinstance(key, str) else key[0]}" for key in sorted(report[f"{problem}_keys"])]
+        for key in sorted(report[f"{problem}_keys"]):
+            wrong.append(f"{problem} {key if isinstance(key, str) else key[0]}")
     if wrong:
         raise UserError(f"the weights do not fit config.json, {len(wrong)} tensors: {', '.join(wrong[:8])}")
     model, weights = Transformer(shape), llama.state_dict()

@@ -215,7 +215,9 @@ def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         held, length = rows_held(config, processes), model.context_length
-        fewer = max((n for n in range(1, held) if held % n == 0), default=1)
+        fewer = held // 2 or 1
+        while held % fewer:
+            fewer -= 1
         raise UserError(
             f"out of memory; set micro_batch_size={fewer} (now {held}), then gradient_checkpointing=True (now "
             f"{config.gradient_checkpointing}), then context_length={max(1, length // 2)} (now {length})"
@@ -252,7 +254,7 @@ def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -
         "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}",
         "schedule": f"{rates}, {config.warmup_steps:,} steps of warm-up",
     }
-    return [f"{label:<12}{value}" for label, value in lines.items()]
+    return [label.ljust(12) + value for label, value in lines.items()]
 
 
 def used(config, dtype: torch.dtype, processes: int) -> str:
