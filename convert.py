@@ -83,9 +83,10 @@ def extra(module: str):
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
     """UserError if writing to `out` would lose anything. force: an earlier conversion may be lost."""
+    for kept in (source.resolve(), Path.cwd()):
+        if kept.is_relative_to(out.resolve()):
+            raise UserError(f"{out} is or holds {kept}, which is in use; name another directory to write")
     checkpoint.recover(out.parent, glob.escape(out.name))
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{out} is the directory to convert, or holds it; name another directory to write")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and not force:
         raise UserError(f"{out} is not empty: it holds {min(names)}; name another directory, or replace it: --force")

@@ -419,6 +419,10 @@ def test_fields_that_are_not_supported_are_all_named(foreign, tmp_path, changes,
 
 def test_tensors_that_do_not_fit_are_all_named(foreign, tmp_path):
     weights = safetensors.torch.load_file(foreign / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, foreign / "model.safetensors")
+    with pytest.raises(UserError, match=r"gives other logits \(by nan.*not finite"):
+        command("from-hf", foreign, tmp_path / "out")
     del weights["model.norm.weight"]
     weights["lm_head.weight"] = weights["lm_head.weight"][1:].clone()
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
@@ -427,14 +431,6 @@ def test_tensors_that_do_not_fit_are_all_named(foreign, tmp_path):
         command("from-hf", foreign, tmp_path / "out")
     for problem in ("missing model.norm.weight", "mismatched lm_head.weight", "unexpected model.layers.0.self_attn.q_"):
         assert problem in str(error.value)
-
-
-def test_weights_that_are_not_finite_are_refused(foreign, tmp_path):
-    weights = safetensors.torch.load_file(foreign / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    safetensors.torch.save_file(weights, foreign / "model.safetensors")
-    with pytest.raises(UserError, match=r"gives other logits \(by nan.*not finite"):
-        command("from-hf", foreign, tmp_path / "out")
 
 
 class Harm:
@@ -498,8 +494,8 @@ def test_only_an_earlier_conversion_is_replaced(foreign, tmp_path):
     (tmp_path / "out/thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"holds thesis\.txt, which no conversion wrote"):
         command("from-hf", foreign, tmp_path / "out", "--force")
-    for out in (foreign, tmp_path):
-        with pytest.raises(UserError, match="is the directory to convert, or holds it"):
+    for out in (foreign, tmp_path, "."):
+        with pytest.raises(UserError, match="which is in use"):
             command("from-hf", foreign, out, "--force")
     with pytest.raises(UserError, match="/proc/here/out cannot be made: No such file or directory"):
         command("from-hf", foreign, "/proc/here/out")
