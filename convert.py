@@ -373,8 +373,15 @@ def config_file(name: str, config: ModelConfig, template: str | None) -> str:
 
 from pathlib import Path
 
-from configs import ConversationConfig, CorpusConfig, Experiment, Files, ModelConfig, PackConfig, PythonDocs, SFTConfig
-from configs import TokenizerConfig, TrainConfig
+from configs import Experiment
+from data.corpus import CorpusConfig
+from data.pack import PackConfig
+from data.sources import Files, PythonDocs
+from model import ModelConfig
+from sft.data import ConversationConfig
+from sft.train import SFTConfig
+from tokenizer.train import TokenizerConfig
+from trainer import TrainConfig
 
 experiment = Experiment(
     name="{name}",
