@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import finetune
 import stage
 import tokenizer
 from cli import UserError
@@ -210,6 +211,7 @@ def load(path: str | Path) -> Experiment:
         raise UserError(f"{path}, line {line}: {_explain(error)}") from None
     if not isinstance(found, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
+    finetune.check_targets(found.model, found.sft.lora, found.dpo.lora)
     return dataclasses.replace(found, file=path)
 
 

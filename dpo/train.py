@@ -23,7 +23,6 @@ import finetune
 import lora
 import machine
 import parallel
-import stage
 from cli import UserError
 from dpo.data import PairConfig, PairRows
 from dpo.loss import LossConfig, log_probs, preference_loss, rewards
@@ -42,16 +41,14 @@ class DPOConfig:
 
     data: PairConfig = PairConfig()
     loss: LossConfig = LossConfig()
-    lora: LoRAConfig | None = LoRAConfig(dropout=0.0)
-    """The adapter that is trained. None trains every weight of the model."""
+    # The adapter that is trained; None trains every weight. The head stays: preferences need no sharper distribution.
+    lora: LoRAConfig | None = LoRAConfig(dropout=0.0, targets=lora.BLOCKS)
+    # Where the reference's log-probabilities come from. "stored": one pass over all pairs before training; steps are
+    # faster. "adapter_off": computed at each step with the adapter switched off; stores nothing, and rewards are
+    # exactly 0 before the first step, unless blocks are compiled. Both give the same run up to rounding.
     reference: str = "stored"
-    """Where the reference's log-probabilities come from: "stored" computes them once before training; "adapter_off"
-    computes them at each step, with the adapter switched off. Both give the same run up to rounding. "stored" takes one
-    pass over all pairs and is faster afterwards. "adapter_off" stores nothing, and makes rewards exactly 0 before the
-    first step, unless blocks are compiled."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """How often each source of `data` is drawn from, in any unit. Empty: every pair once an epoch."""
-    train: TrainConfig = TrainConfig(
+    weights: Mapping[str, float] = field(default_factory=dict)  # each source's share, in any unit; empty: all pairs
+    train: TrainConfig = TrainConfig(  # a row of a batch is a pair
         epochs=1,
         batch_size=32,
         micro_batch_size=8,
@@ -63,7 +60,6 @@ class DPOConfig:
         eval_rows=256,
         save_every=50,
     )
-    """A row of a batch is a pair."""
 
     def __post_init__(self):
         check_types(self)
@@ -77,16 +73,18 @@ class DPOConfig:
 
 
 class PreferenceLearning(Tuning):
-    """The task of learning the pairs in a finished directory of dpo.data; counts: from its manifest.
+    """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there.
 
-    stored: the log-probabilities of the reference, `base`, by split. None: the adapter is switched off to get them.
+    stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
     """
+
+    noun, most_epochs = "pairs", 10
 
     def __init__(self, config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None):
         self.dpo, self.base, self.stored = config, base, stored
         weights = dict(config.weights) or finetune.ALL
         sets = {name: PairRows(directory, "train", counts, config.train.seed, name) for name in weights}
-        super().__init__(config.train, sets, weights, "pair")
+        super().__init__(config.train, sets, weights)
         length = sum(weight * sets[name].length for name, weight in weights.items()) / sum(weights.values())
         self.row = ("pair", length)
         self.held_out = PairRows(directory, "val", counts)
@@ -96,7 +94,7 @@ class PreferenceLearning(Tuning):
         self.chosen = sorted(order[:count].tolist())
 
     def compared(self, model: nn.Module, split: str, ids: Tensor, bounds: Tensor, numbers: Tensor) -> dict[str, Tensor]:
-        """The loss of each pair, (pairs,), and what is logged beside it."""
+        """The loss of each pair, (pairs,), and the values that are logged beside it."""
         if self.stored is None:
             with torch.no_grad(), lora.without(model):
                 reference = log_probs(model, ids, bounds)
@@ -131,25 +129,22 @@ class PreferenceLearning(Tuning):
         metrics["val_kl"] = divergence(model, ids, bounds, lambda: self.base.load().to(device_of(model)))
         return metrics
 
-    def flops(self) -> float:
-        """Of a training step, counted as in `sft.train.FineTuning`, with the reference if it is computed each time.
-
-        An answer attends to its prompt and to itself. Logits are made only for answers.
-        """
-        shape = self.base.shape
-        weights = finetune.sizes(shape, self.dpo.lora)
-        bounds = next(iter(self.sets.values())).bounds
+    def step_flops(self) -> float:
+        """FLOPs of a training step, counted as in sft.train, with the reference if it is computed each time."""
+        # An answer attends to its prompt and to itself. Logits are made only for answers.
+        shape, bounds = self.base.shape, next(iter(self.sets.values())).bounds
         prompt, chosen, rejected = np.diff(bounds, axis=1).T.astype(float)
         in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
+        forward, training = finetune.linear_flops(shape, self.dpo.lora, in_blocks, in_head)
         keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean() * shape.n_layers * shape.d_model
-        pair = weights.trained(in_blocks, in_head) + 12 * keys
-        if self.dpo.reference == "adapter_off":  # a forward pass more
-            pair += 2 * (in_blocks * weights.blocks + in_head * weights.head) + 4 * keys
+        pair = training + 12 * keys
+        if self.dpo.reference == "adapter_off":
+            pair += forward + 4 * keys
         return self.config.batch_size * pair
 
 
 def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[], nn.Module]) -> float:
-    """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats a token.
+    """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats per token.
 
     Summed over the vocabulary, not estimated from the answers' own tokens. load: returns the reference as a second
     model; called only if this model has no adapter to switch off.
@@ -173,9 +168,7 @@ def job(
     """The stage that teaches the base the pairs in a directory, written in `template`. command: what the user types."""
     settings = {"weights": dict(config.weights), "template": template}
     settings |= {"loss": config.loss, "reference": config.reference}
-    settings |= base.settings("dpo", config.train, config.lora, directory)
-    read = stage.outputs(pairs) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
-    return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
+    return finetune.job("dpo", config, settings, base, pairs, spm, directory, command, __file__)
 
 
 def train(
@@ -193,7 +186,7 @@ def train(
     checkpoint.must_match(base.checkpoint, spm.sha256)
     must_be_taught(base.checkpoint, template)
     stored = dpo.reference.load(reference) if config.reference == "stored" else None
-    task = PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored).task()
+    task = PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored)
     finetune.tune(job, base, task, config.train, config.lora, force, resume)
 
 
