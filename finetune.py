@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -94,7 +93,7 @@ def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
 
 
 class Tuning(Task):
-    """The shared part of the tasks of SFT and DPO. A subclass adds `loss`, `targets`, `evaluate` and `step_flops`."""
+    """The shared part of the tasks of SFT and DPO. A subclass adds `loss`, `targets`, `evaluate` and `flops`."""
 
     noun = "rows"  # what a batch consists of
     most_epochs = 100  # more are not suggested; SFT takes as many to learn a few answers by heart
@@ -121,16 +120,14 @@ class Tuning(Task):
         if size > self.count:
             raise UserError(f"batch_size is {size}, but there are only {count} to train on; {advice}")
         if self.config.epochs and self.steps < min(50, steps):
-            log.warning(f"{self.config.epochs:g} epochs of {count} in batches of {size} make only {self.steps} steps; {advice}")
+            log.warning(
+                f"{self.config.epochs:g} epochs of {count} in batches of {size} make only {self.steps} steps; {advice}"
+            )
         if epochs > self.most_epochs:
             log.warning(
                 f"training reads {count} {epochs:.0f} times, so the model learns them by heart; more data or fewer "
                 "epochs give a better model"
             )
-
-    @cached_property
-    def flops(self) -> float:
-        return self.step_flops()
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         return self.mixture.batch(step, rank, ranks)
@@ -162,12 +159,13 @@ def tune(
     run(job, make, task, config, force, resume)
 
 
-def linear_flops(
-    shape: ModelConfig, adapter: LoRAConfig | None, in_blocks: float, in_head: float
-) -> tuple[float, float]:
-    """FLOPs of a forward pass of the plain model and of a training step, without attention.
+def step_flops(
+    shape: ModelConfig, adapter: LoRAConfig | None, in_blocks: float, in_head: float, keys: float, plain: bool = False
+) -> float:
+    """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311).
 
-    in_blocks, in_head: tokens that pass the blocks, and tokens that pass the output projection.
+    in_blocks, in_head: tokens that pass the blocks and the output projection. keys: pairs of a query and a key. plain:
+    with one more forward pass, of the plain model.
     """
     # A weight costs 2 FLOPs forward, 2 for the gradient of its input, and 2 for its own gradient unless it is frozen.
     # Counted from the layers, so that a changed architecture counts right.
@@ -176,11 +174,12 @@ def linear_flops(
         blocks = sum(layer.weight.numel() for layer in model.blocks.modules() if isinstance(layer, nn.Linear))
         head = model.head.weight.numel()
         adapt(model, adapter)
-    forward = 2 * in_blocks * blocks + 2 * in_head * head
-    if not adapter:
-        return forward, 3 * forward
-    added = machine.numbers(p for p in model.blocks.parameters() if p.requires_grad)
-    training = 2 * forward + 6 * in_blocks * added
+    weights = 2 * in_blocks * blocks + 2 * in_head * head
+    attention = 4 * keys * shape.n_layers * shape.d_model
+    total = (1 + plain) * (weights + attention) + 2 * attention
+    if adapter is None:
+        return total + 2 * weights
+    total += weights + 6 * in_blocks * machine.numbers(p for p in model.blocks.parameters() if p.requires_grad)
     if isinstance(model.head, lora.LoRAHead):  # the loss computes the gradient of W + B A as a whole
-        training += 2 * in_head * head
-    return forward, training
+        total += 2 * in_head * head
+    return total

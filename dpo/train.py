@@ -2,8 +2,7 @@
 
     python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
 
-The loop is trainer.py's. It trains an adapter (LoRA) over the fine-tuned model, or with lora=None every weight. The
-reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers that
+The reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers that
 dpo.reference computed before training. The losses are in dpo/loss.py.
 """
 
@@ -92,6 +91,12 @@ class PreferenceLearning(Tuning):
         # At random, not evenly spaced: a source may repeat its kinds of pairs in turn.
         order = np.random.default_rng(0).permutation(self.held_out.count)
         self.chosen = sorted(order[:count].tolist())
+        # An answer attends to its prompt and to itself. Logits are made only for answers.
+        prompt, chosen, rejected = np.diff(next(iter(sets.values())).bounds, axis=1).T.astype(float)
+        in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
+        keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean()
+        pair = finetune.step_flops(base.shape, config.lora, in_blocks, in_head, keys, plain=stored is None)
+        self.flops = config.train.batch_size * pair
 
     def compared(self, model: nn.Module, split: str, ids: Tensor, bounds: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """The loss of each pair, (pairs,), and the values that are logged beside it."""
@@ -102,8 +107,8 @@ class PreferenceLearning(Tuning):
         if self.stored is not None:
             reference = self.stored[split][numbers].to(policy.device, non_blocking=True)
         lengths = bounds.diff(dim=1).to(policy.device, non_blocking=True)
-        loss = preference_loss(policy, reference, lengths, self.dpo.loss)
-        return {"loss": loss} | rewards(policy, reference, self.dpo.loss)
+        logged = rewards(policy, reference, self.dpo.loss)
+        return {"loss": preference_loss(policy, reference, lengths, self.dpo.loss)} | logged
 
     def loss(self, model: nn.Module, ids: Tensor, bounds: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         values = self.compared(model, "train", ids, bounds, numbers)
@@ -124,31 +129,15 @@ class PreferenceLearning(Tuning):
                 sums[name] = sums.get(name, 0.0) + value.sum() * counts
         metrics = {f"val_{name}": float(parallel.add_up(total)) / count for name, total in sums.items()}
         measured = min(MEASURED, count)
-        spread = [self.chosen[i * count // measured] for i in range(measured)]
-        ids, bounds, _ = self.held_out.read(spread)
+        ids, bounds, _ = self.held_out.read([self.chosen[i * count // measured] for i in range(measured)])
         metrics["val_kl"] = divergence(model, ids, bounds, lambda: self.base.load().to(device_of(model)))
         return metrics
 
-    def step_flops(self) -> float:
-        """FLOPs of a training step, counted as in sft.train, with the reference if it is computed each time."""
-        # An answer attends to its prompt and to itself. Logits are made only for answers.
-        shape, bounds = self.base.shape, next(iter(self.sets.values())).bounds
-        prompt, chosen, rejected = np.diff(bounds, axis=1).T.astype(float)
-        in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
-        forward, training = finetune.linear_flops(shape, self.dpo.lora, in_blocks, in_head)
-        keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean() * shape.n_layers * shape.d_model
-        pair = training + 12 * keys
-        if self.dpo.reference == "adapter_off":
-            pair += forward + 4 * keys
-        return self.config.batch_size * pair
-
 
 def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[], nn.Module]) -> float:
-    """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats per token.
-
-    Summed over the vocabulary, not estimated from the answers' own tokens. load: returns the reference as a second
-    model; called only if this model has no adapter to switch off.
-    """
+    """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats per token."""
+    # Summed over the vocabulary, not estimated from the answers' own tokens. load: returns the reference as a second
+    # model; called only if this model has no adapter to switch off.
     device, adapted = device_of(model), bool(lora.layers(model))
     reference = model if adapted else load()
     total, tokens = 0.0, 0

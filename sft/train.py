@@ -61,8 +61,7 @@ class FineTuning(Tuning):
     noun = "rows of packed conversations"
 
     def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
-        self.adapter, self.shape, self.spm = config.lora, shape, spm
-        weights = dict(config.weights) or finetune.ALL
+        self.spm, weights = spm, dict(config.weights) or finetune.ALL
         length, seed = shape.context_length, config.train.seed
         sets = {name: Rows(directory, "train", counts, length, seed, name) for name in weights}
         super().__init__(config.train, sets, weights)
@@ -71,6 +70,11 @@ class FineTuning(Tuning):
         count = min(config.train.eval_rows, self.held_out.count)
         self.chosen = [i * self.held_out.count // count for i in range(count)]
         self.measured = int((self.held_out.read(self.chosen)[1] != IGNORED).sum())  # tokens
+        # Logits are made only for trained tokens, and attention stays within a conversation.
+        rows, tokens = next(iter(sets.values())), config.train.batch_size * length
+        lengths = np.diff(rows.starts) - 1.0
+        keys = tokens * np.square(lengths).sum() / lengths.sum()
+        self.flops = finetune.step_flops(shape, config.lora, tokens, tokens * rows.trained.mean(), keys)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         """Inputs, targets and positions, (rows, T) int64 each, and each row's number in the whole run, (rows,)."""
@@ -107,16 +111,6 @@ class FineTuning(Tuning):
         if parallel.rank() == 0 and (ranks == 1 or self.config.parallel == "ddp"):
             show_samples(model, self.held_out, self.spm)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
-
-    def step_flops(self) -> float:
-        """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311)."""
-        rows = next(iter(self.sets.values()))
-        # Logits are made only for trained tokens. Attention stays within a conversation.
-        _, per_token = finetune.linear_flops(self.shape, self.adapter, 1, rows.trained.mean())
-        lengths = np.diff(rows.starts) - 1.0
-        reach = np.square(lengths).sum() / lengths.sum()
-        per_token += 12 * self.shape.n_layers * self.shape.d_model * reach
-        return self.config.batch_size * self.shape.context_length * per_token
 
 
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:

@@ -376,8 +376,11 @@ def test_flops_of_a_step_follow_from_the_layers(targets):
     added = 2 * 4 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * (16 + 40))
     expected = {None: 6 * blocks + 3 * head, BLOCKS: 4 * blocks + 6 * added + 2 * head}
     expected[TARGETS] = expected[BLOCKS] + head
-    assert finetune.linear_flops(shape, adapter, 1, 0.5) == (2 * blocks + head, expected[targets])
-    assert finetune.linear_flops(shape, None, 1, 1)[1] == shape.flops_per_token(0)
+    assert finetune.step_flops(shape, adapter, 1, 0.5, 0) == expected[targets]
+    attention = 4 * 5 * 2 * 16  # 5 keys, 2 layers, width 16
+    forward = 2 * blocks + head + attention
+    assert finetune.step_flops(shape, adapter, 1, 0.5, 5, plain=True) == expected[targets] + 3 * attention + forward
+    assert finetune.step_flops(shape, None, 1, 1, 0) == shape.flops_per_token(0)
 
 
 def test_a_merged_model_is_not_trained():

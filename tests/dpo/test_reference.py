@@ -1,4 +1,4 @@
-"""The reference's log-probabilities: both ways to them agree, and stored ones are not used for other models or pairs."""
+"""The reference's log-probabilities: both ways to them agree, and each is bound to its model and pairs."""
 
 import math
 import shutil
