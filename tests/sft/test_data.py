@@ -430,7 +430,7 @@ def task_of(experiment: Experiment, directory: Path) -> Task:
     """The task of learning the conversations in a directory."""
     spm = experiment.load_tokenizer()
     counts = sft.data.load(directory, spm.sha256)
-    return FineTuning(experiment.sft, experiment.model, directory, counts, spm).task()
+    return FineTuning(experiment.sft, experiment.model, directory, counts, spm)
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ def test_unknown_targets_are_refused_before_anything_is_made(place: Place):
     [
         (5, {"epochs": 3}, "batch_size is 32, but there are only 5 rows .*; try batch_size=1 and epochs=60, .* 300 s"),
         (31, {"steps": 1000}, "batch_size is 32, but there are only 31 rows"),
-        (40, {"epochs": 3}, "3 epochs of 40 rows, 32 per step, are only 4 steps; try batch_size=4 and epochs=30"),
+        (40, {"epochs": 3}, "3 epochs of 40 rows in batches of 32 make only 4 steps; try batch_size=4 and epochs=30"),
         (40, {"epochs": 200}, "training reads 40 rows 200 times, so the model learns them by heart"),
         (40, {"steps": 40, "batch_size": 4}, None),  # steps are as many as the user says
         (1600, {"epochs": 1}, None),
