@@ -76,13 +76,10 @@ def job(
     return Stage(directory, settings, read, command, code, free=FREE)
 
 
-def check_targets(shape: ModelConfig, *adapters: LoRAConfig | None) -> None:
+def check_targets(shape: ModelConfig, adapter: LoRAConfig | None) -> None:
     """UserError if an adapter names layers that the model does not have."""
     with torch.device("meta"):
-        model = Transformer(replace(shape, n_layers=1))
-    for adapter in adapters:
-        if adapter:
-            lora.target_layers(model, adapter)
+        adapt(Transformer(replace(shape, n_layers=1)), adapter)
 
 
 def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:

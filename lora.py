@@ -105,9 +105,9 @@ class LoRALinear(nn.Linear):
 class LoRAHead(LoRALinear):
     """The output projection with adapters. The loss never calls it, but reads its weight: see `Transformer.forward`."""
 
-    # So `weight` has the adapter in it. As large as W, it costs little beside the logits. Nothing is dropped.
     @property
     def weight(self) -> Tensor:
+        # W + B A is as large as W, and costs little beside the logits. There is no input here to drop.
         return self.whole() if self.merged is None else self.merged
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,20 +156,6 @@ def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> Non
     # Raises UserError for targets that the model lacks, ValueError for a name that is taken or contains a dot.
     if not name or "." in name or name in adapters(model):
         raise ValueError(f"the adapter's name is {name!r}; expected one without a dot that no other adapter has")
-    paths = target_layers(model, config)
-    unmerge(model)
-    model.requires_grad_(False)
-    for path in paths:
-        layer = model.get_submodule(path)
-        if not isinstance(layer, LoRALinear):
-            layer = LoRAHead(layer) if path == "head" else LoRALinear(layer)
-            model.set_submodule(path, layer)
-        layer.add(name, config)
-    use(model, name)
-
-
-def target_layers(model: Transformer, config: LoRAConfig) -> list[str]:
-    """The paths of the layers that get an adapter. UserError for a target that the model does not have."""
     # By name, not by class: if you rewrite attention or the feed-forward network, their layers are found too.
     paths: dict[str, list[str]] = {}  # {"q": ["blocks.0.attn.q", …], …, "head": ["head"]}
     for path, layer in model.named_modules():
@@ -180,11 +166,19 @@ def target_layers(model: Transformer, config: LoRAConfig) -> list[str]:
             f"targets names {', '.join(map(repr, missing))}; the model has {', '.join(paths)}: "
             f"set lora=LoRAConfig(targets={tuple(paths)})"
         )
+    unmerge(model)
+    model.requires_grad_(False)
     chosen = [path for target in config.targets for path in paths[target]]
-    if model.config.tie_embeddings and "head" in chosen:
-        chosen.remove("head")
     # Block by block, because the order of random draws is part of a run's result; the head is last.
-    return sorted(chosen, key=lambda path: math.inf if path == "head" else int(path.split(".")[1]))
+    for path in sorted(chosen, key=lambda path: math.inf if path == "head" else int(path.split(".")[1])):
+        if path == "head" and model.config.tie_embeddings:
+            continue
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALinear):
+            layer = LoRAHead(layer) if path == "head" else LoRALinear(layer)
+            model.set_submodule(path, layer)
+        layer.add(name, config)
+    use(model, name)
 
 
 def use(model: nn.Module, name: str | None) -> None:

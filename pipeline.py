@@ -25,6 +25,7 @@ import dpo.reference
 import dpo.train
 import eval.evaluate
 import eval.report
+import finetune
 import machine
 import parallel
 import sft.data
@@ -149,6 +150,7 @@ def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made:
     made.add(directory)
     if name in BASES:  # before the minutes that making its data takes
         base = base_checkpoint(name, experiment, arguments)
+        finetune.check_targets(experiment.model, experiment.sft.lora if name == "sft" else experiment.dpo.lora)
         if name == "dpo":
             dpo.train.must_be_taught(base, experiment.sft.data.template)
     for owner, needed in experiment.inputs(name, arguments.force):

@@ -33,7 +33,7 @@ from dpo.loss import LossConfig
 from dpo.pairs import DocPairs, HubPairs, Pairs
 from dpo.train import DPOConfig
 from eval import EvalConfig
-from lora import LoRAConfig
+from lora import TARGETS, LoRAConfig
 from model import ModelConfig
 from sft.conversations import Chats, DocQuestions, HubChats
 from sft.data import ConversationConfig
@@ -211,7 +211,9 @@ def load(path: str | Path) -> Experiment:
         raise UserError(f"{path}, line {line}: {_explain(error)}") from None
     if not isinstance(found, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
-    finetune.check_targets(found.model, found.sft.lora, found.dpo.lora)
+    for adapter in (found.sft.lora, found.dpo.lora):
+        if adapter and not set(adapter.targets) <= set(TARGETS):  # others matter only when the adapter is trained
+            finetune.check_targets(found.model, adapter)
     return dataclasses.replace(found, file=path)
 
 
