@@ -143,29 +143,24 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def tune(
-    job: Stage, base: Base, task: Task, config: TrainConfig, adapter: LoRAConfig | None, force: bool, resume: str
-) -> None:
+def tune(job: Stage, base: Base, task: Tuning, adapter: LoRAConfig | None, force: bool, resume: str) -> None:
     """Trains the base, or an adapter on it, in a stage's directory."""
 
     def make() -> Transformer:
         with torch.device("meta"):
-            machine.must_fit(adapt(Transformer(base.shape), adapter), config, parallel.ranks())
+            machine.must_fit(adapt(Transformer(base.shape), adapter), task.config, parallel.ranks())
         return adapt(base.load(), adapter)
 
-    run(job, make, task, config, force, resume)
+    run(job, make, task, task.config, force, resume)
 
 
 def step_flops(
     shape: ModelConfig, adapter: LoRAConfig | None, in_blocks: float, in_head: float, keys: float, plain: bool = False
 ) -> float:
-    """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311).
-
-    in_blocks, in_head: tokens that pass the blocks and the output projection. keys: pairs of a query and a key. plain:
-    with one more forward pass, of the plain model.
-    """
+    """FLOPs of a training step, counted from the layers as in PaLM (arXiv:2204.02311)."""
+    # in_blocks, in_head: tokens that pass the blocks and the output projection. keys: pairs of a query and a key.
+    # plain: with one more forward pass, of the plain model.
     # A weight costs 2 FLOPs forward, 2 for the gradient of its input, and 2 for its own gradient unless it is frozen.
-    # Counted from the layers, so that a changed architecture counts right.
     with torch.device("meta"):  # no memory, no random draws
         model = Transformer(shape)
         blocks = sum(layer.weight.numel() for layer in model.blocks.modules() if isinstance(layer, nn.Linear))

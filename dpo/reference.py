@@ -3,8 +3,7 @@
     python pipeline.py configs/tiny.py dpo_reference   ->  runs/tiny/dpo_reference
 
 `train.logp` and `val.logp` hold two little-endian float64 numbers per pair, in the order of dpo_data: the
-log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training. The manifest
-binds them to the digests of the model and of the pairs, so they are never used with others.
+log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training.
 """
 
 import math
@@ -39,16 +38,14 @@ def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
         values = torch.cat([log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches])
     wrong = (~values.isfinite()).any(dim=1).nonzero()
     if len(wrong):
-        raise UserError(
-            f"the log-probability of pair {int(wrong[0]):,} of {pairs.file} is not finite; the weights are damaged, or "
-            "their training diverged"
-        )
+        where = f"pair {int(wrong[0]):,} of {pairs.file}"
+        raise UserError(f"the log-probability of {where} is not finite; the weights are damaged or training diverged")
     return values
 
 
 def job(base: Base, pairs: Path, dtype: torch.dtype, directory: Path, command: str) -> Stage:
     """The stage that computes the log-probabilities of the pairs in a directory, with `base` as the reference."""
-    # dtype: of matrix products, as in training
+    # dtype: of matrix products, as in training. The digests bind the numbers to this model and these pairs.
     settings = {"model": base.shape, "begin": base.unseen, "dtype": str(dtype)}
     read = stage.outputs(pairs) | stage.outputs(base.checkpoint)
     return Stage(directory, settings, read, command, __file__)

@@ -139,4 +139,4 @@ def train(
     """Fine-tunes the base, unless it is fine-tuned already."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
     task = FineTuning(config, base.shape, rows, sft.data.load(rows, spm.sha256), spm)
-    finetune.tune(job, base, task, config.train, config.lora, force, resume)
+    finetune.tune(job, base, task, config.lora, force, resume)

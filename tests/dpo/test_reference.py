@@ -124,6 +124,6 @@ def test_weights_that_are_not_finite_are_an_error_and_leave_nothing_finished(rea
     with torch.no_grad():
         model.blocks[1].mlp.down.weight[0, 0] = math.nan
     monkeypatch.setattr(dpo.reference.Base, "load", lambda _: model)
-    with pytest.raises(UserError, match=r"pair 0 of .*train\.bin is not finite; the weights are damaged, or their"):
+    with pytest.raises(UserError, match=r"pair 0 of .*train\.bin is not finite; the weights are damaged or"):
         ready.make("dpo_reference", force=True)
     assert stage.read_manifest(Path(ready.runs / "mini/dpo_reference")) is None

@@ -37,40 +37,23 @@ from tests.conftest import MINI, ROOT, Place, build, write_lines
 from tests.test_train import digest, tree
 from trainer import TrainConfig
 
-# Trains in a process that sends itself a signal in the n-th forward pass of training.
-KILL = """
-import os, signal, sys
-import cli, model, pipeline
-forward, calls = model.Transformer.forward, [0]
-def killing(*a, **k):
-    calls[0] += a[0].training
-    if calls[0] == {at} and a[0].training:
-        os.kill(os.getpid(), signal.{signal})
-    return forward(*a, **k)
-model.Transformer.forward = killing
-cli.apart = lambda function: function()
-cli.run(pipeline.main, pipeline.parser().parse_args())
-"""
-
 
 class Crash(Exception):
     """Ends a run in this process as a kill would: nothing more is saved."""
 
 
-def tuned(place: Place, crash: int | None = None, name: str = "sft", **options) -> int:
-    """Trains as the command does, in this process; crashes in the n-th forward pass. Returns the number of passes."""
-    calls, forward = [0], Transformer.forward
+def tuned(place: Place, crash: int | None = None, name: str = "sft", **options) -> None:
+    """Trains as the command does, in this process; crashes in the n-th forward pass."""
+    calls, forward = itertools.count(1), Transformer.forward
 
     def counting(*inputs, **named):
-        calls[0] += 1
-        if calls[0] == crash:
+        if next(calls) == crash:
             raise Crash
         return forward(*inputs, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Transformer, "forward", counting)
         place.make(name, **options)
-    return calls[0]
 
 
 @pytest.fixture
@@ -152,31 +135,14 @@ def test_the_end_piece_begins_as_the_end_of_a_text(fine_tuned: Place):
 
 
 # A step takes two forward passes, one per micro-batch; an evaluation takes one for two rows, then those of its samples.
-@pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 1, 2 * 4 + 5, -3])
+@pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 5])
 def test_killed_and_restarted_equals_uninterrupted(ready: Place, fine_tuned: Place, crash):
     """With dropout, which draws the same numbers in a resumed run."""
     assert configs.load(ready.config).sft.lora.dropout == 0.1
-    if crash < 0:  # counted from the end: the last evaluation
-        crash += tuned(ready)
-        shutil.rmtree(ready.runs / "mini/sft")
     with pytest.raises(Crash):
         tuned(ready, crash)
     tuned(ready)
     assert_same_run(ready, fine_tuned, "sft", ("final", "best", "step_0000009"))
-
-
-@pytest.mark.parametrize(("name", "status"), [pytest.param("SIGKILL", -9, marks=pytest.mark.slow), ("SIGTERM", 143)])
-def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name, status):
-    """After SIGTERM the run finishes the step, saves, and says how to resume."""
-    killed = ready.start("-c", KILL.format(at=2 * 5 + 2, signal=name), ready.config, "sft")
-    _, err = killed.communicate(timeout=120)
-    assert killed.returncode == status, err
-    steps = [step for step, _ in checkpoint.steps(ready.runs / "mini/sft")]
-    assert steps == ([3] if name == "SIGKILL" else [6, 3])
-    if name == "SIGTERM":
-        assert f"saved at step 6 of 10; resume with: python pipeline.py {ready.config} sft" in err
-    tuned(ready)
-    assert_same_run(ready, fine_tuned, "sft", ("final",))
 
 
 def test_more_steps_continue_from_the_end_and_another_config_is_refused(tuned: Place):
@@ -318,8 +284,7 @@ def test_too_few_steps_or_too_many_epochs_are_named_before_training(caplog, rows
 PAIRS = [(f"What is {a} {b}?", f"{b} {a}") for a, b in itertools.product(("red", "up", "one", "far"), "vwxyz")]
 
 
-@pytest.mark.parametrize("adapter", [LoRAConfig(rank=16, alpha=32.0, dropout=0.0), None], ids=["default", "full"])
-def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter):
+def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text):
     """20 questions, as they are put when serving."""
     monkeypatch.setenv("DATA", str(tmp_path / "raw"))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
@@ -332,6 +297,7 @@ def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter)
     shape = ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=64, n_heads=2)
     config = TrainConfig(steps=150, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, compile=False,
                          precision="float32", eval_every=150, log_every=1, save_every=150)  # fmt: skip
+    adapter = LoRAConfig(rank=16, alpha=32.0, dropout=0.0)
     experiment = replace(experiment, model=shape, sft=replace(experiment.sft, lora=adapter, train=config))
     rows, spm = build("sft_data", experiment), experiment.load_tokenizer()
     torch.manual_seed(0)
