@@ -54,7 +54,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would draw a weight for nothing
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._parameters["weight"], self.bias = linear.weight, linear.bias
+        self.frozen, self.bias = linear.weight, linear.bias
         self.training = linear.training
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()  # by adapter name
         self.configs: dict[str, LoRAConfig] = {}
@@ -64,9 +64,8 @@ class LoRALinear(nn.Linear):
 
     def add(self, name: str, config: LoRAConfig) -> None:
         """Adds an adapter in float32, drawn from torch's global generator as `nn.Linear` draws its weight."""
-        frozen = self._parameters["weight"]
-        a = frozen.new_empty(config.rank, self.in_features, dtype=torch.float32)
-        b = frozen.new_zeros(self.out_features, config.rank, dtype=torch.float32)
+        a = self.frozen.new_empty(config.rank, self.in_features, dtype=torch.float32)
+        b = self.frozen.new_zeros(self.out_features, config.rank, dtype=torch.float32)
         # A must not be zero too: the gradient of each is a product with the other, so both would stay zero.
         self.a[name] = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
         self.b[name] = nn.Parameter(b)
@@ -78,7 +77,7 @@ class LoRALinear(nn.Linear):
             if self.training:
                 raise RuntimeError("an adapter is merged into the weights; call lora.unmerge(model) first")
             return F.linear(x, self.merged, self.bias)
-        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        y = F.linear(x, self.frozen, self.bias)  # (..., out)
         if self.active is None:
             return y
         config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
@@ -94,12 +93,11 @@ class LoRALinear(nn.Linear):
 
     def whole(self) -> Tensor:
         """W + (alpha / rank) · B A of the active adapter, (out, in); W if none is active."""
-        frozen = self._parameters["weight"]
         if self.active is None:
-            return frozen
+            return self.frozen
         config, a, b = self.configs[self.active], self.a[self.active], self.b[self.active]
         with torch.autocast(a.device.type, enabled=False):
-            return (frozen + config.alpha / config.rank * (b @ a)).to(frozen.dtype)
+            return (self.frozen + config.alpha / config.rank * (b @ a)).to(self.frozen.dtype)
 
 
 class LoRAHead(LoRALinear):
@@ -223,7 +221,7 @@ def fold(model: Transformer) -> None:
     """Merges the active adapter for good: all adapted layers become plain ones. Other adapters are lost."""
     for name, layer in layers(model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = layer.weight if layer.active is None else nn.Parameter(layer.whole().detach())
+        plain.weight = layer.frozen if layer.active is None else nn.Parameter(layer.whole().detach())
         plain.bias = layer.bias
         model.set_submodule(name, plain)
     model.requires_grad_(True)
@@ -236,6 +234,6 @@ def init_end_piece(model: Transformer, end: int, start: int, eos: int) -> None:
     if getattr(model, "end_piece", None) == end:
         return  # done for another adapter on this model; a second time would move the row again
     model.end_piece = end
-    with torch.no_grad(), without(model):
-        rows = model.head.weight  # (V, D)
+    with torch.no_grad():
+        rows = model.head.frozen if isinstance(model.head, LoRAHead) else model.head.weight  # (V, D)
         rows[end] = rows[eos] + (rows[end] - rows[start])

@@ -64,7 +64,10 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 def contents(model: Transformer) -> dict[str, bytes]:
     """The base's weights, byte for byte."""
-    return {k: v.numpy().tobytes() for k, v in model.state_dict().items() if ".a." not in k and ".b." not in k}
+    kept = {
+        k.replace("frozen", "weight"): v for k, v in model.state_dict().items() if ".a." not in k and ".b." not in k
+    }
+    return {k: v.numpy().tobytes() for k, v in kept.items()}
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -272,7 +275,7 @@ def test_only_the_adapters_input_is_dropped_and_only_in_training():
     torch.manual_seed(0)
     dropped = lora.dropped(x, 0.5)
     torch.manual_seed(0)
-    by_hand = x @ layer.weight.T + 6 / 4 / 0.5 * dropped @ layer.a["default"].T @ layer.b["default"].T
+    by_hand = x @ layer.frozen.T + 6 / 4 / 0.5 * dropped @ layer.a["default"].T @ layer.b["default"].T
     torch.testing.assert_close(layer(x), by_hand)
 
 
