@@ -46,7 +46,8 @@ def sigmoid(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
     # σ(β h) is the probability that the chosen answer wins (Bradley-Terry). The loss is the
     # cross-entropy of two classes with the margin as logit. Pairs with a large margin hardly count any more.
     margin = config.beta * (ratios[:, 0] - ratios[:, 1])  # (pairs,)
-    right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
+    right = F.logsigmoid(margin)
+    wrong = F.logsigmoid(-margin)
     return -(1 - config.label_smoothing) * right - config.label_smoothing * wrong
 
 
@@ -76,7 +77,9 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: 
 
 def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """The values to log, by name, (pairs,) each. Rewards are sums over whole answers, for "ipo" too."""
-    chosen, rejected = (config.beta * (policy - reference).detach()).unbind(1)
+    ratios = (policy - reference).detach()
+    chosen = config.beta * ratios[:, 0]
+    rejected = config.beta * ratios[:, 1]
     margin = chosen - rejected
     right, tie = (margin > 0).double(), (margin == 0).double()
     return {
@@ -102,9 +105,13 @@ def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
     # 2 to 1 tells the model that the second answer continues the prompt and does not see the first answer.
     inputs, targets, positions, lengths = [], [], [], []
     for row, (prompt, chosen, rejected) in zip(ids, bounds.tolist(), strict=True):
-        inputs += [row[: chosen - 1], row[prompt - 1 : prompt], row[chosen : rejected - 1]]
-        targets += [torch.full((prompt - 1,), IGNORED), row[prompt:rejected]]
-        positions += [torch.arange(chosen - 1), torch.arange(rejected - chosen) + prompt - 1]
+        inputs.append(row[: chosen - 1])
+        inputs.append(row[prompt - 1 : prompt])
+        inputs.append(row[chosen : rejected - 1])
+        targets.append(torch.full((prompt - 1,), IGNORED))
+        targets.append(row[prompt:rejected])
+        positions.append(torch.arange(chosen - 1))
+        positions.append(torch.arange(rejected - chosen) + prompt - 1)
         lengths += [chosen - prompt, rejected - chosen]
     return torch.cat(inputs)[None], torch.cat(targets)[None], torch.cat(positions)[None], lengths
 

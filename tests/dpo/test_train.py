@@ -308,3 +308,5 @@ def test_two_processes_train_as_one(ready: Place, preferring: Place, changes):
     for name in (*LOGGED, "grad_norm", "lr", "tokens", *(name for name in theirs[-1] if name.startswith("val_"))):
         values = [[m[name] for m in log if name in m] for log in (ours, theirs)]
         assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-4), name
+    ours, theirs = (checkpoint.load_model(p.runs / "mini/dpo/final").head.weight for p in (ready, preferring))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
