@@ -1,83 +1,75 @@
-"""Raw text to clean text: what no reader would miss is taken out, paragraphs and indentation stay."""
+"""Raw text to clean text: removes what no reader would miss; keeps paragraphs and indentation."""
 
 import html
 import re
 from dataclasses import dataclass
+from html.entities import html5
 
+from data import extra
 from stage import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """What is mended beyond control characters, broken Unicode, line ends and trailing blanks, which always are.
+    """Cleaning beyond control characters, broken Unicode, line ends and trailing blanks, which always takes place."""
 
-    Raises TypeError or ValueError, naming the field, for what cannot be.
-    """
-
-    html: bool = True
-    """Takes out tags, comments, scripts and styles, and decodes entities. Not for text that is about HTML."""
-    urls: str = "keep"
-    """"keep", "drop", or "replace" (by <url>)."""
+    html: bool = True  # removes tags, comments, scripts and styles, and decodes entities. Not for text about HTML
+    urls: str = "keep"  # "keep", "drop", or "replace" (by <url>)
+    # Drops a line of at least this many characters that repeats an earlier line of its document. 0 drops none.
     repeated_line_chars: int = 40
-    """A line of at least this many characters that an earlier line of its document has said is dropped; 0: none is."""
+    # Repairs text that was decoded with the wrong encoding ("Ã©" for "é"). Can damage correct text. Needs ftfy.
+    mojibake: bool = False
 
     def __post_init__(self):
         check_types(self)
         if self.urls not in ("keep", "drop", "replace"):
             raise ValueError(f'urls is {self.urls!r}; expected "keep", "drop" or "replace"')
-        if self.repeated_line_chars < 0:
-            raise ValueError(f"repeated_line_chars is {self.repeated_line_chars}; expected at least 0")
 
 
-# UTF-8 that was once read as Windows-1252: "Ã©" for "é", "â€™" for "’".
-MOJIBAKE = re.compile("(?:Ã|Â|â[€\x80-\x84\u201a\u0192\u201e])[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]")
 BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-# Control characters; what has no width or only turns the writing direction; private use; no characters at all. The
-# joiners U+200C and U+200D stay: Persian and emoji are spelt with them.
+# U+0080 to U+009F in UTF-8, decoded as Latin-1. No text has the second character.
+MISREAD = re.compile("Â[\x80-\x84\x86-\x9f]")
+# Control characters, characters without width, writing directions, private use, non-characters. The joiners U+200C and
+# U+200D stay: Persian and emoji need them.
 INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff"
     "\ufdd0-\ufdef\ufeff\ufff9-\uffff\U000f0000-\U0010ffff]"
 )
-TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # looks at each run of blanks once
+TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # the lookbehind: each run of blanks is tried once
 EMPTY_LINES = re.compile(r"\n{4,}")
-
-BLOCK_TAG = re.compile(
-    r"</?(?:address|article|aside|blockquote|body|br|center|dd|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|"
-    r"head|header|hr|html|iframe|li|main|nav|ol|option|p|pre|section|select|table|tbody|td|tfoot|th|thead|title|tr|ul)"
-    r"(?:\s[^<>]*)?/?>",
-    re.IGNORECASE,
-)
-INLINE_TAG = re.compile(
-    r"</?(?:a|abbr|acronym|b|big|button|cite|code|del|em|font|i|img|input|ins|label|link|meta|q|s|small|span|strike|"
-    r"strong|sub|sup|tt|u|var)(?:\s[^<>]*)?/?>|<!doctype[^<>]*>",
-    re.IGNORECASE,
-)
-# From the opening on, what lies before the closing is no text.
-HIDDEN = (
-    (re.compile("<!--"), re.compile("-->")),
-    (re.compile(r"<script\b", re.IGNORECASE), re.compile(r"</script\s*>", re.IGNORECASE)),
-    (re.compile(r"<style\b", re.IGNORECASE), re.compile(r"</style\s*>", re.IGNORECASE)),
-)
-AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escaped more than once
-NO_CHARACTER = re.compile(r"&#\d{9,};?")  # a number that Python may refuse to read
 URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]}'’]", re.IGNORECASE)
+
+# Tags that stand for a line break, and the other tags of HTML. Any other word in angle brackets is text.
+BLOCK = (
+    "address|article|aside|blockquote|body|br|center|dd|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|head|"
+    "header|hr|html|iframe|li|main|nav|ol|option|p|pre|section|select|table|tbody|td|tfoot|th|thead|title|tr|ul"
+)
+INLINE = (
+    "a|abbr|acronym|b|big|button|cite|code|del|em|font|i|img|input|ins|label|link|meta|q|s|small|span|strike|strong|"
+    "sub|sup|tt|u|var"
+)
+MAY_STAY_OPEN = {"br", "dd", "dt", "hr", "img", "input", "li", "link", "meta", "option", "p", "td", "th", "tr"}
+ATTRIBUTES = r"\s+(?:[\w:-]+\s*=|(?:checked|compact|disabled|hidden|noshade|nowrap|readonly|selected)\b)[^<>]*"
+TAG = re.compile(rf"<(/?)(?:({BLOCK})|({INLINE}))({ATTRIBUTES})?\s*/?>|<!doctype[^<>]*>", re.IGNORECASE)
+CLOSING = re.compile(r"</(\w+)\s*>")
+# The text between an opening and its closing is not for readers.
+HIDDEN = (("<!--", "-->"), (r"<script\b", r"</script\s*>"), (r"<style\b", r"</style\s*>"))
+AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escaped more than once
+ENTITY = re.compile(r"&(#\d{1,7}|#x[0-9a-f]{1,6}|\w{2,31});", re.IGNORECASE)
 
 
 def clean(text: str, config: Cleaning = Cleaning()) -> str:
-    """The text with \\n line ends, without what `config` and this module's name take out."""
-    if not text.isascii():
-        text = MOJIBAKE.sub(_reread, text)
+    """The text without what `config` and this module remove, with \n line ends."""
+    if config.mojibake:
+        ftfy = extra("ftfy", "ftfy", "Cleaning(mojibake=True)")
+        text = "\n".join(map(ftfy.fix_encoding, text.split("\n")))
     text = BREAKS.sub("\n", text)
-    if config.html and "<" in text:
-        for opening, closing in HIDDEN:
-            text = _without(text, opening, closing)
-        text = INLINE_TAG.sub("", BLOCK_TAG.sub("\n", text))
-    if config.html and "&" in text:
-        text = BREAKS.sub("\n", html.unescape(NO_CHARACTER.sub("", AMPERSANDS.sub("&", text))))
-    text = INVISIBLE.sub("", text)
+    if config.html:
+        text = _without_html(text)
     if not text.isascii():
-        text = BLANKS.sub(" ", text)
+        text = BLANKS.sub(" ", MISREAD.sub("", text))
+    text = INVISIBLE.sub("", text)
     if config.urls != "keep":
         text = URL.sub("<url>" if config.urls == "replace" else "", text)
     text = TRAILING.sub("", text)
@@ -86,29 +78,40 @@ def clean(text: str, config: Cleaning = Cleaning()) -> str:
     return EMPTY_LINES.sub("\n\n\n", text).strip("\n")
 
 
-def _reread(match: re.Match) -> str:
-    try:
-        # What Windows-1252 leaves undefined was read as the control character of that number.
-        return b"".join(c.encode("latin-1" if c < "\xa0" else "cp1252") for c in match[0]).decode()
-    except UnicodeDecodeError:
-        return match[0]
+def _without_html(text: str) -> str:
+    if "<" in text:
+        for opening, closing in HIDDEN:
+            ends = [match.end() for match in re.finditer(closing, text, re.IGNORECASE)]
+            if ends:  # search only before the last closing: an opening that is never closed would cost quadratic time
+                before, after = text[: ends[-1]], text[ends[-1] :]
+                text = re.sub(f"{opening}.*?{closing}", "", before, flags=re.IGNORECASE | re.DOTALL) + after
+        closed = set(CLOSING.findall(text))
+        text = TAG.sub(lambda match: _tag(match, closed), text)
+    if "&" in text:
+        text = BREAKS.sub("\n", ENTITY.sub(_entity, AMPERSANDS.sub("&", text)))
+    return text
 
 
-def _without(text: str, opening: re.Pattern, closing: re.Pattern) -> str:
-    """The text without everything from an opening to the next closing; one that is never closed stays."""
-    kept, start, looked = [], 0, 0
-    for close in closing.finditer(text):
-        if found := opening.search(text, looked, close.start()):
-            kept.append(text[start : found.start()])
-            start = close.end()
-        looked = close.end()
-    return "".join(kept) + text[start:]
+def _tag(match: re.Match, closed: set[str]) -> str:
+    """The text that replaces a tag. Keeps a lone <A>, as in List<A>: HTML would close it, or give it attributes."""
+    slash, block, inline, attributes = match.groups()
+    name = block or inline
+    if name and not slash and not attributes and name not in closed:
+        before = match.string[max(0, match.start() - 1) : match.start()]
+        if name.lower() not in MAY_STAY_OPEN or (name == "P" and before.isalnum() and not closed):
+            return match[0]
+    return "\n" if block else ""
+
+
+def _entity(match: re.Match) -> str:
+    known = match[1].startswith("#") or f"{match[1]};" in html5
+    return html.unescape(match[0]) if known else match[0]
 
 
 def _without_repeated_lines(text: str, length: int) -> str:
-    lines = text.split("\n")
-    long = [line for line in lines if len(line) >= length]
-    if len(set(long)) == len(long):
-        return text
-    seen: set[str] = set()
-    return "\n".join(line for line in lines if len(line) < length or not (line in seen or seen.add(line)))
+    seen, kept = set(), []
+    for line in text.split("\n"):
+        if len(line) < length or line not in seen:
+            kept.append(line)
+            seen.add(line)
+    return "\n".join(kept)

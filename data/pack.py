@@ -1,10 +1,9 @@
-"""Corpus and tokenizer to packed tokens: two flat files that training maps into memory.
+"""Corpus and tokenizer to packed tokens: two flat files per split that training maps into memory."""
 
-    python pipeline.py configs/tiny.py pack   ->  runs/tiny/packed
-
-`train.bin` and `val.bin` hold the ids of one document after another, each closed by the end token, little-endian uint16
-(uint32 past 65,536 pieces). `train.idx` and `val.idx` hold where each document starts, in tokens, as int64.
-"""
+#     python pipeline.py configs/tiny.py pack   ->  runs/tiny/packed
+#
+# `train.bin` and `val.bin` hold the ids of one document after another, each followed by the end token, as little-endian
+# uint16 (uint32 past 65,536 pieces). `train.idx` and `val.idx` hold the start of each document, in tokens, as int64.
 
 import contextlib
 import json
@@ -19,19 +18,19 @@ import stage
 import tokenizer
 import tokenizer.train
 from cli import UserError, log, progress
-from data.corpus import held_out
+from data.corpus import holdout
 from stage import Stage, check_types
 
-CHUNK = 1 << 20  # bytes of a shard that one worker takes at a time
+CHUNK = 1 << 20  # bytes of a shard that a worker takes at a time
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How a corpus becomes tokens. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """How a corpus becomes tokens. Raises TypeError or ValueError, naming the field, for an impossible setting."""
 
+    # Share of the documents held out for validation, each by its own hash; of a single document, its last part.
     val_fraction: float = 0.05
-    """Share of the documents held out for validation, each decided by its own hash."""
 
     def __post_init__(self):
         check_types(self)
@@ -39,12 +38,16 @@ class PackConfig:
             raise ValueError(f"val_fraction is {self.val_fraction}; expected more than 0 and less than 1")
 
 
-class Packed:
-    """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin.
+def token_dtype(vocab_size: int) -> str:
+    """The type of token ids on disk."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
-    name: for messages. counts: of the manifest: `bytes` of UTF-8 text that the tokens spell, and those of each source.
-    file, first: of a part, whose tokens these are, and the number that its first document has there.
-    """
+
+class Packed:
+    """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin."""
+
+    # name: for messages. counts: from the manifest, among them the `bytes` of UTF-8 text that the tokens encode.
+    # file, first: the file that holds the tokens, and the number of the first document in that file.
 
     def __init__(
         self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict, file: str | None = None, first: int = 0
@@ -54,133 +57,109 @@ class Packed:
         self.file, self.first = file or name, first
 
     def of(self, source: str) -> "Packed":
-        """The part that one source of the corpus has given: the corpus has one source after another."""
+        """The tokens of one source of the corpus: the corpus has one source after another."""
         if source not in self.counts["sources"]:
             raise UserError(f"{self.name} has nothing of {source}; there are {', '.join(self.counts['sources'])}")
         counts = self.counts["sources"][source]
         start, end = counts["start"], counts["start"] + counts["tokens"]
         first, last = np.searchsorted(self.starts, (start, end))
+        starts = self.starts[first:last] - start
         name = f"{source} in {self.name}"
-        part = self.tokens[start:end], self.starts[first:last] - start
-        return Packed(name, *part, counts, self.file, self.first + int(first))
+        return Packed(name, self.tokens[start:end], starts, counts, self.file, self.first + int(first))
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The ids of each document, its end token included."""
+        """The ids of each document with its end token."""
         for start, end in zip(self.starts, [*self.starts[1:], len(self.tokens)], strict=True):
             yield self.tokens[start:end]
 
 
 def load(directory: Path, tokenizer_sha256: str) -> dict[str, Packed]:
-    """The splits of a finished packed directory, every file checked against its manifest.
-
-    UserError if it is missing, damaged, or was made with another tokenizer.
-    """
+    """The splits of a finished packed directory. UserError if it is missing, damaged, or of another tokenizer."""
     manifest = stage.finished(directory)
-    made_with = next(digest for path, digest in manifest["read"].items() if path.endswith("spm.model"))
+    (made_with,) = (digest for path, digest in manifest["read"].items() if path.endswith("spm.model"))
     if made_with != tokenizer_sha256:
         raise UserError(
             f"{directory} was packed with tokenizer {made_with[:12]}…, but the tokenizer here is "
             f"{tokenizer_sha256[:12]}…; pack again with: {stage.maker(directory)} --force"
         )
-    splits = {}
+    splits, counts = {}, manifest["counts"]
     for split in SPLITS:
-        tokens = np.memmap(directory / f"{split}.bin", dtype=manifest["counts"]["dtype"], mode="r")
+        tokens = np.memmap(directory / f"{split}.bin", dtype=counts["dtype"], mode="r")
         starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
-        splits[split] = Packed(str(directory / f"{split}.bin"), tokens, starts, manifest["counts"][split])
+        splits[split] = Packed(str(directory / f"{split}.bin"), tokens, starts, counts[split])
     return splits
 
 
-def _chunks(corpus: Path) -> list[tuple[Path, int]]:
-    """Every shard cut into pieces of CHUNK bytes; a line belongs to the piece that its first byte lies in."""
-    shards = sorted(corpus.glob("shard_*.jsonl"))
-    return [(shard, start) for shard in shards for start in range(0, shard.stat().st_size, CHUNK)]
-
-
-def _start_worker(spm: tokenizer.Tokenizer, val_fraction: float, dtype: str) -> None:
+def _start_worker(*state) -> None:
     global _worker
-    _worker = spm, val_fraction, dtype
+    _worker = state
 
 
-def _encode(chunk: tuple[Path, int]) -> dict:
-    """{split: {source: (ids, document lengths in tokens, bytes of text)}} of one piece of a shard."""
-    (spm, val_fraction, dtype), (shard, start) = _worker, chunk
-    found: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
-    end = np.array([spm.eos], dtype=dtype)
+def _encode(chunk: tuple[Path, int]) -> list[tuple[str, str, np.ndarray, int]]:
+    """(split, source, ids with the end token, bytes of text) of each document that begins in a chunk of a shard."""
+    spm, rule, dtype = _worker
+    shard, start = chunk
+    encoded = []
     with open(shard, "rb") as file:
         if start:
             file.seek(start - 1)
             file.readline()
         while file.tell() < start + CHUNK and (line := file.readline()):
             record = json.loads(line)
-            text = record["text"].encode()
-            split = found["val" if held_out(text, val_fraction) else "train"]
-            part = split.setdefault(record["source"], [[], [], 0])
-            ids = spm.encode_array(text)
-            part[0] += ids.astype(dtype), end
-            part[1].append(len(ids) + 1)
-            part[2] += len(text)
-    for parts in found.values():
-        for part in parts.values():
-            part[0] = np.concatenate(part[0])
-            if part[0].max() >= spm.vocab_size:
-                raise AssertionError(f"id {part[0].max()} of {spm.vocab_size} pieces, in {shard} from byte {start:,}")
-    return found
+            for split, text in zip(SPLITS, rule.split(record["text"]), strict=True):
+                if text:
+                    content = text.encode()
+                    ids = np.append(spm.encode_array(content), spm.eos).astype(dtype)
+                    encoded.append((split, record["source"], ids, len(content)))
+    return encoded
 
 
 def job(config: PackConfig, corpus: Path, spm: Path, directory: Path, command: str) -> Stage:
-    """The stage that packs the corpus in a directory. spm: the tokenizer's directory. command: what the user types."""
-    read = stage.outputs(corpus) | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
-    if not stage.read_manifest(corpus) or not stage.read_manifest(spm):
-        read = {}  # an input has been removed: there is nothing to compare with, and what is packed stays valid
+    """The stage that packs a corpus. corpus, spm: directories. command: what the user types."""
+    read = {}
+    if stage.read_manifest(corpus) and stage.read_manifest(spm):  # else an input is gone: packed tokens stay valid
+        model = {path: digest for path, digest in stage.outputs(spm).items() if path.endswith("spm.model")}
+        read = stage.outputs(corpus) | model
     return Stage(directory, config, read, command, __file__)
 
 
 def build(job: Stage, config: PackConfig, corpus: Path, spm: Path, workers: int = 1, force: bool = False) -> None:
-    """Packs the corpus, unless that is done."""
-    directory = job.directory
+    """Packs the corpus if that is not done."""
     if job.up_to_date(force):
         return
     stage.finished(corpus)
     spm = tokenizer.load(spm)
     with job.making():
-        counts = pack(corpus, spm, config.val_fraction, directory, workers)
-        for split in SPLITS:
-            if not counts[split]["documents"]:
-                documents = sum(counts[each]["documents"] for each in SPLITS)
-                raise UserError(
-                    f"of {documents:,} documents none is left for {split} at val_fraction = {config.val_fraction}; "
-                    "add documents (a .txt file is one, a line of .jsonl another), or change val_fraction"
-                )
+        counts = pack(corpus, spm, config.val_fraction, job.directory, workers)
         job.finish(counts)
-        if missing := ", ".join(s for s in counts["train"]["sources"] if s not in counts["val"]["sources"]):
-            log.warning(f"no document of {missing} is held out: validation says nothing of it")
         train, val = counts["train"], counts["val"]
-        log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {directory}")
+        if missing := ", ".join(source for source in train["sources"] if source not in val["sources"]):
+            log.warning(f"no document of {missing} is held out: validation does not measure it")
+        log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {job.directory}")
 
 
 def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory: Path, workers: int) -> dict:
-    """Writes the four files. The pieces are written in order, however many workers encode them."""
-    dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
+    """Writes the four files and returns their counts. The order of documents does not depend on the workers."""
+    dtype, rule = token_dtype(spm.vocab_size), holdout(corpus, val_fraction)
+    if rule.threshold is None:
+        log.info(f"packed: no whole document can be held out: the last {val_fraction:.1%} of each is")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
-    chunks = _chunks(corpus)
+    chunks = []
+    for shard in sorted(corpus.glob("shard_*.jsonl")):
+        chunks += [(shard, start) for start in range(0, shard.stat().st_size, CHUNK)]
     with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open(directory / name, "wb"))
-            for split in SPLITS
-            for name in (f"{split}.bin", f"{split}.idx")
-        }
-        pool = stack.enter_context(cli.pool(workers, _start_worker, spm, val_fraction, dtype))
+        pool = stack.enter_context(cli.pool(workers, _start_worker, spm, rule, dtype))
+        names = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")]
+        files = {name: stack.enter_context(open(directory / name, "wb")) for name in names}
         encoded = cli.ordered(pool, _encode, chunks, 4 * workers)
-        for pieces in progress(encoded, len(chunks), "MB", "packing"):
-            for split, parts in pieces.items():
+        for documents in progress(encoded, len(chunks), "MB", "packing"):
+            for split, source, ids, size in documents:
                 total = counts[split]
-                for source, (ids, lengths, size) in parts.items():
-                    starts = total["tokens"] + np.cumsum([0, *lengths[:-1]])
-                    files[f"{split}.bin"].write(ids)
-                    files[f"{split}.idx"].write(starts.astype("<i8").tobytes())
-                    empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
-                    for table in (total, total["sources"].setdefault(source, empty)):
-                        table["documents"] += len(lengths)
-                        table["tokens"] += len(ids)
-                        table["bytes"] += size
+                files[f"{split}.idx"].write(np.array(total["tokens"], "<i8").tobytes())
+                files[f"{split}.bin"].write(ids.tobytes())
+                empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
+                for table in (total, total["sources"].setdefault(source, empty)):
+                    table["documents"] += 1
+                    table["tokens"] += len(ids)
+                    table["bytes"] += size
     return {"dtype": dtype, **counts}

@@ -1,4 +1,4 @@
-"""A text as words, and runs of words as numbers: what quality, deduplication and decontamination compare."""
+"""A text as words, and runs of words as numbers: quality, deduplication and decontamination compare these."""
 
 import hashlib
 import re
@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 
-OTHER = re.compile(r"[^\w\x00-\x7f]+")  # beyond ASCII, what is no letter or digit
+OTHER = re.compile(r"[^\w\x00-\x7f]+")  # characters beyond ASCII that are no letters or digits
 SPACED = bytes(c if c >= 0x80 or chr(c).isalnum() or c == ord("_") else ord(" ") for c in range(256))
-# Odd 64-bit constants with no pattern in their bits: the golden ratio's, and a mixing step's (splitmix64).
+# Odd 64-bit constants without a pattern in their bits: of the golden ratio, and of a mixing step of splitmix64.
 GOLDEN, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 
@@ -17,7 +17,7 @@ def words(text: str) -> list[bytes]:
     text = text.lower()
     if not text.isascii():
         text = OTHER.sub(" ", text)
-    return text.encode().translate(SPACED).split()
+    return text.encode(errors="replace").translate(SPACED).split()
 
 
 def fingerprint(words: list[bytes]) -> np.ndarray:

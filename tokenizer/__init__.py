@@ -10,99 +10,92 @@ import sentencepiece
 import stage
 from cli import UserError
 
-SPACE = "\u2581".encode()  # how SentencePiece spells a space inside its pieces
-PART = 1 << 13  # bytes encoded at a time, about
+SPACE = "▁"  # U+2581: SentencePiece writes a space like this inside its pieces
+PART = 1 << 13  # about so many bytes are encoded at a time
 CUT = re.compile(rb"[^ ](?= )")
 NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: its normalizer_spec (field 3) with add_dummy_prefix (3) false
 
 
 class Tokenizer:
-    """A SentencePiece model. `decode(encode(text)) == text` for every text, if the model is one of ours or LLaMA's.
+    """A SentencePiece model. `decode(encode(text)) == text` for every text, if the model is ours or LLaMA's."""
 
-    model: the bytes of spm.model. sha256: their digest, its identity. vocab_size: pieces. eos: the id that ends a
-    document. bos: the id before a text that begins one; a model without has eos there. control: the ids of pieces that
-    no text is spelt with, for chat templates. UserError for what is no SentencePiece model, or one without eos.
-    """
+    # sha256: the digest of the model, its identity. eos: the id after a document. bos: the id before a text; eos in a
+    # model without one. control: {piece: id} of the pieces for chat templates, which no text is encoded to.
 
     def __init__(self, model: bytes, sha256: str):
+        """model: the bytes of spm.model. UserError if they are no SentencePiece model, or one without eos."""
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError("the tokenizer is damaged: its bytes are not a SentencePiece model") from None
-        # A model may put a space before every text, as LLaMA's does. That must come once, not before every part.
-        self._prefix = self.pieces.normalize("x") == "▁x"
-        # One that changes white space itself has to see the text whole.
-        self._whole = self.pieces.normalize("x  x").removeprefix("▁") != "x▁▁x" or not self.pieces.is_byte(
-            self.pieces.piece_to_id("<0xE2>")
-        )
+        # LLaMA's model puts a space before every text. A long text is encoded in parts, and only the first has it.
+        self._prefix = pieces.normalize("x") == SPACE + "x"
+        # A model that changes white space, or has no byte pieces, must see the text whole.
+        keeps_space = pieces.normalize("x  x").removeprefix(SPACE) == f"x{SPACE}{SPACE}x"
+        self._whole = not keeps_space or not pieces.is_byte(pieces.piece_to_id("<0xE2>"))
         if self._prefix and not self._whole:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
-        self.model, self.sha256 = model, sha256
-        self.vocab_size = self.pieces.get_piece_size()
-        self.eos = self.pieces.eos_id()
+            pieces = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
+        self.pieces, self.model, self.sha256 = pieces, model, sha256
+        self.vocab_size = pieces.get_piece_size()
+        self.eos = pieces.eos_id()
         if self.eos < 0:
             raise UserError("the SentencePiece model has no end-of-text piece; expected one, usually </s>")
-        self.bos = self.pieces.bos_id() if self.pieces.bos_id() >= 0 else self.eos
-        special = (self.pieces.unk_id(), self.bos, self.eos)
-        ids = [i for i in range(self.vocab_size) if self.pieces.is_control(i) and i not in special]
-        self.control = {self.pieces.id_to_piece(i): i for i in ids}
-        # A text may itself hold U+2581, which SentencePiece would give back as a space: it is spelt in bytes.
-        spelt = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE]
-        self._space_bytes = np.array(spelt, dtype=np.int32)
-        # Where no piece has a space behind another character, a text can be cut before any space that follows one.
-        pieces = map(self.pieces.id_to_piece, range(self.vocab_size))
-        self._cuts = not any(SPACE.decode() in piece.lstrip(SPACE.decode()) for piece in pieces)
+        self.bos = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
+        # SentencePiece would decode U+2581 in a text to a space: it is encoded in bytes.
+        space_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_bytes = np.array(space_bytes, np.int32)
+        self._cuts = True  # a text can be cut before any space that follows another character
+        self.control: dict[str, int] = {}
+        for id in range(self.vocab_size):
+            piece = pieces.id_to_piece(id)
+            if SPACE in piece.lstrip(SPACE):
+                self._cuts = False
+            if pieces.is_control(id) and id not in (pieces.unk_id(), self.bos, self.eos):
+                self.control[piece] = id
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
-        """The ids of a text, without an end token. UserError for half a surrogate pair, which no file can hold.
-
-        begins: whether a text begins here, or goes on: where the model puts a space before every text, a beginning has
-        one.
-        """
+        """The ids of a text, without an end token. begins: False if the text continues another."""
         try:
             return self.encode_array(text.encode(), begins).tolist()
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start}"
-            ) from None
+            lone = f"{text[error.start]!a}, at character {error.start}"
+            raise UserError(f"the text holds a lone surrogate, {lone}") from None
 
     def encode_array(self, text: bytes, begins: bool = True) -> np.ndarray:
-        """The same of a text in UTF-8, int32, made without a Python number for each."""
+        """The ids of a text in UTF-8, int32."""
         if self._whole:
             return self.pieces.encode(text, return_type="numpy")
         if self._prefix and text and begins:
             text = b" " + text
-        parts = re.split(b"(%s)" % SPACE, text) if SPACE in text else [text]
         ids = []
-        for part in parts:
-            if part == SPACE:
+        for number, part in enumerate(text.split(SPACE.encode())):
+            if number:
                 ids.append(self._space_bytes)
-            else:
-                ids += (self.pieces.encode(cut, return_type="numpy") for cut in self._cut(part))
+            for cut in self._parts(part):
+                ids.append(self.pieces.encode(cut, return_type="numpy"))
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
-    def _cut(self, text: bytes) -> Iterator[bytes]:
-        """A long text in parts, which give the ids of the whole. SentencePiece's memory grows with what it encodes at
-        once, and its float32 sums along the text lose the digits that tell near-equal spellings apart."""
+    def _parts(self, text: bytes) -> Iterator[bytes]:
+        """A long text in parts whose ids joined are the ids of the text."""
+        # SentencePiece's memory grows with the text, and its float32 sums lose the digits that separate near-equal
+        # encodings.
         start = 0
         while len(text) - start > PART:
-            end = start + 64 * PART  # of a text without spaces; elsewhere a cut costs a token at most
-            if self._cuts and (found := CUT.search(text, start + PART - 1, end)):
-                end = found.end()
-            while end < len(text) and text[end] & 0xC0 == 0x80:  # within a character
+            end = start + 64 * PART  # without a space to cut at: costs at most a token
+            if self._cuts and (match := CUT.search(text, start + PART - 1, end)):
+                end = match.end()
+            while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
                 end -= 1
             yield text[start:end]
             start = end
         yield text[start:]
 
     def decode(self, ids: Sequence[int], begins: bool = True) -> str:
-        """The text of ids. Control pieces, such as the end of a document, have none, nor have rows that an embedding
-        has past the pieces; broken byte runs give U+FFFD.
+        """The text of ids. Control pieces have no text, nor have ids past the vocabulary, which an embedding may have.
 
-        begins: whether they begin a text, or go on with one: where the model puts a space before every text, it is
-        dropped from a beginning.
+        Broken byte sequences give U+FFFD. begins: False if the ids continue a text.
         """
-        text = self.pieces.decode([i for i in ids if i < self.vocab_size])
+        text = self.pieces.decode([id for id in ids if id < self.vocab_size])
         return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 
 

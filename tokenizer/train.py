@@ -1,14 +1,17 @@
-"""Corpus to tokenizer: a SentencePiece model, frozen, that can spell any text.
+"""Corpus to tokenizer: a SentencePiece model that can encode any text."""
 
-    python pipeline.py configs/tiny.py tokenizer   ->  runs/tiny/tokenizer
+#     python pipeline.py configs/tiny.py tokenizer   ->  runs/tiny/tokenizer
+#
+# Its SHA-256 is its identity: packed tokens and checkpoints record it and refuse another.
 
-Its SHA-256 is its identity: packed tokens and checkpoints carry it, and refuse another.
-"""
-
+import hashlib
 import io
+import itertools
 import math
+import operator
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,71 +21,63 @@ import cli
 import data.corpus
 import stage
 from cli import UserError, log
+from data.holdout import Holdout
 from stage import Stage, check_types
 from tokenizer import Tokenizer
 
-LONGEST = 1 << 20  # characters that SentencePiece is given at once; it drops what is longer than 16 MB
+PART = 1 << 16  # characters of a document that are sampled together
+SMALLEST = 300  # pieces: 256 bytes, control pieces, and some text
+MEASURED = 2_000_000  # bytes of text that the numbers in the card are measured on
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How a tokenizer is trained. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """How a tokenizer is trained. Raises TypeError or ValueError, naming the field, for an impossible setting."""
 
-    vocab_size: int = 32_768
-    """Pieces, the 256 byte pieces and the control pieces among them."""
+    vocab_size: int = 32_768  # pieces, including 256 bytes and the control pieces
+    # "bpe" (arXiv:1508.07909): as LLaMA; transformers reproduces its ids exactly. "unigram" (arXiv:1804.10959):
+    # encodes three times as fast.
     algorithm: str = "bpe"
-    """"bpe" (arXiv:1508.07909), LLaMA's own, whose ids transformers reproduces exactly; or "unigram"
-    (arXiv:1804.10959), which encodes three times as fast."""
-    sample_bytes: int = 20_000_000
-    """At most this much text is learnt from, taken evenly from the corpus."""
-    normalization: str = "identity"
-    """"identity" gives every text back as it was; "nfkc" first replaces characters by their compatible forms."""
+    sample_bytes: int = 20_000_000  # trains on about this much text, taken evenly from all documents
+    normalization: str = "identity"  # "identity": lossless; "nfkc": replaces characters by their compatible forms
+    # Pieces for chat templates. No text is encoded to them.
     control: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", *(f"<|reserved_{i}|>" for i in range(6)))
-    """Pieces that stand for themselves and that no text is ever spelt with, for chat templates."""
 
     def __post_init__(self):
         check_types(self)
-        if not 300 <= self.vocab_size <= 1 << 20:
-            raise ValueError(f"vocab_size is {self.vocab_size}; expected 300 to {1 << 20}")
+        if not SMALLEST <= self.vocab_size <= 1 << 20:
+            raise ValueError(f"vocab_size is {self.vocab_size}; expected {SMALLEST} to {1 << 20}")
         if self.algorithm not in ("unigram", "bpe"):
             raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
         if self.normalization not in ("identity", "nfkc"):
             raise ValueError(f'normalization is {self.normalization!r}; expected "identity" or "nfkc"')
-        taken = {"", "<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))}
-        if taken & set(self.control) or len(set(self.control)) < len(self.control):
-            raise ValueError(
-                f"control is {self.control}; expected pieces that differ, none empty, <unk>, </s> or a byte"
-            )
-        if self.sample_bytes < 1:
-            raise ValueError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
 
 
-def sample(corpus: Path, total: int, limit: int, val_fraction: float) -> Iterator[tuple[str, str]]:
-    """(source, text) of training documents, evenly from the corpus, up to `limit` of its `total` bytes; none that are
-    held out."""
-    share, passed, taken = min(1.0, limit / max(1, total)), 0, 0
-    for record in data.corpus.records(corpus):
-        text = record["text"].encode()
-        if data.corpus.held_out(text, val_fraction):
-            continue
-        passed += len(text)
-        if taken + len(text) / 2 <= share * passed:  # nearer to an even share with it than without it
-            text = text[: limit - taken].decode(errors="ignore")
-            taken += len(text.encode())
-            yield record["source"], text
+def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:
+    """(source, text) evenly from all text that is not held out: about `limit` of the `total` bytes of a corpus."""
+    share = min(1.0, limit / max(1, total))
+    for source, documents in itertools.groupby(data.corpus.records(corpus), operator.itemgetter("source")):
+        passed, taken, part = 0, 0, ""
+        for document in documents:
+            text = held_out.split(document["text"])[0] if held_out else document["text"]
+            for start in range(0, len(text), PART):
+                part = text[start : start + PART]
+                size = len(part.encode())
+                passed += size
+                if taken + size / 2 <= share * passed:  # closer to an even share with the part than without it
+                    taken += size
+                    yield source, part
+        if part and not taken:  # every source is represented
+            yield source, part
 
 
 def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float) -> bytes:
-    """A SentencePiece model: byte fallback, white space kept, digits apart.
-
-    The number of threads is fixed, because the sums that training makes depend on it.
-    """
-    sampled = sample(corpus, total, config.sample_bytes, val_fraction)
-    texts = (text[i : i + LONGEST] for _, text in sampled for i in range(0, len(text), LONGEST))
+    """A SentencePiece model with byte fallback, all white space, and digits apart. total: bytes of the corpus."""
+    texts = sample(corpus, total, config.sample_bytes, data.corpus.holdout(corpus, val_fraction))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts,
+            sentence_iterator=(text for _, text in texts),
             model_writer=model,
             vocab_size=config.vocab_size,
             model_type=config.algorithm,
@@ -99,55 +94,64 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            num_threads=4,
+            num_threads=4,  # fixed: the sums of the training depend on it
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(
-            f"SentencePiece cannot make {config.vocab_size:,} pieces of this corpus: lower vocab_size or add text "
-            f"({error})"
-        ) from None
+        raise UserError(_advice(config.vocab_size, str(error))) from None
     return model.getvalue()
 
 
+def _advice(vocab_size: int, error: str) -> str:
+    """The message for an error of SentencePiece."""
+    size, setting = f"vocab_size = {vocab_size:,}", "set it in the tokenizer and in the model to"
+    if most := re.search(r"too high .* <= (\d+)", error):
+        smaller = f", or {setting} {int(most[1]):,} or less" if int(most[1]) >= SMALLEST else ""
+        return f"too little text for {size}: add text{smaller}"
+    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
+        return f"the text has more different characters than {size}: {setting} {int(least[1]):,} or more"
+    return f"SentencePiece cannot make {vocab_size:,} pieces of this corpus ({error})"
+
+
 def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: Path, command: str) -> Stage:
-    """The stage that makes a tokenizer from the corpus in a directory. val_fraction: share of the documents that it
-    does not learn from. command: what the user types to make it."""
+    """The stage that makes a tokenizer from the corpus in a directory. command: what the user types to make it."""
     settings = {"tokenizer": config, "val_fraction": val_fraction}
     return Stage(directory, settings, stage.outputs(corpus), command, __file__)
 
 
-def build(
-    job: Stage,
-    config: TokenizerConfig,
-    corpus: Path,
-    val_fraction: float,
-    force: bool = False,
-    replaced: Collection[Path] = (),
-) -> None:
-    """Makes the tokenizer, unless it is there. replaced: directories that are made again after it."""
+def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float, force=False, replaced=()) -> None:
+    """Makes the tokenizer if it is missing. replaced: directories that are made again after it."""
     directory = job.directory
     if job.up_to_date(force):
         return
-    made = [path for path in made_with(directory) if path not in replaced and path.parent not in replaced]
-    if made:
-        raise UserError(
-            f"{', '.join(map(str, made))} was made with the tokenizer in {directory}; another would not fit. Make it "
-            "all again with --force-from tokenizer, or give the experiment another name"
-        )
-    manifest = stage.finished(corpus)
-    with job.making():
+    total = stage.finished(corpus)["counts"]["bytes"]
+    with job.making(keep=True):
         log.info(f"tokenizer: training {config.vocab_size:,} pieces")
-        total = manifest["counts"]["bytes"]
-        with cli.pool(1) as pool:  # SentencePiece does not hear Ctrl-C; this process does
+        with cli.pool(1) as pool:  # SentencePiece does not react to Ctrl-C; this process does
             model = pool.submit(train, corpus, total, config, val_fraction).result()
+        others = [path for path in made_with_another(directory, model) if not {path, path.parent} & set(replaced)]
+        if others:
+            raise UserError(
+                f"{', '.join(map(str, others))} was made with another tokenizer in {directory}, and the new one would "
+                "not fit. Make it all again with --force-from tokenizer, or give the experiment another name"
+            )
+        job.clear()
         tokenizer, settings = write(directory, model)
-        numbers = measure(tokenizer, sample(corpus, total, 2_000_000, 0.0), config.normalization == "identity")
-        (directory / "TOKENIZER_CARD.md").write_text(
-            card(directory.parent.name, config, settings, numbers), encoding="utf-8"
-        )
+        numbers = measure(tokenizer, sample(corpus, total, MEASURED), config.normalization == "identity")
+        text = card(directory.parent.name, config, settings, numbers)
+        (directory / "TOKENIZER_CARD.md").write_text(text, encoding="utf-8")
         job.finish(numbers)
         log.info(f"tokenizer: {numbers['bytes_per_token']:.2f} bytes a token -> {directory}")
+
+
+def made_with_another(directory: Path, model: bytes) -> list[Path]:
+    """Directories of packed tokens and models that were made with another model in a tokenizer's directory."""
+    name, sha256 = f"{directory.parent.name}/{directory.name}/spm.model", hashlib.sha256(model).hexdigest()
+    paths = []
+    for path in sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")]):
+        if stage.read_manifest(path.parent)["read"].get(name, sha256) != sha256:
+            paths.append(path.parent)
+    return paths
 
 
 def write(directory: Path, model: bytes) -> tuple[Tokenizer, dict]:
@@ -155,85 +159,61 @@ def write(directory: Path, model: bytes) -> tuple[Tokenizer, dict]:
     (directory / "spm.model").write_bytes(model)
     tokenizer = Tokenizer(model, stage.sha256(directory / "spm.model"))
     pieces = tokenizer.pieces
-    vocabulary = (f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size))
+    vocabulary = [f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size)]
     (directory / "spm.vocab").write_text("".join(vocabulary), encoding="utf-8", newline="\n")
-    settings = {
-        "vocab_size": tokenizer.vocab_size,
-        "unk": pieces.unk_id(),
-        "bos": tokenizer.bos,
-        "eos": tokenizer.eos,
-        "control": tokenizer.control,
-        "sha256": tokenizer.sha256,
-    }
+    settings = {"vocab_size": tokenizer.vocab_size, "unk": pieces.unk_id(), "bos": tokenizer.bos, "eos": tokenizer.eos}
+    settings |= {"control": tokenizer.control, "sha256": tokenizer.sha256}
     stage.write_json(directory / "tokenizer_config.json", settings)
     return tokenizer, settings
 
 
-def made_with(directory: Path) -> list[Path]:
-    """Directories of packed tokens and of models that were made with the tokenizer in one."""
-    name = f"{directory.parent.name}/{directory.name}/spm.model"
-    manifests = sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")])
-    return [path.parent for path in manifests if name in (stage.read_manifest(path.parent) or {"read": {}})["read"]]
-
-
-def measure(tokenizer: Tokenizer, texts: Iterator[tuple[str, str]], lossless: bool) -> dict:
-    """What the tokenizer makes of (source, text) pairs: for each source and for all, bytes and characters a token,
-    tokens a word (fertility), the share of unknown tokens, and how many texts come back as they were.
-
-    score: bits of text that one bit of an id holds, 8 · bytes a token / log2(vocab_size). AssertionError if `lossless`
-    and a text does not come back.
-    """
+def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], lossless: bool) -> dict:
+    """Measures the tokenizer on (source, text) pairs. AssertionError if `lossless` and a text does not come back."""
+    # fertility: tokens per word. score: bits of text per bit of an id, 8 · bytes per token / log2(vocab_size).
     sums: dict[str, Counter] = {}
     for source, text in texts:
         ids = tokenizer.encode(text)
         same = tokenizer.decode(ids) == text
         if lossless and not same:
             raise AssertionError(f"the tokenizer does not give back {text[:80]!r}")
-        counted = Counter(documents=1, tokens=len(ids), bytes=len(text.encode()), characters=len(text))
-        counted.update(words=len(text.split()), unknown=ids.count(0), same=int(same))
+        counts = Counter(documents=1, tokens=len(ids), bytes=len(text.encode()), characters=len(text))
+        counts.update(words=len(text.split()), unknown=ids.count(0), same=int(same))
         for name in (source, "all"):
-            sums.setdefault(name, Counter()).update(counted)
-    rates = {
-        name: {
-            "documents": s["documents"],
-            "bytes_per_token": round(s["bytes"] / s["tokens"], 4),
-            "characters_per_token": round(s["characters"] / s["tokens"], 4),
-            "fertility": round(s["tokens"] / max(1, s["words"]), 4),
-            "unknown_rate": s["unknown"] / s["tokens"],
-            "round_trips": s["same"],
+            sums.setdefault(name, Counter()).update(counts)
+    rates = {}
+    for name, counts in sums.items():
+        rates[name] = {
+            "documents": counts["documents"],
+            "bytes_per_token": round(counts["bytes"] / counts["tokens"], 4),
+            "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
+            "fertility": round(counts["tokens"] / max(1, counts["words"]), 4),
+            "unknown_rate": counts["unknown"] / counts["tokens"],
+            "round_trips": counts["same"],
         }
-        for name, s in sums.items()
-    }
-    everything = rates.pop("all")
-    score = 8 * everything["bytes_per_token"] / math.log2(tokenizer.vocab_size)
-    return {**everything, "score": round(score, 4), "sources": rates}
+    total = rates.pop("all")
+    score = 8 * total["bytes_per_token"] / math.log2(tokenizer.vocab_size)
+    return {**total, "score": round(score, 4), "sources": rates}
 
 
 def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> str:
     """TOKENIZER_CARD.md: what the tokenizer is and how well it compresses its corpus."""
-    columns = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
-    rows = "\n".join(
-        f"| {source} | {' | '.join(f'{rates[column]:g}' for column in columns)} |"
-        for source, rates in {**numbers["sources"], "all": numbers}.items()
-    )
-    text = (
-        "Lossless: text is not normalised, white space is kept"
-        if config.normalization == "identity"
-        else f"Text is normalised ({config.normalization}), and so does not always come back; white space is kept"
-    )
-    return f"""# Tokenizer of {name}
-
-SentencePiece {config.algorithm}, {settings["vocab_size"]:,} pieces, SHA-256 `{settings["sha256"]}`.
-
-{text}, digits stand apart, and what has no piece is spelt in bytes.
-Piece {settings["eos"]} ends a document. Held-out documents were not learnt from. Control pieces, which no text is spelt
-with: {", ".join(f"`{piece}`" for piece in config.control) or "none"}.
-
-On documents taken evenly from its corpus, most of them learnt from:
-
-| source | documents | bytes a token | characters a token | tokens a word | unknown | came back as they were |
-|---|---|---|---|---|---|---|
-{rows}
-
-Score: {numbers["score"]} bits of text in a bit of id, 8 · bytes a token / log2(pieces). More is better.
-"""
+    rows = []
+    for source, rates in [*numbers["sources"].items(), ("all", numbers)]:
+        columns = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
+        rows.append(f"| {source} | {' | '.join(f'{rates[column]:g}' for column in columns)} |")
+    lossless = "Lossless: it does not normalise text."
+    if config.normalization != "identity":
+        lossless = f"It normalises text ({config.normalization}): a text does not always come back."
+    lines = [
+        f"# Tokenizer of {name}\n",
+        f"SentencePiece {config.algorithm}, {settings['vocab_size']:,} pieces, SHA-256 `{settings['sha256']}`.",
+        f"{lossless} It keeps white space, separates digits, and encodes text without a piece in bytes.",
+        f"Piece {settings['eos']} ends a document. It was not trained on held-out text. Control pieces, which no text",
+        f"is encoded to: {', '.join(f'`{piece}`' for piece in config.control) or 'none'}.\n",
+        "Measured on documents taken evenly from its corpus, most of which it was trained on:\n",
+        "| source | documents | bytes a token | characters a token | tokens a word | unknown | came back the same |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        f"\nScore: {numbers['score']} bits of text per bit of id, 8 · bytes a token / log2(pieces). More is better",
+    ]
+    return "\n".join(lines) + "\n"

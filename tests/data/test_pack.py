@@ -1,19 +1,21 @@
-"""Packed tokens hold the corpus, all of it, in order, in the split that each document's hash gives."""
+"""Packed tokens hold the whole corpus, in order, in the split that the hash of each document gives."""
 
-import json
+import argparse
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import configs
+import data.inspect
 import data.pack
 import stage
 import tokenizer
 from cli import UserError
 from data.batches import mixture
 from data.corpus import held_out, records
-from tests.conftest import Place
+from tests.conftest import Place, write_lines
 
 
 @pytest.fixture
@@ -26,17 +28,19 @@ def test_documents_come_back(made: Place, spm):
     corpus = [record["text"] for record in records(made.runs / "mini/corpus")]
     for split, packed in splits.items():
         texts = [text for text in corpus if held_out(text.encode(), 0.1) == (split == "val")]
-        found = [ids.tolist() for ids in packed.documents()]
-        assert [spm.decode(ids) for ids in found] == texts
-        assert all(ids[-1] == spm.eos and spm.eos not in ids[:-1] for ids in found)
+        documents = [ids.tolist() for ids in packed.documents()]
+        assert [spm.decode(ids) for ids in documents] == texts
+        assert all(ids[-1] == spm.eos and spm.eos not in ids[:-1] for ids in documents)
         assert packed.bytes == sum(len(text.encode()) for text in texts)
     assert sum(len(p.starts) for p in splits.values()) == len(corpus)
+    with pytest.raises(UserError, match=r"was packed with tokenizer .*, but the tokenizer here is 0{12}…; pack again"):
+        data.pack.load(made.runs / "mini/packed", "0" * 64)
 
 
-@pytest.mark.parametrize("chunk", [1, 97, 4096])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("chunk", "workers"), [(97, 1), (0, 3), (4096, 4)])
 def test_bytes_do_not_depend_on_workers_or_chunks(made: Place, spm, tmp_path, monkeypatch, chunk, workers):
-    monkeypatch.setattr("data.pack.CHUNK", chunk)
+    first_line = (made.runs / "mini/corpus/shard_00000.jsonl").read_bytes().index(b"\n") + 1
+    monkeypatch.setattr("data.pack.CHUNK", chunk or first_line)  # a line can begin where a chunk does
     data.pack.pack(made.runs / "mini/corpus", spm, 0.1, tmp_path, workers)
     for name in ("train.bin", "val.bin", "train.idx", "val.idx"):
         assert (tmp_path / name).read_bytes() == (made.runs / "mini/packed" / name).read_bytes()
@@ -45,42 +49,32 @@ def test_bytes_do_not_depend_on_workers_or_chunks(made: Place, spm, tmp_path, mo
 def test_format_on_disk(made: Place):
     directory = made.runs / "mini/packed"
     tokens, starts = np.fromfile(directory / "train.bin", "<u2"), np.fromfile(directory / "train.idx", "<i8")
-    counts = json.loads((directory / "manifest.json").read_text())["counts"]["train"]
+    counts = stage.read_manifest(directory)["counts"]["train"]
     assert (counts["tokens"], counts["documents"]) == (len(tokens), len(starts))
     assert starts[0] == 0
     assert (tokens[starts[1:] - 1] == 1).all()
+    assert [data.pack.token_dtype(size) for size in (65_536, 65_537)] == ["<u2", "<u4"]
 
 
-def test_another_tokenizer_is_refused(made: Place):
-    with pytest.raises(UserError, match=r"was packed with tokenizer .*, but the tokenizer here is 0{12}…; pack again"):
-        data.pack.load(made.runs / "mini/packed", "0" * 64)
-
-
-def two_sources(place: Place) -> None:
-    """A second source of 40 kB."""
-    lines = (
-        json.dumps({"text": f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40))}) for i in range(150)
-    )
-    (place.raw / "more.jsonl").write_text("\n".join(lines))
+@pytest.fixture
+def two_sources(place: Place) -> Place:
+    """A second source of 40 kB and a mixture of both."""
+    texts = [f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40)) for i in range(150)]
+    write_lines(place.raw / "more.jsonl", [{"text": text} for text in texts])
+    phases = 'Phase(start=0, weights={"files": 1, "more": 3}), Phase(start=10, weights={"files": 1})'
     place.edit(
         ("min_chars=20),)", 'min_chars=20), Files(name="more", paths=("more.jsonl",)))'),
-        (
-            "    pretrain=",
-            """    mixture=(
-                Phase(start=0, weights={"files": 1, "more": 3}),
-                Phase(start=10, weights={"files": 1}),
-            ),
-            pretrain=""",
-        ),
+        ("    pretrain=", f"    mixture=({phases}),\n    pretrain="),
         ("from data.corpus", "from data.batches import Phase\nfrom data.corpus"),
+        ("steps=24", "steps=12"),
     )
+    place.make("pack")
+    return place
 
 
-def test_each_source_is_a_part(place: Place):
-    two_sources(place)
-    place.run("pipeline.py", place.config, "pack")
-    spm = tokenizer.load(place.runs / "mini/tokenizer")
-    packed = data.pack.load(place.runs / "mini/packed", spm.sha256)["train"]
+def test_each_source_is_a_part(two_sources: Place):
+    spm = tokenizer.load(two_sources.runs / "mini/tokenizer")
+    packed = data.pack.load(two_sources.runs / "mini/packed", spm.sha256)["train"]
     files, more = packed.of("files"), packed.of("more")
     assert np.concatenate([files.tokens, more.tokens]).tolist() == packed.tokens.tolist()
     assert (len(files.starts) + len(more.starts), files.bytes + more.bytes) == (len(packed.starts), packed.bytes)
@@ -89,78 +83,75 @@ def test_each_source_is_a_part(place: Place):
         packed.of("x")
 
 
-def test_a_mixture_is_trained_on_and_shown(place: Place):
-    two_sources(place)
-    place.edit(("steps=24", "steps=12"))
-    out = place.run("train.py", place.config).stdout
-    assert place.metrics()[9]["seen"] == {"files": 10 * 3 * 64, "more": 10 * 9 * 64}
-    assert place.metrics()[11]["seen"] == {"files": (10 * 3 + 2 * 12) * 64, "more": 10 * 9 * 64}
-    assert "drawn so far: files 3,456 tokens (37.5%), more 5,760 tokens (62.5%)" in out
-    shown = place.run("-m", "data.inspect", place.config, "--rows", 12, "--step", 9).stdout
-    assert (shown.count(": files, window"), shown.count(": more, window")) == (3, 9)
-    assert place.run("-m", "data.inspect", place.config, "--rows", 12, "--step", 10).stdout.count("files, window") == 12
-    place.edit(("start=10", "start=11"))
-    assert "mixture" in place.run("train.py", place.config, status=2).stderr
+def inspect(place: Place, **options) -> None:
+    """python -m data.inspect in this process."""
+    defaults = {"split": "train", "first": 0, "documents": 3, "step": 0, "rows": 2, "chars": 500}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS", str(place.runs))
+        data.inspect.main(argparse.Namespace(config=place.config, **defaults | options))
 
 
-def test_experiments_beside_each_other(made: Place, place: Place):
-    """Packed tokens of another experiment join the mixture; with another tokenizer they are refused."""
-    other = place.path / "other.py"
-    text = place.config.read_text().replace('name="mini"', 'name="other"')
-    other.write_text(text.replace("experiment = ", "first = "))
-    text = f"""{other.read_text()}
+def test_a_mixture_is_trained_on_and_shown(two_sources: Place, capsys):
+    two_sources.make("pretrain")
+    seen = [line["seen"] for line in two_sources.metrics()]
+    assert seen[9] == {"files": 10 * 3 * 64, "more": 10 * 9 * 64}
+    assert seen[11] == {"files": (10 * 3 + 2 * 12) * 64, "more": 10 * 9 * 64}
+    for step, counts in {9: (3, 9), 10: (12, 0)}.items():
+        inspect(two_sources, rows=12, step=step)
+        shown = capsys.readouterr().out
+        assert (shown.count(": files, window"), shown.count(": more, window")) == counts
+    two_sources.edit(("start=10", "start=11"))
+    with pytest.raises(UserError, match="mixture"):
+        two_sources.make("pretrain")
+
+
+def test_experiments_beside_each_other(place: Place):
+    """Packed tokens of another experiment join the mixture. With another tokenizer they are refused."""
+    text = place.config.read_text().replace('name="mini"', 'name="other"').replace("experiment = ", "first = ")
+    text += """
 from dataclasses import replace
 from data.batches import Phase
-experiment = replace(first, name="mini", shared={{"tokenizer": first}}, beside=(first,),
-    mixture=(Phase(start=0, weights={{"files": 1, "other": 1}}),), pretrain=replace(first.pretrain, steps=2))
+experiment = replace(first, name="mini", shared={"tokenizer": first}, beside=(first,),
+    mixture=(Phase(start=0, weights={"files": 1, "other": 1}),), pretrain=replace(first.pretrain, steps=2))
 """
     place.config.write_text(text)
-    place.run("train.py", place.config)
+    place.make("pretrain")
     read = stage.read_manifest(place.runs / "mini/pretrain")["read"]
     assert {"mini/packed/train.bin", "other/packed/train.bin"} <= set(read)
-    place.config.write_text(
-        text.replace('shared={"tokenizer": first}, ', "").replace(
-            "beside", "tokenizer=replace(first.tokenizer, sample_bytes=9_000), beside"
-        )
-    )
-    assert "tokenizer" in place.run("train.py", place.config, "--force", status=2).stderr
+    other = "tokenizer=replace(first.tokenizer, sample_bytes=9_000), beside"
+    place.config.write_text(text.replace('shared={"tokenizer": first}, ', "").replace("beside", other))
+    with pytest.raises(UserError, match="tokenizer"):
+        place.make("pretrain", force=True)
 
 
-def test_inspect_shows_documents_and_batches(made: Place):
-    shown = ("--documents", 2, "--step", 5, "--rows", 3, "--chars", 10_000)
-    process = made.run("-m", "data.inspect", made.config, "--split", "val", *shown)
-    packed = data.pack.load(made.runs / "mini/packed", tokenizer.load(made.runs / "mini/tokenizer").sha256)
-    assert f"{len(packed['train'].tokens):,} tokens" in process.stdout
-    assert process.stdout.count("⟨end⟩") >= 2
-    assert process.stdout.count("the last target") == 3
-    assert "found --first 999" in made.run("-m", "data.inspect", made.config, "--first", 999, status=2).stderr
-
-
-def test_documents_of_a_batch_are_found_by_their_numbers(made: Place):
-    """The numbers are those of data.inspect: every row of the batch is text of the documents that it then shows."""
-    spm = tokenizer.load(made.runs / "mini/tokenizer")
+def test_inspect_shows_documents_and_batches(made: Place, spm, capsys):
+    """Every row of a batch is text of the documents that the numbers of the batch name."""
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["train"]
     config = configs.load(made.config).pretrain
     batches = mixture("mini", (), packed, {}, 64, config.batch_size, config.seed)
     (line,) = batches.documents(7)
     assert line.startswith(f"{made.runs}/mini/packed/train.bin: documents ")
-    held, documents = batches.sets["mini"].documents(batches.drawn(7 * 12)[1]), list(packed.documents())
+    numbers, documents = batches.sets["mini"].documents(batches.drawn(7 * 12)[1]), list(packed.documents())
     row = batches.batch(7)[0][0].tolist()
-    together = np.concatenate([documents[number] for number in sorted(held)]).tolist()
+    together = np.concatenate([documents[number] for number in sorted(numbers)]).tolist()
     assert any(together[i : i + 64] == row for i in range(len(together)))
-    number = min(held)
-    shown = made.run("-m", "data.inspect", made.config, "--first", number, "--documents", 1, "--chars", 30).stdout
-    text = spm.decode(documents[number].tolist()).replace("\n", "⏎")
-    assert re.search(rf"^{number} \[[\d,]+ to [\d,]+\) {re.escape(text[:30])}", shown, re.MULTILINE)
+    inspect(made, first=min(numbers), documents=1, step=5, rows=3, chars=30)
+    shown = capsys.readouterr().out
+    text = spm.decode(documents[min(numbers)].tolist()).replace("\n", "⏎")
+    assert re.search(rf"^{min(numbers)} \[[\d,]+ to [\d,]+\) {re.escape(text[:30])}", shown, re.MULTILINE)
+    assert f"{len(packed.tokens):,} tokens" in shown
+    assert shown.count("the last target") == 3
+    assert "found --first 999" in made.run("-m", "data.inspect", made.config, "--first", 999, status=2).stderr
 
 
-def test_inspect_names_what_is_missing(place: Place):
-    error = place.run("-m", "data.inspect", place.config, status=2).stderr
-    assert f"python pipeline.py {place.config} tokenizer" in error
+def test_a_source_without_held_out_text_is_named(place: Place, caplog):
+    texts = [f"One document, number {i}. " * 20 for i in range(9)]
+    (place.raw / "one.txt").write_text(next(text for text in texts if not held_out(text.strip().encode(), 0.1)))
+    place.edit(("min_chars=20),)", 'min_chars=20), Files(name="one", paths=("one.txt",)))'))
+    place.make("pack")
+    assert "no document of one is held out" in caplog.text
 
 
-def test_a_split_without_documents_is_named(place: Place):
-    place.edit(("val_fraction=0.1", "val_fraction=1e-9"))
-    error = place.run("pipeline.py", place.config, "pack", status=2).stderr
-    assert "none is left for val" in error
-    assert stage.read_manifest(place.runs / "mini/packed") is None
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="val_fraction is 1; expected more than 0 and less than 1"):
+        replace(data.pack.PackConfig(), val_fraction=1)

@@ -1,20 +1,23 @@
 """The tokenizer gives back every text, and is the same bytes each time it is trained."""
 
 import hashlib
+import itertools
 import json
 import lzma
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stage
 import tokenizer
 from cli import UserError
 from data.sources import raw
-from tests.conftest import ROOT, Place
-from tokenizer.train import TokenizerConfig, measure, train
+from tests.conftest import Place, write_lines
+from tokenizer.train import TokenizerConfig, measure, sample, train
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +63,6 @@ def test_long_texts_without_a_place_to_cut_come_back(spm, long, monkeypatch):
     assert spm.decode(spm.encode(long)) == long
 
 
-def test_source_files_come_back(spm):
-    for path in ROOT.rglob("*.py"):
-        if ".venv" not in path.parts:
-            text = path.read_text()
-            assert spm.decode(spm.encode(text)) == text
-
-
-def test_agrees_with_sentencepiece_itself(spm, made: Place, text):
-    plain = sentencepiece.SentencePieceProcessor(model_file=str(made.runs / "mini/tokenizer/spm.model"))
-    for part in text:
-        assert spm.encode(part) == plain.encode(part)
-    assert (spm.vocab_size, spm.eos) == (512, plain.eos_id())
-
-
 def test_control_pieces_cannot_be_spelt(spm):
     assert list(spm.control) == list(TokenizerConfig().control)
     for text in ("</s>", "<unk>", "a</s>b", "<0x41>", *spm.control, "x<|im_start|>user\nhi<|im_end|>\n"):
@@ -82,11 +71,10 @@ def test_control_pieces_cannot_be_spelt(spm):
     assert spm.decode([spm.eos, *spm.control.values()]) == ""
 
 
-def test_digits_stand_apart(spm):
-    assert len(spm.encode("2026")) == 4
-
-
-def test_lone_surrogates_are_refused(spm):
+def test_by_hand(spm, made: Place, text):
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(made.runs / "mini/tokenizer/spm.model"))
+    assert [spm.encode(part) for part in text] == [plain.encode(part) for part in text]
+    assert (spm.vocab_size, spm.eos, len(spm.encode("2026"))) == (512, plain.eos_id(), 4)
     with pytest.raises(UserError, match=r"lone surrogate, '\\ud800', at character 1"):
         spm.encode("a\ud800")
 
@@ -99,11 +87,6 @@ def test_training_is_deterministic(made: Place, algorithm):
     other = tokenizer.Tokenizer(first, hashlib.sha256(first).hexdigest())
     assert other.vocab_size == 400
     assert other.decode(other.encode("  x ▁\n\ty é")) == "  x ▁\n\ty é"
-
-
-def test_more_pieces_than_the_text_holds_are_refused(place: Place):
-    place.edit(("vocab_size=512", "vocab_size=300_000"))
-    assert "lower vocab_size or add text" in place.run("pipeline.py", place.config, "tokenizer", status=2).stderr
 
 
 def test_a_damaged_tokenizer_is_named(packed: Place):
@@ -123,7 +106,7 @@ def test_normalised_by_choice(made: Place):
     assert nfkc.control == {"<|x|>": 2}
 
 
-def test_numbers_by_hand(spm):
+def test_numbers_by_hand(spm, made: Place):
     numbers = measure(spm, iter([("a", "one two"), ("a", "é"), ("b", "x")]), lossless=True)
     ids = [spm.encode(text) for text in ("one two", "é", "x")]
     tokens = sum(map(len, ids[:2]))
@@ -136,38 +119,67 @@ def test_numbers_by_hand(spm):
         "round_trips": 2,
     }
     assert numbers["documents"] == 3
+    card = (made.runs / "mini/tokenizer/TOKENIZER_CARD.md").read_text()
+    assert all(part in card for part in ("| files |", "| all |", "`<|im_start|>`"))
     assert numbers["score"] == pytest.approx(8 * (10 / (tokens + len(ids[2]))) / 9, abs=1e-3)  # 512 pieces: 9 bits
 
 
-def test_what_it_was_measured_on_is_in_the_card(made: Place):
-    card = (made.runs / "mini/tokenizer/TOKENIZER_CARD.md").read_text()
-    assert "| files |" in card
-    assert "| all |" in card
-    assert "`<|im_start|>`" in card
+def corpus(directory: Path, **sources: list[str]) -> tuple[Path, int]:
+    """A corpus directory and its bytes."""
+    records = [{"source": name, "text": text} for name, texts in sources.items() for text in texts]
+    directory.mkdir()
+    write_lines(directory / "shard_00000.jsonl", records)
+    return directory, sum(len(record["text"].encode()) for record in records)
 
 
-WRONG = [("normalization", "nfd"), ("algorithm", "word"), *(("control", c) for c in (("a", "a"), ("",), ("<0x41>",)))]
+def test_the_sample_has_every_source_and_every_long_document(tmp_path):
+    """One document of 5 MB beside short ones and a tiny source."""
+    long = "".join(f"{i:09} " for i in range(500_000))
+    directory, total = corpus(tmp_path / "corpus", long=[long, "x" * 700_000], short=["é" * 50] * 2_000, tiny=["a b c"])
+    taken: dict[str, list[str]] = {}
+    for source, text in sample(directory, total, 1_000_000):
+        taken.setdefault(source, []).append(text)
+    assert sum(len(text.encode()) for texts in taken.values() for text in texts) == pytest.approx(1_000_000, rel=0.1)
+    assert taken["tiny"] == ["a b c"]
+    assert len(taken["short"]) == pytest.approx(2_000 * 1_000_000 / total, abs=2)
+    assert "x" * 50_000 in taken["long"][-1]
+    places = [int(text.split()[1]) for text in taken["long"] if "x" not in text]
+    assert max(b - a for a, b in itertools.pairwise([0, *places, 500_000])) < 80_000  # from its beginning to its end
 
 
-@pytest.mark.parametrize(("field", "value"), WRONG)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_text_file_of_five_megabytes_has_numbers(place: Place, text, count):
+    (place.raw / "long.txt").write_text("\n\n".join(f"{i} {part}" for i in range(320) for part in text))
+    for i in range(1, count):
+        (place.raw / f"{i}.txt").write_text(f"Another document, number {i}, which is short. " * 9)
+    place.edit(
+        ('paths=("text.jsonl",)', 'paths=("*.txt",)'),
+        ("vocab_size=512, alg", "sample_bytes=60_000, vocab_size=512, alg"),
+    )
+    numbers = stage.read_manifest(place.make("tokenizer"))["counts"]
+    assert numbers["documents"] == numbers["round_trips"] >= 20
+
+
+@pytest.mark.parametrize(("field", "value"), [("normalization", "nfd"), ("algorithm", "word"), ("vocab_size", 256)])
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is"):
         TokenizerConfig(**{field: value})
 
 
-def test_a_tokenizer_in_use_is_not_overwritten(packed: Place):
-    error = packed.run("pipeline.py", packed.config, "tokenizer", "--force", status=2).stderr
-    assert f"{packed.runs}/mini/packed was made with the tokenizer in {packed.runs}/mini/tokenizer;" in error
-    before = (packed.runs / "mini/tokenizer/spm.model").read_bytes()
-    shutil.rmtree(packed.runs / "mini/packed")
-    packed.run("pipeline.py", packed.config, "tokenizer", "--force")
-    assert (packed.runs / "mini/tokenizer/spm.model").read_bytes() == before
-
-
-def test_a_tokenizer_that_models_speak_is_not_overwritten(trained: Place):
-    shutil.rmtree(trained.runs / "mini/packed")
-    error = trained.run("pipeline.py", trained.config, "tokenizer", "--force", status=2).stderr
-    assert "mini/pretrain" in error
+def test_only_the_same_tokenizer_replaces_one_in_use(trained: Place):
+    model = trained.runs / "mini/tokenizer/spm.model"
+    before = model.read_bytes()
+    trained.make("tokenizer", force=True)
+    assert model.read_bytes() == before
+    trained.edit(("vocab_size=512, alg", "sample_bytes=9_000, vocab_size=512, alg"))
+    for name in ("packed", "pretrain"):  # each is refused by itself
+        with pytest.raises(UserError, match=rf"mini/{name}.* was made with another tokenizer in .*mini/tokenizer"):
+            trained.make("tokenizer", force=True)
+        shutil.rmtree(trained.runs / "mini/packed", ignore_errors=True)
+    assert model.read_bytes() == before
+    shutil.rmtree(trained.runs / "mini/pretrain")
+    trained.make("tokenizer", force=True)
+    assert model.read_bytes() != before
 
 
 @pytest.mark.slow
