@@ -281,7 +281,7 @@ def test_damage_and_another_tokenizer_are_named(here: Place):
     content = bytearray((directory / "val.mask").read_bytes())
     content[-1] ^= 1
     (directory / "val.mask").write_bytes(content)
-    with pytest.raises(UserError, match=r"val\.mask has SHA-256 .*python pipeline\.py .* sft_data --force"):
+    with pytest.raises(UserError, match=r"val\.mask has SHA-256 .*python pipeline.py .* sft_data --force"):
         sft.data.load(directory, digest)
 
 
