@@ -14,10 +14,10 @@ pipeline: $(VENV)/core
 	$(RUN) pipeline.py $(CONFIG)
 
 test: $(VENV)/dev
-	$(RUN) -m pytest -n auto -m "not slow"
+	$(RUN) -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: $(VENV)/dev
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 bench: $(VENV)/dev
 	$(RUN) -m benchmarks.cpu

@@ -129,19 +129,11 @@ def generate(model: Transformer, ids: Sequence[int] | Sequence[Sequence[int]], m
 
 
 def stream(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    seed: int | Sequence[int] | None = None,
-    stop: Collection[int] = (),
-    **options,
+    model: Transformer, prompts: Sequence, max_new_tokens: int, *, seed=None, stop: Collection[int] = (), **options
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continues several prompts together. Yields each step's pairs (number of the prompt, new id) until all have ended.
-
-    seed: one for all texts, or one for each; None draws differently each time. stop: ids that end a text; they are not
-    yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
-    """
+    """Continues several prompts together. Yields each step's pairs (number of the prompt, new id) until all end."""
+    # seed: one for all texts, or one for each; None draws differently each time. stop: ids that end a text; they are
+    # not yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
     sampling = Sampling(**options)
     seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(prompts):
@@ -172,15 +164,7 @@ class Continuation:
     # ids: the prompt; new tokens are appended. seed: None draws differently each time. stop: ids that end the text.
     # candidates: keep the log-probabilities of each new token and of this many likeliest tokens.
 
-    def __init__(
-        self,
-        ids: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int | None = None,
-        stop: Collection[int] = (),
-        candidates: int | None = None,
-    ):
+    def __init__(self, ids, max_new_tokens: int, sampling: Sampling, seed=None, stop=(), candidates=None):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
         if seed is not None and not 0 <= seed < 2**63:

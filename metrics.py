@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import parallel
+import stage
 from cli import UserError, log
 
 SHOWN = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_margin", "val_accuracy", "val_kl")
@@ -31,9 +32,7 @@ class Report:
                     kept.append(line + b"\n")
             except (ValueError, TypeError, KeyError):
                 continue  # the run was killed while it wrote this line
-        temporary = self.path.with_name(f".{self.path.name}.partial")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self.path)
+        stage.write(self.path, b"".join(kept))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -80,9 +79,8 @@ class Report:
 
     def numbers(self, record: dict) -> str:
         """The main numbers first, for a narrow terminal."""
-        text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-        if "mfu" in record:
-            text += f", {record['mfu']:.1%} MFU"
+        mfu = f", {record['mfu']:.1%} MFU" if "mfu" in record else ""
+        text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
         return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"
 
     def line(self, record: dict) -> str:
@@ -115,8 +113,7 @@ class Report:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         if self.board:
-            scalars = record | {f"seen/{name}": tokens for name, tokens in record.get("seen", {}).items()}
-            scalars.pop("seen", None)
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, record["step"])
+            for name, value in record.items():
+                for key, number in value.items() if name == "seen" else [("", value)]:
+                    self.board.add_scalar(f"{name}/{key}".rstrip("/"), number, record["step"])
             self.board.flush()

@@ -254,17 +254,9 @@ class Transformer(nn.Module):
                 flops += 12 * module.n_heads * module.head_dim * T
         return flops
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        cache: "KVCache | None" = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """The normalised stream after the last block, (B, T, D): what the output projection reads.
-
-        tokens: (B, T) int64. The other arguments: see `layout`.
-        """
+    def hidden(self, tokens: Tensor, cache=None, positions=None, mask=None) -> Tensor:
+        """The normalised stream after the last block, (B, T, D), which the output projection reads."""
+        # tokens: (B, T) int64. The other arguments: see `layout`.
         layout = self.layout(tokens, cache, positions, mask)
         x = self.embed(tokens)  # (B, T, D)
         for block in self.blocks:
@@ -277,15 +269,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def layout(self, tokens: Tensor, cache: "KVCache | None", positions: Tensor | None, mask: Tensor | None) -> Layout:
-        """The layout of a forward pass. ValueError for more tokens than the context, or the cache, holds.
-
-        Only tokens given: every row is one text. cache: the tokens continue the texts in it. positions, (B, T) int64 on
-        the CPU: each row holds several texts, see `Packed`. With a mask too, (B, 1, T, T), True where a query may
-        see a key: any arrangement of texts. With positions, only these must be below the context length.
-        """
+        """The layout of a forward pass. ValueError for more tokens than the context, or the cache, holds."""
+        # Only tokens given: every row is one text. cache: the tokens continue the texts in it. positions, (B, T) int64
+        # on the CPU: each row holds several texts, see `Packed`. With a mask too, (B, 1, T, T), True where a query may
+        # see a key: any arrangement of texts. With positions, only these must be below the context length.
         T, context = tokens.shape[1], self.config.context_length
-        if (cache is not None and positions is not None) or (mask is not None and positions is None):
-            raise ValueError("positions do not go with a cache, and a mask goes with positions only")
         longest = T if positions is None else int(positions.max()) + 1
         if longest > context:
             raise ValueError(f"{longest} tokens; context_length is {context}")
@@ -303,20 +291,11 @@ class Transformer(nn.Module):
             mask = mask & sees(at[:, None, :, None], at[:, None, None, :])
         return Layout(self.cos[at], self.sin[at], mask)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        cache: "KVCache | None" = None,
-        positions: Tensor | None = None,
-        reduction: str = "mean",
-    ) -> Tensor:
-        """Logits (B, T, V), or with `targets` the loss in nats.
-
-        tokens: (B, T) int64. targets: (B, T) int64, for each token the next token, or −100 where there is nothing to
-        learn. The caller shifts them; nothing is shifted here. reduction: "mean" gives a scalar, "none" the loss of
-        each target, (B, T), 0 where ignored. cache, positions: see `layout`.
-        """
+    def forward(self, tokens: Tensor, targets=None, cache=None, positions=None, reduction="mean") -> Tensor:
+        """Logits (B, T, V), or with `targets` the loss in nats."""
+        # tokens: (B, T) int64. targets: (B, T) int64, for each token the next token, or −100 where there is nothing to
+        # learn. The caller shifts them; nothing is shifted here. reduction: "mean" gives a scalar, "none" the loss of
+        # each target, (B, T), 0 where ignored. cache, positions: see `layout`.
         x = self.hidden(tokens, cache, positions)
         if targets is None:
             return self.head(x)
@@ -451,7 +430,8 @@ class Packed(Layout):
         self.tokens = torch.cat(tokens).to(device, non_blocking=True)
         self.places = self.places.to(device, non_blocking=True)
 
-    @torch.compiler.disable  # shapes differ from batch to batch
+    # Shapes differ from batch to batch. Like torch.compiler.disable, but imports the compiler (1.3 s) only when used.
+    @torch._disable_dynamo
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_batches, k_batches, v_batches = self.batches(q), self.batches(k), self.batches(v)
         outputs = []
@@ -496,26 +476,14 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
 # -------------------------------------------------------------------------------------------------------- chunked loss
 
 
-@torch.compiler.disable  # nothing to fuse, and its shapes depend on the targets
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    kernels: str = "auto",
-    reduction: str = "mean",
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, kernels="auto", reduction="mean"
 ) -> Tensor:
-    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not `ignore_index`.
-
-    x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Returns the mean in float32 or wider, 0
-    without targets; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated once, in
-    reverse mode. Raises ValueError for shapes that do not fit, and for another reduction.
-    """
+    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not `ignore_index`."""
+    # x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Gives the mean in float32 or wider, 0
+    # without targets; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated once.
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
-    if x.dim() != 2 or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
-        shapes = f"x is {tuple(x.shape)} and targets {tuple(targets.shape)} {targets.dtype}"
-        raise ValueError(f"{shapes}; expected (N, D) and (N,) int64")
     learn = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     dtype = matmul_dtype(x)
     loss = LinearCrossEntropy.apply(x, weight, targets, ignore_index, dtype, kernels, reduction == "none", *learn)
@@ -599,20 +567,16 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """`cross_entropy_torch` or its Triton kernel. logits: rows must be contiguous."""
-    if not use_triton(kernels, logits):
-        return cross_entropy_torch(logits, targets, ignore_index)
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    columns = min(4096, triton.next_power_of_2(logits.shape[1]))
-    warps = max(1, min(8, columns // 128))
-    sizes = logits.stride(0), logits.shape[1], ignore_index
-    cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
-    return losses
-
-
-def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`."""
-    # logits: (N, V), overwritten by the gradient of the losses' sum, softmax − onehot. targets: (N,) int64.
+    # logits: (N, V) with contiguous rows, overwritten by the gradient of the losses' sum, softmax − onehot. targets:
+    # (N,) int64.
+    if use_triton(kernels, logits):
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        columns = min(4096, triton.next_power_of_2(logits.shape[1]))
+        warps = max(1, min(8, columns // 128))
+        sizes = logits.stride(0), logits.shape[1], ignore_index
+        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
+        return losses
     live = targets != ignore_index
     at = targets.where(live, 0)[:, None]
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -628,12 +592,12 @@ def cross_entropy_torch(logits: Tensor, targets: Tensor, ignore_index: int) -> T
 
 
 # ------------------------------------------------------------------------------------------------------ Triton kernels
-# Each kernel gives its plain function's result, computed in float32, for float32, float16 and bfloat16. A tile has C
+# Each kernel gives the plain operations' result, computed in float32, for float32, float16 and bfloat16. A tile has C
 # numbers, or R rows and C columns, all powers of two. Offsets are int64: a tensor may have more than 2³¹ elements.
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
-    """True if an operation on x runs as a Triton kernel; not under torch.compile, which fuses the plain function."""
+    """True if an operation on x runs as a Triton kernel; not under torch.compile, which fuses the plain operations."""
     if triton is None or torch.compiler.is_compiling():
         return False
     return kernels == "triton" or (kernels == "auto" and x.is_cuda and x.dtype != torch.float64)
@@ -646,37 +610,29 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
-    """`rms_norm_torch` or its Triton kernel. The result has the dtype in which the next linear layer computes."""
-    if use_triton(kernels, x):
-        return TritonRMSNorm.apply(x, weight, eps, matmul_dtype(x))
-    return rms_norm_torch(x, weight, eps, matmul_dtype(x))
-
-
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 or wider (arXiv:1910.07467)."""
-    # x: (..., D) of any floating dtype, weight: (D,). Returns (..., D) in `dtype`, by default x's.
+    # x: (..., D) of any floating dtype, weight: (D,). The result has the dtype in which the next linear layer computes.
+    dtype = matmul_dtype(x)
+    if use_triton(kernels, x):
+        return TritonRMSNorm.apply(x, weight, eps, dtype)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(dtype or x.dtype)
+    return (wide * scale * weight).to(dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
-    """`swiglu_torch` or its Triton kernel."""
-    return TritonSwiGLU.apply(gate, up) if use_triton(kernels, gate) else swiglu_torch(gate, up)
-
-
-def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, elementwise. gate, up: (..., d_ff) of one dtype; returns the same."""
-    return F.silu(gate) * up
+    return TritonSwiGLU.apply(gate, up) if use_triton(kernels, gate) else F.silu(gate) * up
+
+
+PROGRAMS = 512  # at most, of RMSNorm's backward pass; each sums its rows' gradients of the gains
 
 
 class TritonRMSNorm(torch.autograd.Function):
-    """`rms_norm_torch`. Keeps each row's 1/rms for the backward pass."""
+    """Keeps each row's 1/rms for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        if weight.shape != x.shape[-1:]:
-            raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; they do not fit")
         x, weight = x.contiguous(), weight.contiguous()
         y = torch.empty_like(x, dtype=dtype)
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -690,7 +646,7 @@ class TritonRMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
         rows, D, (R, C, warps) = scale.numel(), len(weight), tile(len(weight))
-        programs = min(512, triton.cdiv(rows, R))
+        programs = min(PROGRAMS, triton.cdiv(rows, R))
         dw = x.new_empty(programs, D, dtype=torch.float32)
         rms_norm_backward_kernel[(programs,)](x, weight, scale, dy, dx, dw, rows, D, R, C, num_warps=warps)
         return dx, dw.sum(0).to(weight.dtype), None, None
@@ -704,12 +660,8 @@ def tile(columns: int) -> tuple[int, int, int]:
 
 
 class TritonSwiGLU(torch.autograd.Function):
-    """`swiglu_torch`."""
-
     @staticmethod
     def forward(ctx, gate, up):
-        if gate.shape != up.shape:
-            raise ValueError(f"gate is {tuple(gate.shape)} and up {tuple(up.shape)}; expected one shape")
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)

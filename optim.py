@@ -74,10 +74,6 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() != 2:
-                    raise ValueError(f"Muon is for matrices; got a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self) -> None:

@@ -13,7 +13,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -94,13 +94,13 @@ def _connect(backend: str, timeout: datetime.timedelta) -> None:
 
 
 class Signals:
-    """Remembers Ctrl-C and SIGTERM, so that the loop can finish its step and save. A second one exits at once."""
+    """Remembers a signal that stops the command: the loop finishes its step and saves. A second one exits at once."""
 
     def __init__(self):
         self.caught, self.when = 0, 0.0
 
     def __enter__(self) -> "Signals":
-        self.before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.before = cli.handle(self._handle)
         return self
 
     def __exit__(self, *_):
@@ -115,7 +115,8 @@ class Signals:
         if not self.caught:
             self.caught, self.when = signum, now
             if rank() == 0:
-                os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
+                with suppress(OSError):  # the terminal is closed
+                    os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
         elif now - self.when > patience:
             os._exit(128 + signum)
 

@@ -11,13 +11,18 @@ that takes minutes. If the input takes hours (a trained model), it stops and nam
 """
 
 import argparse
+import functools
+import mmap
+import operator
 import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import cli  # before torch: its handler answers Ctrl-C while the rest is imported
+
+# isort: split
 import checkpoint
-import cli
 import configs
 import data.stages
 import dpo.data
@@ -25,85 +30,69 @@ import dpo.reference
 import dpo.train
 import eval.evaluate
 import eval.report
+import eval.summary
 import machine
 import parallel
 import sft.data
 import sft.train
 import stage
 import train
-from cli import UserError
-from configs import Experiment
+from cli import UserError, log
+from configs import TRAINED, Experiment
 from finetune import Base
 from sft.templates import unseen
 from stage import Step
 from tokenizer import Tokenizer
 
 
-def corpus(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return data.stages.corpus(experiment, arguments.workers, arguments.force)
+def sft_data(experiment: Experiment, switches: argparse.Namespace) -> Step:
+    owner = experiment.owner("sft_data")
+    inputs = owner.sft.data, owner.model.context_length, owner.directory("tokenizer")
+    job = sft.data.job(*inputs, owner.directory("sft_data"), owner.command("sft_data"))
+    return Step(job, lambda: sft.data.build(job, *inputs, switches.workers, switches.force))
 
 
-def tokenizer(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return data.stages.tokenizer(experiment, arguments.workers, arguments.force, arguments.replaced)
+def sft_(experiment: Experiment, switches: argparse.Namespace) -> Step:
+    owner = experiment.owner("sft")
+    base, spm = base_model("sft", owner, switches)
+    inputs = owner.sft, base, owner.directory("sft_data"), spm
+    job = sft.train.job(*inputs, owner.directory("sft"), command(owner, "sft", switches))
+    return Step(job, lambda: sft.train.train(job, *inputs, switches.force, switches.resume))
 
 
-def pack(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return data.stages.pack(experiment, arguments.workers, arguments.force)
+def dpo_data(experiment: Experiment, switches: argparse.Namespace) -> Step:
+    owner = experiment.owner("dpo_data")
+    inputs = owner.dpo.data, owner.sft.data.template, owner.model.context_length, owner.directory("tokenizer")
+    job = dpo.data.job(*inputs, owner.directory("dpo_data"), owner.command("dpo_data"))
+    return Step(job, lambda: dpo.data.build(job, *inputs, switches.workers, switches.force))
 
 
-def pretrain(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return train.pretrain(experiment, arguments.force, arguments.resume)
-
-
-def sft_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    config, context, spm = experiment.sft.data, experiment.model.context_length, experiment.directory("tokenizer")
-    job = sft.data.job(config, context, spm, experiment.directory("sft_data"), experiment.command("sft_data"))
-    return Step(job, lambda: sft.data.build(job, config, context, spm, arguments.workers, arguments.force))
-
-
-def sft_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    experiment = experiment.owner("sft")
-    config, rows = experiment.sft, experiment.directory("sft_data")
-    base, spm = base_model("sft", experiment, arguments)
-    job = sft.train.job(config, base, rows, spm, experiment.directory("sft"), command(experiment, "sft", arguments))
-    return Step(job, lambda: sft.train.train(job, config, base, rows, spm, arguments.force, arguments.resume))
-
-
-def dpo_data(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    config, template, context = experiment.dpo.data, experiment.sft.data.template, experiment.model.context_length
-    spm, directory = experiment.directory("tokenizer"), experiment.directory("dpo_data")
-    job = dpo.data.job(config, template, context, spm, directory, experiment.command("dpo_data"))
-    return Step(job, lambda: dpo.data.build(job, config, template, context, spm, arguments.workers, arguments.force))
-
-
-def dpo_reference(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    base, spm = base_model("dpo_reference", experiment, arguments)
-    pairs, directory = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
+def dpo_reference(experiment: Experiment, switches: argparse.Namespace) -> Step:
+    base, spm = base_model("dpo_reference", experiment, switches)
     dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
-    job = dpo.reference.job(base, pairs, dtype, directory, command(experiment, "dpo_reference", arguments))
-    return Step(job, lambda: dpo.reference.build(job, base, pairs, dtype, spm, arguments.force))
+    inputs = base, experiment.directory("dpo_data"), dtype
+    directory = experiment.directory("dpo_reference")
+    job = dpo.reference.job(*inputs, directory, command(experiment, "dpo_reference", switches))
+    return Step(job, lambda: dpo.reference.build(job, *inputs, spm, switches.force))
 
 
-def dpo_(experiment: Experiment, arguments: argparse.Namespace) -> Step:
+def dpo_(experiment: Experiment, switches: argparse.Namespace) -> Step:
     config, template = experiment.dpo, experiment.sft.data.template
-    base, spm = base_model("dpo", experiment, arguments)
+    base, spm = base_model("dpo", experiment, switches)
     pairs, reference = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
     directory = experiment.directory("dpo")
-    job = dpo.train.job(config, template, base, pairs, spm, directory, command(experiment, "dpo", arguments))
+    job = dpo.train.job(config, template, base, pairs, spm, directory, command(experiment, "dpo", switches))
     inputs = config, template, base, pairs, reference, spm
-    return Step(job, lambda: dpo.train.train(job, *inputs, arguments.force, arguments.resume))
+    return Step(job, lambda: dpo.train.train(job, *inputs, switches.force, switches.resume))
 
 
-def evaluate(experiment: Experiment, arguments: argparse.Namespace) -> Step:
-    return eval.evaluate.step(experiment, arguments.checkpoint, arguments.data, arguments.force)
+def evaluate(experiment: Experiment, switches: argparse.Namespace) -> Step:
+    return eval.evaluate.step(experiment, switches.checkpoint, switches.data, switches.force)
 
 
-# A new stage also needs its directory and its inputs in configs/__init__.py: DIRECTORIES and INPUTS.
-STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
-    "corpus": corpus,
-    "tokenizer": tokenizer,
-    "pack": pack,
-    "pretrain": pretrain,
+# A new stage also needs its inputs in configs/__init__.py: INPUTS.
+STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = data.stages.STAGES | {
+    "pretrain": train.pretrain,
     "sft_data": sft_data,
     "sft": sft_,
     "dpo_data": dpo_data,
@@ -112,156 +101,121 @@ STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = {
     "eval": evaluate,
 }
 BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
-NAMES = (*STAGES, "report")  # the report has no manifest: it is written anew each time
+NAMES = (*STAGES, "report")  # the report has no manifest: it is written each time
 
 
-def base_checkpoint(name: str, experiment: Experiment, arguments: argparse.Namespace) -> Path:
-    """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
-    if not arguments.checkpoint:
-        return experiment.trained(BASES[name])
-    checkpoint.digest(Path(arguments.checkpoint))  # UserError if it is none, before anything is made or removed
-    return Path(arguments.checkpoint)
-
-
-def base_model(name: str, experiment: Experiment, arguments: argparse.Namespace) -> tuple[Base, Tokenizer]:
+def base_model(name: str, experiment: Experiment, switches: argparse.Namespace) -> tuple[Base, Tokenizer]:
     """The model that a stage starts from, and its tokenizer."""
-    directory = base_checkpoint(name, experiment, arguments)
+    directory = base_checkpoint(name, experiment, switches)
     spm = experiment.load_tokenizer(directory)
     pieces = unseen(directory, experiment.sft.data.template, spm, experiment.imported is not None)
     return Base(directory, experiment.model, pieces), spm
 
 
-def command(experiment: Experiment, name: str, arguments: argparse.Namespace) -> str:
+def base_checkpoint(name: str, experiment: Experiment, switches: argparse.Namespace) -> Path:
+    """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
+    if not switches.checkpoint:
+        return experiment.trained(BASES[name])
+    checkpoint.digest(Path(switches.checkpoint))  # UserError if it is none, before anything is made or removed
+    return Path(switches.checkpoint)
+
+
+def command(experiment: Experiment, name: str, switches: argparse.Namespace) -> str:
     """What the user types to make a stage, with the --checkpoint that was given."""
-    given = f" --checkpoint {shlex.quote(arguments.checkpoint)}" if arguments.checkpoint else ""
+    given = f" --checkpoint {shlex.quote(switches.checkpoint)}" if switches.checkpoint else ""
     return experiment.command(name) + given
 
 
-# -------------------------------------------------------------------------------------------------------------- making
-
-
-def make(name: str, experiment: Experiment, arguments: argparse.Namespace, made: set, apart: bool = True) -> None:
-    """Makes a stage, and before it the inputs that it lacks. made: directories that this command has seen to already.
-    apart: each in a process of its own."""
-    directory = experiment.directory(name) if name != "report" else None
-    if directory in made:
-        return
-    made.add(directory)
-    if name in BASES:  # before the minutes that making its data takes
-        base = base_checkpoint(name, experiment, arguments)
+def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: set, apart: bool = True) -> None:
+    """Makes a stage, and before it the inputs that it lacks. apart: each in a process of its own."""
+    # made: the directories that this command has made. --force and --resume are about the named stage, not its inputs.
+    run = cli.apart if apart else operator.call
+    if name in BASES:  # a missing model stops here, before the minutes that making the data takes
+        base = base_checkpoint(name, experiment, switches)
         if name == "dpo":
             dpo.train.must_be_taught(base, experiment.sft.data.template)
-    for owner, needed in experiment.inputs(name, arguments.force):
-        make(needed, owner, unforced(arguments), made, apart)
 
-    def this_one() -> None:
-        eval.report.write(experiment) if name == "report" else STAGES[name](experiment, arguments).make()
+    def make_inputs() -> None:
+        unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
+        for owner, needed in experiment.inputs(name, switches.force):
+            if owner.directory(needed) not in made:
+                made.add(owner.directory(needed))
+                run(functools.partial(make_one, needed, owner, unforced))
 
-    cli.apart(this_one) if apart else this_one()
+    parallel.lead(make_inputs, timeout=parallel.DAY)  # under torchrun the other processes wait, however long it takes
+    if experiment.directory(name) not in made:
+        made.add(experiment.directory(name))
+        run(functools.partial(make_one, name, experiment, switches))
+
+
+def make_one(name: str, experiment: Experiment, switches: argparse.Namespace) -> None:
+    """Makes a stage whose inputs are there."""
+    eval.report.write(experiment) if name == "report" else STAGES[name](experiment, switches).make()
 
 
 def main(arguments: argparse.Namespace) -> None:
+    check(arguments)
     experiment = configs.load(arguments.config)
     stage.imported_code(__file__)  # notes the digests of the code that is running now, for every stage
-    if unknown := [name for name in arguments.stages if name not in NAMES]:
-        raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
-    if arguments.force and arguments.resume != "auto":
-        raise UserError("--force discards what --resume would continue; use one of them")
-    for switch, value, fits in (
-        ("--checkpoint", arguments.checkpoint, (*BASES, "eval")),
-        ("--resume", arguments.resume != "auto", configs.TRAINED),
-    ):
-        if value and (len(arguments.stages) != 1 or arguments.stages[0] not in fits):
-            raise UserError(f"{switch} is about one stage; name one of {', '.join(fits)}")
+    stage.warned = mmap.mmap(-1, 1)
     if arguments.status:
         print(status(experiment, arguments))
         return
-    wanted = arguments.stages or NAMES
-    if not arguments.stages and experiment.dpo.reference != "stored":
-        wanted = [name for name in NAMES if name != "dpo_reference"]
-    chosen = [name for name in NAMES if name in wanted]
-    if "RANK" in os.environ:
-        make_distributed(chosen, experiment, arguments)
-        return
-    first_forced = 0 if arguments.force else NAMES.index(arguments.force_from) if arguments.force_from else len(NAMES)
-    forced = [name for name in chosen if NAMES.index(name) >= first_forced]
-    arguments.replaced = [experiment.directory(name) for name in forced if name in STAGES]
+    default = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
+    chosen = [name for name in NAMES if name in (arguments.stages or default)]
+    first = NAMES[0] if arguments.force else arguments.force_from
+    forced = [name for name in chosen if first and NAMES.index(name) >= NAMES.index(first)]
+    arguments.replaced = [experiment.directory(name) for name in forced]
+    training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
     made: set[Path] = set()
-    for name in chosen:
-        arguments.force = name in forced
-        make(name, experiment, arguments, made)
+    with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
+        for name in chosen:
+            arguments.force = name in forced
+            make(name, experiment, arguments, made, apart="RANK" not in os.environ)
+        if following := [name for name in NAMES[NAMES.index(chosen[-1]) + 1 :] if "_" not in name]:
+            talk = f", or talk with the model: python serve.py {experiment.path} chat" * (chosen[-1] in ("sft", "dpo"))
+            log.info(f"next: {experiment.command(following[0])}{talk}")
 
 
-def unforced(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The switches for the inputs of a named stage: --force and --resume are about that stage alone."""
-    return argparse.Namespace(**vars(arguments) | {"force": False, "resume": "auto"})
-
-
-def make_distributed(chosen: list[str], experiment: Experiment, arguments: argparse.Namespace) -> None:
-    """Makes one training stage on the processes that torchrun has started."""
-    if len(chosen) != 1 or chosen[0] not in configs.TRAINED:
-        raise UserError(f"torchrun makes one training stage at a time; name one of {', '.join(configs.TRAINED)}")
-    name = chosen[0]
-    config = experiment.pretrain if name == "pretrain" else getattr(experiment, name).train
-
-    def make_inputs() -> None:
-        made: set[Path] = set()
-        for owner, needed in experiment.inputs(name):
-            make(needed, owner, unforced(arguments), made, apart=False)
-
-    with parallel.joined(config.timeout):
-        parallel.lead(make_inputs, timeout=parallel.DAY)  # the other processes wait, however long it takes
-        STAGES[name](experiment, arguments).make()
-
-
-# -------------------------------------------------------------------------------------------------------------- status
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for stages that do not exist, and for switches that do not fit together."""
+    stages = arguments.stages
+    if unknown := [name for name in stages if name not in NAMES]:
+        raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
+    if arguments.force and arguments.resume != "auto":
+        raise UserError("--force discards what --resume would continue; use one of them")
+    rules = [("torchrun", "RANK" in os.environ, TRAINED), ("--resume", arguments.resume != "auto", TRAINED)]
+    for switch, given, fits in [*rules, ("--checkpoint", arguments.checkpoint, (*BASES, "eval"))]:
+        if given and (len(stages) != 1 or stages[0] not in fits):
+            raise UserError(f"{switch} is about one stage; name one of {', '.join(fits)}")
 
 
 def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows = [("stage", "seconds", "result", "state")]
+    rows, stale, run = [("stage", "seconds", "result", "state")], set(), eval.summary.Run(experiment)
     for name, step in STAGES.items():
-        directory = experiment.directory(name)
-        result = ""
         if name == "dpo_reference" and experiment.dpo.reference != "stored":
-            rows.append((name, "", "", "not needed"))
             continue
-        try:
-            state = step(experiment, arguments).job.state()
-            result = main_number(name, directory)
-        except UserError as error:  # what it starts from is missing, or its manifest is damaged
-            state = f"missing: {error}"
+        directory = experiment.directory(name)
+        if stage.read_manifest(directory) is None:
+            state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
+        else:
+            try:
+                state = step(experiment, arguments).job.state()
+            except UserError as error:  # the model that the stage starts from is missing
+                state = f"stale: {error}"
+        needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
+        if stale.intersection(needs) and state.startswith("done"):
+            state = f"stale: {next(need for need in needs if need in stale)} is stale"
+        if state.startswith("stale"):
+            stale.add(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", result, state))
-    wide = max(len(result) for _, _, result, _ in rows)
-    return "\n".join(f"{name:13} {seconds:>9}  {result:{wide}}  {state}" for name, seconds, result, state in rows)
-
-
-def main_number(name: str, directory: Path) -> str:
-    """The main number of a finished stage, in words."""
-    if (manifest := stage.read_manifest(directory)) is None:
-        return ""
-    counts = manifest["counts"]
-    record = counts.get("record") or {}
-    if name == "corpus":
-        return f"{counts['documents']:,} documents"
-    if name == "tokenizer" and "bytes_per_token" in counts:  # an imported one was not measured
-        return f"{counts['bytes_per_token']:.2f} bytes per token"
-    if name in ("pack", "sft_data"):
-        return f"{counts['train']['tokens']:,} tokens"
-    if name == "dpo_data":
-        return f"{counts['train']['pairs']:,} pairs"
-    if name == "pretrain":
-        return f"{record['val_bits_per_byte']:.3f} bits per byte"
-    if name == "sft":
-        return f"validation loss {record['val_loss']:.3f}"
-    if name == "dpo":
-        return f"{record['val_accuracy']:.1%} of pairs won"
-    return ""
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name), state))
+    return cli.table(rows, right=(1,))
 
 
 def parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, places=configs.places)
     p.add_argument("stages", nargs="*", metavar="STAGE", help="default: every stage")
     p.add_argument("--status", action="store_true", help="show what is done, and make nothing")
     cli.add_training_switches(p)

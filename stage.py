@@ -1,12 +1,11 @@
-"""A stage of the pipeline: one directory, made once, described by the `manifest.json` that is written last.
+"""A stage of the pipeline: one directory, made once, described by the `manifest.json` that is written last."""
 
-job = Stage(directory, config, read={"tiny/tokenizer/spm.model": "9f86…"}, command="python pipeline.py … pack")
-if job.up_to_date(force):        # finished, from the same config and inputs; UserError if from others
-    return
-with job.making():               # locked, logged to log.txt; unfinished until the manifest is there
-    ...                          # write files
-    job.finish(counts={...})     # digests, fsync, manifest.json
-"""
+#     job = Stage(directory, config, read={"tiny/tokenizer/spm.model": "9f86…"}, command="python pipeline.py …", code=…)
+#     if job.up_to_date(force):     # finished, from the same config and inputs; UserError if from others
+#         return
+#     with job.making():            # locked, logged to log.txt; unfinished until the manifest is there
+#         ...                       # write files
+#         job.finish(counts={...})  # digests, fsync, manifest.json
 
 import ast
 import contextlib
@@ -19,7 +18,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import time
 import types
 import typing
@@ -30,8 +28,8 @@ from pathlib import Path
 from cli import UserError, log, logging_to
 
 ROOT = Path(__file__).resolve().parent
-
-# ------------------------------------------------------------------------------------------------------------- configs
+CONFIGS: dict[str, str] = {}  # the config file of each loaded experiment, for the commands in messages
+warned = bytearray(1)  # 1 after the warning about changed code; pipeline.py shares it with the stages' processes
 
 
 def check_types(config) -> None:
@@ -39,19 +37,15 @@ def check_types(config) -> None:
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _matches(value, expected):
-            wanted = getattr(expected, "__name__", expected) if not typing.get_args(expected) else expected
+            wanted = expected if typing.get_args(expected) else getattr(expected, "__name__", expected)
             raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {wanted}")
 
 
 def _matches(value, expected) -> bool:
-    arguments = typing.get_args(expected)
     if isinstance(expected, types.UnionType):
-        return any(_matches(value, choice) for choice in arguments)
-    if typing.get_origin(expected) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        wanted = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        return len(value) == len(wanted) and all(map(_matches, value, wanted))
+        return any(_matches(value, choice) for choice in typing.get_args(expected))
+    if typing.get_origin(expected) is tuple:  # tuple[X, ...], the only tuples that configs have
+        return isinstance(value, tuple) and all(_matches(item, typing.get_args(expected)[0]) for item in value)
     if expected in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if expected is float else typing.get_origin(expected) or expected)
@@ -59,16 +53,7 @@ def _matches(value, expected) -> bool:
 
 def describe(value):
     """A config as JSON holds it. A dataclass keeps its class name, because several classes may fit one field."""
-    if dataclasses.is_dataclass(value):
-        table = {"type": type(value).__name__}
-        for field in dataclasses.fields(value):
-            table[field.name] = describe(getattr(value, field.name))
-        return table
-    if isinstance(value, (tuple, list)):
-        return [describe(item) for item in value]
-    if isinstance(value, dict):
-        return {key: describe(item) for key, item in value.items()}
-    return value
+    return json.loads(json.dumps(value, default=lambda config: {"type": type(config).__name__} | vars(config)))
 
 
 def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterator[str]:
@@ -76,20 +61,23 @@ def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterato
     if isinstance(was, dict) and isinstance(now, dict):
         for key in was | now:
             if key not in free:
-                yield from differences(was.get(key), now.get(key), f"{path}.{key}" if path else str(key), free)
+                yield from differences(was.get(key), now.get(key), f"{path}.{key}" if path else key, free)
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        for i, (a, b) in enumerate(zip(was, now, strict=True)):
-            yield from differences(a, b, f"{path}[{i}]", free)
+        for i in range(len(was)):
+            yield from differences(was[i], now[i], f"{path}[{i}]", free)
     elif was != now:
         yield f"{path} was {_short(was)}, is now {_short(now)}"
 
 
 def _short(value) -> str:
     text = re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1…", json.dumps(value, ensure_ascii=False))
-    return textwrap.shorten(text, 80)
+    return "not set" if value is None else text if len(text) <= 80 else text[:79] + "…"
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+def first(phrases: list[str], count: int = 1) -> str:
+    """The first phrases, and how many more there are."""
+    rest = len(phrases) - count
+    return "; ".join(phrases[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def runs() -> Path:
@@ -104,12 +92,10 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's bytes, or a directory's names, to the disk before anything relies on them."""
+    """Flushes a file's bytes, or a directory's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -125,6 +111,16 @@ def write_json(path: Path, value) -> None:
     """Writes a JSON file as `write` does."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write(path, text.encode(errors="backslashreplace"))  # a path may not be UTF-8; JSON escapes it
+
+
+def read_json(path: Path):
+    """The value in a JSON file, or None if there is no file. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (IsADirectoryError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, or restore a copy") from None
 
 
 def digests(directory: Path, files: Iterable[Path]) -> dict[str, dict]:
@@ -145,46 +141,27 @@ def versions() -> dict[str, str]:
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------- code
-
-NOT_FOLLOWED = ("cli.py", "stage.py", "configs/__init__.py")  # they do not make results; configs are compared by value
-
-
-def imported_code(main: str | Path) -> dict[str, str]:
-    """{file: SHA-256} of a module of this project and of the project's modules that it imports, directly or not.
-
-    From the source text, so that the answer does not depend on what else the process has imported. Each file is read
-    once per process: call this before long work, and a file that is edited meanwhile still has the digest of the code
-    that runs.
-    """
-    table: dict[str, str] = {}
-    waiting = [Path(main).resolve()]
-    while waiting:
-        path = waiting.pop()
-        name = path.relative_to(ROOT).as_posix()
-        if name in table or name in NOT_FOLLOWED:
-            continue
-        table[name], imported = _read_source(path)
-        waiting += imported
-    return dict(sorted(table.items()))
-
-
 @functools.cache
-def _read_source(path: Path) -> tuple[str, list[Path]]:
-    """The SHA-256 of a source file, and the project's files that it imports."""
-    source = path.read_bytes()
-    names = []
+def imported_code(main: str) -> dict[str, str]:
+    """{file: SHA-256} of one of the project's modules and of those that it imports, directly or not."""
+    # From the source text, so that the answer does not depend on what else the process has imported. Each file is read
+    # once per process: call this before long work, and a file that is edited meanwhile keeps the digest of the code
+    # that runs. Configs are compared by value, and no results depend on cli.py and stage.py.
+    path = Path(main).resolve()
+    name = path.relative_to(ROOT).as_posix()
+    if name in ("cli.py", "stage.py", "configs/__init__.py"):
+        return {}
+    source, names = path.read_bytes(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    places = [ROOT / name.replace(".", "/") for name in names]
-    files = [place.with_suffix(".py") for place in places] + [place / "__init__.py" for place in places]
-    return hashlib.sha256(source).hexdigest(), [file for file in files if file.is_file()]
-
-
-# ----------------------------------------------------------------------------------------------------------- manifests
+    table = {name: hashlib.sha256(source).hexdigest()}
+    for place in (ROOT / name.replace(".", "/") for name in names):
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            table |= imported_code(str(file)) if file.is_file() else {}
+    return dict(sorted(table.items()))
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
@@ -193,25 +170,16 @@ def write_manifest(directory: Path, manifest: dict) -> None:
 
 
 def _digest(manifest: dict) -> str:
-    """SHA-256 of a manifest as JSON on one line, without its own `sha256`: indentation does not count."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()  # indentation does not count
 
 
 def read_manifest(directory: Path) -> dict | None:
     """A directory's manifest, or None if it has none: the directory is unfinished. UserError if it is damaged."""
-    path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        tables = [manifest[key] for key in ("config", "read", "wrote", "counts")]
-        whole = manifest["sha256"] == _digest(manifest)
-        if whole and all(isinstance(table, dict) for table in [*tables, *manifest["wrote"].values()]):
-            return manifest
-        raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (IsADirectoryError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it, and {directory} counts as unfinished") from None
+    manifest = read_json(directory / "manifest.json")
+    if manifest is not None and (type(manifest) is not dict or manifest.get("sha256") != _digest(manifest)):
+        raise UserError(f"{directory}/manifest.json is damaged; delete it, and the directory counts as unfinished")
+    return manifest
 
 
 def damage(directory: Path, wrote: dict[str, dict], contents: bool = True) -> str | None:
@@ -222,23 +190,26 @@ def damage(directory: Path, wrote: dict[str, dict], contents: bool = True) -> st
             return f"{path} is missing"
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"{path} has {size:,} bytes; its manifest says {expected['bytes']:,}"
-    if contents:
-        for name, expected in wrote.items():
-            if (digest := sha256(directory / name)) != expected["sha256"]:
-                return f"{directory / name} has SHA-256 {digest[:12]}…; its manifest says {expected['sha256'][:12]}…"
+        if contents and (digest := sha256(path)) != expected["sha256"]:
+            return f"{path} has SHA-256 {digest[:12]}…; its manifest says {expected['sha256'][:12]}…"
     return None
 
 
 def outputs(directory: Path) -> dict[str, str]:
     """{path: SHA-256} of a finished directory's files, as a stage that reads them records it; {} if unfinished."""
-    manifest = read_manifest(directory) or {"wrote": {}}
-    place = f"{directory.parent.name}/{directory.name}"
-    return {f"{place}/{name}": file["sha256"] for name, file in manifest["wrote"].items()}
+    wrote = (read_manifest(directory) or {"wrote": {}})["wrote"]
+    return {f"{directory.parent.name}/{directory.name}/{name}": file["sha256"] for name, file in wrote.items()}
 
 
-def maker(directory: Path) -> str:
-    """What the user types to make a stage's directory."""
-    return f"python pipeline.py CONFIG {'pack' if directory.name == 'packed' else directory.name}"
+def maker(directory: Path, switch: str = "") -> str:
+    """The command that makes runs/NAME/STAGE."""
+    name, stage = directory.parent.name, "pack" if directory.name == "packed" else directory.name
+    return f"python pipeline.py {CONFIGS.get(name, f'configs/{name}.py')} {switch}{stage}"
+
+
+def remaker(directory: Path) -> str:
+    """The command that makes runs/NAME/STAGE and all later stages again."""
+    return maker(directory, "--force-from ")
 
 
 def finished(directory: Path, command: str | None = None) -> dict:
@@ -251,16 +222,20 @@ def finished(directory: Path, command: str | None = None) -> dict:
     return manifest
 
 
-# --------------------------------------------------------------------------------------------------------------- stage
+def record_seconds(directory: Path, seconds: float) -> None:
+    """Notes in `seconds.json`, beside the directory, how long it took: the outputs themselves carry no clock."""
+    write_json(directory.parent / "seconds.json", read_seconds(directory.parent) | {directory.name: round(seconds, 1)})
+
+
+def read_seconds(run: Path) -> dict[str, float]:
+    """How long each directory of a run took to make, as far as that was noted."""
+    return read_json(run / "seconds.json") or {}
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Locks a directory against a second process. The lock ends with the process, however that ends."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be made: {error.strerror}; RUNS says where runs go") from None
+    directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,38 +244,32 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+@dataclasses.dataclass
 class Stage:
-    """One stage's directory.
+    """One stage's directory, and what identifies its content."""
 
-    config: its dataclass, or several by name. read: {path: SHA-256} of its direct inputs; empty if they are gone, and
-    what was made from them stays valid. command: what the user types to make it. code: the module that makes it.
-    free: names of config fields that may change without making another result.
-    """
+    directory: Path
+    config: object  # its dataclass, or several by name
+    read: dict[str, str]  # {path: SHA-256} of its direct inputs; empty if they are gone: what was made stays valid
+    command: str  # what the user types to make it
+    code: str  # the file of the module that makes it; then {file: SHA-256} of it and its imports
+    free: Collection[str] = ()  # config fields that may change without another result
+    earlier: float = 0.0  # seconds that interrupted runs have spent on it
 
-    def __init__(
-        self,
-        directory: Path,
-        config,
-        read: dict[str, str],
-        command: str,
-        code: str | Path,
-        free: Collection[str] = (),
-    ):
-        self.directory, self.config, self.read, self.command = directory, describe(config), read, command
-        self.code, self.free = imported_code(code), free
-        self.earlier = 0.0  # seconds that interrupted runs have spent on it
+    def __post_init__(self):
+        self.config, self.code = describe(self.config), imported_code(self.code)
+        # A command with switches, such as --checkpoint, is about one stage.
+        self.remake = f"{self.command} --force" if " --" in self.command else remaker(self.directory)
 
     def up_to_date(self, force: bool = False) -> bool:
         """As `is_finished`, and logs a line if it is."""
-        if finished := self.is_finished(force):
+        finished = self.is_finished(force)
+        if finished:
             self.log_up_to_date()
         return finished
 
     def is_finished(self, force: bool = False) -> bool:
-        """Whether the directory is finished, from this config and these inputs: no, if it is to be made by force.
-
-        UserError if the config or the inputs are others.
-        """
+        """True if the directory is finished and not forced. UserError if its config or inputs are others."""
         if force or (manifest := read_manifest(self.directory)) is None:
             return False
         self.must_match(self.directory)
@@ -309,60 +278,51 @@ class Stage:
         return True
 
     def log_up_to_date(self) -> None:
-        """Logs that the directory is up to date, or which code has changed since it was made."""
-        if changed := self.changed_code(self.directory):
-            log.warning(
-                f"{self.directory} is kept as it is, but {changed} changed since it was made; "
-                f"make it again with: {self.command} --force"
-            )
+        """Logs that the directory is up to date. Warns once per command if code has changed since it was made."""
+        changed = self.changed_code(self.directory)
+        if changed and not warned[0]:
+            warned[0] = 1
+            what = f"{self.directory} is kept, but {changed} changed since it was made"
+            log.warning(f"{what}; make it and all later stages again with: {self.remake}")
         else:
-            log.info(f"{self.directory} is up to date")
+            log.info(f"{self.directory} is up to date" + ", but older than the code" * bool(changed))
 
     def state(self) -> str:
-        """ "done", "missing", "unfinished", or "stale" and why."""
-        try:
-            if read_manifest(self.directory) is None:
-                made = self.directory.is_dir() and any(path.name != ".lock" for path in self.directory.iterdir())
-                return "unfinished" if made else "missing"
-            if different := self.different(self.directory):
-                return f"stale: {'; '.join(different)}"
-            self.is_finished()
-        except UserError as error:
-            return f"stale: {error}"
+        """The state of a finished directory: "done", or "stale" and why."""
+        if different := self.different(self.directory):
+            return f"stale: {first(different)}"
+        if wrong := damage(self.directory, read_manifest(self.directory)["wrote"], contents=False):
+            return f"stale: {wrong}"
         changed = self.changed_code(self.directory)
         return f"done, but {changed} changed since" if changed else "done"
 
     def changed_code(self, directory: Path) -> str:
-        """The files, by name, that made a finished directory and are different now; "" if none are."""
+        """The first file, by name, that made a finished directory and differs now, and how many more; "" if none."""
         was = read_manifest(directory).get("code", self.code)
-        names = [name for name in was | self.code if was.get(name) != self.code.get(name)]
-        return ", ".join(names)
+        return first([name for name in was | self.code if was.get(name) != self.code.get(name)])
 
     def different(self, directory: Path) -> list[str]:
         """A phrase for each part of the config and each input that changed since a directory was finished."""
         manifest = read_manifest(directory)
-        found = list(differences(manifest["config"], self.config, "", self.free))
-        if self.read:
-            found += differences(manifest["read"], self.read)
-        return found
+        inputs = differences(manifest["read"], self.read) if self.read else ()
+        return [*differences(manifest["config"], self.config, "", self.free), *inputs]
 
     def must_match(self, directory: Path) -> None:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
         if different := self.different(directory):
             raise UserError(
-                f"{directory} was made from something else: {'; '.join(different[:4])}. "
-                f"Give the experiment another name, or make it again with: {self.command} --force"
+                f"{directory} was made from something else: {first(different, 4)}. Give the experiment another name, "
+                f"or make this stage and all later ones again with: {self.remake}"
             )
 
     @contextlib.contextmanager
     def making(self, keep: bool = False) -> Iterator[None]:
         """Locks the directory and logs to its log.txt while the block runs. Empties it first, unless `keep`."""
-        with locked(self.directory):
+        with locked(self.directory), logging_to(self.directory):
             if not keep:
                 self.clear()
-            with logging_to(self.directory):
-                self.started = time.perf_counter()
-                yield
+            self.started = time.perf_counter()
+            yield
 
     def clear(self) -> None:
         """Empties the directory, except for its lock and its log."""
@@ -372,21 +332,14 @@ class Stage:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def about(self, wrote: dict, counts: dict) -> dict:
-        """A manifest of this stage. A checkpoint that it saves on the way has one too."""
-        return {
-            "config": self.config,
-            "read": self.read,
-            "wrote": wrote,
-            "counts": counts,
-            "versions": versions(),
-            "code": self.code,
-        }
+        """The stage's manifest, and that of a checkpoint that it saves on the way."""
+        made_by = {"versions": versions(), "code": self.code}
+        return {"config": self.config, "read": self.read, "wrote": wrote, "counts": counts} | made_by
 
     def finish(self, counts: dict, files: Iterable[Path] | None = None) -> None:
         """Writes the manifest: the stage is finished. files: what it wrote; None: all files of the directory."""
         if files is None:
-            others = (".lock", "log.txt", "manifest.json")
-            files = [path for path in self.directory.iterdir() if path.is_file() and path.name not in others]
+            files = [path for path in self.directory.glob("[!.]*") if path.is_file() and path.name != "log.txt"]
         write_manifest(self.directory, self.about(digests(self.directory, files), counts))
         record_seconds(self.directory, self.seconds())
 
@@ -396,23 +349,7 @@ class Stage:
 
 
 class Step(typing.NamedTuple):
-    """A stage of an experiment, ready to be made: what identifies it, and the function that makes it."""
+    """A stage of an experiment, ready to be made."""
 
     job: Stage
     make: Callable[[], object]
-
-
-def record_seconds(directory: Path, seconds: float) -> None:
-    """Notes in `seconds.json`, beside the directory, how long it took: the outputs themselves carry no clock."""
-    table = read_seconds(directory.parent)
-    table[directory.name] = round(seconds, 1)
-    write_json(directory.parent / "seconds.json", table)
-
-
-def read_seconds(run: Path) -> dict[str, float]:
-    """How long each directory of a run took to make, as far as that was noted."""
-    try:
-        table = dict(json.loads((run / "seconds.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return {name: taken for name, taken in table.items() if isinstance(taken, (int, float)) and 0 <= taken < 1e12}

@@ -9,11 +9,13 @@ Makes the corpus, the tokenizer and the packed tokens if they are missing. The l
 import argparse
 import math
 
+import cli  # before torch: its handler answers Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-import cli
 import configs
 import data.pack
 import machine
@@ -23,7 +25,7 @@ from cli import log
 from configs import Experiment
 from data.batches import Mixture, Windows, mixture
 from data.pack import Packed
-from data.stages import make_inputs
+from data.stages import STAGES
 from model import ModelConfig, Transformer
 from stage import Stage, Step
 from trainer import FREE, Task, TrainConfig, run, shared_rows
@@ -110,7 +112,8 @@ def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool
     run(job, make, task, config, force, resume)
 
 
-def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
+def pretrain(experiment: Experiment, switches: argparse.Namespace) -> Step:
+    """Pretraining, ready to run. switches: `force` and `resume`."""
     experiment = experiment.owner("pretrain")
     spm = experiment.load_tokenizer()
     settings = {"model": experiment.model, "pretrain": experiment.pretrain}
@@ -118,14 +121,19 @@ def pretrain(experiment: Experiment, force: bool, resume: str) -> Step:
         settings["mixture"] = experiment.mixture
     # Weights need their tokenizer, so the tokenizer's digest is an input too.
     read = {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
-    packed = {owner.name: owner.directory("pack") for owner in (experiment, *experiment.beside)}
-    for directory in packed.values():
-        read |= stage.outputs(directory)
+    for owner in (experiment, *experiment.beside):
+        read |= stage.outputs(owner.directory("pack"))
     if experiment.imported:
         read |= stage.outputs(experiment.imported)
-    command = experiment.command("pretrain")
-    job = Stage(experiment.directory("pretrain"), settings, read, command, __file__, free=FREE)
-    return Step(job, lambda: train(job, experiment, spm.sha256, force, resume))
+    directory, command = experiment.directory("pretrain"), experiment.command("pretrain")
+    job = Stage(directory, settings, read, command, __file__, free=FREE)
+    return Step(job, lambda: train(job, experiment, spm.sha256, switches.force, switches.resume))
+
+
+def make_inputs(experiment: Experiment, workers: int) -> None:
+    """Makes the corpus, the tokenizer and the packed tokens, unless they are made."""
+    for owner, name in experiment.inputs("pretrain"):
+        STAGES[name](owner, argparse.Namespace(workers=workers, force=False, replaced=())).make()
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -133,12 +141,12 @@ def main(arguments: argparse.Namespace) -> None:
     stage.imported_code(__file__)  # notes the digests of the code that is running now
     with parallel.joined(experiment.pretrain.timeout):
         # The first process makes missing inputs; the others wait, however long it takes.
-        parallel.lead(lambda: make_inputs("pretrain", experiment, arguments.workers, set()), timeout=parallel.DAY)
-        pretrain(experiment, arguments.force, arguments.resume).make()
+        parallel.lead(lambda: make_inputs(experiment, arguments.workers), timeout=parallel.DAY)
+        pretrain(experiment, arguments).make()
         log.info(f"next: {experiment.command('sft')}")
 
 
 if __name__ == "__main__":
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, places=configs.places)
     cli.add_training_switches(p)
     cli.run(main, p.parse_args())

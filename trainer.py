@@ -254,34 +254,29 @@ class Trainer:
         counts, steps = checkpoint.read_manifest(start)["counts"], self.task.steps
         if counts["step"] > steps:
             parallel.refuse(f"{start} is at step {counts['step']} already; set steps to that or more, not {steps}")
-        self.record, self.planned, self.job.earlier = counts["record"], counts.get("steps", steps), counts["seconds"]
+        self.record, self.planned, self.job.earlier = counts["record"], counts["steps"], counts["seconds"]
         checkpoint.load_weights(start, self.model)
         state = checkpoint.read(start, "state.pt")
         # On a CPU "auto" is timed, and a new timing must not change a run that has begun.
         measured = self.config.precision == "auto" and not self.config.deterministic
-        if measured and self.device.type == state.get("device") == "cpu":
-            self.dtype = getattr(torch, state.get("dtype", ""), self.dtype)
+        if measured and self.device.type == state["device"] == "cpu":
+            self.dtype = getattr(torch, state["dtype"])
         return state
 
     def restore(self, start: Path, state: dict) -> None:
-        """Restores optimizers, loss scale, random generators and progress. UserError if the state does not fit."""
-        try:
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                for number, values in saved["state"].items():
-                    for name, value in values.items():
-                        if value.dim() and value.shape != parameters[number].shape:
-                            raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}")
-                        values[name] = parallel.part(value, parameters[number])
-                optimizer.load_state_dict(saved)
-            if self.scale.moves and state["loss_scale"]["moves"]:
-                vars(self.scale).update(state["loss_scale"])
-            torch.set_rng_state(state["rng"])
-            if torch.cuda.is_available() and "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"])
-            self.progress = Progress(**state["progress"])
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{start / 'state.pt'} does not hold the state of this run: {error}") from None
+        """Restores optimizers, loss scale, random generators and progress."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, values in saved["state"].items():
+                for name, value in values.items():
+                    values[name] = parallel.part(value, parameters[number])
+            optimizer.load_state_dict(saved)
+        if self.scale.moves and state["loss_scale"]["moves"]:
+            vars(self.scale).update(state["loss_scale"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.progress = Progress(**state["progress"])
         log.info(f"resumed from step {self.progress.step} ({start})")
         if changed := self.job.changed_code(start):
             log.warning(f"{changed} changed since {start} was saved; the rest of the run uses the new code")
@@ -331,17 +326,16 @@ class Trainer:
             if record["val_loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step
                 self.save("best")
-            elif record["val_loss"] > progress.best_loss:
+            elif progress.step >= progress.best_step + 2 * self.config.eval_every and progress.step > self.task.epoch:
                 self.warn_of_overfitting()
         if self.due(self.config.log_every) or progress.step == 1 or "val_loss" in record:
             self.report.write(record)
 
     def warn_of_overfitting(self) -> None:
-        """Warns if the data repeats and two evaluations gave no better loss: one warning per best step."""
-        progress, best, loss = self.progress, self.progress.best_step, self.progress.best_loss
-        in_vain = progress.step >= best + 2 * self.config.eval_every
-        if in_vain and progress.step > self.task.epoch and best != progress.warned_of:
-            progress.warned_of = best
+        """The data repeats, and two evaluations gave no better loss: warns, once for each best step."""
+        best, loss = self.progress.best_step, self.progress.best_loss
+        if best != self.progress.warned_of:
+            self.progress.warned_of = best
             log.warning(
                 f"validation loss was lowest at step {best}, {loss:.4f}, and no better since: the model seems to "
                 "overfit. best/ keeps that step; more text or fewer epochs may help"
@@ -444,13 +438,11 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
 
 
 def is_done(job: Stage, steps: int) -> bool:
-    """True if the stage is trained to exactly these steps and undamaged. UserError if it has more steps."""
+    """True if the stage is trained to exactly these steps and undamaged."""
     if not (manifest := stage.read_manifest(job.directory)):
         return False
     job.must_match(job.directory)
-    if (step := manifest["counts"]["step"]) > steps:
-        raise UserError(f"{job.directory} is trained to step {step} already; set steps to that or more, not {steps}")
-    return step == steps and not stage.damage(job.directory, manifest["wrote"])
+    return manifest["counts"]["step"] == steps and not stage.damage(job.directory, manifest["wrote"])
 
 
 def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainConfig, force: bool, resume: str) -> None:

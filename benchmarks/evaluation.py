@@ -23,6 +23,7 @@ import configs
 import machine
 import stage
 from eval.choices import Question, encode, fit, score
+from eval.language import Subject
 from eval.tasks import PUBLISHED
 from model import Transformer
 from tokenizer import Tokenizer
@@ -33,7 +34,7 @@ ROUNDS = 7
 
 @torch.inference_mode()
 def one_at_a_time(model: Transformer, spm: Tokenizer, questions: list[Question]) -> list[np.ndarray]:
-    """What `score` gives."""
+    """What `together` gives."""
     found = []
     for question in questions:
         nats = []
@@ -45,18 +46,21 @@ def one_at_a_time(model: Transformer, spm: Tokenizer, questions: list[Question])
     return found
 
 
+def together(model: Transformer, spm: Tokenizer, questions: list[Question]) -> list[np.ndarray]:
+    return score(Subject(model, spm), questions)[0]
+
+
 def every(questions: list[Question], n: int) -> list[Question]:
     return [questions[i * len(questions) // n] for i in range(n)]
 
 
 def measure(model: Transformer, spm: Tokenizer, questions: list[Question]) -> dict:
     few, many = every(questions, 40), every(questions, min(2_000, len(questions)))
-    apart = max(
-        np.abs(a - b).max() for a, b in zip(one_at_a_time(model, spm, few), score(model, spm, few)[0], strict=True)
-    )
+    pairs = zip(one_at_a_time(model, spm, few), together(model, spm, few), strict=True)
+    apart = max(np.abs(a - b).max() for a, b in pairs)
     seconds = {"one": [], "ours": []}
     for _ in range(ROUNDS):
-        for name, own, run in (("one", few, one_at_a_time), ("ours", many, score)):
+        for name, own, run in (("one", few, one_at_a_time), ("ours", many, together)):
             started = time.perf_counter()
             run(model, spm, own)
             seconds[name].append((time.perf_counter() - started) / len(own))

@@ -5,11 +5,12 @@
 Rates are set against this card's own, measured first. What is compared is timed in turn, by CUDA events after a
 warm-up, with the L2 cache flushed before every kernel; quoted are medians. Measurements that fail, or that there is no
 time left for, are named in the results, which are written after each one: run again, the compile caches are warm.
-Without a GPU, everything runs once on tiny shapes, to show that it runs.
+Without a GPU, with TRITON_INTERPRET=1, everything runs once on tiny shapes, to show that it runs.
 """
 
 import argparse
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -23,16 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import generate
-
-# First: without a GPU it has Triton interpreted.
-from benchmarks import gpu_kernels
-from benchmarks.gpu_kernels import BACKEND, DEVICE, GPU, HALF, interleaved, ratio
-
-# isort: split
 import configs
+import generate
 import machine
 import stage
+from benchmarks import gpu_kernels
+from benchmarks.gpu_kernels import BACKEND, DEVICE, GPU, HALF, interleaved, ratio
 from model import ModelConfig, RMSNorm, SwiGLU, Transformer
 from optim import make_optimizers
 
@@ -321,6 +318,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less of it, in 3 minutes")
     results = Results(parser.parse_args().quick)
+    if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+        print("error: benchmarks.gpu needs a GPU; to only run the code, set TRITON_INTERPRET=1", file=sys.stderr)
+        return 2
     if GPU:
         results.found |= {
             "device": torch.cuda.get_device_name(),

@@ -4,7 +4,6 @@ A part of `python -m benchmarks.gpu`. What is compared is timed in turn, by CUDA
 before every kernel; quoted are medians. Bytes: each input of the operator read once, each output written once.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
-
-# ruff: noqa: E402
 import model as lumi
 from model import ModelConfig, Transformer
 
+GPU = torch.cuda.is_available()
 DEVICE, HALF = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
 BACKEND = "inductor" if GPU else "aot_eager"
+
+
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return lumi.swiglu(gate, up, "torch")
 
 
 def mark() -> "torch.cuda.Event | float":
@@ -110,8 +109,8 @@ def check_kernels(dtype: torch.dtype) -> dict:
     rows, d, tolerance = (4_099, 768, 4e-3 if dtype == HALF else 1e-5) if GPU else (5, 24, 8e-3)
     x, w, dy = normal(rows, d, dtype=dtype), torch.rand(d, device=DEVICE), normal(rows, d)
     for kernel, twin, inputs in (
-        (lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton"), lambda x, w: lumi.rms_norm_torch(x, w, 1e-5), [x, w]),
-        (lambda a, b: lumi.swiglu(a, b, "triton"), lumi.swiglu_torch, [x, dy.to(dtype)]),
+        (lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton"), lambda x, w: lumi.rms_norm(x, w, 1e-5, "torch"), [x, w]),
+        (lambda a, b: lumi.swiglu(a, b, "triton"), plain_swiglu, [x, dy.to(dtype)]),
     ):
         given, exact = [i.clone().requires_grad_() for i in inputs], [i.double().requires_grad_() for i in inputs]
         found, expected = kernel(*given), twin(*exact)
@@ -175,13 +174,13 @@ def norm_case(rows: int, d: int) -> tuple:
     """Inputs, the gradient given, the kernel, its twin, and bytes of the 1/rms that the kernel keeps."""
     x, w, dy = normal(rows, d), torch.rand(d, device=DEVICE) + 0.5, normal(rows, d)
     kernel = lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton")  # noqa: E731
-    return [x, w], dy, kernel, lambda x, w: lumi.rms_norm_torch(x, w, 1e-5), 4 * rows
+    return [x, w], dy, kernel, lambda x, w: lumi.rms_norm(x, w, 1e-5, "torch"), 4 * rows
 
 
 def swiglu_case(rows: int, d: int) -> tuple:
     """As norm_case."""
     inputs = [normal(rows, d), normal(rows, d)]
-    return inputs, normal(rows, d), lambda a, b: lumi.swiglu(a, b, "triton"), lumi.swiglu_torch, 0
+    return inputs, normal(rows, d), lambda a, b: lumi.swiglu(a, b, "triton"), plain_swiglu, 0
 
 
 def time_kernel(make: Callable, d: int, backward: bool, bandwidth: float | None) -> dict:

@@ -33,6 +33,7 @@ import machine
 import stage
 from cli import UserError
 from eval import choices, language
+from eval.language import Subject
 from eval.tasks import PUBLISHED, read
 
 RESULT = Path(__file__).parent / "results/harness.json"
@@ -122,13 +123,14 @@ def compare(task: str, model, spm, theirs: dict) -> dict:
     started = time.perf_counter()
     published, path = PUBLISHED[task], PUBLISHED[task].find()
     if task == "wikitext2":
-        ours = language.wikitext2(model, spm, "".join(language.articles(read(path))[: len(theirs["samples"])]))
+        articles = language.articles(published.load(path))[: len(theirs["samples"])]
+        ours = language.wikitext2(Subject(model, spm), "".join(articles))
         names = {"word_perplexity": "word_perplexity", "byte_perplexity": "byte_perplexity"}
         names["bits_per_byte"] = "bits_per_byte"
         items = {"items": len(theirs["samples"])}
     else:
-        questions = published.questions(read(path), path)[: len(theirs["samples"])]
-        scores, _ = choices.score(model, spm, questions, task)
+        questions = published.load(path)[: len(theirs["samples"])]
+        scores, _ = choices.score(Subject(model, spm), questions, task)
         ours = choices.summary(questions, scores, published.majority)
         names = {"accuracy": "acc"} | ({"accuracy_norm": "acc_norm"} if "acc_norm" in theirs["results"] else {})
         likelihoods = [[float(choice[0][0]) for choice in sample["resps"]] for sample in theirs["samples"]]

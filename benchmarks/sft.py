@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from benchmarks.cpu import ratio
 from model import Transformer, linear_cross_entropy
 from optim import make_optimizers
 from sft.data import IGNORED, Rows
+from sft.filters import Judge
 
 RESULT = Path(__file__).parent / "results/sft.json"
 ROUNDS, BATCHES, ROWS, CONVERSATIONS = 5, 3, 4, 32  # batches differ in length: a round is of several
@@ -45,17 +47,18 @@ def preparation(experiment) -> dict[str, float]:
     spm = experiment.load_tokenizer()
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
-        found, tallies = sft.data.gather(config, spm, context, Path(directory), workers=2)
-        counts = {split: sft.data.write(Path(directory), split, found[split], context) for split in found}
+        encode = partial(sft.data.encode, config, spm, context)
+        splits, sources = sft.data.gather(config, encode, Judge(config.filters), workers=2)
+        counts = {s: sft.data.write(Path(directory), s, splits[s], list(sources), context) for s in splits}
         seconds = time.perf_counter() - started
     greedy, room = 0, 0
-    for ids in (ids for split in found["train"].values() for ids in split.ids):  # as they come, each row until full
-        if room < len(ids) - 1:
+    for item in splits["train"]:  # as they come, each row until full
+        if room < len(item.ids) - 1:
             greedy, room = greedy + 1, context
-        room -= len(ids) - 1
+        room -= len(item.ids) - 1
     train = counts["train"]
     return {
-        "conversations": sum(tally["read"] for tally in tallies.values()),
+        "conversations": sum(count["read"] for count in sources.values()),
         "seconds": round(seconds, 1),
         "rows": train["rows"],
         "packing_efficiency": round(train["packing_efficiency"], 4),

@@ -1,17 +1,15 @@
-"""Experiments. One experiment is one file, which sets `experiment`; another derives from it with `dataclasses.replace`.
-
-    >>> configs.load("configs/tiny.py").model.d_model
-    256
-
-A config is a program of the user's own: loading it runs it.
-"""
+"""Experiments. One file sets one `experiment`; another derives from it with `dataclasses.replace`."""
 
 import dataclasses
 import difflib
+import operator
+import os
 import re
 import runpy
 import shlex
+import sys
 import traceback
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,33 +18,18 @@ import stage
 import tokenizer
 from cli import UserError
 from data.batches import Phase
-from data.clean import Cleaning
 from data.corpus import CorpusConfig
-from data.dedup import Deduplication
 from data.pack import PackConfig
-from data.quality import C4, Gopher, Quality
-from data.sources import Files, Hub, PythonDocs
-from dpo.data import PairConfig
-from dpo.filters import PairFilters
-from dpo.loss import LossConfig
-from dpo.pairs import DocPairs, HubPairs, Pairs
 from dpo.train import DPOConfig
 from eval import EvalConfig
-from lora import LoRAConfig
 from model import ModelConfig
-from sft.conversations import Chats, DocQuestions, HubChats
-from sft.data import ConversationConfig
-from sft.filters import Filters
 from sft.train import SFTConfig
 from tokenizer import Tokenizer
 from tokenizer.train import TokenizerConfig
 from trainer import TrainConfig
 
-DIRECTORIES = {"corpus": "corpus", "tokenizer": "tokenizer", "pack": "packed", "pretrain": "pretrain"}
-DIRECTORIES |= {name: name for name in ("sft_data", "sft", "dpo_data", "dpo_reference", "dpo", "eval")}
-TRAINED = ("pretrain", "sft", "dpo")  # the stages that train, in order
-SHARED = ("corpus", "tokenizer", "pack", "pretrain", "sft")
 INPUTS = {  # what a stage makes first if it is missing; a trained model takes hours and is never made this way
+    "corpus": (),
     "tokenizer": ("corpus",),
     "pack": ("corpus", "tokenizer"),
     "pretrain": ("pack",),
@@ -55,15 +38,28 @@ INPUTS = {  # what a stage makes first if it is missing; a trained model takes h
     "dpo_data": ("tokenizer",),
     "dpo_reference": ("dpo_data",),
     "dpo": ("dpo_data", "dpo_reference"),
+    "eval": (),
+    "report": (),
 }
+DIRECTORIES = {name: "packed" if name == "pack" else name for name in INPUTS}
+TRAINED = ("pretrain", "sft", "dpo")  # the stages that train, in order
+SHARED = {  # stages that experiments can share: the settings that must be equal, and what must be shared with them
+    "corpus": ("corpus", ""),
+    "tokenizer": ("tokenizer", ""),
+    "pack": ("pack", ""),
+    "pretrain": ("pretrain model mixture", "corpus tokenizer pack"),
+    "sft_data": ("sft.data model.context_length", "tokenizer"),
+    "sft": ("sft", "pretrain"),
+    "dpo_data": ("dpo.data sft.data.template model.context_length", "tokenizer"),
+}
+DATA = ("tokenizer", "pack", "sft_data", "dpo_data")  # the stages that make data from other data
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Every stage of one experiment. Raises TypeError or ValueError, naming the field, for what cannot be."""
+    """Every stage of an experiment. Raises TypeError or ValueError, naming the field, for an impossible value."""
 
-    name: str
-    """Its directory under runs/."""
+    name: str  # of its directory in runs/
     model: ModelConfig
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
@@ -72,42 +68,38 @@ class Experiment:
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    # Stages whose directory is another experiment's: {"corpus": tiny, "tokenizer": tiny}. See SHARED.
     shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
-    """Stages (corpus, tokenizer, pack, pretrain, sft) whose directory is another experiment's: for sizes that are to be
-    compared, or to fine-tune one model in several ways."""
+    # The sets that training batches are drawn from, by weight and from which step on; empty: all packed tokens.
     mixture: tuple[Phase, ...] = ()
-    """What training batches are drawn from, by weight and from which step on; empty: all of the packed tokens."""
+    # Experiments whose packed tokens the mixture may name too; they share the tokenizer.
     beside: tuple["Experiment", ...] = field(default=(), repr=False)
-    """Experiments whose packed tokens the mixture may name too; they share the tokenizer."""
+    # The directory of a converted model (`convert.py from-hf`): training continues from its weights and, in tokenizer/,
+    # its tokenizer. Its embedding may have more rows than the tokenizer has pieces.
     imported: Path | None = field(default=None, repr=False)
-    """The directory of a converted model (`convert.py from-hf`): training goes on from its weights and, in
-    `tokenizer/`, its tokenizer. Its embedding may have more rows than the tokenizer has pieces."""
-    file: Path | None = field(default=None, repr=False)
-    """Where `load` found it."""
+    # The usual range of a number, such as {"pretrain.validation.bits_per_byte": (1.6, 1.7)}: the report says whether a
+    # run is in it. A key is a stage, then a path in results.json, or for a stage of data in the counts of its manifest.
+    # A derived experiment does not inherit it.
+    expected: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):
         stage.check_types(self)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"name is {self.name!r}; expected letters, digits, _, - and .: it names a directory")
-        if self.imported is None and self.model.vocab_size != self.tokenizer.vocab_size:
-            raise ValueError(
-                f"model.vocab_size is {self.model.vocab_size} and tokenizer.vocab_size {self.tokenizer.vocab_size}; "
-                "they must be equal"
-            )
-        for stage_name, other in self.shared.items():
-            if stage_name not in SHARED:
-                raise ValueError(f"shared names {stage_name!r}; expected one of {', '.join(SHARED)}")
-            if getattr(self, stage_name) != getattr(other, stage_name):
-                raise ValueError(f"{stage_name} is shared with {other.name}, but differs from its {stage_name}")
-        if other := self.shared.get("pretrain"):
-            if (self.model, self.mixture) != (other.model, other.mixture):
-                raise ValueError(f"pretrain is shared with {other.name}, but model or mixture differ from its")
-            if lacks := [name for name in SHARED[:3] if self.owner(name).name != other.owner(name).name]:
-                raise ValueError(f"pretrain is shared with {other.name}; share {', '.join(lacks)} with it too")
-        if (other := self.shared.get("sft")) and self.owner("pretrain").name != other.owner("pretrain").name:
-            raise ValueError(f"sft is shared with {other.name}; share pretrain with it too")
-
-        known = [*(source.name for source in self.corpus.sources), *(other.name for other in self.beside)]
+        sizes = self.model.vocab_size, self.tokenizer.vocab_size
+        if self.imported is None and sizes[0] != sizes[1]:
+            raise ValueError(f"model.vocab_size is {sizes[0]} and tokenizer.vocab_size {sizes[1]}; they must be equal")
+        for name, other in self.shared.items():
+            if name not in SHARED:
+                raise ValueError(f"shared names {name!r}; expected one of {', '.join(SHARED)}")
+            settings, needed = SHARED[name]
+            for setting in settings.split():
+                if operator.attrgetter(setting)(self) != operator.attrgetter(setting)(other):
+                    raise ValueError(f"{name} is shared with {other.name}, but {setting} differs")
+            for need in needed.split():
+                if self.owner(need).name != other.owner(need).name:
+                    raise ValueError(f"{name} is shared with {other.name}; share {needed} with it too")
+        known = [source.name for source in (*self.corpus.sources, *self.beside)]
         if len(set(known)) < len(known):
             raise ValueError(f"sources and experiments beside are called {', '.join(known)}; give each its own name")
         for phase in self.mixture:
@@ -116,114 +108,124 @@ class Experiment:
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
+        for key in self.expected:
+            if key.partition(".")[0] not in DIRECTORIES or "." not in key:
+                raise ValueError(f"expected names {key!r}; expected a stage and a number, such as 'sft.answers.loss'")
 
     @property
     def path(self) -> str:
         """The config file, as a shell reads it: for commands in messages."""
-        return shlex.quote(str(self.file or Path("configs") / f"{self.name}.py"))
+        return stage.CONFIGS.get(self.name, f"configs/{self.name}.py")
 
-    def command(self, stage_name: str) -> str:
+    def command(self, name: str) -> str:
         """What the user types to make a stage."""
-        owner = self.owner(stage_name)
-        if owner.imported and stage_name == "tokenizer":
+        owner = self.owner(name)
+        if owner.imported and name == "tokenizer":
             return f"python convert.py from-hf DIR {owner.imported}"
-        if stage_name == "pretrain":
-            return f"python train.py {owner.path}"
-        return f"python pipeline.py {owner.path} {stage_name}"
+        return f"python train.py {owner.path}" if name == "pretrain" else f"python pipeline.py {owner.path} {name}"
 
-    def owner(self, stage_name: str) -> "Experiment":
-        """The experiment whose directory a stage's is: itself, or the one it shares, of sft with its data."""
-        stage_name = "sft" if stage_name == "sft_data" else stage_name
-        return self.shared[stage_name].owner(stage_name) if stage_name in self.shared else self
+    def owner(self, name: str) -> "Experiment":
+        """The experiment whose directory a stage has: itself, or the one that it shares the stage with."""
+        if name == "sft_data" and name not in self.shared:
+            return self.owner("sft")  # a shared model brings its data
+        return self.shared[name].owner(name) if name in self.shared else self
 
-    def directory(self, stage_name: str) -> Path:
+    def directory(self, name: str) -> Path:
         """Where a stage writes."""
-        owner = self.owner(stage_name)
-        if owner.imported and stage_name == "tokenizer":
+        owner = self.owner(name)
+        if owner.imported and name == "tokenizer":
             return owner.imported / "tokenizer"
-        return stage.runs() / owner.name / DIRECTORIES[stage_name]
+        return stage.runs() / owner.name / DIRECTORIES[name]
 
-    def inputs(self, stage_name: str, force: bool = False) -> list[tuple["Experiment", str]]:
-        """The stages that a stage makes first if they are missing, each with the experiment it belongs to.
-
-        A finished stage of data stands without its inputs, unless it is made again by force: then only those that are
-        still there are named, because they must still match.
-        """
-        owner = self.owner(stage_name)
-        if stage_name == "tokenizer" and owner.imported:
+    def inputs(self, name: str, force: bool = False) -> list[tuple["Experiment", str]]:
+        """What must be up to date before a stage: (experiment, stage), in running order."""
+        owner = self.owner(name)
+        if name == "tokenizer" and owner.imported:
             return []  # it came with the model
-        needed = [(owner, name) for name in INPUTS.get(stage_name, ())]
-        if stage_name == "pretrain":
+        needed = [(owner, need) for need in INPUTS[name]]
+        if name == "pretrain":
             needed += [(other, "pack") for other in owner.beside]
-        if stage_name == "dpo" and owner.dpo.reference != "stored":
+        if name == "dpo" and owner.dpo.reference != "stored":
             needed.remove((owner, "dpo_reference"))
-        stands = stage_name in ("tokenizer", "pack", "sft_data", "dpo_data") and not force
-        if not stands or stage.read_manifest(owner.directory(stage_name)) is None:
-            return needed
-        return [(other, name) for other, name in needed if stage.read_manifest(other.directory(name)) is not None]
+        # Finished data stands without its inputs; those that are still there must still match.
+        stands = name in DATA and not force and stage.read_manifest(owner.directory(name))
+        order = []
+        for other, need in needed:
+            if not stands or stage.read_manifest(other.directory(need)):
+                order += [*other.inputs(need), (other, need)]
+        return order
 
     def load_tokenizer(self, checkpoint: Path | None = None) -> Tokenizer:
-        """The experiment's tokenizer, or the one that a checkpoint brings with it, as a converted model does.
-        UserError, with the command that makes it, if it is missing or damaged."""
+        """The experiment's tokenizer, or that of a converted model. UserError if it is missing or damaged."""
         if checkpoint and stage.read_manifest(checkpoint / "tokenizer"):
             return tokenizer.load(checkpoint / "tokenizer", f"python convert.py from-hf DIR {checkpoint}")
         return tokenizer.load(self.directory("tokenizer"), self.command("tokenizer"))
 
-    def trained(self, stage_name: str) -> Path:
+    def trained(self, name: str) -> Path:
         """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
-        final = self.directory(stage_name) / "final"
-        if stage.read_manifest(final) is None:
-            if stage_name == "pretrain" and (imported := self.owner("pretrain").imported):
-                return imported
-            raise UserError(f"{self.name} is not trained: no {final}; train it with: {self.command(stage_name)}")
-        return final
+        final = self.directory(name) / "final"
+        if stage.read_manifest(final) is not None:
+            return final
+        if name == "pretrain" and (imported := self.owner("pretrain").imported):
+            return imported
+        raise UserError(f"{self.name} is not trained: no {final}; train it with: {self.command(name)}")
 
     def all_trained(self) -> dict[str, Path]:
         """The final checkpoints of the stages that are trained, in order. UserError while not even the first is."""
-        later = [name for name in TRAINED if stage.read_manifest(self.directory(name) / "final") is not None]
-        return {name: self.trained(name) for name in dict.fromkeys(["pretrain", *later])}
+        finals = {"pretrain": self.trained("pretrain")}
+        for name in ("sft", "dpo"):
+            if stage.read_manifest(self.directory(name) / "final"):
+                finals[name] = self.trained(name)
+        return finals
 
     def latest(self) -> Path:
         """The final checkpoint of the latest stage that is trained. UserError while none is."""
         return list(self.all_trained().values())[-1]
 
 
-CONFIGS = (
-    *(Experiment, ModelConfig, CorpusConfig, Files, Hub, PythonDocs, Cleaning, Quality, C4, Gopher, Deduplication),
-    *(TokenizerConfig, PackConfig, Phase, TrainConfig, EvalConfig),
-    *(SFTConfig, ConversationConfig, Chats, HubChats, DocQuestions, Filters, LoRAConfig),
-    *(DPOConfig, PairConfig, Pairs, HubPairs, DocPairs, PairFilters, LossConfig),
-)
-
-
 def load(path: str | Path) -> Experiment:
-    """The experiment that a config file describes. UserError, in one line, for a file that is missing or mistaken."""
+    """Runs a config file and returns its experiment. UserError, in one line, if it is missing or mistaken."""
     path = Path(path)
     if not path.is_file():
-        there = sorted(p.as_posix() for p in Path("configs").glob("*.py") if p.name != "__init__.py")
-        raise UserError(f"no config at {path}; {_meant(path.as_posix(), there)}")
+        near = difflib.get_close_matches(path.name, os.listdir(stage.ROOT / "configs"), n=1, cutoff=0.75)
+        raise UserError(f"no config at {path}; " + (f"did you mean configs/{near[0]}?" if near else "see configs/"))
     try:
-        found = runpy.run_path(str(path)).get("experiment")
-    except (Exception, SystemExit) as error:  # a config is the user's own code: whatever it raises is theirs to mend
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:  # the config is the user's code: any error is the user's to fix
+        line = getattr(error, "lineno", "?")
+        for frame in traceback.extract_tb(error.__traceback__):
+            line = frame.lineno if frame.filename == str(path) else line
         raise UserError(f"{path}, line {line}: {_explain(error)}") from None
-    if not isinstance(found, Experiment):
+    experiment = names.get("experiment")
+    if not isinstance(experiment, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
-    return dataclasses.replace(found, file=path)
+    stage.CONFIGS[experiment.name] = shlex.quote(str(path))
+    for other in names.values():  # `replace` copies the other experiment's ranges
+        if isinstance(other, Experiment) and other is not experiment and other.expected is experiment.expected:
+            return dataclasses.replace(experiment, expected={})
+    return experiment
 
 
 def _explain(error: Exception) -> str:
-    """An exception in a config, in words; for a misspelt field, with the one that was meant."""
+    """An exception in a config, in words; for an unknown field, with the fields that exist."""
     if match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
-        name, field_name = match.groups()
-        known = [f.name for cls in CONFIGS if cls.__name__ == name for f in dataclasses.fields(cls)]
-        return f"{name} has no field {field_name!r}; {_meant(field_name, known)}"
-    if isinstance(error, (TypeError, ValueError)):
-        return str(error).replace(".__init__()", "")
-    return f"{type(error).__name__}: {error}"
+        for module in list(sys.modules.values()):
+            known = list(getattr(vars(module).get(match[1]), "__dataclass_fields__", ()))
+            if known:
+                near = difflib.get_close_matches(match[2], known, n=1)
+                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                return f"{match[1]} has no field {match[2]!r}; {meant}"
+    text = str(error).replace(".__init__()", "")
+    return text if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
-def _meant(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+def places(name: str, config: type = Experiment, path: str = "") -> list[str]:
+    """Where an experiment has a setting: "steps" in pretrain.steps, sft.train.steps and dpo.train.steps."""
+    name, found = {"lr": "learning_rate"}.get(name, name), []
+    for setting, kind in typing.get_type_hints(config).items():
+        if setting == name:
+            found.append(path + setting)
+        for choice in (kind, *typing.get_args(kind)):
+            if dataclasses.is_dataclass(choice) and choice is not Experiment:
+                found += places(name, choice, f"{path}{setting}.")
+    return found

@@ -70,4 +70,16 @@ experiment = Experiment(
             save_every=300,
         ),
     ),
+    # 8. What a run of this file usually gives: the report marks what is outside. Other versions of Python and of the
+    #    packages have other documentation; a machine without bfloat16 rounds differently.
+    expected={
+        "corpus.documents": (20_000, 40_000),
+        "tokenizer.bytes_per_token": (3.1, 3.5),
+        "pack.train.tokens": (3_500_000, 7_000_000),
+        "pretrain.validation.bits_per_byte": (1.59, 1.72),
+        "sft_data.train.conversations": (9_000, 20_000),
+        "sft.answers.loss": (3.5, 3.95),
+        "dpo_data.train.pairs": (27_000, 60_000),
+        "dpo.preference.win_rate": (0.86, 0.94),
+    },
 )

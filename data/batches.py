@@ -184,18 +184,10 @@ class Mixture:
 
 def ranges(numbers: Iterable[int], most: int = 20) -> str:
     """Numbers as text, neighbours together: "3, 5-9". After `most` parts: "and 12 more"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    text, rest = [], 0  # the first parts as text, and how many numbers follow
-    for first, last in parts:
-        if len(text) == most:
-            rest += last - first + 1
-        else:
-            text.append(str(first) if first == last else f"{first}-{last}")
+    array = np.array(sorted(numbers))
+    parts = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1)
+    text = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts[:most]]
+    rest = sum(map(len, parts[most:]))
     return ", ".join(text) + (f" and {rest:,} more" if rest else "")
 
 

@@ -8,11 +8,11 @@ from stage import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is measured and generated when a model is evaluated. Raises TypeError or ValueError, naming the field."""
+    """What the evaluation measures and generates. Raises TypeError or ValueError that names the field."""
 
     validation_tokens: int = 1_000_000
-    """The task `validation` measures all held-out documents; where they have more tokens than this, every k-th one, so
-    that about as many are left."""
+    """The task `validation` reads all held-out documents. If they have more tokens, it reads every k-th document, so
+    that about as many tokens are left."""
     continuations: int = 3
     """Held-out documents whose beginning the model continues."""
     prompt_tokens: int = 48
@@ -20,15 +20,15 @@ class EvalConfig:
     new_tokens: int = 64
     """Length of the continuation."""
     answer_tokens: int = 128
-    """The most that an answer to a prompt may have."""
+    """Greatest length of an answer to a prompt."""
     answers: int = 16
-    """Held-out conversations whose question is answered."""
+    """Held-out conversations whose question the model answers."""
     temperature: float = 0.7
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 0.9
-    """Of sampling."""
+    """Nucleus sampling."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of the first sample; later samples count up."""
 
     def __post_init__(self):
         check_types(self)

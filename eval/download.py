@@ -1,6 +1,6 @@
-"""The published tasks' data, from the Hugging Face Hub to files under DATA, where evaluation finds them.
+"""The data of the published tasks, from the Hugging Face Hub to files under DATA.
 
-    python -m eval.download              # whatever is not there yet
+    python -m eval.download              # all that is missing
     python -m eval.download boolq piqa
 
 Needs: pip install datasets
@@ -13,34 +13,28 @@ from pathlib import Path
 
 import cli
 import data.sources
-import stage
 from cli import UserError, log
 from data.sources import extra
 from eval.tasks import PUBLISHED, Published
 
 
 def main(arguments: argparse.Namespace) -> None:
-    for name in arguments.tasks:
+    for name in arguments.tasks or PUBLISHED:
         if name not in PUBLISHED:
             raise UserError(f"no task {name} has data of its own; there are {', '.join(PUBLISHED)}")
-    for name in arguments.tasks or PUBLISHED:
         published = PUBLISHED[name]
-        if path := published.find():
-            log.info(f"{path} is there")
-        else:
-            log.info(f"{name}: {download(published)}")
+        log.info(f"{name}: {published.find() or download(published)}")
 
 
 def download(published: Published) -> Path:
-    """Writes a task's file, in whole or not at all. UserError if the Hub does not give it, or something else."""
+    """Writes a task's file, whole or not at all."""
     path = data.sources.raw() / (published.file + (".raw" if published.question is None else ".jsonl"))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(lines(published))
-        published.load(temporary)
-        stage.sync(temporary)
+        published.load(temporary)  # UserError if the dataset is not what it was
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,7 +42,7 @@ def download(published: Published) -> Path:
 
 
 def lines(published: Published) -> Iterator[str]:
-    """The lines of its file. Of WikiText the Hub has a line a record, and "" for a blank one."""
+    """The lines of a task's file. A record of WikiText is one line, and "" a blank line."""
     datasets = extra("datasets", "datasets", "the Hub")
     try:
         subsets = [published.subset]
@@ -56,10 +50,12 @@ def lines(published: Published) -> Iterator[str]:
             subsets = sorted(datasets.get_dataset_config_names(published.dataset))
         for subset in subsets:
             for record in datasets.load_dataset(published.dataset, subset, split=published.split):
-                text = record["text"] or " \n" if published.question is None else None
-                yield json.dumps(record, ensure_ascii=False) + "\n" if text is None else text
-    except (OSError, ValueError) as error:  # no network, no such dataset, subset or split
-        raise UserError(f"the dataset {published.dataset} cannot be had: {type(error).__name__}: {error}") from None
+                if published.question is None:
+                    yield record["text"] or " \n"
+                else:
+                    yield json.dumps(record, ensure_ascii=False) + "\n"
+    except (OSError, ValueError) as error:  # no network, or no such dataset, subset or split
+        raise UserError(f"cannot load the dataset {published.dataset}: {type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

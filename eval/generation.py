@@ -1,123 +1,112 @@
-"""What a model writes: answers to fixed prompts, and held-out documents gone on with.
-
-Nothing is chosen by what it says: prompts, documents and seeds are fixed beforehand.
-"""
+"""What a model writes, from prompts, documents and seeds that are fixed beforehand: nothing is selected."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 import generate
-from cli import UserError
 from data.pack import Packed
-from eval import EvalConfig
-from eval.choices import standard_error
-from eval.prompts import LONGER, SMOKE, distinct, judge, repetition, words
-from model import Transformer
+from eval.language import Subject
+from eval.prompts import SMOKE, distinct, judge, repetition, words
+from eval.statistics import standard_error
 from sft.conversations import Message, cleaned
 from sft.templates import ends, render
-from tokenizer import Tokenizer
 
 
-def sampled(
-    model: Transformer, prompts: list[list[int]], new_tokens: int, stop: tuple[int, ...], config: EvalConfig
-) -> list[list[int]]:
-    """The ids that follow each prompt, until one of `stop`, sampled with seeds that count up from the config's."""
-    options = {"temperature": config.temperature, "top_p": config.top_p}
-    seeds = [config.seed + i for i in range(len(prompts))]
-    try:
-        return generate.generate(model, prompts, new_tokens, seed=seeds, stop=stop, **options)
-    except ValueError as error:  # weights that are not finite
-        raise UserError(str(error)) from None
+def write(subject: Subject, prompts: list[list[int]], new_tokens: int, template: str | None = None) -> list[dict]:
+    """For each prompt {"seed", "new": the new ids, "ended": whether the model ended them}."""
+    config, seed = subject.config, subject.config.seed
+    seeds = list(range(seed, seed + len(prompts)))
+    stop = ends(template, subject.tokenizer) if template else (subject.tokenizer.eos,)
+    options = {"temperature": config.temperature, "top_p": config.top_p, "seed": seeds, "stop": stop}
+    samples = []
+    for seed, new in zip(seeds, generate.generate(subject.model, prompts, new_tokens, **options), strict=True):
+        samples.append({"seed": seed, "new": new, "ended": len(new) < new_tokens})
+    return samples
 
 
-def answer(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[str], template: str | None, config: EvalConfig
-) -> list[dict]:
-    """For each prompt its `seed`, the `answer`, and whether it `ended` before it had to. template: of a model that was
-    taught to answer, which is asked; None: a model that goes on with the prompt."""
-    ids, stop = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], (tokenizer.eos,)
-    if template:
-        ids = [render(template, [Message("user", cleaned(prompt))], tokenizer, ask=True)[0] for prompt in prompts]
-        stop = ends(template, tokenizer)
-    new = sampled(model, ids, config.answer_tokens, stop, config)
-    return [
-        {
-            "prompt": prompt,
-            "seed": config.seed + i,
-            "answer": tokenizer.decode(own, begins=False),
-            "ended": len(own) < config.answer_tokens,
-        }
-        for i, (prompt, own) in enumerate(zip(prompts, new, strict=True))
-    ]
+def answer(subject: Subject, prompts: Sequence[str]) -> list[dict]:
+    """{"prompt", "seed", "answer", "ended"} for each prompt, in the template in which the model learnt to answer."""
+    spm, ids = subject.tokenizer, []
+    for prompt in prompts:
+        if subject.template:
+            message = Message("user", cleaned(prompt))
+            ids.append(render(subject.template, [message], spm, ask=True)[0])
+        else:
+            ids.append([spm.bos, *spm.encode(prompt)])
+    texts = []
+    for prompt, sample in zip(
+        prompts, write(subject, ids, subject.config.answer_tokens, subject.template), strict=True
+    ):
+        text = spm.decode(sample["new"], begins=False)
+        texts.append({"prompt": prompt, "seed": sample["seed"], "answer": text, "ended": sample["ended"]})
+    return texts
 
 
-def smoke(
-    model: Transformer, tokenizer: Tokenizer, template: str | None, config: EvalConfig
-) -> tuple[dict, list[dict]]:
-    """The task `smoke`: the share of short prompts whose answer passes every rule, and of those that pass each; and the
-    answers. The baseline is an empty answer, which passes none."""
-    texts = answer(model, tokenizer, [prompt.text for prompt in SMOKE], template, config)
-    for prompt, text in zip(SMOKE, texts, strict=True):
+def smoke(subject: Subject) -> dict:
+    """The task `smoke`: the share of short prompts whose answer passes every rule, and each rule; and the answers."""
+    texts = answer(subject, [prompt.text for prompt in SMOKE])
+    passed, categories = np.zeros(len(SMOKE)), {}
+    for i, (prompt, text) in enumerate(zip(SMOKE, texts, strict=True)):
         text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
         text["passed"] = all(rule["passed"] for rule in text["rules"].values())
-    passed = np.array([text["passed"] for text in texts], dtype=float)
-    categories = dict.fromkeys(prompt.category for prompt in SMOKE)
-    numbers = {
-        "passed": float(passed.mean()),
-        **{rule: sum(text["rules"][rule]["passed"] for text in texts) / len(texts) for rule in texts[0]["rules"]},
-        "by_category": {c: float(np.mean([t["passed"] for t in texts if t["category"] == c])) for c in categories},
-        "stderr": standard_error(passed),
-        "baseline": 0.0,
-        "n": len(texts),
-    }
-    return numbers, texts
+        passed[i] = text["passed"]
+        categories.setdefault(prompt.category, []).append(text["passed"])
+    numbers = {"passed": float(passed.mean())}
+    for rule in texts[0]["rules"]:
+        numbers[rule] = sum(text["rules"][rule]["passed"] for text in texts) / len(texts)
+    numbers["by_category"] = {category: float(np.mean(own)) for category, own in categories.items()}
+    # The baseline is an empty answer, which passes no prompt.
+    return numbers | {"stderr": standard_error(passed), "baseline": 0.0, "n": len(texts), "texts": texts}
 
 
-def prompts(
-    model: Transformer, tokenizer: Tokenizer, template: str | None, config: EvalConfig, asked: Sequence[str] = LONGER
-) -> tuple[dict, list[dict]]:
-    """The tasks `prompts` and `everyday`: how much the answers to what is asked repeat themselves; and the answers."""
-    texts = answer(model, tokenizer, list(asked), template, config)
+def prompts(subject: Subject, asked: Sequence[str]) -> dict:
+    """The tasks `prompts` and `everyday`: how much the answers repeat themselves; and the answers."""
+    texts = answer(subject, asked)
     tokens = [words(text["answer"]) for text in texts]
     for text, own in zip(texts, tokens, strict=True):
-        text |= {f"distinct_{n}": distinct([own], n) for n in (1, 2, 3)} | {"repetition": repetition(own)}
-    return variety(tokens) | {"ended": sum(text["ended"] for text in texts) / len(texts)}, texts
+        for n in (1, 2, 3):
+            text[f"distinct_{n}"] = distinct([own], n)
+        text["repetition"] = repetition(own)
+    ended = sum(text["ended"] for text in texts) / len(texts)
+    return variety(tokens) | {"ended": ended, "texts": texts}
 
 
-def continuations(
-    model: Transformer, tokenizer: Tokenizer, held_out: Packed, config: EvalConfig
-) -> tuple[dict, list[dict]]:
-    """The task `continuations`: `seed`, `prompt`, `continuation` and `truth` for held-out documents that are long
-    enough, and how much the continuations repeat themselves. The baseline is how the documents really go on."""
-    beginnings = documents(held_out, config.prompt_tokens + config.new_tokens, config.continuations)
-    begun = [[tokenizer.bos, *ids[: config.prompt_tokens]] for ids in beginnings]  # a document begins here
-    new = sampled(model, begun, config.new_tokens, (tokenizer.eos,), config)
-    texts = [
-        {
-            "seed": config.seed + i,
-            "prompt": tokenizer.decode(ids[: config.prompt_tokens]),
-            "continuation": tokenizer.decode(own, begins=False),
-            "truth": tokenizer.decode(ids[config.prompt_tokens :], begins=False),
-        }
-        for i, (ids, own) in enumerate(zip(beginnings, new, strict=True))
-    ]
-    theirs = variety([words(text["truth"]) for text in texts])
-    numbers = variety([words(text["continuation"]) for text in texts]) | {"baseline": theirs["repetition"]}
-    return numbers | {f"baseline_distinct_{n}": theirs[f"distinct_{n}"] for n in (1, 2, 3)}, texts
+def continuations(subject: Subject, held_out: Packed) -> dict:
+    """The task `continuations`: continuations of held-out documents, and how much they repeat themselves."""
+    config, decode = subject.config, subject.tokenizer.decode
+    cut, texts, length = config.prompt_tokens, [], config.prompt_tokens + config.new_tokens
+    chosen = documents(held_out, length, config.continuations)
+    if not chosen:
+        return {"skipped": f"no held-out document has over {length:,} tokens; lower prompt_tokens of EvalConfig"}
+    begun = [[subject.tokenizer.bos, *ids[:cut]] for ids in chosen]
+    for ids, sample in zip(chosen, write(subject, begun, config.new_tokens), strict=True):
+        text = {"seed": sample["seed"], "prompt": decode(ids[:cut])}
+        text["continuation"] = decode(sample["new"], begins=False)
+        text["truth"] = decode(ids[cut:], begins=False)  # how the document continues
+        texts.append(text)
+    numbers = variety([words(text["continuation"]) for text in texts])
+    truth = variety([words(text["truth"]) for text in texts])
+    numbers["baseline"] = truth["repetition"]
+    for n in (1, 2, 3):
+        numbers[f"baseline_distinct_{n}"] = truth[f"distinct_{n}"]
+    return numbers | {"texts": texts}
 
 
 def variety(texts: list[list[str]]) -> dict[str, float]:
     """How much texts repeat themselves: the mean share of four-word runs that repeat, and distinct-n of all."""
     shares = np.array([repetition(tokens) for tokens in texts])
-    found = {"repetition": float(shares.mean()) if len(texts) else 0.0, "stderr": standard_error(shares)}
-    return found | {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)} | {"n": len(texts)}
+    numbers = {"repetition": float(shares.mean()), "stderr": standard_error(shares)}
+    for n in (1, 2, 3):
+        numbers[f"distinct_{n}"] = distinct(texts, n)
+    return numbers | {"n": len(texts)}
 
 
 def documents(held_out: Packed, length: int, wanted: int) -> list[list[int]]:
-    """The first `length` tokens of held-out documents, evenly spaced among those that are longer."""
+    """The first `length` ids of held-out documents, evenly spaced among those that are longer."""
     starts = held_out.starts
-    ends = np.append(starts[1:], len(held_out.tokens))
-    enough = np.flatnonzero(ends - starts > length)
-    chosen = [enough[i * len(enough) // wanted] for i in range(wanted)] if len(enough) >= wanted else enough
-    return [held_out.tokens[starts[i] : starts[i] + length].tolist() for i in chosen]
+    lengths = np.diff(np.append(starts, len(held_out.tokens)))
+    long = np.flatnonzero(lengths > length)
+    if len(long) > wanted:
+        long = long[np.arange(wanted) * len(long) // wanted]
+    return [held_out.tokens[start : start + length].tolist() for start in starts[long]]

@@ -1,67 +1,83 @@
-"""How well a model predicts held-out text: loss, perplexity, and bits per byte beside what xz needs for the same."""
+"""How well a model predicts held-out text: loss, perplexity, and bits per byte beside what xz needs."""
 
 import lzma
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cli import UserError, progress
 from data.pack import Packed
+from eval import EvalConfig
+from eval.statistics import ratio
 from model import Transformer
 from tokenizer import Tokenizer
 
-WINDOWS = 16  # read at once
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # at most so many at once: 16 MiB, which a CPU's next ones reuse; 1 GiB
+WINDOWS = 16  # per forward pass
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # computed at once: 16 MiB fit a CPU's caches, 1 GiB is little for a GPU
 
 
-def token_nats(
-    model: Transformer, tokens: np.ndarray, bos: int, step: int | None = None, what: str | None = None
-) -> np.ndarray:
-    """−log p of every token, in nats: (N,) float64.
+class Subject(NamedTuple):
+    """A model that is measured. template: the chat template in which it learnt to answer, if any."""
 
-    The tokens are one stream, opened by `bos`: the end token, as if a document had just closed, or the model's own
-    beginning. Windows of context_length lie `step` apart, and each counts what the one before has not; by default they
-    overlap by half, so that no token past the first window is predicted from less than half a context. what: for the
-    progress bar, if there is to be one.
-    """
-    T, n = model.config.context_length, len(tokens)
-    stream = torch.from_numpy(np.concatenate(([bos], tokens)).astype(np.int64))
+    model: Transformer
+    tokenizer: Tokenizer
+    template: str | None = None
+    config: EvalConfig = EvalConfig()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+
+# Windows start `step` tokens apart. By default it is half a window: then every token past the first window has at least
+# half a context.
+def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, what: str | None = None) -> np.ndarray:
+    """−log p in nats of every token of a stream that opens a document, (N,) float64. what: names the progress bar."""
+    model, n = subject.model, len(tokens)
+    T = model.config.context_length
     step = step or max(1, T // 2)
-    starts = [0, *range(step, n - T, step), n - T] if n > T else [0]  # the last one ends where the stream does
+    starts = [0]
+    if n > T:
+        starts = [0, *range(step, n - T, step), n - T]  # the last window ends where the stream ends
+    stream = torch.from_numpy(np.insert(tokens.astype(np.int64), 0, subject.tokenizer.bos)).to(subject.device)
     batches = [starts[i : i + WINDOWS] for i in range(0, len(starts), WINDOWS)]
-    nats, scored, device = np.empty(n), 0, model.embed.weight.device
-    rows = max(1, LOGITS[device.type] // model.config.vocab_size)
+    nats, scored = np.empty(n), 0
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what) if what else batches:
-            windows: Tensor = torch.stack([stream[s : s + T + 1] for s in batch]).to(device)  # (B, T + 1)
+            windows = torch.stack([stream[start : start + T + 1] for start in batch])  # (B, T + 1)
             hidden = model.hidden(windows[:, :-1])  # (B, T, D)
             for start, window, x in zip(batch, windows, hidden, strict=True):
-                new = scored - start  # the first position whose target no earlier window has counted
-                for xs, targets in zip(x[new:].split(rows), window[new + 1 :].split(rows), strict=True):
-                    losses = F.cross_entropy(model.head(xs).float(), targets, reduction="none")
-                    nats[scored : scored + len(targets)] = losses.cpu().double().numpy()
-                    scored += len(targets)
+                new = scored - start  # earlier windows have scored the positions before it
+                losses = token_losses(subject, x[new:], window[new + 1 :])
+                nats[scored : scored + len(losses)] = losses
+                scored += len(losses)
+    return nats
+
+
+def token_losses(subject: Subject, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    """−log p in nats of each target, (N,) float64. hidden: (N, D). UserError if one is not finite."""
+    losses, rows = [], max(1, LOGITS[subject.device.type] // subject.model.config.vocab_size)
+    for x, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        losses.append(F.cross_entropy(subject.model.head(x).float(), wanted, reduction="none"))
+    nats = torch.cat(losses).double().cpu().numpy()
     if not np.isfinite(nats).all():
         raise UserError("the logits are not finite; the weights are damaged, or their training diverged")
     return nats
 
 
-def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer, most: int) -> dict[str, float]:
-    """The task `validation`, over the held-out documents, each document's end token included; over every k-th of them,
-    if together they have more than `most` tokens.
-
-    bits_per_byte: total −log₂ likelihood over the UTF-8 bytes of the documents; its standard error, over documents, is
-    `stderr`. xz_bits_per_byte, the baseline: the documents joined by newlines, compressed by xz -9.
-    """
+def validation(subject: Subject, packed: Packed) -> dict[str, float]:
+    """The task `validation`: bits per byte of the held-out documents, their end tokens included."""
+    most = subject.config.validation_tokens
     documents = list(packed.documents())[:: math.ceil(len(packed.tokens) / most)]
-    nats = token_nats(model, np.concatenate(documents), tokenizer.bos, what="validation")
-    texts = [tokenizer.decode(ids.tolist()).encode() for ids in documents]
+    nats = token_nats(subject, np.concatenate(documents), what="validation")
+    texts = [subject.tokenizer.decode(ids.tolist()).encode() for ids in documents]
     starts = np.cumsum([0, *map(len, documents[:-1])])
-    bits_per_byte, stderr = ratio(np.add.reduceat(nats, starts) / math.log(2), np.array([len(text) for text in texts]))
+    bits = np.add.reduceat(nats, starts) / math.log(2)  # per document
+    bits_per_byte, stderr = ratio(bits, np.array([len(text) for text in texts]))
     xz = xz_bits_per_byte(b"\n".join(texts))
     return {
         "loss": float(nats.mean()),
@@ -75,73 +91,58 @@ def validation(model: Transformer, packed: Packed, tokenizer: Tokenizer, most: i
     }
 
 
-def wikitext2(model: Transformer, tokenizer: Tokenizer, text: str) -> dict[str, float]:
-    """The task `wikitext2`, on the raw test set, as lm-evaluation-harness measures it: articles one by one, with their
-    spacing mended, but counted in words and bytes as they were; in windows that do not overlap, so that a token has 0
-    to context_length − 1 before it. `strided_…`: in windows that overlap by half.
-
-    token_perplexity compares models of one tokenizer only; the others compare all.
-    """
-    pages = articles(text)
-    words = sum(len(re.split(r"\s+", page)) for page in pages)
-    sizes = np.array([len(page.encode()) for page in pages])
-    ids = [tokenizer.encode_array(detokenized(page).encode()) for page in pages]
-    found, tokens = {}, sum(map(len, ids))
-    for prefix, step in (("", model.config.context_length), ("strided_", None)):
-        each = progress(ids, len(ids), "articles", f"wikitext2, {prefix or 'harness '}windows".replace("_", " "))
-        nats = np.array([token_nats(model, page, tokenizer.bos, step).sum() for page in each])
-        bits_per_byte, stderr = ratio(nats / math.log(2), sizes)
-        found |= {
-            f"{prefix}token_perplexity": perplexity(nats.sum() / tokens),
-            f"{prefix}word_perplexity": perplexity(nats.sum() / words),
-            f"{prefix}byte_perplexity": perplexity(nats.sum() / sizes.sum()),
-            f"{prefix}bits_per_byte": bits_per_byte,
-            f"{prefix}stderr": stderr,
-        }
-    return found | {"baseline": xz_bits_per_byte(text.encode()), "n": tokens}
-
-
-def articles(text: str) -> list[str]:
-    """WikiText cut before every line that is an article's title, `` = Robert Boulter = ``; sections have more signs."""
-    return [part for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", text) if part.strip()]
-
-
-# WikiText sets punctuation apart from words. In this order, these rules put it back: its perplexities are published so.
-PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
-LITERAL = (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"))
-SPACING = (
-    ("s '", "s'"),
-    *((f" @{sign}@ ", sign) for sign in "-,."),
-    *((re.escape(f" {sign} "), f"{sign} ") for sign in ":;.!?,"),
-    *((rf"({a})\s*([^{b}]*?)\s*({b})", r"\1\2\3") for a, b in PAIRS),
-    *((re.escape(found), put) for found, put in LITERAL),
-    (" N ", " 1 "),
-    (" 's", "'s"),
-)
-
-
-def detokenized(text: str) -> str:
-    """An article of WikiText as people space it."""
-    for pattern, replacement in SPACING:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-# ------------------------------------------------------------------------------------------------------------ numbers
-
-
 def perplexity(nats: float) -> float:
-    """e to the mean loss; infinite past what a float holds."""
+    """e to the mean loss; infinite where a float cannot hold it."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def ratio(bits: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Bits a byte over n documents, and its standard error (that of a ratio of two sums); NaN if there is only one."""
-    mean, n = bits.sum() / sizes.sum(), len(sizes)
-    spread = np.sqrt(np.square(bits - mean * sizes).sum() * (n / (n - 1))) if n > 1 else math.nan
-    return float(mean), float(spread / sizes.sum())
-
-
 def xz_bits_per_byte(text: bytes) -> float:
-    """What `xz -9` needs."""
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+# ---------------------------------------------------------------------------------------------------------- WikiText-2
+
+
+# As lm-evaluation-harness measures it: each article alone, its spacing repaired, words and bytes counted as they were.
+# Windows do not overlap; for `strided_…` they overlap by half.
+def wikitext2(subject: Subject, text: str) -> dict[str, float]:
+    """The task `wikitext2`, on the raw test set."""
+    pages = articles(text)
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    sizes = np.array([len(page.encode()) for page in pages])
+    ids = [subject.tokenizer.encode_array(detokenized(page).encode()) for page in pages]
+    tokens, numbers = sum(map(len, ids)), {}
+    for prefix, step in (("", subject.model.config.context_length), ("strided_", None)):
+        nats = np.zeros(len(pages))
+        for i, page in enumerate(progress(ids, len(ids), "articles", f"{prefix}wikitext2")):
+            nats[i] = token_nats(subject, page, step).sum()
+        total = nats.sum()
+        bits_per_byte, stderr = ratio(nats / math.log(2), sizes)
+        numbers[f"{prefix}token_perplexity"] = perplexity(total / tokens)
+        numbers[f"{prefix}word_perplexity"] = perplexity(total / words)
+        numbers[f"{prefix}byte_perplexity"] = perplexity(total / sizes.sum())
+        numbers[f"{prefix}bits_per_byte"] = bits_per_byte
+        numbers[f"{prefix}stderr"] = stderr
+    return numbers | {"baseline": xz_bits_per_byte(text.encode()), "n": tokens}
+
+
+def articles(text: str) -> list[str]:
+    """WikiText, cut before every title line ` = Robert Boulter = `; titles of sections have more signs."""
+    return [part for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", text) if part.strip()]
+
+
+# WikiText sets punctuation apart from words. In this order, these rules put it back, as for the published perplexities.
+SPACING = {"s '": "s'", " @-@ ": "-", " @,@ ": ",", r" @\.@ ": "."}
+SPACING |= {" : ": ": ", " ; ": "; ", r" \. ": ". ", " ! ": "! ", r" \? ": "? ", " , ": ", "}
+SPACING |= {r"(\()\s*([^\)]*?)\s*(\))": r"\1\2\3", r"(\[)\s*([^\]]*?)\s*(\])": r"\1\2\3"}
+SPACING |= {r"({)\s*([^}]*?)\s*(})": r"\1\2\3", r'(")\s*([^"]*?)\s*(")': r"\1\2\3"}
+SPACING |= {r"(')\s*([^']*?)\s*(')": r"\1\2\3"}
+SPACING |= {"= = = =": "====", "= = =": "===", "= =": "==", " ° ": "°", " \n": "\n", "\n ": "\n"}
+SPACING |= {" N ": " 1 ", " 's": "'s"}
+
+
+def detokenized(text: str) -> str:
+    """An article of WikiText with the spaces that people write."""
+    for pattern, replacement in SPACING.items():
+        text = re.sub(pattern, replacement, text)
+    return text

@@ -7,89 +7,82 @@ from torch import Tensor
 
 from dpo.data import PairRows
 from dpo.reference import of_pairs
-from eval.language import perplexity, ratio
-from model import Transformer
+from eval.language import Subject, perplexity
+from eval.statistics import error_if_alike, ratio
 
-BINS = 10  # of how far two answers differ in length
+BINS = 10  # of how much two answers differ in length
 
 
-def preference(model: Transformer, pairs: PairRows, reference: Tensor, beta: float) -> dict:
-    """The task `preference`. A pair is won if the model, beside the reference, has raised the chosen answer's
-    log-probability more than the rejected one's: the reward that it implies is greater. A tie, as all pairs are of the
-    reference itself, counts half, and so the baseline is 0.5. reference: `of_pairs` of the model that training began
-    with.
-
-    Standard errors are over prompts, with all of their pairs. win_rate_length_matched: pairs weighed so that in each
-    tenth, by how far the two answers differ in length, the chosen answer is the longer one as often as the shorter one;
-    who looked at lengths alone would win half of them. longer_wins: what that one would win of all pairs. likelier: the
-    share of pairs in which the chosen answer is the likelier one of the model, whatever the reference thinks.
-    """
-    policy = of_pairs(model, pairs, "preference")
+def preference(subject: Subject, pairs: PairRows, reference: Tensor, beta: float) -> dict:
+    """The task `preference`. reference: log-probabilities (pairs, 2) of the model that training started from."""
+    # The model wins a pair if its implied reward of the chosen answer is the greater one. A tie counts half: the
+    # reference ties all pairs, so the baseline is 0.5. Errors are over prompts, because the pairs of one are alike.
+    policy = of_pairs(subject.model, pairs, "preference")
     rewards = beta * (policy - reference)
     margins = (rewards[:, 0] - rewards[:, 1]).numpy()
     lengths = np.diff(pairs.bounds)[:, 1:]  # (pairs, 2)
     longer = lengths[:, 0] - lengths[:, 1]
-    wins, even = half_ties(margins), np.ones(len(margins))
-    weights = matched(longer)
+    wins, even, weights = half_ties(margins), np.ones(len(margins)), matched(longer)
     win_rate, stderr = clustered(wins, even, pairs.prompts)
-    balanced, stderr_balanced = clustered(wins, weights, pairs.prompts)
-    kinds = {name: pairs.kinds == i for i, name in enumerate(pairs.names)}
-    found = {
+    # Weighted so that always taking the longer answer would win half.
+    win_rate_matched, stderr_matched = clustered(wins, weights, pairs.prompts)
+    chosen, rejected = (-policy.sum(0)).tolist() / lengths.sum(0)  # nats per token
+    likelier = half_ties((policy[:, 0] - policy[:, 1]).numpy())
+    numbers = {
         "win_rate": win_rate,
         "margin": float(margins.mean()),
         "stderr": stderr,
-        "win_rate_length_matched": balanced,
-        "stderr_length_matched": stderr_balanced,
+        "win_rate_length_matched": win_rate_matched,
+        "stderr_length_matched": stderr_matched,
         "pairs_length_matched": float(weights.sum()),
-        "longer_wins": float(half_ties(longer).mean()),
-        "likelier": float(half_ties((policy[:, 0] - policy[:, 1]).numpy()).mean()),
+        "longer_wins": float(half_ties(longer).mean()),  # what always taking the longer answer wins
+        "likelier": float(likelier.mean()),  # the chosen answer is the likelier one, whatever the reference says
         "reward_chosen": float(rewards[:, 0].mean()),
         "reward_rejected": float(rewards[:, 1].mean()),
-        "perplexity_chosen": perplexity(-float(policy[:, 0].sum()) / lengths[:, 0].sum()),
-        "perplexity_rejected": perplexity(-float(policy[:, 1].sum()) / lengths[:, 1].sum()),
+        "perplexity_chosen": perplexity(chosen),
+        "perplexity_rejected": perplexity(rejected),
         "baseline": 0.5,
         "prompts": len(np.unique(pairs.prompts)),
         "n": len(margins),
     }
-    if len(kinds) > 1:
-        found["by_kind"] = {}
-        for name, own in kinds.items():
+    if len(pairs.names) > 1:
+        kinds = numbers["by_kind"] = {}
+        for i, name in enumerate(pairs.names):
+            own = pairs.kinds == i
             rate, error = clustered(wins[own], even[own], pairs.prompts[own])
-            found["by_kind"][name] = {"win_rate": rate, "stderr": error, "n": int(own.sum())}
-    return found
+            kinds[name] = {"win_rate": rate, "stderr": error, "n": int(own.sum())}
+    return numbers
 
 
 def half_ties(difference: np.ndarray) -> np.ndarray:
-    """1 where it is positive, a half where it is 0."""
+    """1 where the difference is positive, 1/2 where it is 0, else 0."""
     return (np.sign(difference) + 1) / 2
 
 
 def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
-    """The weighted mean of `wins`, and its standard error over prompts; NaN where nothing has any weight. Where all are
-    won, or lost, the error is as if two prompts more had been won and two lost (Agresti and Coull 1998)."""
+    """The weighted mean of `wins`, and its standard error over prompts; NaN if no pair has a weight."""
     if not weights.any():
         return math.nan, math.nan
-    sums, sizes = (np.bincount(prompts, weights=x) for x in (weights * wins, weights))
+    sums, sizes = np.bincount(prompts, weights * wins), np.bincount(prompts, weights)
     sums, sizes = sums[sizes > 0], sizes[sizes > 0]
     mean, stderr = ratio(sums, sizes)
-    if mean in (0, 1):
-        n = len(sizes) + 4
-        share = (mean * len(sizes) + 2) / n
-        stderr = math.sqrt(share * (1 - share) / n)
+    decided = (wins[weights > 0] != 0.5).any()  # a model beside itself ties all pairs, by construction
+    if decided and (math.isnan(stderr) or stderr < 1e-9):
+        stderr = error_if_alike(mean, len(sizes))
     return mean, stderr
 
 
 def matched(longer: np.ndarray) -> np.ndarray:
-    """For each pair a weight, so that among pairs that differ about as much in length both orders weigh the same.
+    """A weight for each pair, so that pairs that differ about as much in length have each order equally often.
 
-    longer: by how many tokens the chosen answer is the longer one. Of the order that is the commoner in a bin each pair
-    weighs the less; where there is but one order, nothing.
+    longer: by how many tokens the chosen answer is the longer one. In a bin, pairs of the rarer order keep weight 1.
     """
     size, weights = np.abs(longer), np.ones(len(longer))
-    bins = np.searchsorted(np.quantile(size, np.arange(1, BINS) / BINS), size)
-    for each in range(BINS):
-        orders = [(bins == each) & (np.sign(longer) == sign) for sign in (1, -1)]
-        fewest = min(own.sum() for own in orders)
-        for own in orders:
-            weights[own] = fewest / max(1, own.sum())
+    edges = np.quantile(size, np.arange(1, BINS) / BINS)
+    bins = np.searchsorted(edges, size)
+    for number in range(BINS):
+        orders = [(bins == number) & (np.sign(longer) == sign) for sign in (1, -1)]
+        fewest = min(order.sum() for order in orders)
+        for order in orders:
+            weights[order] = fewest / max(1, order.sum())
     return weights

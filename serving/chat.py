@@ -22,7 +22,7 @@ from cli import UserError
 from generate import Sampling
 from serving.engine import Engine, Failed, Generation, Request
 from serving.served import Served, TooLong
-from sft.conversations import ROLES, Message, Refused, cleaned, in_turn, message_list
+from sft.conversations import Message, Refused, in_turn, message_list
 
 HELP = """\
 /help            this list
@@ -77,7 +77,7 @@ class Chat:
             if text.startswith("/") and not text.startswith("//"):
                 if not self.command(text):
                     break
-            elif cleaned(text):
+            elif text.strip():
                 self.ask(text.removeprefix("/") if text.startswith("//") else text)
 
     def notice(self, text: str) -> None:
@@ -266,7 +266,7 @@ def _saved(path: Path) -> tuple[dict, list[Message]]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or "messages" not in record:
             raise Refused("expected an object with the field messages")
-        return record, list(in_turn(message_list(record, ("messages",), "role", "content", ROLES)))
+        return record, list(in_turn(message_list(dict(record), "messages")))
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not a saved conversation: it is not JSON") from None
     except Refused as error:

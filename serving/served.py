@@ -46,10 +46,10 @@ class Served:
             raise UserError(
                 f"{self.name} was not taught to answer: it goes on with a text; fine-tune it with sft.train"
             )
-        messages = [Message(role, cleaned(content)) for role, content, _ in messages]
+        messages = [Message(role, cleaned(content), about) for role, content, about in messages]
         if not messages or messages[-1].role != "user":
             raise UserError("the last message is not the user's; expected one that asks for an answer")
-        if not messages[-1].content:
+        if not messages[-1].content.strip():
             raise UserError("the message is empty; this model was taught to answer: ask it something")
         return self.short(render(self.template, messages, self.tokenizer, ask=True)[0])
 

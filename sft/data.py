@@ -1,31 +1,37 @@
-"""Conversations to rows of tokens: read, judged, spelt by the template, packed.
+"""Conversations to rows of tokens: read, filtered, rendered by the template, packed.
 
     python pipeline.py configs/tiny.py sft_data   ->  runs/tiny/sft_data
 
-For each split: `train.bin` holds the ids of one conversation after another, little-endian uint16 (uint32 past 65,536
-pieces), `train.mask` a byte for each, 1 where it is trained; `train.idx` where each conversation starts, in tokens, and
-`train.rows` the first conversation of each row, both int64 and both with the end of the last one behind; `train.txt` a
-line for each conversation: where it came from.
+For each split, `train.bin` holds the ids of all conversations, little-endian uint16 (uint32 past 65,536 pieces), and
+`train.mask` a byte for each id, 1 if it is trained. `train.idx` has the start of each conversation in tokens, and
+`train.rows` the first conversation of each row, both int64 with the total at the end. `train.txt` has a line for each
+conversation: its origin.
+
+Preference data share `DataConfig`, `gather` and `inputs`.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import data.sources
 import stage
 import tokenizer
 from cli import UserError, log, progress
 from data.batches import Shuffled
-from data.corpus import held_out
-from data.pack import SPLITS
-from data.sources import Records, Unreadable
-from sft.conversations import DocQuestions
+from data.holdout import split_hash, threshold
+from data.pack import token_dtype
+from data.sources import Records, Unreadable, log_kept
+from sft.conversations import FORMATS, Conversation, DocQuestions
 from sft.filters import Filters, Judge
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
@@ -36,186 +42,211 @@ IGNORED = -100  # the target of a position that is not trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationConfig:
-    """What is learnt in fine-tuning. Raises TypeError or ValueError, naming the field, for what cannot be."""
+class DataConfig:
+    """Settings of conversations and of pairs. Raises TypeError or ValueError, with the field's name."""
 
-    sources: tuple[Records, ...] = (DocQuestions(),)
-    """Chats, HubChats, DocQuestions."""
-    template: str = "chatml"
-    """How a conversation is spelt: "chatml", "instruct" or "alpaca"."""
-    filters: Filters = Filters()
-    too_long: str = "cut"
-    """A conversation longer than the context: "cut" at its end, which is then no end of an answer, or "drop"."""
-    val_fraction: float = 0.05
-    """Share of the conversations held out, each decided by the hash of its first question."""
+    sources: tuple[Records, ...]
+    too_long: str = "cut"  # an example longer than the context: "cut" its end (a pair: its beginning first), or "drop"
+    val_fraction: float = 0.05  # share of the examples held out, by the hash of the first question
 
     def __post_init__(self):
         check_types(self)
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"sources are called {', '.join(names) or 'nothing'}; expected one or more, each named")
-        if wrong := [source.name for source in self.sources if not hasattr(source, "conversations")]:
-            raise ValueError(f"sources has {', '.join(wrong)}; expected Chats, HubChats or DocQuestions")
-        if self.template not in TEMPLATES:
-            raise ValueError(f"template is {self.template!r}; expected one of {', '.join(TEMPLATES)}")
+            raise ValueError(
+                f"sources are called {', '.join(names) or 'nothing'}; expected at least one, with unique names"
+            )
+        for source in self.sources:
+            if not hasattr(source, self.unit):
+                raise ValueError(f"sources has {source.name}, which does not give {self.unit}")
+            layout = getattr(source, "format", "auto")
+            if layout not in ("auto", *self.formats):
+                known = ", ".join(self.formats)
+                raise ValueError(f'sources has {source.name} with format {layout!r}; expected "auto" or {known}')
         if self.too_long not in ("cut", "drop"):
             raise ValueError(f'too_long is {self.too_long!r}; expected "cut" or "drop"')
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; expected more than 0 and less than 1")
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True, kw_only=True)
+class ConversationConfig(DataConfig):
+    """The data of fine-tuning. Raises TypeError or ValueError, with the field's name, for an impossible value."""
+
+    sources: tuple[Records, ...] = (DocQuestions(),)  # Chats, HubChats, DocQuestions
+    template: str = "chatml"  # "chatml", "instruct" or "alpaca"
+    filters: Filters = Filters()
+    unit, formats = "conversations", FORMATS
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template is {self.template!r}; expected one of {', '.join(TEMPLATES)}")
 
 
-class Split:
-    """What one source gives to a split, as it is gathered: ids, mask and origin of each conversation."""
-
-    def __init__(self):
-        self.ids: list[np.ndarray] = []
-        self.masks: list[np.ndarray] = []
-        self.origins: list[str] = []
+# ---------------------------------------------------------------------------------------------------------- gathering
 
 
-def fitted(ids: list[int], trained: list[bool], context: int, too_long: str) -> tuple[list[int], list[bool]] | str:
-    """A conversation as a row can hold it: up to its last trained id, at most context + 1 of them, for the last one is
-    only predicted. Or why it is dropped."""
-    end = len(trained) - trained[::-1].index(True)
-    if end > context + 1:
-        end = context + 1
-        if too_long == "drop" or not any(trained[:end]):
-            return "longer_than_context"
-    return ids[:end], trained[:end]
+class Item(NamedTuple):
+    """An example that passed the filters."""
+
+    source: str
+    id: str
+    kind: str  # of a pair: how it was made
+    hashes: list[int]  # of its keys, which decide if it is held out; the last one is of the whole example
+    ids: np.ndarray
+    parts: np.ndarray  # the mask of a conversation; the lengths of a pair's prompt and answers
+    cut: bool
 
 
-def gather(
-    config: ConversationConfig, spm: Tokenizer, context: int, directory: Path, workers: int
-) -> tuple[dict, dict]:
-    """The conversations that are kept, {split: {source: Split}}, and by source what was read and dropped. directory:
-    for what does not stay."""
-    dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
-    found: dict[str, dict[str, Split]] = {split: {} for split in SPLITS}
-    tallies = {}
-    with Judge(config.filters, directory) as judge:
-        for source in config.sources:
-            splits = {split: found[split].setdefault(source.name, Split()) for split in SPLITS}
-            counts = Counter(read=0, kept=0, cut=0, tokens=0)
-            dropped = Counter()
-            most = getattr(source, "max_tokens", None) or math.inf
-            for conversation in progress(source.conversations(workers), 0, "conversations", source.name):
-                counts["read"] += 1
-                if isinstance(conversation, Unreadable):
-                    dropped["unreadable"] += 1
-                    log.debug(str(conversation))
-                    continue
-                whole = render(config.template, conversation.messages, spm)
-                fits = fitted(*whole, context, config.too_long)
-                # What does not fit is not remembered: a later copy may be shorter.
-                if rule := fits if isinstance(fits, str) else judge.rule(conversation):
-                    dropped[rule] += 1
-                    continue
-                ids, trained = fits
-                counts.update(kept=1, tokens=len(ids), cut=sum(whole[1]) > sum(trained))
-                split = splits["val" if held_out(conversation.key.encode(), config.val_fraction) else "train"]
-                split.ids.append(np.array(ids, dtype=dtype))
-                split.masks.append(np.array(trained, dtype=np.uint8))
-                split.origins.append(conversation.id)
-                if counts["tokens"] >= most:
-                    break
-            tallies[source.name] = {**counts, "dropped": dict(sorted(dropped.items()))}
-    return found, tallies
+def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
+    """Reads all sources. Returns the items of each split, {"train": [Item], "val": [Item]}, and counts by source.
+
+    encode(example): ids, parts and cut as in Item, or the name of the rule that drops the example.
+    """
+    items, counts = [], {}
+    for source in config.sources:
+        count = {"read": 0, "kept": 0, "cut": 0, "tokens": 0, "dropped": Counter()}
+        counts[source.name] = count
+        most_pairs = getattr(source, "max_pairs", None) or math.inf
+        most_tokens = getattr(source, "max_tokens", None) or math.inf
+        pairs = tokens = 0
+        examples = getattr(source, config.unit)(workers)
+        for example in progress(examples, 0, config.unit, source.name):
+            count["read"] += 1
+            if isinstance(example, Unreadable):
+                log.debug(example)
+                count["dropped"]["unreadable"] += 1
+                continue
+            encoded = encode(example)
+            # An example that does not fit is not remembered: a later copy may be shorter.
+            rule = encoded if isinstance(encoded, str) else judge.rule(example)
+            if rule:
+                count["dropped"][rule] += 1
+                continue
+            hashes = [split_hash(key.encode()) for key in (*example.keys, repr(example))]
+            items.append(Item(source.name, example.id, example.kind or source.name, hashes, *encoded))
+            pairs += 1
+            tokens += len(items[-1].ids)
+            if pairs >= most_pairs or tokens >= most_tokens:
+                break
+    splits = split(items, counts, config.val_fraction)
+    for name, count in counts.items():
+        count["dropped"] = dict(sorted(count["dropped"].items()))
+        log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
+        cut = count["cut"]
+        if cut:
+            log.info(f"{name}: {cut:,} {config.unit} were cut to the context")
+    log.info(f"{len(splits['train']):,} {config.unit} to train on, {len(splits['val']):,} held out")
+    if not splits["train"] or not splits["val"]:
+        raise UserError(
+            f"{len(items):,} {config.unit} passed the filters; training and validation take at least one each that "
+            "differ, better hundreds: add some, or change the filters"
+        )
+    return splits, counts
 
 
-def write(directory: Path, name: str, splits: Mapping[str, Split], context: int) -> dict:
-    """Packs one split, source by source, and writes its five files. Returns its counts."""
-    counts = {"conversations": 0, "tokens": 0, "trained": 0, "rows": 0, "sources": {}}
-    starts, firsts, used = [0], [0], 0
-    with (
-        open(directory / f"{name}.bin", "wb") as tokens,
-        open(directory / f"{name}.mask", "wb") as masks,
-        open(directory / f"{name}.txt", "w", encoding="utf-8") as origins,
-    ):
-        for source, split in splits.items():
-            rows = best_fit([len(ids) - 1 for ids in split.ids], context)
-            counts["sources"][source] = {"row": counts["rows"], "rows": len(rows)}
-            counts["rows"] += len(rows)
-            for row in rows:
-                for i in row:
-                    split.ids[i].tofile(tokens)
-                    split.masks[i].tofile(masks)
-                    origins.write(" ".join(split.origins[i].split()) + "\n")
-                    starts.append(starts[-1] + len(split.ids[i]))
-                    used += len(split.ids[i]) - 1
-                firsts.append(firsts[-1] + len(row))
-            counts["conversations"] += len(split.ids)
-            counts["trained"] += int(sum(mask.sum() for mask in split.masks))
-    np.array(starts, dtype="<i8").tofile(directory / f"{name}.idx")
-    np.array(firsts, dtype="<i8").tofile(directory / f"{name}.rows")
-    counts["tokens"] = starts[-1]
-    return counts | {"packing_efficiency": used / (counts["rows"] * context) if counts["rows"] else 0.0}
+def split(items: list[Item], counts: dict, fraction: float) -> dict[str, list[Item]]:
+    """Divides the items by the hashes of their keys, and counts those that are kept."""
+    limit = threshold((item.hashes[0] for item in items), fraction)
+    alike = limit is None  # all begin alike: the whole example decides
+    if alike:
+        limit = threshold((item.hashes[-1] for item in items), fraction) or 0
+    splits = {"train": [], "val": []}
+    for item in items:
+        numbers = item.hashes[-1:] if alike else item.hashes[:-1]
+        count = counts[item.source]
+        if min(numbers) < limit <= max(numbers):  # a pair whose two answers belong to different splits
+            count["dropped"]["of_both_splits"] += 1
+            continue
+        splits["val" if numbers[0] < limit else "train"].append(item)
+        count["kept"] += 1
+        count["cut"] += item.cut
+        count["tokens"] += len(item.ids)
+    return splits
 
 
 def inputs(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
-    """The digests of sources and tokenizer. None, if the directory is finished and the sources have been moved away:
-    what was made from them stays valid."""
-    try:
-        read = {path: digest for source in sources for path, digest in source.inputs().items()}
-    except UserError:
-        if stage.read_manifest(directory) is None:
-            raise
-        return {}
-    return read | {k: v for k, v in stage.outputs(spm).items() if k.endswith("spm.model")}
+    """The digests of sources and tokenizer; {} if the directory is finished and the sources have been moved away."""
+    model = {path: digest for path, digest in stage.outputs(spm).items() if path.endswith("spm.model")}
+    return data.sources.inputs([*sources, SimpleNamespace(inputs=lambda: model)], directory)
+
+
+# ---------------------------------------------------------------------------------------------------------- the stage
+
+
+def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversation: Conversation):
+    """Ids and mask of a conversation, and True if it was cut; or the name of the rule that drops it."""
+    ids, trained = render(config.template, conversation.messages, spm)
+    end = len(trained) - trained[::-1].index(True)
+    fits = min(end, context + 1)  # the last id of a row is only predicted
+    if True not in trained[:fits] or (fits < end and config.too_long == "drop"):
+        return "longer_than_context"
+    mask = np.array(trained[:fits], dtype=np.uint8)
+    return np.array(ids[:fits], dtype=token_dtype(spm.vocab_size)), mask, fits < end
+
+
+def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
+    """Writes the ids and the origins of a split."""
+    np.concatenate([item.ids for item in items]).tofile(directory / f"{name}.bin")
+    with open(directory / f"{name}.txt", "w", encoding="utf-8") as origins:
+        for item in items:
+            print(*item.id.split(), file=origins)
+
+
+def write(directory: Path, name: str, items: list[Item], sources: Sequence[str], context: int) -> dict:
+    """Packs one split, source by source, and writes its five files. Returns its counts."""
+    counts = {"conversations": len(items), "tokens": 0, "trained": 0, "rows": 0, "sources": {}}
+    packed, sizes = [], [0]
+    for source in sources:
+        texts = [item for item in items if item.source == source]
+        rows = best_fit([len(item.ids) - 1 for item in texts], context)
+        counts["sources"][source] = {"row": counts["rows"], "rows": len(rows)}
+        counts["rows"] += len(rows)
+        for row in rows:
+            sizes.append(len(row))
+            packed += [texts[number] for number in row]
+    write_texts(directory, name, packed)
+    mask = np.concatenate([item.parts for item in packed])
+    mask.tofile(directory / f"{name}.mask")
+    starts = np.cumsum([0, *(len(item.ids) for item in packed)])
+    starts.astype("<i8").tofile(directory / f"{name}.idx")
+    np.cumsum(sizes).astype("<i8").tofile(directory / f"{name}.rows")
+    counts |= {"tokens": len(mask), "trained": int(mask.sum())}
+    return counts | {"packing_efficiency": (len(mask) - len(packed)) / (counts["rows"] * context)}
 
 
 def job(config: ConversationConfig, context: int, spm: Path, directory: Path, command: str) -> Stage:
     """The stage that makes rows of `context` tokens. spm: the tokenizer's directory. command: what the user types."""
-    read = inputs(config.sources, spm, directory)
     settings = {"sft_data": config, "context_length": context}
-    return Stage(directory, settings, read, command, __file__)
+    return Stage(directory, settings, inputs(config.sources, spm, directory), command, __file__)
 
 
 def build(
     job: Stage, config: ConversationConfig, context: int, spm: Path, workers: int = 1, force: bool = False
 ) -> None:
-    """Makes the rows of conversations, unless they are there."""
-    directory = job.directory
+    """Makes the rows, unless the stage is up to date."""
     if job.up_to_date(force):
         return
     spm = tokenizer.load(spm)
     with job.making():
-        found, tallies = gather(config, spm, context, directory, workers)
-        for name, tally in tallies.items():
-            dropped = ", ".join(f"{n:,} {rule}" for rule, n in tally["dropped"].items()) or "none"
-            cut = f"; {tally['cut']:,} cut at {context:,} tokens" * (tally["cut"] > 0)
-            log.info(f"{name}: {tally['kept']:,} of {tally['read']:,} conversations kept (dropped: {dropped}){cut}")
-        for split in SPLITS:
-            if not sum(len(each.ids) for each in found[split].values()):
-                read, kept = (sum(tally[key] for tally in tallies.values()) for key in ("read", "kept"))
-                raise UserError(
-                    f"of {read:,} conversations {kept:,} were kept, and none is left for {split} at val_fraction = "
-                    f"{config.val_fraction}: it takes two at least that begin differently, better hundreds; add some, "
-                    "or change val_fraction or what drops the others"
-                )
-        counts = {split: write(directory, split, found[split], context) for split in SPLITS}
-        train = counts["train"]
-        dtype = "<u2" if spm.vocab_size <= 1 << 16 else "<u4"
-        about = {"packing_efficiency": train["packing_efficiency"], "dtype": dtype, "sources": tallies}
-        job.finish(about | counts)
-        log.info(
-            f"sft_data: {train['conversations']:,} training and {counts['val']['conversations']:,} validation "
-            f"conversations, {train['tokens']:,} and {counts['val']['tokens']:,} tokens, in rows of {context:,}, "
-            f"{train['packing_efficiency']:.2%} of them used -> {directory}"
-        )
+        splits, sources = gather(config, partial(encode, config, spm, context), Judge(config.filters), workers)
+        counts = {"dtype": token_dtype(spm.vocab_size), "sources": sources}
+        for name, items in splits.items():
+            counts[name] = write(job.directory, name, items, list(sources), context)
+        rows, efficiency = counts["train"]["rows"], counts["train"]["packing_efficiency"]
+        log.info(f"{rows:,} training rows of {context:,} tokens, {efficiency:.2%} of them used -> {job.directory}")
+        job.finish(counts | {"packing_efficiency": efficiency})
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------------ batches
 
 
 class Rows(Shuffled):
-    """Packed conversations of one split, or of one source of it; each epoch sees every row once, in an order of its
-    own.
+    """Packed conversations of one split, or of one of its sources. Each epoch sees every row once, in its own order.
 
-    tokens, trained: memory maps. starts: where each conversation starts. firsts: each row's first conversation. first,
-    count: which rows are meant.
+    tokens, trained: memory maps of all ids and of the mask. starts: where each conversation starts. firsts: the first
+    conversation of each row.
     """
 
     holds = "conversations"
@@ -226,34 +257,32 @@ class Rows(Shuffled):
         self.trained = np.memmap(directory / f"{split}.mask", dtype=np.uint8, mode="r")
         self.starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
         self.firsts = np.fromfile(directory / f"{split}.rows", dtype="<i8")
-        self.origins = directory / f"{split}.txt"
         part = counts[split]["sources"][source] if source else {"row": 0, "rows": counts[split]["rows"]}
         self.first = part["row"]
         super().__init__(part["rows"], seed)
 
-    def conversations(self, row: int) -> range:
-        """The conversations of a row, by their numbers in the split."""
-        return range(int(self.firsts[self.first + row]), int(self.firsts[self.first + row + 1]))
-
-    documents = conversations
+    def documents(self, row: int) -> range:
+        """The numbers in the split of a row's conversations."""
+        first = self.first + row
+        return range(*self.firsts[first : first + 2].tolist())
 
     def conversation(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of one."""
-        own = slice(self.starts[number], self.starts[number + 1])
-        return self.tokens[own].astype(np.int64), self.trained[own].astype(bool)
+        """Ids (n,) int64 and mask (n,) bool of a conversation."""
+        place = slice(self.starts[number], self.starts[number + 1])
+        return self.tokens[place].astype(np.int64), self.trained[place].astype(bool)
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets and positions of rows, (rows, length) int64 each.
 
-        A conversation's targets are its ids moved on by one: that shift happens here, and nowhere else. −100 stands
-        where the next id is not trained, and behind the last conversation, where a filling is a text of its own.
+        A conversation's targets are its ids shifted by one: the only shift in fine-tuning. A target is −100 where the
+        next id is not trained, and in the padding after the last conversation, which is a text of its own.
         """
         inputs = np.zeros((len(rows), self.length), dtype=np.int64)
         targets = np.full((len(rows), self.length), IGNORED)
         positions = np.zeros((len(rows), self.length), dtype=np.int64)
         for i, row in enumerate(rows):
             at = 0
-            for number in self.conversations(row):
+            for number in self.documents(row):
                 ids, trained = self.conversation(number)
                 end = at + len(ids) - 1
                 inputs[i, at:end] = ids[:-1]
@@ -265,8 +294,8 @@ class Rows(Shuffled):
 
 
 def load(directory: Path, tokenizer_sha256: str) -> dict:
-    """The counts of a finished directory, its files checked. UserError if it is missing, damaged, or
-    was made with another tokenizer."""
+    """The counts of a finished directory, its files checked. UserError if it is missing, damaged or made with another
+    tokenizer."""
     manifest = stage.finished(directory)
     if tokenizer_sha256 not in manifest["read"].values():
         raise UserError(
@@ -276,5 +305,5 @@ def load(directory: Path, tokenizer_sha256: str) -> dict:
 
 
 def template(directory: Path) -> str:
-    """By which the conversations in a finished directory are spelt."""
+    """The template of the conversations in a finished directory."""
     return stage.read_manifest(directory)["config"]["sft_data"]["template"]

@@ -1,23 +1,19 @@
-"""Which conversations are worth learning from. Every rule has a name, under which what it drops is counted."""
+"""Filters: which conversations are worth learning from. What a rule drops is counted under its name."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from data import words
-from data.dedup import Deduplication, Index, MinHash
+from data.dedup import Deduplication, MinHash, jaccard
 from data.quality import ENGLISH
-from sft.conversations import Conversation
+from sft.conversations import Conversation, Message
 from stage import check_types
 
-JUDGED = 20  # words that it takes to say something of a text's language or of its loops
-# Frequent words of French, German, Spanish, Italian, Portuguese and Dutch that are no English words.
+JUDGED = 20  # shorter texts, in words, are not judged by their language or their repetitions
+# Frequent words of French, German, Spanish, Italian, Portuguese and Dutch that are not English words.
 FOREIGN = frozenset(
     """de la le les et des un une du que est pour qui dans au sur pas avec ce il sont cette der und das den von zu mit
     ist nicht ein eine auch auf für sich dem es im wie als el los las por con del se como una su lo más esta hay il
@@ -27,108 +23,136 @@ FOREIGN = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filters:
-    """The rules. Raises TypeError or ValueError, naming the field, for what cannot be."""
+class Limits:
+    """The rules for conversations and for pairs. Raises TypeError or ValueError, with the field's name."""
 
-    min_answer_chars: int = 1
-    """A conversation with a shorter answer is dropped ("empty_answer", "short_answer")."""
-    max_chars: int | None = 50_000
-    """A conversation that is longer in all is dropped ("too_long")."""
+    min_answer_chars: int = 1  # drops an example with a shorter answer ("empty_answer", "short_answer")
+    max_chars: int | None = 50_000  # drops a longer example ("too_long")
+    # Drops an example in another language ("other_language"). If the data states no language and this is "en", a text
+    # of 20 words or more is judged by its letters and frequent words. None keeps all.
     language: str | None = "en"
-    """Where the data says which language a conversation is in, only this is kept. Elsewhere, for "en", one of 20 words
-    or more is dropped if most of its letters are not ASCII, or if it has more frequent words of other European
-    languages than of English ("other_language"). None keeps all."""
-    max_repetition: float = 0.5
-    """An answer of 20 words or more is dropped if a greater share of its four-word runs has stood in it before
-    ("repeats_itself")."""
-    max_same_answers: int | None = 20
-    """So many conversations may give the same answer of 20 words or more; later ones are dropped ("same_answer")."""
-    near_duplicates: Deduplication | None = Deduplication()
-    """What counts as a copy of an earlier conversation ("duplicate" where it is exact, "near_duplicate")."""
 
     def __post_init__(self):
         check_types(self)
         for name in ("min_answer_chars", "max_chars", "max_same_answers"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters(Limits):
+    """The rules for conversations."""
+
+    # Largest share of an answer's four-word runs that repeat an earlier one ("repeats_itself"); answers of 20 words.
+    max_repetition: float = 0.5
+    max_same_answers: int | None = 20  # so many conversations may give the same answer of 20 words ("same_answer")
+    # Drops a copy ("duplicate"), and a conversation that is near an earlier one in every message ("near_duplicate"): a
+    # shared system message, instruction or context alone makes no copy. None keeps near ones.
+    near_duplicates: Deduplication | None = Deduplication()
+
+    def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.max_repetition <= 1:
             raise ValueError(f"max_repetition is {self.max_repetition}; expected 0 to 1")
 
 
 class Judge:
-    """Applies the rules to one conversation after another, of which it remembers what later ones may repeat."""
+    """Applies the rules to one example after another, and remembers those that pass."""
 
-    def __init__(self, filters: Filters, directory: Path):
-        """directory: where its index may be while it is in use."""
-        self.directory = directory
-        self.filters, self.exact, self.answers = filters, set(), Counter()
-        self.minhash = MinHash(filters.near_duplicates) if filters.near_duplicates else None
+    def __init__(self, filters: Filters):
+        self.filters, self.seen, self.answers = filters, set(), Counter()
+        self.minhash = getattr(filters, "near_duplicates", None) and MinHash(filters.near_duplicates)
+        self.bands: dict[int, int] = {}  # a band of a signature -> the first conversation that has it
+        self.parts: list[list[np.ndarray]] = []  # for each conversation the shingles of its parts
 
-    def __enter__(self) -> "Judge":
-        with ExitStack() as held:
-            directory = held.enter_context(TemporaryDirectory(dir=self.directory))
-            self.index = held.enter_context(Index(self.filters.near_duplicates, Path(directory)))
-            self.held = held.pop_all()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.held.close()
-
-    def rule(self, conversation: Conversation) -> str | None:
-        """The name of the first rule that a conversation fails; None, and it is remembered, if it passes all."""
-        rules: tuple[Callable[[Conversation], str | None], ...] = (self._answers, self._language, self._copies)
-        return next(filter(None, (rule(conversation) for rule in rules)), None)
-
-    def _answers(self, conversation: Conversation) -> str | None:
-        f = self.filters
-        answers = [m.content for m in conversation.messages if m.role == "assistant"]
-        if not all(answers):
-            return "empty_answer"
-        if min(map(len, answers)) < f.min_answer_chars:
-            return "short_answer"
-        if f.max_chars and sum(len(m.content) + len(m.input) for m in conversation.messages) > f.max_chars:
+    def rule(self, example) -> str | None:
+        """The name of the first rule that an example fails; None if it passes all."""
+        texts = []
+        for message in example.messages:
+            texts += [message.content, message.input]
+        shortest = min(map(len, map(str.strip, example.answers)))
+        if shortest < self.filters.min_answer_chars:
+            return "short_answer" if shortest else "empty_answer"
+        if self.filters.max_chars and len("".join(texts)) > self.filters.max_chars:
             return "too_long"
-        for answer in answers:
-            found = words.words(answer)
-            if len(found) >= JUDGED:
-                runs = words.ngrams(words.hashes(found), 4)
-                if 1 - len(np.unique(runs)) / len(runs) > f.max_repetition:
+        text = "\n".join(texts)
+        return self.loop(example) or other_language(text, example.language, self.filters.language) or self.copy(example)
+
+    def loop(self, conversation: Conversation) -> str | None:
+        """The rule on repeated text that a conversation fails."""
+        most = self.filters.max_same_answers
+        for answer in conversation.answers:
+            spelled = words.words(answer)
+            if len(spelled) >= JUDGED:
+                runs = words.ngrams(words.hashes(spelled), 4)
+                if 1 - len(np.unique(runs)) / len(runs) > self.filters.max_repetition:
                     return "repeats_itself"
-                if f.max_same_answers and self.answers[words.fingerprint(found).item()] >= f.max_same_answers:
+                if most and self.answers[words.fingerprint(spelled).item()] >= most:
                     return "same_answer"
         return None
 
-    def _language(self, conversation: Conversation) -> str | None:
-        found = words.words(_text(conversation))
-        return "other_language" if other_language(found, conversation.language, self.filters.language) else None
-
-    def _copies(self, conversation: Conversation) -> str | None:
-        digest = hashlib.sha256(repr(conversation.messages).encode(errors="surrogatepass")).digest()
-        if digest in self.exact:
+    def copy(self, conversation: Conversation) -> str | None:
+        """The rule on copies that a conversation fails. One that fails none is remembered."""
+        digest = hashlib.sha256(repr(conversation.messages).encode()).digest()
+        if digest in self.seen:
             return "duplicate"
-        found = words.words(_text(conversation))
-        if self.minhash and found:
-            shingles = self.minhash.shingles(words.hashes(found))
-            keys = np.concatenate([words.fingerprint(found), self.minhash.keys(shingles)])
-            if self.index.duplicate(keys, shingles):
-                return "near_duplicate"
-        self.exact.add(digest)
-        for message in conversation.messages:
-            if message.role == "assistant" and len(found := words.words(message.content)) >= JUDGED:
-                self.answers[words.fingerprint(found).item()] += 1
+        if self.minhash and self.near(parts(conversation.messages)):
+            return "near_duplicate"
+        self.seen.add(digest)
+        for answer in conversation.answers:
+            self.answers[words.fingerprint(words.words(answer)).item()] += 1
         return None
 
+    def near(self, texts: list[str]) -> bool:
+        """True if each text is near the text at the same place in one earlier conversation; else they are remembered.
 
-def other_language(found: list[bytes], stated: str | None, wanted: str | None) -> bool:
-    """Whether a text, of whose words the language may be stated, is in another than is wanted; None: none is."""
-    if wanted is None or stated is not None:
-        return wanted not in (None, stated)
-    if wanted != "en" or len(found) < JUDGED:
+        MinHash with one signature for all texts, which take turns to give its rows: so conversations that differ in one
+        text seldom have a band in common, however long the texts are that they share.
+        """
+        shingles = []
+        for text in texts:
+            spelled = words.words(text) or [text.encode()]
+            shingles.append(self.minhash.shingles(words.hashes(spelled)))
+        signature = np.empty(len(self.minhash.a), dtype=np.uint32)
+        for first, part in enumerate(shingles):
+            turns = slice(first, None, len(shingles))
+            signature[turns] = self.minhash.signature(part)[turns]
+        rows = signature.reshape(self.minhash.bands, -1)
+        bands = words.mix((rows * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
+        least = self.filters.near_duplicates.threshold
+        for other in {self.bands[band] for band in bands if band in self.bands}:
+            likeness = map(jaccard, shingles, self.parts[other])
+            if len(shingles) == len(self.parts[other]) and min(likeness) >= least:
+                return True
+        for band in bands:
+            self.bands.setdefault(band, len(self.parts))
+        self.parts.append(shingles)
         return False
-    english, foreign = (sum(map(known.__contains__, found)) for known in (ENGLISH, FOREIGN))
-    letters = b"".join(found)
-    return sum(byte > 127 for byte in letters) > len(letters) / 2 or foreign > max(english, len(found) // 20)
 
 
-def _text(conversation: Conversation) -> str:
-    return "\n".join(f"{message.content}\n{message.input}" for message in conversation.messages)
+def parts(messages: tuple[Message, ...]) -> list[str]:
+    """Answers, and the lines of other messages: a prompt may begin with an instruction that all prompts have."""
+    texts = []
+    for message in messages:
+        if message.role == "assistant":
+            texts.append(message.content)
+        else:
+            texts += filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
+    return texts
+
+
+def other_language(text: str, stated: str | None, wanted: str | None) -> str | None:
+    """ "other_language" if a text is not in the wanted language. stated: its language, if the data says it."""
+    if wanted is None or stated is not None:
+        return "other_language" if wanted not in (None, stated) else None
+    spelled = words.words(text)
+    if wanted != "en" or len(spelled) < JUDGED:
+        return None
+    english, foreign = 0, 0
+    for word in spelled:
+        english += word in ENGLISH
+        foreign += word in FOREIGN
+    letters = b"".join(spelled)
+    ascii_letters = len(letters.decode().encode("ascii", "ignore"))
+    return "other_language" if 2 * ascii_letters < len(letters) or foreign > max(english, len(spelled) // 20) else None

@@ -1,6 +1,6 @@
 """Rows of packed conversations as training sees them.
 
-python -m sft.inspect configs/tiny.py                   # the first rows: what is trained is green, or in ⟦ ⟧
+python -m sft.inspect configs/tiny.py                   # the first rows: trained text is green, or in ⟦ ⟧
 python -m sft.inspect configs/tiny.py --first 100       # from that row on
 """
 
@@ -15,36 +15,33 @@ import sft.data
 from cli import UserError
 from data.inspect import count
 from data.pack import SPLITS
-from sft.data import Rows
 from sft.templates import shown
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
     spm, directory = experiment.load_tokenizer(), experiment.directory("sft_data")
-    counts = sft.data.load(directory, spm.sha256)
-    context, split = experiment.model.context_length, arguments.split
-    rows = Rows(directory, split, counts, context)
-    origins = rows.origins.read_text(encoding="utf-8").splitlines()
+    counts, context = sft.data.load(directory, spm.sha256), experiment.model.context_length
+    rows = sft.data.Rows(directory, arguments.split, counts, context)
+    origins = (directory / f"{arguments.split}.txt").read_text(encoding="utf-8").splitlines()
     if arguments.first >= rows.count:
         raise UserError(f"{rows.file} has rows 0 to {rows.count - 1:,}; found --first {arguments.first:,}")
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("⟦", "⟧")
 
-    totals = counts[split]
-    share = f"{totals['packing_efficiency']:.2%} of them used, {totals['trained']:,} tokens trained"
-    print(f"{rows.file}: {totals['conversations']:,} conversations in {rows.count:,} rows of {context:,}, {share}")
-    for name, source in totals["sources"].items():
+    total = counts[arguments.split]
+    print(f"{rows.file}: {total['conversations']:,} conversations in {rows.count:,} rows of {context:,}, ", end="")
+    print(f"{total['packing_efficiency']:.2%} of them used, {total['trained']:,} tokens trained")
+    for name, source in total["sources"].items():
         print(f"  {name}: rows {source['row']:,} to {source['row'] + source['rows'] - 1:,}")
     for row in range(arguments.first, min(arguments.first + arguments.rows, rows.count)):
-        numbers = rows.documents(row)
-        used = sum(len(rows.conversation(number)[0]) - 1 for number in numbers)
+        numbers, at = rows.documents(row), 0
+        used = rows.starts[numbers.stop] - rows.starts[numbers.start] - len(numbers)
         print(f"\nrow {row:,}: {len(numbers)} conversations, {used:,} of {context:,} tokens ({used / context:.1%})")
-        at = 0
         for number in numbers:
             ids, trained = rows.conversation(number)
             print(f"── {number:,} [{at:,} to {at + len(ids) - 1:,}) {origins[number]}")
             for learnt, part in itertools.groupby(zip(ids.tolist(), trained, strict=True), key=lambda pair: pair[1]):
-                text = shown([id for id, _ in part], spm)
+                text = shown([token for token, _ in part], spm)
                 text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
                 print(f"{green}{text}{plain}" if learnt else text, end="")
             print()

@@ -1,9 +1,12 @@
 """A small experiment on real text, and the commands run as a user runs them."""
 
 import argparse
+import functools
 import json
 import os
+import select
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more, and tests often share a machine
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +24,8 @@ if not torch.cuda.is_available():
 import configs
 import pipeline
 
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=25)
+hypothesis.settings.load_profile("suite")
 ROOT = Path(__file__).resolve().parent.parent
 
 MINI = """
@@ -93,8 +99,62 @@ def build(name: str, experiment: configs.Experiment, **switches) -> Path:
     return experiment.directory(name)
 
 
+PRESENT = os.environ.copy() | {"PYTHONPATH": str(ROOT)}  # the fork server's environment
+
+
+@functools.cache
+def fork_server() -> tuple[socket.socket, subprocess.Popen]:
+    """The fork server of this process and a socket to it: see tests/forkserver.py."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, ROOT / "tests/forkserver.py", str(theirs.fileno())]
+    quiet = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=PRESENT, pass_fds=[theirs.fileno()], **quiet)
+    theirs.close()
+    return ours, process
+
+
+def pytest_sessionfinish() -> None:
+    if fork_server.cache_info().currsize:
+        requests, process = fork_server()
+        requests.close()
+        process.wait()
+
+
 class Command(subprocess.Popen):
-    """A command under way."""
+    """A Python command under way. The fork server starts it, unless its environment differs in more than DATA, RUNS."""
+
+    report = None
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        changed = {name for name in env.keys() | PRESENT.keys() if env.get(name) != PRESENT.get(name)}
+        if preexec_fn or cwd != ROOT or changed - {"DATA", "RUNS"}:
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+            return
+        pipes, start_new_session = rest[3:9], rest[14]
+        self.report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = json.dumps([args[1:], dict(env), start_new_session]).encode()
+        descriptors = [pipes[0], pipes[3], pipes[5], theirs.fileno()]
+        socket.send_fds(fork_server()[0], [request], descriptors)
+        theirs.close()
+        self.pid = int(self.report.recv(99))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    def _internal_poll(self, *arguments, **options):
+        if not self.report:
+            return super()._internal_poll(*arguments, **options)
+        if self.returncode is None and select.select([self.report], [], [], 0)[0]:
+            self._handle_exitstatus(self._try_wait(0)[1])
+        return self.returncode
+
+    def _try_wait(self, wait_flags):
+        if not self.report:
+            return super()._try_wait(wait_flags)
+        if wait_flags and not select.select([self.report], [], [], 0)[0]:
+            return 0, 0
+        status = int(self.report.recv(99))
+        self.report.close()
+        return self.pid, status
 
     def wait_for(self, text: str) -> None:
         """Reads its output until a line has the text."""
@@ -108,7 +168,7 @@ class Place:
     def __init__(self, path: Path):
         self.path, self.config = path, path / "mini.py"
         self.raw, self.runs = path / "raw", path / "runs"
-        self.env = os.environ | {"DATA": str(self.raw), "RUNS": str(self.runs), "PYTHONPATH": str(ROOT)}
+        self.env = PRESENT | {"DATA": str(self.raw), "RUNS": str(self.runs)}
 
     def start(self, *arguments, **options) -> Command:
         """Starts a command from the repository's root."""

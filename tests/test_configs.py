@@ -1,5 +1,7 @@
 """Every shipped config loads; a mistaken one is explained in one line."""
 
+import dataclasses
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,40 +10,47 @@ import configs
 from cli import UserError
 from tests.conftest import MINI, ROOT
 
-SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+# By name: configs/ also holds the user's own.
+NAMES = """
+    alpaca alpaca_eval base base_web chat_mix demo dolly hh_harmless hh_rlhf micro micro_web oasst1 orca_dpo prose_micro
+    prose_mini prose_tiny small small_web tiny tiny_web tokenizer_web
+"""
+SHIPPED = NAMES.split()
+# Whose pretrained and fine-tuned model an experiment uses, if not its own.
+PRETRAINED = {"alpaca": "prose_tiny", "dolly": "prose_tiny", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
+PRETRAINED |= dict.fromkeys(("oasst1", "chat_mix", "hh_rlhf", "orca_dpo"), "tiny_web")
+TUNED = {"hh_rlhf": "oasst1", "orca_dpo": "oasst1", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
+TOKENIZED = {"micro": "tiny", "small": "tiny", "base": "tiny", "prose_micro": "prose_tiny", "tiny_web": "tokenizer_web"}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNS", "elsewhere")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_config_loads(name, monkeypatch):
-    monkeypatch.delenv("RUNS", raising=False)
+def test_shipped_config_loads(name):
     experiment = configs.load(f"configs/{name}.py")
     assert experiment.name == name
-    owners = {"alpaca": "prose_tiny", "dolly": "prose_tiny", "oasst1": "tiny_web", "chat_mix": "tiny_web"}
-    owners |= {"hh_rlhf": "tiny_web", "orca_dpo": "tiny_web", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
-    tuned = {"hh_rlhf": "oasst1", "orca_dpo": "oasst1", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
-    assert experiment.directory("pretrain") == Path("runs") / owners.get(name, name) / "pretrain"
-    assert experiment.directory("sft") == Path("runs") / tuned.get(name, name) / "sft"
-    assert experiment.directory("sft_data") == Path("runs") / tuned.get(name, name) / "sft_data"
-    assert experiment.directory("dpo") == Path("runs") / name / "dpo"
+    assert experiment.directory("pretrain") == Path("elsewhere") / PRETRAINED.get(name, name) / "pretrain"
+    assert experiment.directory("sft") == Path("elsewhere") / TUNED.get(name, name) / "sft"
+    assert experiment.directory("sft_data") == Path("elsewhere") / TUNED.get(name, name) / "sft_data"
+    assert experiment.directory("dpo") == Path("elsewhere") / name / "dpo"
     assert experiment.model.head_dim == 64
+    if name in TOKENIZED:
+        assert experiment.owner("tokenizer").name == TOKENIZED[name]
 
 
-def test_the_five_sizes_are_there():
-    assert {"demo", "micro", "tiny", "small", "base"} <= set(SHIPPED)
+def test_every_config_that_git_knows_is_in_the_list():
+    listed = subprocess.run(["git", "ls-files", "configs"], cwd=ROOT, capture_output=True, text=True)
+    names = {Path(name).stem for name in listed.stdout.split()} - {"__init__"}
+    assert not names or names == set(SHIPPED)  # no names: not a clone
 
 
-def test_web_recipes_are_as_large_as_they_say(monkeypatch):
-    monkeypatch.setenv("RUNS", "elsewhere")
+def test_web_recipes_are_as_large_as_they_say():
     for name, millions in {"micro_web": 200, "tiny_web": 600, "small_web": 1_800, "tokenizer_web": 100}.items():
-        experiment = configs.load(f"configs/{name}.py")
-        assert sum(source.max_tokens for source in experiment.corpus.sources) == millions * 1_000_000
-        assert {source.dataset for source in experiment.corpus.sources} == {
-            "allenai/c4",
-            "sedthh/gutenberg_english",
-            "HuggingFaceFW/fineweb-edu",
-            "wikimedia/wikipedia",
-        }
-        assert experiment.directory("tokenizer") == Path("elsewhere/tokenizer_web/tokenizer")
+        sources = configs.load(f"configs/{name}.py").corpus.sources
+        assert sum(source.max_tokens for source in sources) == millions * 1_000_000
 
 
 def test_base_web_has_two_phases_of_one_and_a_half_billion():
@@ -57,82 +66,99 @@ def test_base_web_has_two_phases_of_one_and_a_half_billion():
         assert source.max_tokens * 0.95 >= share
 
 
-def test_prose_sizes_share_their_data(monkeypatch):
-    monkeypatch.setenv("RUNS", "elsewhere")
-    experiment = configs.load("configs/prose_micro.py")
-    for stage_name in ("corpus", "tokenizer", "pack"):
-        assert experiment.owner(stage_name).name == "prose_tiny"
-
-
-@pytest.mark.parametrize(
-    ("mixture", "message"),
-    [
-        ("(Phase(start=0, weights={'x': 1}),)", "mixture names x; there are files"),
-        ("(Phase(start=5, weights={'files': 1}),)", "mixture has phases from steps [5]; expected 0 first"),
-        ("(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
-    ],
-)
-def test_mistaken_mixtures_are_explained(tmp_path, mixture, message):
-    path = tmp_path / "wrong.py"
-    text = MINI.replace("experiment = Experiment(", f"experiment = Experiment(mixture={mixture},")
-    path.write_text("from data.batches import Phase\n" + text)
-    with pytest.raises(UserError) as error:
-        configs.load(path)
-    assert message in str(error.value)
-
-
-def test_sizes_share_one_tokenizer(monkeypatch):
-    monkeypatch.setenv("RUNS", "elsewhere")
-    for name in ("micro", "small", "base"):
-        assert configs.load(f"configs/{name}.py").directory("tokenizer") == Path("elsewhere/tiny/tokenizer")
-
-
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
         ("n_layers=2", "n_layer=2", "ModelConfig has no field 'n_layer'; did you mean n_layers?"),
-        ("steps=24", "step=24", "TrainConfig has no field 'step'; did you mean steps?"),
+        ("min_chars=20),)", "min_chars=20),), lr=3", "CorpusConfig has no field 'lr'; there are sources"),
         ('name="mini",', "", "Experiment missing 1 required keyword-only argument: 'name'"),
-        ("n_layers=2", 'n_layers="2"', "n_layers is '2' (str); expected int"),
         ("steps=24", "steps=24.5", "steps is 24.5 (float); expected int | None"),
         ("d_model=32", "d_model=33", "d_model is 33 and n_heads 2"),
-        ("val_fraction=0.1", "val_fraction=1.5", "val_fraction is 1.5; expected"),
         ("vocab_size=512, context", "vocab_size=513, context", "model.vocab_size is 513 and tokenizer.vocab_size 512"),
         ('"text.jsonl",', "3,", "paths is (3,) (tuple); expected tuple[str, ...]"),
         ('("text.jsonl",)', '"text.jsonl"', "paths is 'text.jsonl' (str); expected tuple[str, ...]"),
         ('name="mini"', 'name="../mini"', "name is '../mini'; expected letters"),
         ("experiment =", "experimnt =", "sets no experiment"),
-        ("n_layers=2", "n_layers=2 n_heads", "invalid syntax"),
+        ("n_layers=2", "n_layers=2 n_heads", "line 21: SyntaxError: invalid syntax"),
         ("n_layers=2", "n_layers=two", "NameError: name 'two' is not defined"),
+        ("n_layers=2", "n_layers=2 + None", "line 21: unsupported operand"),
+        ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'x': 1}),)", "mixture names x; there are files"),
+        ('name="mini"', "name='m', mixture=(Phase(start=5, weights={'files': 1}),)", "phases from steps [5]"),
+        ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
+        ('name="mini"', "name='m', expected={'loss': (1.0, 2.0)}", "expected names 'loss'"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, before, after, message):
     path = tmp_path / "wrong.py"
     assert before in MINI
-    path.write_text(MINI.replace(before, after))
+    path.write_text(MINI.replace("\nfrom", "from data.batches import Phase\nfrom", 1).replace(before, after))
     with pytest.raises(UserError) as error:
         configs.load(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
 
 
-def test_the_line_of_a_mistake_is_named(tmp_path):
-    path = tmp_path / "wrong.py"
-    path.write_text("x = 1\ny = x + None\n")
-    with pytest.raises(UserError, match=r"wrong.py, line 2: unsupported operand"):
-        configs.load(path)
-
-
 def test_a_missing_config_is_named_with_the_one_meant():
     with pytest.raises(UserError, match=r"no config at configs/tini.py; did you mean configs/tiny.py\?"):
         configs.load("configs/tini.py")
+    with pytest.raises(UserError, match=r"no config at /nonexistent.py; see configs/$"):
+        configs.load("/nonexistent.py")
 
 
-def test_what_is_shared_must_be_the_same(tmp_path):
-    path = tmp_path / "other.py"
+def test_the_places_of_a_setting():
+    assert configs.places("lr") == ["pretrain.learning_rate", "sft.train.learning_rate", "dpo.train.learning_rate"]
+    assert configs.places("d_model") == ["model.d_model"]
+    assert configs.places("rank") == ["sft.lora.rank", "dpo.lora.rank"]
+    assert configs.places("foo") == []
+
+
+# ------------------------------------------------------------------------------------------------------------- sharing
+
+
+@pytest.fixture(scope="module")
+def tiny() -> configs.Experiment:
+    return configs.load("configs/tiny.py")
+
+
+def vary(tiny: configs.Experiment, *shared: str, **changes) -> configs.Experiment:
+    return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), **changes)
+
+
+def test_variants_of_a_fine_tuning_share_its_data(tiny):
+    train = dataclasses.replace(tiny.sft.train, learning_rate=2e-3)
+    shared = ("corpus", "tokenizer", "pack", "pretrain", "sft_data", "dpo_data")
+    experiment = vary(tiny, *shared, sft=dataclasses.replace(tiny.sft, train=train))
+    assert {name: experiment.owner(name).name for name in configs.INPUTS} == {
+        name: "tiny" if name in shared else "b" for name in configs.INPUTS
+    }
+    assert experiment.directory("sft_data") == Path("elsewhere/tiny/sft_data")
+    assert experiment.command("sft_data") == "python pipeline.py configs/tiny.py sft_data"
+
+
+@pytest.mark.parametrize(
+    ("shared", "change", "message"),
+    [
+        (("pack",), {"pack": {"val_fraction": 0.2}}, "pack is shared with tiny, but pack differs"),
+        (("sft_data",), {}, "share tokenizer with it too"),
+        (("dpo_data",), {}, "share tokenizer with it too"),
+        (("sft",), {}, "share pretrain with it too"),
+        (("tokenizer", "pretrain"), {}, "share corpus tokenizer pack with it too"),
+        (("tokenizer", "sft_data"), {"model": {"context_length": 512}}, "but model.context_length differs"),
+        (("tokenizer", "dpo_data"), {"model": {"context_length": 512}}, "but model.context_length differs"),
+        (("dpo",), {}, "shared names 'dpo'; expected one of corpus, "),
+    ],
+)
+def test_what_is_shared_must_be_the_same(tiny, shared, change, message):
+    changes = {name: dataclasses.replace(getattr(tiny, name), **fields) for name, fields in change.items()}
+    with pytest.raises(ValueError, match=message):
+        vary(tiny, *shared, **changes)
+
+
+def test_a_derived_experiment_does_not_inherit_the_expected_ranges(tmp_path):
+    path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nfrom configs.small import experiment as small\n"
-        "experiment = replace(small, name='other', pack=replace(small.pack, val_fraction=0.2))\n"
+        "from dataclasses import replace\nfrom configs.demo import experiment as demo\n"
+        "experiment = replace(demo, name='mine')\n"
     )
-    with pytest.raises(UserError, match="pack is shared with tiny, but differs"):
-        configs.load(path)
+    assert configs.load("configs/demo.py").expected
+    assert configs.load(path).expected == {}

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -41,8 +42,18 @@ from tests.conftest import ROOT, Place
 from tests.eval.test_language import RAW
 from tests.eval.test_main import evaluate, put
 from tests.eval.test_tasks import RECORDS
+from tests.test_configs import SHIPPED
 
 WRITTEN = ROOT / "tests/inventory.json"
+CONFIGS = """
+    configs.Experiment model.ModelConfig data.corpus.CorpusConfig data.sources.Files data.sources.Hub
+    data.sources.PythonDocs data.clean.Cleaning data.quality.Quality data.quality.C4 data.quality.Gopher
+    data.dedup.Deduplication tokenizer.train.TokenizerConfig data.pack.PackConfig data.batches.Phase trainer.TrainConfig
+    eval.EvalConfig sft.train.SFTConfig sft.data.ConversationConfig sft.conversations.Chats sft.conversations.HubChats
+    sft.conversations.DocQuestions sft.filters.Filters lora.LoRAConfig dpo.train.DPOConfig dpo.data.PairConfig
+    dpo.pairs.Pairs dpo.pairs.HubPairs dpo.pairs.DocPairs dpo.filters.PairFilters dpo.loss.LossConfig
+"""
+CLASSES = [pkgutil.resolve_name(name) for name in CONFIGS.split()]
 COMMANDS = {  # how each is started: a file and, after it, the subcommand if there is one
     **{"pipeline": "pipeline.py", "pretrain": "train.py", "download": "eval/download.py"},
     **{"inspect": "data/inspect.py", "sft_inspect": "sft/inspect.py"},
@@ -50,8 +61,8 @@ COMMANDS = {  # how each is started: a file and, after it, the subcommand if the
     **{name: f"convert.py {name}" for name in ("to-hf", "from-hf")},
 }
 NAMES = {  # that configs, requests and data may have in them
-    "conversations": {name: layout.fields for name, layout in sft.conversations.FORMATS.items()},
-    "pairs": {name: layout.fields for name, layout in dpo.pairs.FORMATS.items()},
+    "conversations": sft.conversations.FORMATS,
+    "pairs": dpo.pairs.FORMATS,
     "text files": sources.Files.formats,
     "record files": sources.FileRecords.formats,
     "compressed": list(sources.OPEN),
@@ -63,7 +74,7 @@ NAMES = {  # that configs, requests and data may have in them
     "tasks": eval.tasks.TASKS,
     "chat commands": serving.chat.COMMANDS.split(),
     "server metrics": list(serving.api.HELP),
-    "shipped configs": sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py")),
+    "shipped configs": SHIPPED,
 }
 
 
@@ -118,7 +129,7 @@ def server(place: Place) -> dict:
 def shape(value, name: str = ""):
     """The keys of nested objects and the types of what is in them; of tensors also the size."""
     if isinstance(value, dict):
-        if value.get("type") in [config.__name__ for config in configs.CONFIGS]:
+        if value.get("type") in [config.__name__ for config in CLASSES]:
             return value["type"]
         many = len(value) > 200 or (value and all(isinstance(key, int) for key in value))
         if name == "wrote":  # digests
@@ -190,7 +201,7 @@ def generate(place: Place) -> dict:
         patch.setenv("RUNS", str(place.runs))
         run, converted = run_files(place)
         found = {
-            "configs": {config.__name__: fields(config) for config in configs.CONFIGS},
+            "configs": {config.__name__: fields(config) for config in CLASSES},
             "commands": {name: switches(command) for name, command in COMMANDS.items()},
             "names": NAMES,
             "server": server(place),

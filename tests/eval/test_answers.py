@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -14,10 +15,11 @@ import generate
 import stage
 from eval import EvalConfig
 from eval.answers import answers, nats_by_conversation
+from eval.language import Subject
+from sft.conversations import Message
 from sft.data import Rows
 from sft.templates import render
 from tests.conftest import Place
-from tests.eval.test_main import evaluate
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def loaded(fine_tuned: Place):
 
 def test_every_conversation_costs_what_it_costs_alone(loaded):
     model, _, held_out, spm = loaded
-    nats, counts = nats_by_conversation(model, held_out, (spm.control["<|im_end|>"],))
+    nats, counts = nats_by_conversation(Subject(model, spm), held_out, (spm.control["<|im_end|>"],))
     for number in range(len(held_out.starts) - 1):
         ids, trained = (torch.from_numpy(part) for part in held_out.conversation(number))
         log_p = torch.log_softmax(model(ids[None, :-1])[0].double(), 1)
@@ -46,8 +48,8 @@ def test_every_conversation_costs_what_it_costs_alone(loaded):
 
 def test_loss_error_and_baseline_by_hand(loaded):
     model, train, held_out, spm = loaded
-    numbers, _ = answers(model, train, held_out, "chatml", spm, EvalConfig(answers=2, answer_tokens=4))
-    split, counted = nats_by_conversation(model, held_out, (spm.control["<|im_end|>"],))
+    numbers = answers(Subject(model, spm, "chatml", EvalConfig(answers=2, answer_tokens=4)), train, held_out, "chatml")
+    split, counted = nats_by_conversation(Subject(model, spm), held_out, (spm.control["<|im_end|>"],))
     nats, counts = split.sum(1), counted.sum(1)
     assert numbers["loss_words"] == pytest.approx(split[:, 0].sum() / counted[:, 0].sum())
     assert numbers["loss_ends"] == pytest.approx(split[:, 1].mean())
@@ -65,9 +67,9 @@ def test_loss_error_and_baseline_by_hand(loaded):
 
 def test_the_same_questions_are_answered_whatever_the_model(loaded):
     model, train, held_out, spm = loaded
-    config = EvalConfig(answers=3, answer_tokens=6, seed=7)
-    texts = answers(model, train, held_out, "chatml", spm, config)[1]
-    other = answers(model.train().eval(), train, held_out, "chatml", spm, config)[1]
+    subject = Subject(model, spm, "chatml", EvalConfig(answers=3, answer_tokens=6, seed=7))
+    texts = answers(subject, train, held_out, "chatml")["texts"]
+    other = answers(subject._replace(template=None), train, held_out, "chatml")["texts"]
     assert texts == other
     assert [text["seed"] for text in texts] == [7, 8, 9]
     for text in texts:
@@ -83,51 +85,32 @@ def test_a_mark_of_the_template_in_an_answer_is_counted(loaded):
         model.head.weight.zero_()
         model.head.weight[spm.control["<|im_start|>"]] = 50 * torch.sign(model.norm.weight)
         model.norm.weight.abs_()
-    found = answers(model, train, held_out, "chatml", spm, EvalConfig(answers=4, answer_tokens=40, temperature=1.0))
-    texts = found[1]
-    assert found[0]["marked"] == sum("<|im_start|>" in text["answer"] for text in texts) / 4 > 0
+    config = EvalConfig(answers=4, answer_tokens=40, temperature=1.0)
+    found = answers(Subject(model, spm, "chatml", config), train, held_out, "chatml")
+    assert found["marked"] == sum("<|im_start|>" in text["answer"] for text in found["texts"]) / 4 > 0
 
 
-def test_both_stages_are_measured_and_the_report_sets_them_side_by_side(tuned: Place):
-    out = evaluate(tuned)
-    found = json.loads((tuned.runs / "mini/eval/results.json").read_text())
-    assert list(found) == ["pretrain", "sft"]
+def test_stages_are_measured_alike_and_the_report_sets_them_side_by_side(measured: Place, loaded):
+    found = json.loads((measured.runs / "mini/eval/results.json").read_text())
     assert found["sft"]["answers"]["loss"] < found["pretrain"]["answers"]["loss"]
     assert found["sft"]["answers"]["baseline"] == found["pretrain"]["answers"]["baseline"]
-    adapter = stage.read_manifest(tuned.runs / "mini/sft/final")["wrote"]["adapter.pt"]["sha256"]
+    adapter = stage.read_manifest(measured.runs / "mini/sft/final")["wrote"]["adapter.pt"]["sha256"]
     assert {entry["checkpoint"] for entry in found["sft"].values() if "n" in entry} == {adapter}
-    assert "sft        | answers" in out or "sft      | answers" in out
-    texts = json.loads((tuned.runs / "mini/eval/generations.json").read_text())
+    texts = json.loads((measured.runs / "mini/eval/generations.json").read_text())
     for task in ("answers", "smoke", "prompts"):
         before, after = texts["pretrain"][task], texts["sft"][task]
         assert [(text["prompt"], text["seed"]) for text in before] == [(text["prompt"], text["seed"]) for text in after]
-    assert "is up to date" in evaluate(tuned)
-    page = tuned.run("pipeline.py", tuned.config, "report") and (tuned.runs / "mini/REPORT.md").read_text()
-    for text in texts["pretrain"]["answers"]:
-        at = page.index(text["prompt"].splitlines()[1])
-        assert page.index("After pretrain", at) < page.index("After sft", at)
-
-
-def test_a_fine_tuned_model_is_asked_by_its_template(tuned: Place, loaded):
-    evaluate(tuned)
-    texts = json.loads((tuned.runs / "mini/eval/generations.json").read_text())["sft"]["prompts"]
+    # A fine-tuned model is asked in its template.
     model, _, _, spm = loaded
-    from sft.conversations import Message
-
-    ids = render("chatml", [Message("user", texts[0]["prompt"])], spm, ask=True)[0]
+    first = texts["sft"]["prompts"][0]
+    ids = render("chatml", [Message("user", first["prompt"])], spm, ask=True)[0]
     stop = (spm.eos, spm.control["<|im_end|>"])
     new = generate.generate(model, ids, 128, temperature=0.7, top_p=0.9, seed=0, stop=stop)
-    assert texts[0]["answer"] == spm.decode(new, begins=False)
-
-
-def test_a_checkpoint_by_path_is_the_stage_that_it_is_of(tuned: Place):
-    evaluate(tuned, "--checkpoint", tuned.runs / "mini/sft/best")
-    assert list(json.loads((tuned.runs / "mini/sft/eval_best/results.json").read_text())) == ["sft"]
-    evaluate(tuned, "--checkpoint", tuned.runs / "mini/pretrain/best")
-    assert list(json.loads((tuned.runs / "mini/pretrain/eval_best/results.json").read_text())) == ["pretrain"]
-
-
-def test_without_conversations_the_task_is_skipped(trained: Place):
-    evaluate(trained)
-    entry = json.loads((trained.runs / "mini/eval/results.json").read_text())["pretrain"]["answers"]
-    assert entry["skipped"] == f"no conversations; make them with: python pipeline.py {trained.config} sft_data"
+    assert first["answer"] == spm.decode(new, begins=False)
+    out = measured.run("pipeline.py", measured.config, "report").stdout
+    said = re.findall(r"(?m)^(prompt|pretrain|sft|dpo|truth) +\D", out)
+    assert said[-5:] == ["prompt", "pretrain", "sft", "dpo", "truth"]
+    page = (measured.runs / "mini/REPORT.md").read_text()
+    for text in texts["pretrain"]["answers"]:
+        at = page.index(text["prompt"].splitlines()[1], page.index("## Samples"))
+        assert page.index("\npretrain", at) < page.index("\nsft", at) < page.index("\ntruth:", at)

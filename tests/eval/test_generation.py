@@ -1,31 +1,25 @@
 """The rules that judge answers, by hand; and that nothing of what is shown was chosen by what the model says."""
 
-import math
 from collections import Counter
 
 import pytest
-import torch
 
 import checkpoint
 import data.pack
 import generate
 import tokenizer
-from cli import UserError
 from eval import EvalConfig
 from eval.generation import continuations, prompts, smoke
-from eval.prompts import LONGER, SMOKE, Prompt, distinct, judge, repetition, words
-from model import Transformer
+from eval.language import Subject
+from eval.prompts import SMOKE, TEXTS, Prompt, distinct, judge, repetition, words
 from tests.conftest import Place
 
 CONFIG = EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8, answer_tokens=12, seed=3)
 
 
-def test_the_prompts_are_those_that_were_asked_for():
-    assert len(SMOKE) == 24
-    assert set(Counter(prompt.category for prompt in SMOKE).values()) == {3}
-    assert len({prompt.category for prompt in SMOKE}) == 8
-    assert len(LONGER) == 5
-    assert len({prompt.text for prompt in SMOKE} | set(LONGER)) == 29
+def test_three_prompts_in_each_of_eight_categories():
+    assert list(Counter(prompt.category for prompt in SMOKE).values()) == [3] * 8
+    assert (len(TEXTS["prompts"]), len(TEXTS["everyday"])) == (5, 15)
 
 
 def test_an_empty_answer_passes_no_prompt():
@@ -69,13 +63,14 @@ def test_each_rule(answer, fails):
 def subject(made: Place):
     spm = tokenizer.load(made.runs / "mini/tokenizer")
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["val"]
-    return checkpoint.load_model(made.runs / "mini/pretrain/final"), spm, packed
+    return Subject(checkpoint.load_model(made.runs / "mini/pretrain/final"), spm, None, CONFIG), packed
 
 
 def test_continuations_are_of_held_out_documents_and_fixed(subject):
-    model, spm, packed = subject
-    (numbers, first), again = (continuations(model, spm, packed, CONFIG) for _ in range(2))
-    assert (numbers, first) == again
+    subject, packed = subject
+    numbers, again = (continuations(subject, packed) for _ in range(2))
+    assert numbers == again
+    first, spm = numbers["texts"], subject.tokenizer
     assert [each["seed"] for each in first] == [3, 4]
     texts = [spm.decode(ids.tolist()) for ids in packed.documents()]
     for example in first:
@@ -87,28 +82,21 @@ def test_continuations_are_of_held_out_documents_and_fixed(subject):
 
 
 def test_answers_are_what_generate_gives(subject):
-    model, spm, _ = subject
-    numbers, texts = prompts(model, spm, None, CONFIG)
-    for i, (prompt, text) in enumerate(zip(LONGER, texts, strict=True)):
+    subject, _ = subject
+    spm, asked = subject.tokenizer, TEXTS["prompts"]
+    numbers = prompts(subject, asked)
+    for i, (prompt, text) in enumerate(zip(asked, numbers["texts"], strict=True)):
         options = {"temperature": CONFIG.temperature, "top_p": CONFIG.top_p, "seed": 3 + i, "stop": (spm.eos,)}
-        new = generate.generate(model, [spm.bos, *spm.encode(prompt)], 12, **options)
+        new = generate.generate(subject.model, [spm.bos, *spm.encode(prompt)], 12, **options)
         assert (text["prompt"], text["answer"]) == (prompt, spm.decode(new, begins=False))
         assert text["ended"] == (len(new) < 12)
-    assert numbers["distinct_1"] == distinct([words(text["answer"]) for text in texts], 1)
-    assert numbers["ended"] == sum(text["ended"] for text in texts) / 5
-
-
-def test_weights_that_are_not_finite(subject):
-    model, spm, _ = subject
-    broken = Transformer(model.config).eval()
-    torch.nn.init.constant_(broken.head.weight, math.nan)
-    with pytest.raises(UserError, match="the logits are not finite"):
-        smoke(broken, spm, None, CONFIG)
+    assert numbers["distinct_1"] == distinct([words(text["answer"]) for text in numbers["texts"]], 1)
+    assert numbers["ended"] == sum(text["ended"] for text in numbers["texts"]) / 5
 
 
 def test_smoke_counts_what_passed(subject):
-    model, spm, _ = subject
-    numbers, texts = smoke(model, spm, None, CONFIG)
+    numbers = smoke(subject[0])
+    texts = numbers["texts"]
     assert [text["prompt"] for text in texts] == [prompt.text for prompt in SMOKE]
     for prompt, text in zip(SMOKE, texts, strict=True):
         assert text["rules"] == judge(prompt, text["answer"])

@@ -2,6 +2,7 @@
 
 import lzma
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,28 @@ import checkpoint
 import data.pack
 import tokenizer
 from cli import UserError
-from eval.language import articles, detokenized, ratio, token_nats, validation, wikitext2
+from eval import EvalConfig
+from eval.language import Subject, articles, detokenized, token_nats, validation, wikitext2
 from model import ModelConfig, Transformer
 from tests.conftest import Place
 
-SHAPE = ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)
+
+@pytest.fixture(scope="module")
+def strong() -> Subject:
+    """A model whose opinions depend on every token before, and a tokenizer that knows the id that opens a text."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=31, context_length=8, n_layers=1, d_model=16, n_heads=2)).eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(50)
+        model.head.weight.mul_(50)
+    return Subject(model, SimpleNamespace(bos=1))
+
+
+@torch.inference_mode()
+def nats_after(subject: Subject, stream: list[int], first: int, i: int) -> float:
+    """What the token after position i costs, given those from `first` on."""
+    logits = subject.model(torch.tensor([stream[first : i + 1]]))[0, -1]
+    return -float(torch.log_softmax(logits.double(), 0)[stream[i + 1]])
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
@@ -24,7 +42,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
     torch.nn.init.zeros_(model.head.weight)
     spm = tokenizer.load(made.runs / "mini/tokenizer")
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["val"]
-    found = validation(model, packed, spm, 10**9)
+    found = validation(Subject(model, spm), packed)
     assert found["perplexity"] == pytest.approx(512)
     assert found["bits_per_byte"] == pytest.approx(9 * len(packed.tokens) / packed.bytes)
     joined = "\n".join(spm.decode(ids.tolist()) for ids in packed.documents()).encode()
@@ -32,69 +50,40 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(made: Place):
     assert found["n"] == len(packed.tokens)
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 9, 12, 13, 16, 40, 41])
-def test_each_token_is_predicted_once_from_at_least_half_a_context(n):
-    torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
-    with torch.no_grad():
-        model.embed.weight.mul_(50)
-        model.head.weight.mul_(50)
+@pytest.mark.parametrize("n", [1, 3, 8, 9, 12, 13, 16, 41])
+def test_each_token_is_predicted_once_from_at_least_half_a_context(strong, n):
     tokens = np.random.default_rng(0).integers(31, size=n)
-    found = token_nats(model, tokens, bos=1)
-    stream, T = [1, *tokens.tolist()], 8
+    found, stream, T = token_nats(strong, tokens), [1, *tokens.tolist()], 8
     assert found.shape == (n,)
     for i in range(n):
         # All contexts the token may have: no longer than T, and reaching its stream's start or half a context back.
-        allowed = []
-        for first in range(max(0, i - T + 1), (0 if i < T else i - T // 2) + 1):
-            with torch.no_grad():
-                log_p = torch.log_softmax(model(torch.tensor([stream[first : i + 1]]))[0, -1].double(), 0)
-            allowed.append(-float(log_p[stream[i + 1]]))
-        assert min(abs(found[i] - nats) for nats in allowed) < 1e-4
+        firsts = range(max(0, i - T + 1), (0 if i < T else i - T // 2) + 1)
+        assert min(abs(found[i] - nats_after(strong, stream, first, i)) for first in firsts) < 1e-4
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 19, 24, 33])
-def test_windows_that_do_not_overlap(n):
-    """As lm-evaluation-harness takes them: each predicts context_length tokens, given the one before them and its own;
-    the last one ends where the text does, and counts what is left."""
-    torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
-    with torch.no_grad():
-        model.embed.weight.mul_(50)
-        model.head.weight.mul_(50)
-    tokens = np.random.default_rng(1).integers(31, size=n).tolist()
-    found = token_nats(model, np.array(tokens), 1, step=8)
-    stream = [1, *tokens]
+@pytest.mark.parametrize("n", [1, 8, 9, 19, 33])
+def test_windows_that_do_not_overlap(strong, n):
+    """As in lm-evaluation-harness: each predicts context_length tokens; the last one ends where the text ends."""
+    tokens = np.random.default_rng(1).integers(31, size=n)
+    found = token_nats(strong, tokens, step=8)
     for i in range(n):
         window = min(i // 8 * 8, max(0, n - 8))
-        with torch.no_grad():
-            log_p = torch.log_softmax(model(torch.tensor([stream[window : i + 1]]))[0, -1].double(), 0)
-        assert found[i] == pytest.approx(-float(log_p[stream[i + 1]]), abs=1e-4)
+        assert found[i] == pytest.approx(nats_after(strong, [1, *tokens.tolist()], window, i), abs=1e-4)
 
 
-def test_weights_that_are_not_finite():
-    model = Transformer(SHAPE).eval()
-    torch.nn.init.constant_(model.head.weight, np.nan)
+def test_weights_that_are_not_finite(strong):
+    broken = Transformer(strong.model.config).eval()
+    torch.nn.init.constant_(broken.head.weight, np.nan)
     with pytest.raises(UserError, match="the logits are not finite"):
-        token_nats(model, np.arange(20), 1)
-
-
-def test_the_error_of_a_ratio():
-    """Of five documents, one left out at a time: the jackknife's error is near, and that of one document is unknown."""
-    bits, sizes = np.array([9.0, 22, 31, 38, 55]), np.array([10, 20, 30, 40, 50])
-    mean, error = ratio(bits, sizes)
-    others = [np.delete(bits, i).sum() / np.delete(sizes, i).sum() for i in range(5)]
-    jackknife = np.sqrt(4 / 5 * np.square(others - np.mean(others)).sum())
-    assert mean == bits.sum() / sizes.sum()
-    assert error == pytest.approx(jackknife, rel=0.15)
-    assert np.isnan(ratio(bits[:1], sizes[:1])[1])
+        token_nats(strong._replace(model=broken), np.arange(20))
 
 
 def test_of_many_held_out_documents_some_are_read(made: Place):
     model = checkpoint.load_model(made.runs / "mini/pretrain/final")
     spm = tokenizer.load(made.runs / "mini/tokenizer")
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["val"]
-    whole, third = (validation(model, packed, spm, n) for n in (len(packed.tokens), len(packed.tokens) // 3 + 1))
+    few = EvalConfig(validation_tokens=len(packed.tokens) // 3 + 1)
+    whole, third = (validation(Subject(model, spm, None, config), packed) for config in (EvalConfig(), few))
     documents = [len(ids) for ids in packed.documents()]
     assert (whole["n"], third["n"]) == (sum(documents), sum(documents[::3]))
     assert third["documents"] == len(documents[::3])
@@ -126,7 +115,7 @@ def test_perplexities_of_a_uniform_model(made: Place):
     model = Transformer(ModelConfig(vocab_size=512, context_length=64, n_layers=1, d_model=16, n_heads=2)).eval()
     torch.nn.init.zeros_(model.head.weight)
     spm = tokenizer.load(made.runs / "mini/tokenizer")
-    found = wikitext2(model, spm, RAW)
+    found = wikitext2(Subject(model, spm), RAW)
     tokens = sum(len(spm.encode(detokenized(page))) for page in articles(RAW))
     words = sum(len(re.split(r"\s+", page)) for page in articles(RAW))
     size = len(RAW.removeprefix(" \n").encode())

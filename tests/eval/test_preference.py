@@ -17,6 +17,7 @@ import configs
 import stage
 from dpo.data import PairRows
 from eval import preference as task
+from eval.language import Subject
 from tests.conftest import Place
 from tests.eval.test_main import evaluate
 
@@ -26,7 +27,7 @@ def measured(monkeypatch, policy: list, reference: list, ends: list, prompts: li
     bounds = np.array([np.cumsum([0, *lengths]) for lengths in ends])
     pairs = SimpleNamespace(bounds=bounds, prompts=np.array(prompts), kinds=np.array(kinds), names=["a", "b"])
     monkeypatch.setattr(task, "of_pairs", lambda model, pairs, name: torch.tensor(policy, dtype=torch.float64))
-    return task.preference(None, pairs, torch.tensor(reference, dtype=torch.float64), beta)
+    return task.preference(Subject(None, None), pairs, torch.tensor(reference, dtype=torch.float64), beta)
 
 
 def test_by_hand(monkeypatch):
@@ -81,20 +82,32 @@ def test_where_no_lengths_match_the_number_is_missing(monkeypatch):
     assert found["win_rate"] == 1
 
 
-def test_three_stages_and_the_report(preferring: Place, tmp_path: Path):
-    out = evaluate(preferring)
-    found = json.loads((preferring.runs / "mini/eval/results.json").read_text())
+@pytest.mark.parametrize(
+    ("wins", "prompts", "error"),
+    [
+        ([0.5, 0.5, 0.5], [0, 1, 2], 0),  # a model beside itself: ties by construction
+        ([1, 1, 1], [0, 1, 2], math.sqrt(5 / 7 * 2 / 7 / 7)),
+        ([1, 0, 1, 0], [0, 0, 1, 1], math.sqrt(1 / 4 / 6)),  # each prompt half: the next may differ
+        ([1, 0], [0, 0], math.sqrt(1 / 4 / 5)),  # a single prompt
+    ],
+)
+def test_prompts_that_score_alike_promise_no_certainty(wins, prompts, error):
+    found = task.clustered(np.array(wins, dtype=float), np.ones(len(wins)), np.array(prompts))
+    assert found[1] == pytest.approx(error)
+
+
+def test_three_stages(measured: Place, tmp_path: Path):
+    found = json.loads((measured.runs / "mini/eval/results.json").read_text())
     assert list(found) == ["pretrain", "sft", "dpo"]
-    assert "dpo      | preference" in out
     reference = found["sft"]["preference"]  # beside itself
     assert (reference["win_rate"], reference["margin"], reference["stderr"]) == (0.5, 0.0, 0.0)
     assert found["dpo"]["preference"]["win_rate"] > 0.7
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RUNS", str(preferring.runs))
-        experiment = configs.load(preferring.config)
-    counts = stage.read_manifest(preferring.runs / "mini/dpo_data")["counts"]
-    held_out = PairRows(preferring.runs / "mini/dpo_data", "val", counts)
-    models = [checkpoint.load_model(preferring.runs / f"mini/{name}/final").double() for name in ("dpo", "sft")]
+        patch.setenv("RUNS", str(measured.runs))
+        experiment = configs.load(measured.config)
+    counts = stage.read_manifest(measured.runs / "mini/dpo_data")["counts"]
+    held_out = PairRows(measured.runs / "mini/dpo_data", "val", counts)
+    models = [checkpoint.load_model(measured.runs / f"mini/{name}/final").double() for name in ("dpo", "sft")]
     margins = []
     for ids, (p, c, r) in zip(*(part.tolist() for part in held_out.read(range(held_out.count))[:2]), strict=True):
         rewards = []
@@ -106,19 +119,6 @@ def test_three_stages_and_the_report(preferring: Place, tmp_path: Path):
         margins.append(rewards[0] - rewards[1])
     assert found["dpo"]["preference"]["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
     assert found["dpo"]["preference"]["win_rate"] == np.mean(np.array(margins) > 0)
-    preferring.run("pipeline.py", preferring.config, "report")
-    page = " ".join((preferring.runs / "mini/REPORT.md").read_text().split())
-    for text in ("dpo wins", "What that has cost", "### Everyday prompts", "plots/dpo.png", "dpo_data"):
-        assert text in page, text
-    texts = json.loads((preferring.runs / "mini/eval/generations.json").read_text())
-    assert [len(each["everyday"]) for each in texts.values()] == [15, 15, 15]
-    copy = Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True))  # other tests share the original
+    copy = Place(shutil.copytree(measured.path, tmp_path, dirs_exist_ok=True))  # other tests share the original
     evaluate(copy, "--checkpoint", copy.runs / "mini/dpo/best")
     assert list(json.loads((copy.runs / "mini/dpo/eval_best/results.json").read_text())) == ["dpo"]
-
-
-@pytest.mark.slow
-def test_without_pairs_the_task_is_skipped(tuned: Place):
-    evaluate(tuned)
-    entry = json.loads((tuned.runs / "mini/eval/results.json").read_text())["sft"]["preference"]
-    assert entry["skipped"] == f"no pairs; make them with: python pipeline.py {tuned.config} dpo_data"

@@ -77,93 +77,43 @@ def test_data_is_found_by_name(raw, end):
     (raw / "hellaswag_val1000.jsonl.xz").touch()
     assert PUBLISHED["hellaswag"].find() == raw / "hellaswag_val1000.jsonl.xz"
     (raw / "piqa_val2.jsonl").touch()
-    with pytest.raises(UserError, match="which is it"):
+    with pytest.raises(UserError, match="remove all but one"):
         PUBLISHED["piqa"].find()
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"", "is empty"),
-        (b"\n \n", "is empty"),
-        (b"{", "line 1: not a record of baber/piqa"),
-        (b"[1]", "line 1"),
-        (b"null", "line 1"),
-        (b'{"goal": "x"}', "no 'sol1'"),
-        (json.dumps(RECORDS["piqa"]).encode() + b"\n" + b'{"goal": 1, "sol1": "a", "sol2": "b", "label": 3}', "line 2"),
-        (json.dumps(RECORDS["piqa"] | {"sol1": " "}).encode(), "a choice is empty"),
-        (json.dumps(RECORDS["piqa"] | {"sol1": 5}).encode(), "line 1"),
-        (json.dumps(RECORDS["piqa"] | {"goal": "\ud800"}).encode(), "line 1"),
-        (b"\xff\xfe", "cannot be read"),
-        (b"[" * 100_000, "line 1"),
+        ("piqa", "\n \n", "the file is empty"),
+        ("piqa", "{", "line 1: not the data of baber/piqa"),
+        ("piqa", '{"goal": "x"}', "line 1: .*'sol1'"),
+        ("piqa", json.dumps(RECORDS["piqa"]) + '\n{"goal": "x", "sol1": "a", "sol2": "b", "label": 3}', "line 2"),
+        ("piqa", json.dumps(RECORDS["piqa"] | {"sol1": 5}), "line 1"),
+        ("arc_easy", json.dumps(RECORDS["arc_easy"] | {"answerKey": "E"}), "line 1"),
+        ("winogrande", json.dumps(RECORDS["winogrande"] | {"sentence": "No blank."}), "line 1"),
+        ("boolq", json.dumps(RECORDS["boolq"] | {"answer": "yes"}), "line 1"),
+        ("wikitext2", "= Ice =\nIce is frozen .\n", "no title line"),
     ],
 )
-def test_data_that_is_not_what_it_should_be(raw, content, message):
-    path = raw / "piqa_val.jsonl"
-    path.write_bytes(content)
+def test_data_that_is_not_what_it_should_be(raw, name, content, message):
+    path = raw / "data"
+    path.write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        PUBLISHED["piqa"].load(path)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("hellaswag", {"endings": "abcd"}),
-        ("hellaswag", {"endings": {"a": 1, "b": 2}}),
-        ("hellaswag", {"label": 0.9}),
-        ("hellaswag", {"label": True}),
-        ("hellaswag", {"label": float("inf")}),
-        ("arc_easy", {"choices": {"text": ["rain", "sun", "fog"], "label": ["A", "B"]}}),
-        ("arc_easy", {"choices": {"text": ["rain", "sun"], "label": ["A", "A"]}}),
-        ("arc_easy", {"answerKey": "E"}),
-        ("arc_easy", {"choices": {"text": "ab", "label": ["A", "B"]}}),
-        ("winogrande", {"option1": " "}),
-        ("winogrande", {"sentence": "No blank."}),
-        ("winogrande", {"answer": "3"}),
-        ("blimp", {"linguistics_term": "\ud800"}),
-        ("piqa", {"sol1": ["a"]}),
-    ],
-)
-def test_records_of_wrong_types(raw, name, change):
-    path = raw / f"{name}.jsonl"
-    path.write_text(json.dumps(RECORDS[name] | change))
-    with pytest.raises(UserError, match="line 1: not a record"):
         PUBLISHED[name].load(path)
+    assert str(path) in str(error.value)
 
 
 def test_running_text_as_it_should_be(raw):
     path = raw / "wiki.test.raw"
     path.write_bytes(b" \r\n = Ice = \r\n \r\n Ice is frozen . \r\n")
     assert PUBLISHED["wikitext2"].load(path) == " \n = Ice = \n \n Ice is frozen . \n"
-    path.write_text("= Ice =\nIce is frozen .\n")
-    with pytest.raises(UserError, match="does not begin with a title"):
-        PUBLISHED["wikitext2"].load(path)
-
-
-def test_what_is_no_file(raw):
-    (raw / "piqa_val.jsonl").symlink_to(raw / "nowhere")
-    with pytest.raises(UserError, match="is not a file"):
-        PUBLISHED["piqa"].find()
 
 
 def test_a_damaged_archive(raw):
     path = raw / "piqa_val.jsonl.xz"
     path.write_bytes(lzma.compress(json.dumps(RECORDS["piqa"]).encode())[:-8])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"piqa_val.jsonl.xz: not the data"):
         PUBLISHED["piqa"].load(path)
-
-
-def test_blimp_wants_a_term(raw):
-    path = raw / "blimp.jsonl"
-    path.write_text(json.dumps(RECORDS["blimp"] | {"linguistics_term": None}))
-    with pytest.raises(UserError, match="line 1: not a record"):
-        PUBLISHED["blimp"].load(path)
-
-
-def test_boolq_wants_true_or_false():
-    with pytest.raises(ValueError, match="'yes', not true or false"):
-        tasks.boolq(RECORDS["boolq"] | {"answer": "yes"})
 
 
 def local(name: str, raw, records: list[dict], monkeypatch) -> None:
@@ -193,10 +143,10 @@ def test_download_of_running_text(raw, monkeypatch):
 
 def test_a_download_that_fails_leaves_nothing(raw, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "piqa", dataclasses.replace(PUBLISHED["piqa"], dataset=str(raw / "nowhere")))
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot load the dataset"):
         download.download(PUBLISHED["piqa"])
     local("boolq", raw, [RECORDS["piqa"]], monkeypatch)
-    with pytest.raises(UserError, match="not a record"):
+    with pytest.raises(UserError, match="not the data"):
         download.download(PUBLISHED["boolq"])
     assert not list(raw.glob("*.jsonl")) + list(raw.glob(".*"))
 

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -21,14 +20,15 @@ import stage
 from cli import UserError
 from configs import Experiment
 from data.corpus import CorpusConfig
+from data.holdout import held_out
 from data.sources import Files
-from sft.conversations import Chats, Message
-from sft.data import ConversationConfig, Rows, Split, write
+from sft.conversations import Chats, HubChats, Message
+from sft.data import ConversationConfig, Item, Rows, write
 from sft.filters import Filters
 from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
-from sft.train import FineTuning, SFTConfig
-from tests.conftest import CHATS, MINI, Place, build, write_lines
+from sft.train import FineTuning
+from tests.conftest import CHATS, MINI, WORDS, Place, build, write_lines
 from trainer import Task
 
 ANY = Filters(language=None, near_duplicates=None)
@@ -72,14 +72,14 @@ def made(place: Place, *records: dict, context: int = 64, **changes) -> tuple[Pa
     return directory, json.loads((directory / "manifest.json").read_text())["counts"]
 
 
-def in_val(question: str, fraction: float = 0.2) -> bool:
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64 < fraction
+def in_val(question: str) -> bool:
+    return held_out(question.encode(), 0.2)
 
 
 def question(split: str, number: int = 0) -> str:
-    """One that belongs to a split, by its hash."""
-    found = (text for n in itertools.count() if in_val(text := f"Ask {n}.") is (split == "val"))
-    return next(itertools.islice(found, number, None))
+    """A question that belongs to a split by its hash."""
+    questions = (text for n in itertools.count() if in_val(text := f"Ask {n}.") is (split == "val"))
+    return next(itertools.islice(questions, number, None))
 
 
 def pair(asked: str, answer: str) -> dict:
@@ -135,7 +135,7 @@ def test_the_files_hold_what_the_template_gives(here: Place, template):
     assert counts["dtype"] == "<u2"
 
 
-def test_what_is_kept_and_dropped_is_counted_by_rule_and_by_source(here: Place):
+def test_kept_and_dropped_are_counted_by_rule_and_by_source(here: Place):
     own = [*CHATS, CHATS[0], pair("Say nothing.", ""), pair("Say it long.", "x" * 200)]
     write_lines(here.raw / "other.jsonl", [CHATS[1], pair("Say other.", "other"), {"prompt": "no answer"}, {"a": 1}])
     sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",), unreadable="skip"))
@@ -155,20 +155,6 @@ def test_what_is_kept_and_dropped_is_counted_by_rule_and_by_source(here: Place):
     assert sum(len(ids) for ids in every) == counts["train"]["tokens"] + counts["val"]["tokens"]
 
 
-def test_sources_lie_in_rows_of_their_own(here: Place):
-    write_lines(here.raw / "other.jsonl", [pair(question("train", i), "other") for i in range(40)])
-    sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",)))
-    directory, counts = made(here, sources=sources, filters=ANY)
-    parts = counts["train"]["sources"]
-    assert parts["other"]["row"] == parts["chats"]["rows"]
-    assert parts["chats"]["rows"] + parts["other"]["rows"] == counts["train"]["rows"]
-    origins = (directory / "train.txt").read_text().splitlines()
-    for name, file in (("chats", "chats.jsonl"), ("other", "other.jsonl")):
-        rows = Rows(directory, "train", counts, 64, source=name)
-        numbers = [number for row in range(rows.count) for number in rows.conversations(row)]
-        assert {origins[number].split(":")[0] for number in numbers} == {file}
-
-
 def test_a_split_is_decided_by_the_first_question_alone(here: Place):
     """Of two answers to it both are on one side; and no other conversation has a say."""
     again = [pair(each["prompt"], f"again {i}") for i, each in enumerate(CHATS)]
@@ -176,27 +162,16 @@ def test_a_split_is_decided_by_the_first_question_alone(here: Place):
     for split in ("train", "val"):
         numbers = {int(line.split(":")[1]) - 1 for line in (directory / f"{split}.txt").read_text().splitlines()}
         assert numbers == {i for i, each in enumerate(CHATS * 2) if in_val(each["prompt"]) is (split == "val")}
-    reduced = [each for i, each in enumerate([*CHATS, *again]) if i % 3]
-    directory, _ = made(here, *reversed(reduced), filters=ANY)
-    for split in ("train", "val"):
-        expected = [rendered(here, each) for each in reduced if in_val(each["prompt"]) is (split == "val")]
-        assert sorted(ids_and_mask(directory, split)) == sorted(expected)
-
-
-def test_later_turns_do_not_decide_the_split(here: Place):
-    turns = [("user", question("val")), ("assistant", "a"), ("user", question("train")), ("assistant", "b")]
-    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    _, counts = made(here, record, {"messages": record["messages"][2:]})
-    assert (counts["val"]["conversations"], counts["train"]["conversations"]) == (1, 1)
 
 
 def test_a_conversation_too_long_is_cut_and_nothing_false_is_trained(here: Place):
     """Its row ends in the middle of the answer, which has no end there; the last token is only predicted."""
-    long = pair(question("train"), " ".join(f"{n} and" for n in range(60)))
+    many = " ".join(f"{n} and" for n in range(60))
+    long = pair(question("train"), many)
     whole, trained = rendered(here, long)
-    assert len(whole) > 100
-    directory, counts = made(here, long, HELD, context=40, filters=ANY)
-    assert counts["sources"]["chats"]["cut"] == 1
+    directory, counts = made(here, long, HELD, pair(many, "yes"), context=40, filters=ANY)
+    source = counts["sources"]["chats"]
+    assert (source["cut"], source["dropped"]) == (1, {"longer_than_context": 1})
     assert ids_and_mask(directory, "train") == [(whole[:41], trained[:41])]
     inputs, targets, positions = Rows(directory, "train", counts, 40).read([0])
     assert inputs[0].tolist() == whole[:40]
@@ -207,151 +182,95 @@ def test_a_conversation_too_long_is_cut_and_nothing_false_is_trained(here: Place
     assert targets[0, -1] == whole[40]
 
 
-@pytest.mark.parametrize("too_long", ["cut", "drop"])
-def test_what_just_fits_is_whole(here: Place, too_long):
+@pytest.mark.parametrize(("too_long", "kept"), [("cut", (3, 1, {})), ("drop", (2, 0, {"longer_than_context": 1}))])
+def test_what_just_fits_is_whole(here: Place, too_long, kept):
     """A row of n holds n + 1 ids, the last of which is only predicted."""
-    record = pair(question("train"), "one two three")
+    record, shorter = pair(question("train"), "one two three"), pair(question("train", 1), "one")
     whole = rendered(here, record)
     directory, counts = made(here, record, HELD, context=len(whole[0]) - 1, too_long=too_long, filters=ANY)
     assert ids_and_mask(directory, "train") == [whole]
     assert counts["train"]["packing_efficiency"] == 1
     assert counts["sources"]["chats"]["cut"] == 0
-    another = pair(question("train", 1), "one")
-    assert len(rendered(here, another)[0]) < len(whole[0])
-    _, counts = made(here, record, another, HELD, context=len(whole[0]) - 2, too_long=too_long, filters=ANY)
-    kept = {"cut": (3, 1, {}), "drop": (2, 0, {"longer_than_context": 1})}[too_long]
+    _, counts = made(here, record, shorter, HELD, context=len(whole[0]) - 2, too_long=too_long, filters=ANY)
     assert tuple(counts["sources"]["chats"][name] for name in ("kept", "cut", "dropped")) == kept
-
-
-@pytest.mark.parametrize("too_long", ["cut", "drop"])
-def test_an_answer_wholly_beyond_the_context_is_dropped(here: Place, too_long):
-    long = pair(" ".join(f"{n} and" for n in range(60)), "yes")
-    _, counts = made(here, *CHATS, long, too_long=too_long)
-    assert counts["sources"]["chats"]["dropped"] == {"longer_than_context": 1}
-
-
-def test_turns_beyond_the_context_are_left_out(here: Place):
-    first, later = "Short.", " ".join(f"{n} and" for n in range(60))
-    turns = [("user", question("train")), ("assistant", first), ("user", later), ("assistant", "yes")]
-    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    held = {"messages": [{"role": "user", "content": HELD["prompt"]}, {"role": "assistant", "content": "Held."}]}
-    directory, counts = made(here, record, held, filters=ANY)
-    ((ids, mask),) = ids_and_mask(directory, "train")
-    short, trained = rendered(here, pair(turns[0][1], first))
-    assert counts["sources"]["chats"]["cut"] == 1
-    assert len(ids) <= 65
-    assert ids[: len(short)] == short
-    assert mask == [*trained, *[0] * (len(ids) - len(short))]
 
 
 def test_reading_stops_at_max_tokens(here: Place):
     lengths = [len(rendered(here, each)[0]) for each in CHATS]
-    most = sum(lengths[:20]) + 1
-    _, counts = made(here, sources=(Chats(paths=("chats.jsonl",), max_tokens=most),))
-    assert counts["sources"]["chats"] == {
-        "read": 21, "kept": 21, "cut": 0, "tokens": sum(lengths[:21]), "dropped": {}}  # fmt: skip
-    _, counts = made(here, sources=(Chats(paths=("chats.jsonl",), max_tokens=most - 1),))
-    assert counts["sources"]["chats"]["kept"] == 20
+    for most, kept in ((sum(lengths[:20]) + 1, 21), (sum(lengths[:20]), 20)):
+        _, counts = made(here, sources=(Chats(paths=("chats.jsonl",), max_tokens=most),))
+        source = counts["sources"]["chats"]
+        assert (source["read"], source["kept"], source["tokens"]) == (kept, kept, sum(lengths[:kept]))
 
 
-def test_what_cannot_be_read_is_counted_or_stops(here: Place):
-    records = [*CHATS[:30], {"prompt": 7, "response": "x"}, *CHATS[30:]]
-    _, counts = made(here, *records, sources=(Chats(paths=("chats.jsonl",), unreadable="skip"),))
-    assert counts["sources"]["chats"]["dropped"] == {"unreadable": 1}
-    assert counts["sources"]["chats"]["read"] == 45
-    with pytest.raises(UserError, match=r"chats\.jsonl, line 31: prompt is 7; expected a string"):
-        made(here, *records)
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("count", [2, 5])
+def test_few_conversations_on_one_side_are_divided_by_their_hashes(here: Place, split, count):
+    """The question with the smallest hash is held out, or all but the one with the largest if all would be."""
+    records = [pair(question(split, i), f"Answer {i}.") for i in range(count)]
+    order = sorted(records, key=lambda record: hashlib.sha256(record["prompt"].encode()).digest())
+    directory, counts = made(here, *records)
+    held = 1 if split == "train" else count - 1
+    origins = (directory / "val.txt").read_text().split()
+    assert sorted(origins) == sorted(f"chats.jsonl:{records.index(record) + 1}" for record in order[:held])
+    assert counts["train"]["conversations"] == count - held
 
 
-def test_two_runs_give_the_same_bytes(here: Place):
-    directory, _ = made(here)
-    first = {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (".lock", "log.txt")}
-    assert set(first) == {"manifest.json"} | {
-        f"{split}.{end}" for split in ("train", "val") for end in ("bin", "mask", "idx", "rows", "txt")}  # fmt: skip
-    shutil.rmtree(directory)
-    build("sft_data", described(here), workers=3)
-    assert first == {name: (directory / name).read_bytes() for name in first}
+def test_conversations_that_begin_alike_are_divided_too(here: Place):
+    _, counts = made(here, *(pair("Hi", f"Answer {word}.") for word in WORDS))
+    assert counts["train"]["conversations"] + counts["val"]["conversations"] == len(WORDS)
+    assert counts["val"]["conversations"] >= 1
 
 
-@pytest.mark.parametrize(("split", "left"), [("val", "train"), ("train", "val")])
-def test_a_split_without_conversations_is_one_clear_error(here: Place, split, left):
-    records = [pair(question(left, i), f"Answer {i}.") for i in range(3)]
-    expected = f"of 3 conversations 3 were kept, and none is left for {split} at val_fraction = 0.2"
-    with pytest.raises(UserError, match=expected):
-        made(here, *records)
+def test_a_single_conversation_is_one_clear_error(here: Place):
+    with pytest.raises(UserError, match=r"^1 conversations passed the filters; training and validation take at least"):
+        made(here, CHATS[0], CHATS[0], pair("Say nothing.", ""))
     assert stage.read_manifest(here.runs / "mini/sft_data") is None
+
+
+@pytest.mark.parametrize(("long", "warned"), [(5, False), (6, True)])
+def test_a_filter_that_drops_more_than_a_third_is_named(here: Place, caplog, long, warned):
+    records = [*CHATS[:10], *(pair(f"Say {i}.", f"{i} " + "x" * 100) for i in range(long))]
+    with caplog.at_level("WARNING", "lumi"):
+        made(here, *records, filters=Filters(max_chars=90))
+    assert ("too_long dropped 6 of 16 conversations" in caplog.text) is warned
 
 
 # ---------------------------------------------------------------------------------------------------- made and finished
 
 
-def test_the_command_makes_it_once(here: Place):
-    out = here.run("pipeline.py", here.config, "sft_data").stdout
-    assert "chats: 44 of 44 conversations kept (dropped: none)" in out
-    directory = here.runs / "mini/sft_data"
-    before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir() if path.suffix in (".bin", ".json")}
-    assert "is up to date" in here.run("pipeline.py", here.config, "sft_data").stdout
-    assert before == {name: (directory / name).stat().st_mtime_ns for name in before}
+def test_the_command_makes_it_once_with_the_same_bytes(here: Place):
+    directory, _ = made(here)
+    written = {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (".lock", "log.txt")}
+    names = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "mask", "idx", "rows", "txt")}
+    assert set(written) == {"manifest.json"} | names
+    shutil.rmtree(directory)
+    for _ in range(2):
+        build("sft_data", described(here), workers=3)
+        assert written == {name: (directory / name).read_bytes() for name in written}
 
 
-CHANGES = [
-    ({"val_fraction": 0.3}, "sft_data.val_fraction was 0.2, is now 0.3"),
-    ({"template": "instruct"}, 'sft_data.template was "chatml", is now "instruct"'),
-    ({"filters": Filters(max_chars=99)}, "sft_data.filters.max_chars was 50000, is now 99"),
-    ({"context": 48}, "context_length was 64, is now 48"),
-]
-
-
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
-def test_another_config_is_refused_by_the_field(here: Place, changes, named):
+def test_another_config_and_other_conversations_are_refused(here: Place):
     directory, _ = made(here)
     before = (directory / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match=named) as refused:
-        build("sft_data", described(here, **changes))
-    assert f"python pipeline.py {here.config} sft_data --force" in str(refused.value)
-    assert (directory / "manifest.json").read_bytes() == before
-    build("sft_data", described(here, **changes), force=True)
-    assert (directory / "manifest.json").read_bytes() != before
-    build("sft_data", described(here, **changes))
-
-
-def test_other_conversations_are_refused(here: Place):
-    made(here)
+    with pytest.raises(UserError, match=r"sft_data\.filters.max_chars was 50000, is now 99.*sft_data --force"):
+        build("sft_data", described(here, filters=Filters(max_chars=99)))
+    with pytest.raises(UserError, match="context_length was 64, is now 48"):
+        build("sft_data", described(here, context=48))
     write_lines(here.raw / "chats.jsonl", CHATS[1:])
     with pytest.raises(UserError, match=r"was made from something else: .*chats\.jsonl was"):
         build("sft_data", described(here))
-
-
-def test_without_its_raw_files_a_finished_directory_stands(here: Place):
-    directory, _ = made(here)
-    (here.raw / "chats.jsonl").unlink()
+    (here.raw / "chats.jsonl").unlink()  # without its raw files a finished directory stands
     assert build("sft_data", described(here)) == directory
-    with pytest.raises(UserError, match=r"val_fraction was 0\.2, is now 0\.3"):
-        build("sft_data", described(here, val_fraction=0.3))
-    shutil.rmtree(directory)
-    with pytest.raises(UserError, match=r"chats\.jsonl"):
-        build("sft_data", described(here))
+    assert (directory / "manifest.json").read_bytes() == before
+    with pytest.raises(UserError, match=r"no file at .*chats\.jsonl"):
+        build("sft_data", described(here), force=True)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.mask", "train.rows"])
-def test_a_damaged_file_is_named(here: Place, name):
-    directory, _ = made(here)
-    spm = described(here).load_tokenizer()
-    content = bytearray((directory / name).read_bytes())
-    content[-1] ^= 1
-    (directory / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} has SHA-256 .*python pipeline.py CONFIG sft_data --force"):
-        sft.data.load(directory, spm.sha256)
-    os.truncate(directory / name, 3)
-    with pytest.raises(UserError, match=rf"{name} has 3 bytes.*python pipeline.py .* sft_data --force"):
-        build("sft_data", described(here))
-    (directory / name).unlink()
-    with pytest.raises(UserError, match=rf"{name} is missing"):
-        build("sft_data", described(here))
-
-
-def test_another_tokenizer_is_refused(here: Place):
-    directory, _ = made(here)
+def test_damage_and_another_tokenizer_are_named(here: Place):
+    directory, counts = made(here)
+    digest = described(here).load_tokenizer().sha256
+    assert sft.data.load(directory, digest) == counts
     with pytest.raises(
         UserError,
         match=r"was made with another tokenizer; make it again with: .* sft_data --force",
@@ -359,6 +278,11 @@ def test_another_tokenizer_is_refused(here: Place):
         sft.data.load(directory, "0" * 64)
     with pytest.raises(UserError, match=r"nowhere is missing or unfinished; make it with: python pipeline\.py"):
         sft.data.load(here.path / "nowhere", "0" * 64)
+    content = bytearray((directory / "val.mask").read_bytes())
+    content[-1] ^= 1
+    (directory / "val.mask").write_bytes(content)
+    with pytest.raises(UserError, match=r"val\.mask has SHA-256 .*python pipeline.py CONFIG sft_data --force"):
+        sft.data.load(directory, digest)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +293,8 @@ def test_another_tokenizer_is_refused(here: Place):
         (ValueError, {"sources": (Files(paths=("a",)),)}),
         (ValueError, {"template": "llama"}),
         (ValueError, {"too_long": "split"}),
+        (ValueError, {"sources": (HubChats(dataset="x", format="vicuna"),)}),
         (ValueError, {"val_fraction": 0.0}),
-        (ValueError, {"val_fraction": 1.0}),
         (ValueError, {"val_fraction": float("nan")}),
         (TypeError, {"sources": CorpusConfig(sources=(Files(paths=("a",)),))}),
         (TypeError, {"filters": None}),
@@ -385,12 +309,11 @@ def test_impossible_settings_are_refused(error, changes):
 
 
 def hand_written(directory: Path, context: int, *talks: tuple[list[int], list[int]]) -> dict:
-    split = Split()
+    items = []
     for number, (ids, mask) in enumerate(talks):
-        split.ids.append(np.array(ids, dtype="<u2"))
-        split.masks.append(np.array(mask, dtype=np.uint8))
-        split.origins.append(f"line\n{number}")
-    return {"dtype": "<u2", "train": write(directory, "train", {"x": split}, context)}
+        arrays = np.array(ids, dtype="<u2"), np.array(mask, dtype=np.uint8)
+        items.append(Item("x", f"line\n{number}", "x", [], *arrays, cut=False))
+    return {"dtype": "<u2", "train": write(directory, "train", items, ["x"], context)}
 
 
 def test_a_row_by_hand(tmp_path):
@@ -426,94 +349,69 @@ def test_rows_give_each_conversation_back(tmp_path_factory, lengths, seed):
     assert len(found) <= len(talks) + rows.count  # a filling at most in each row
 
 
-def task_of(experiment: Experiment, directory: Path) -> Task:
-    """The task of learning the conversations in a directory."""
-    spm = experiment.load_tokenizer()
-    counts = sft.data.load(directory, spm.sha256)
-    return FineTuning(experiment.sft, experiment.model, directory, counts, spm).task()
-
-
-@pytest.fixture
-def task(here: Place):
-    """Makes the task of learning two sources by weight."""
-    write_lines(here.raw / "other.jsonl", [pair(question("train", i), "other") for i in range(40)])
+def task_of(place: Place, batch_size: int = 4, seed: int = 0, **weights: float) -> tuple[Task, Path]:
+    """The task of learning two sources by weight, and the directory of the data."""
+    write_lines(place.raw / "other.jsonl", [pair(question("train", i), "other") for i in range(40)])
     sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",)))
-
-    def make(batch_size: int = 4, seed: int = 0, **weights: float):
-        found = described(here, sources=sources, filters=ANY)
-        training = replace(found.sft.train, batch_size=batch_size, micro_batch_size=1, seed=seed)
-        found = replace(found, sft=replace(found.sft, train=training, weights=weights))
-        directory = build("sft_data", found)
-        return task_of(found, directory), directory
-
-    return make
+    experiment = described(place, sources=sources, filters=ANY)
+    training = replace(experiment.sft.train, batch_size=batch_size, micro_batch_size=1, seed=seed)
+    tuning = replace(experiment.sft, train=training, weights=weights)
+    directory, spm = build("sft_data", replace(experiment, sft=tuning)), experiment.load_tokenizer()
+    counts = sft.data.load(directory, spm.sha256)
+    return FineTuning(tuning, experiment.model, directory, counts, spm).task(), directory
 
 
 def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_batches_follow_the_weights(task):
+def test_batches_follow_the_weights(here: Place):
     """Three rows of one source to one of the other, in every batch of four; in those of five, over four batches."""
-    made, directory = task(chats=3.0, other=1.0)
+    task, directory = task_of(here, chats=3.0, other=1.0)
     counts = stage.read_manifest(directory)["counts"]
     whose = {}
     for name in ("chats", "other"):
         rows = Rows(directory, "train", counts, 64, source=name)
         whose |= {tuple(row): name for row in rows.read(range(rows.count))[0].tolist()}
     for step in range(12):
-        names = Counter(whose[tuple(row)] for row in made.batch(step, 0, 1)[0].tolist())
+        names = Counter(whose[tuple(row)] for row in task.batch(step, 0, 1)[0].tolist())
         assert names == {"chats": 3, "other": 1}
-        assert made.seen(step) == {"chats": 3 * step * 64, "other": step * 64}
-    made, _ = task(batch_size=5, chats=3, other=1)
-    names = Counter(whose[tuple(row)] for step in range(4) for row in made.batch(step, 0, 1)[0].tolist())
+        assert task.seen(step) == {"chats": 3 * step * 64, "other": step * 64}
+    task, _ = task_of(here, batch_size=5, chats=3, other=1)
+    names = Counter(whose[tuple(row)] for step in range(4) for row in task.batch(step, 0, 1)[0].tolist())
     assert names == {"chats": 15, "other": 5}
-    made, _ = task(other=2.5)
-    assert {whose[tuple(row)] for step in range(8) for row in made.batch(step, 0, 1)[0].tolist()} == {"other"}
 
 
-def test_without_weights_every_row_is_seen_once_an_epoch(task):
-    made, directory = task(batch_size=1)
+def test_without_weights_every_row_is_seen_once_an_epoch(here: Place):
+    task, directory = task_of(here, batch_size=1)
     counts = stage.read_manifest(directory)["counts"]["train"]
     rows = counts["rows"]
-    assert made.epoch == rows
+    assert task.epoch == rows
     for epoch in range(2):
-        seen = [made.batch(epoch * rows + i, 0, 1) for i in range(rows)]
+        seen = [task.batch(epoch * rows + i, 0, 1) for i in range(rows)]
         assert len({tuple(batch[0][0].tolist()) for batch in seen}) == rows
-        assert sum(made.targets(*batch) for batch in seen) == counts["trained"]
-    assert made.seen(7) == {}
+        assert sum(task.targets(*batch) for batch in seen) == counts["trained"]
 
 
 @pytest.mark.parametrize("weights", [{}, {"chats": 2, "other": 1}])
-def test_a_batch_is_a_pure_function_of_seed_and_step(task, weights):
-    made, _ = task(**weights)
-    other, _ = task(**weights)
-    batches = [made.batch(step, 0, 1) for step in range(12)]
+def test_a_batch_is_a_pure_function_of_seed_and_step(here: Place, weights):
+    task, other = task_of(here, **weights)[0], task_of(here, **weights)[0]
+    batches = [task.batch(step, 0, 1) for step in range(12)]
     for step in (11, 3, 0, 7):
         assert equal(other.batch(step, 0, 1), batches[step])
         for ranks in (2, 4):
-            parts = [made.batch(step, rank, ranks) for rank in range(ranks)]
-            assert {len(part[0]) for part in parts} == {4 // ranks}
+            parts = [task.batch(step, rank, ranks) for rank in range(ranks)]
             assert equal(tuple(torch.cat(column) for column in zip(*parts, strict=True)), batches[step])
         assert batches[step][-1].tolist() == list(range(4 * step, 4 * step + 4))  # the numbers that dropout follows
-    another, _ = task(seed=1, **weights)
+    another = task_of(here, seed=1, **weights)[0]
     assert not all(equal(another.batch(step, 0, 1), batches[step]) for step in range(3))
 
 
-def test_weights_of_no_source_are_refused(here: Place):
+def test_weights_name_sources_that_have_rows(here: Place):
     with pytest.raises(ValueError, match="weights names others; expected names of the data's sources"):
-        replace(described(here).sft, weights={"chats": 1, "others": 1})
+        task_of(here, chats=1, others=1)
     with pytest.raises(ValueError, match="weights are"):
-        replace(described(here).sft, weights={"chats": 0})
-    with pytest.raises(TypeError, match="weights is"):
-        SFTConfig(weights=("chats",))
-
-
-def test_a_source_of_which_nothing_is_left_cannot_be_drawn_from(here: Place):
-    write_lines(here.raw / "other.jsonl", [pair("Say nothing.", "")])
-    sources = (Chats(paths=("chats.jsonl",)), Chats(name="other", paths=("other.jsonl",)))
-    found = described(here, sources=sources)
-    found = replace(found, sft=replace(found.sft, weights={"chats": 1, "other": 1}))
-    directory = build("sft_data", found)
-    with pytest.raises(UserError, match="weights names other, but no training conversations are left of it"):
-        task_of(found, directory)
+        task_of(here, chats=0)
+    write_lines(here.raw / "chats.jsonl", [HELD])
+    with pytest.raises(UserError, match="weights names chats, but no training conversations are left of it"):
+        task_of(here, chats=1, other=1)

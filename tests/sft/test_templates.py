@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -13,8 +15,9 @@ import convert
 import stage
 from cli import UserError
 from model import ModelConfig, Transformer
+from serving.served import Served
 from sft import templates
-from sft.conversations import Message
+from sft.conversations import Chats, Message
 from sft.templates import render, shown
 from tests.conftest import MINI
 from tests.test_convert import KEPT, command, spm_model
@@ -137,6 +140,9 @@ PAIRED = (
     "request.\n\n"
 )
 START, END = CONTROL[:2]
+QUESTION = "### Instruction:\nHi\n\n### Response:\n"
+SUMS = ["`Hello`</s>", "### Instruction:\n1 + 1?\n\n### Response:\n", "Tom\n</s>"]
+LINES = "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n"
 BY_HAND = {
     "chatml": [
         ((HI, HELLO), [f"</s>{START}user\nHi{END}\n{START}assistant\n", f"`Hello`{END}", "\n"]),
@@ -153,51 +159,16 @@ BY_HAND = {
         ((CAT, TOM), [f"</s>{START}user\nName it.\n\na cat{END}\n{START}assistant\n", f"Tom\n{END}", "\n"]),
     ],
     "instruct": [
-        ((HI, HELLO), ["</s>### Instruction:\nHi\n\n### Response:\n", "`Hello`</s>"]),
-        (
-            (BE, HI, HELLO, SUM, TOM),
-            [
-                "</s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-                "### Instruction:\n1 + 1?\n\n### Response:\n",
-                "Tom\n</s>",
-            ],
-        ),
+        ((HI, HELLO), [f"</s>{QUESTION}", "`Hello`</s>"]),
+        ((BE, HI, HELLO, SUM, TOM), [f"</s>Be brief.\n\n{QUESTION}", *SUMS]),
         ((CAT, TOM), ["</s>### Instruction:\nName it.\n\na cat\n\n### Response:\n", "Tom\n</s>"]),
     ],
     "alpaca": [
-        ((HI, HELLO), [f"</s>{ALONE}### Instruction:\nHi\n\n### Response:\n", "`Hello`</s>"]),
-        (
-            (BE, HI, HELLO, SUM, TOM),
-            [
-                "</s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-                "### Instruction:\n1 + 1?\n\n### Response:\n",
-                "Tom\n</s>",
-            ],
-        ),
-        (
-            (CAT, TOM, HI, HELLO),
-            [
-                f"</s>{PAIRED}### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n",
-                "Tom\n</s>",
-                "### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-            ],
-        ),
-        (
-            (HI, HELLO, CAT, TOM),
-            [
-                f"</s>{ALONE}### Instruction:\nHi\n\n### Response:\n",
-                "`Hello`</s>",
-                "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n",
-                "Tom\n</s>",
-            ],
-        ),
-        (
-            (BE, CAT, TOM),
-            ["</s>Be brief.\n\n### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n", "Tom\n</s>"],
-        ),
+        ((HI, HELLO), [f"</s>{ALONE}{QUESTION}", "`Hello`</s>"]),
+        ((BE, HI, HELLO, SUM, TOM), [f"</s>Be brief.\n\n{QUESTION}", *SUMS]),
+        ((CAT, TOM, HI, HELLO), [f"</s>{PAIRED}{LINES}", "Tom\n</s>", QUESTION, "`Hello`</s>"]),
+        ((HI, HELLO, CAT, TOM), [f"</s>{ALONE}{QUESTION}", "`Hello`</s>", LINES, "Tom\n</s>"]),
+        ((BE, CAT, TOM), [f"</s>Be brief.\n\n{LINES}", "Tom\n</s>"]),
     ],
 }
 CASES = [(template, *case) for template, cases in BY_HAND.items() for case in cases]
@@ -212,41 +183,16 @@ def test_a_conversation_is_spelt_as_by_hand(spms, kind, template, messages, expe
             assert spelling(template, (Message("system", blank), *messages), spms[kind]) == expected
 
 
-@pytest.mark.parametrize("template", FORMS)
-def test_an_answer_of_nothing_is_its_end_alone(spms, template):
-    spm = spms["bpe"]
-    ids, trained = render(template, (HI, Message("assistant", "")), spm)
-    end = spm.control[END] if template == "chatml" else spm.eos
-    assert [i for i, learnt in zip(ids, trained, strict=True) if learnt] == [end]
-
-
-def test_a_conversation_by_its_pieces(spms):
-    spm = spms["bpe"]
-    start, end, line = spm.control[START], spm.control[END], spm.pieces.piece_to_id("\n")
-    before = [spm.eos, start, *spm.encode("user\nHi"), end, line, start, *spm.encode("assistant\n")]
-    answer = [*spm.encode("`Hello`"), end]
-    assert render("chatml", (HI, HELLO), spm) == (
-        [*before, *answer, line],
-        [*[False] * len(before), *[True] * len(answer), False],
-    )
-    assert render("chatml", (HI,), spm, ask=True) == (before, [False] * len(before))
-    before, answer = (
-        [spm.eos, *spm.encode("### Instruction:\nHi\n\n### Response:\n")],
-        [*spm.encode("`Hello`"), spm.eos],
-    )
-    assert render("instruct", (HI, HELLO), spm) == (before + answer, [False] * len(before) + [True] * len(answer))
-
-
 # ------------------------------------------------------------------------------------------------- of any conversation
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "LLaMA's with control"])
 @pytest.mark.parametrize("template", FORMS)
-def test_what_is_asked_stands_before_the_answer_and_the_answers_alone_are_trained(spms, kind, template):
+def test_only_answers_are_trained_and_each_is_asked_for_as_it_is_trained(spms, kind, template):
     spm = spms[kind]
     end = spm.control[END] if template == "chatml" else spm.eos
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=50, deadline=None, derandomize=True)
     @given(conversations(SPELT))
     def check(messages):
         ids, trained = render(template, messages, spm)
@@ -254,58 +200,14 @@ def test_what_is_asked_stands_before_the_answer_and_the_answers_alone_are_traine
         learnt = [run for is_trained, run in runs(ids, trained) if is_trained]
         assert [spm.decode(run[:-1], begins=False) for run in learnt] == [content for _, content in said]
         assert {run[-1] for run in learnt} == {end}
+        # A control piece that a message spells is text: only the template's are in the ids.
+        marks = sum(bool(m.role != "system" or m.content.strip()) for m in messages) if template == "chatml" else 0
+        expected = {START: marks, END: marks, "<|reserved_0|>": 0}
+        assert {piece: ids.count(spm.control[piece]) for piece in expected} == expected
+        assert ids.count(spm.eos) == (spm.bos == spm.eos) + (0 if template == "chatml" else len(said))
         firsts = [i for i in range(1, len(ids)) if trained[i] and not trained[i - 1]]
         for first, (at, _) in zip(firsts, said, strict=True):
             assert render(template, messages[:at], spm, ask=True) == (ids[:first], [*trained[: first - 1], False])
-
-    check()
-
-
-BEGINNINGS = (
-    "`",
-    '"',
-    "(",
-    "\n",
-    "\n\n",
-    " ",
-    "-",
-    ".",
-    "▁",
-    "🙂",
-    *CONTROL,
-    "### Response:\n`",
-    "assistant\n`",
-    "</s>",
-)
-
-
-@pytest.mark.parametrize("template", FORMS)
-def test_however_an_answer_begins_it_is_asked_for_alike(spms, template):
-    for spm in (spms["bpe"], spms["unigram"]):
-        asked, _ = render(template, (BE, CAT), spm, ask=True)
-        for beginning in BEGINNINGS:
-            ids, trained = render(template, (BE, CAT, Message("assistant", f"{beginning}x")), spm)
-            assert ids[: len(asked)] == asked
-            assert trained.index(True) == len(asked), beginning
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "LLaMA's with control"])
-@pytest.mark.parametrize("template", FORMS)
-def test_control_pieces_that_a_message_spells_are_text(spms, kind, template):
-    spm = spms[kind]
-
-    @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(conversations(SPELT))
-    def check(messages):
-        ids, _ = render(template, messages, spm)
-        said = [m for m in messages if m.role != "system" or m.content.strip()]
-        answers = sum(message.role == "assistant" for message in said)
-        marks = len(said) if template == "chatml" else 0
-        expected = {spm.control[START]: marks, spm.control[END]: marks, spm.control["<|reserved_0|>"]: 0, spm.eos: 0}
-        expected[spm.eos] += 0 if template == "chatml" else answers
-        expected[spm.bos] = expected.get(spm.bos, 0) + 1
-        assert {i: ids.count(i) for i in expected} == expected
-        assert ids[0] == spm.bos
 
     check()
 
@@ -345,10 +247,9 @@ def test_transformers_gives_a_conversation_the_same_ids(spms, exported, kind, te
                 asked = render(template, messages[:at], spm, ask=True)[0]
                 assert same(spm, theirs(hf, messages[:at], add_generation_prompt=True), asked, exact)
 
-    for beginning in BEGINNINGS:
-        if beginning not in (*CONTROL, "</s>"):  # which transformers parses
-            agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
-    settings(max_examples=80, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
+    for beginning in ("`", '"', "(", "\n", "\n\n", " ", "-", "▁", "🙂", "### Response:\n`", "assistant\n`"):
+        agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
+    settings(max_examples=40, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
 
 
 @pytest.mark.parametrize("template", FORMS)
@@ -357,6 +258,51 @@ def test_transformers_stops_where_an_answer_ends(spms, exported, template):
     config = transformers.GenerationConfig.from_pretrained(hf.name_or_path)
     stop = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     assert stop == list(templates.ends(template, spm))
+
+
+# ------------------------------------------------------------------------------------------- trained and served alike
+
+RECORDS = {
+    "alpaca": {"instruction": "Name it.", "input": "a cat", "output": "Tom"},
+    "no instruction": {"instruction": " ", "input": "What is it?", "output": "A cat."},
+    "system and history": {
+        "system": "Be brief.",
+        "history": [["Hi", "`Hello`"]],
+        "instruction": "Go",
+        "output": "Gone",
+    },
+    "prompt": {"prompt": "def f(a):\n", "completion": "    return a\n"},
+    "openorca": {"system_prompt": " ", "question": "2 + 2?", "response": "4"},
+    "sharegpt": {"conversations": [{"from": "human", "value": " Hi\r\n"}, {"from": "gpt", "value": "\nHello"}]},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be brief.\n"},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "And\n\n?"},
+            {"role": "assistant", "content": '"x'},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("template", FORMS)
+@pytest.mark.parametrize("layout", RECORDS)
+def test_a_question_is_asked_as_it_is_trained(spms, tmp_path, layout, template):
+    """What the server asks with is the beginning of what is trained, for every layout and template."""
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS[layout]))
+    (conversation,) = Chats(paths=(str(tmp_path / "a.json"),)).conversations(1)
+    ids, trained = render(template, conversation.messages, spms["bpe"])
+    model = SimpleNamespace(config=SimpleNamespace(context_length=10_000))
+    served = Served("mini", "sft", tmp_path, model, spms["bpe"], template)
+    for number, message in enumerate(conversation.messages):
+        if message.role == "assistant":
+            asked = served.conversation(conversation.messages[:number])
+            assert ids[: len(asked)] == asked
+            assert not trained[len(asked) - 1]
+            assert trained[len(asked)]
+    if layout == "no instruction":
+        assert served.prompt("What is it?") == asked
 
 
 # ------------------------------------------------------------------------------------------------- what is not there
@@ -372,27 +318,7 @@ def test_chatml_needs_its_control_pieces_and_the_others_none(spms):
             assert spelling(template, messages, spm) == expected
 
 
-def test_a_space_before_every_text_is_none_before_an_answer(spms):
-    spm = spms["LLaMA's"]
-    before = [spm.bos, *spm.encode("### Instruction:\nHi\n\n### Response:\n")]
-    assert spm.pieces.id_to_piece(before[1]).startswith("▁")
-    answer = [*spm.encode("`Hello`", begins=False), spm.eos]
-    ids, trained = render("instruct", (HI, HELLO), spm)
-    assert (ids, trained.index(True)) == (before + answer, len(before))
-    assert spm.decode(answer, begins=False) == "`Hello`"
-
-
 # ------------------------------------------------------------------------------------------------------ ends and marks
-
-
-def test_the_ids_that_end_an_answer(spms):
-    for kind in ("bpe", "LLaMA's with control"):
-        spm = spms[kind]
-        assert templates.ends("chatml", spm) == (spm.eos, spm.control[END])
-        for template in ("instruct", "alpaca"):
-            assert templates.ends(template, spm) == (spm.eos,)
-    assert templates.ends("instruct", spms["bare"]) == (1,)
-    assert templates.ends("instruct", spms["LLaMA's"]) == (2,)
 
 
 @pytest.mark.parametrize(
@@ -413,15 +339,6 @@ def test_marks_that_an_answer_spells(spms, answer, marked):
     for spm in (spms["bpe"], spms["unigram"], spms["LLaMA's with control"]):
         found = tuple(t for t in FORMS if templates.marked(t, spm.encode(answer, begins=False), spm))
         assert found == marked
-
-
-@pytest.mark.parametrize("template", FORMS)
-def test_a_control_piece_marks_an_answer_and_its_end_does_not(spms, template):
-    spm = spms["bpe"]
-    for piece in CONTROL:
-        assert templates.marked(template, [*spm.encode("Hello"), spm.control[piece]], spm)
-    assert not templates.marked(template, [*spm.encode("Hello"), spm.eos], spm)
-    assert not templates.marked(template, [], spm)
 
 
 def test_shown_names_the_control_pieces(spms):
