@@ -5,8 +5,8 @@
         state.pt         what else resuming needs: optimizers, random generators, the step
         manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
 
-A checkpoint is written to `.step_0005000.partial`, flushed to disk, and renamed. A rename is atomic: after a crash at
-any moment the directory is there with all its bytes, or not at all.
+A checkpoint is written to `.step_0005000.partial`, flushed to disk, and renamed: after a crash at any moment the
+directory is there with all its bytes, or not at all.
 """
 
 import os
@@ -15,6 +15,8 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,51 +27,45 @@ from cli import UserError, log
 from model import ModelConfig, Transformer
 
 
-def save(directory: Path, files: dict[str, dict], about: dict) -> None:
-    """Writes a checkpoint directory, atomically. It replaces one of the same name.
-
-    files: by name, what `torch.load(weights_only=True)` can read: tensors, numbers, strings, and containers of them.
-    about: the rest of the manifest, from `Stage.about`.
-    """
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Yields a temporary directory, which replaces `directory` at the end of the block, unless the block fails."""
     temporary = directory.with_name(f".{directory.name}.partial")
     remove(temporary)
-    temporary.mkdir(parents=True)
     try:
-        for name, content in files.items():
-            with open(temporary / name, "wb") as file:
-                torch.save(_interned(content), file)
-        wrote = stage.digests(temporary, temporary.glob("*.pt"))  # flushes each file first
-        stage.write_manifest(temporary, about | {"wrote": wrote})
-    except (OSError, RuntimeError) as error:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made: {error.strerror}; name a place that can be written") from None
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            stage.sync(path)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.__context__  # torch hides the disk's error, such as "no space left", behind its own
-        raise reason if isinstance(reason, OSError) else error from None
-    put(temporary, directory)
-
-
-def _interned(x):
-    """The same content with equal strings as one object. Pickle writes an object once and then refers to it, so equal
-    content would otherwise not always give equal bytes."""
-    if isinstance(x, dict):
-        return {_interned(key): _interned(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(map(_interned, x))
-    return sys.intern(x) if type(x) is str else x
-
-
-def put(temporary: Path, directory: Path) -> None:
-    """Renames a finished directory to its name, and replaces one that has the name."""
+        raise
     # A directory cannot be renamed over another. The old one moves aside first; `recover` puts it back after a crash
     # between the two renames.
     old = directory.with_name(f".{directory.name}.old")
-    replaces = os.path.lexists(directory)
-    if replaces:
+    if replaces := os.path.lexists(directory):
         remove(old)
         os.rename(directory, old)
     os.rename(temporary, directory)
     stage.sync(directory.parent)
     if replaces:
         remove(old)
+
+
+def recover(parent: Path, name: str = "*") -> None:
+    """Cleans up after a killed process: restores directories that were moved aside, removes partial ones."""
+    # name: a pattern for the directories' names. Nobody may be writing one of them.
+    for old in parent.glob(f".{name}.old"):
+        target = parent / old.name.removeprefix(".").removesuffix(".old")
+        if os.path.lexists(target):
+            remove(old)
+        else:
+            os.rename(old, target)
+    for partial in parent.glob(f".{name}.partial"):
+        remove(partial)
 
 
 def remove(path: Path) -> None:
@@ -80,17 +76,37 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def recover(parent: Path) -> None:
-    """Cleans up after a process that was killed while saving: restores what was moved aside, removes partial ones."""
-    for old in parent.glob(".*.old"):
-        target = parent / old.name.removeprefix(".").removesuffix(".old")
-        if target.exists():
-            remove(old)
-        else:
-            remove(target)  # it may be a link to nowhere
-            os.rename(old, target)
-    for partial in parent.glob(".*.partial"):
-        remove(partial)
+def save(directory: Path, files: dict[str, dict], about: dict) -> None:
+    """Writes a checkpoint directory, atomically. It replaces one of the same name.
+
+    files: by name, what `torch.load(weights_only=True)` can read: tensors, numbers, strings, and containers of them.
+    about: the rest of the manifest, from `Stage.about`.
+    """
+    with replacing(directory) as temporary:
+        write(temporary, files, about)
+
+
+def write(directory: Path, files: dict[str, dict], about: dict) -> None:
+    """Writes the files and the manifest of a checkpoint into a directory."""
+    try:
+        for name, content in files.items():
+            with open(directory / name, "wb") as file:
+                torch.save(_interned(content), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides "no space left" and the like behind its own error
+            raise error.__context__ from None
+        raise
+    wrote = stage.digests(directory, directory.glob("*.pt"))
+    stage.write_manifest(directory, about | {"wrote": wrote})
+
+
+def _interned(x):
+    """The same content with equal strings as one object: pickle writes an object once, and then refers to it."""
+    if isinstance(x, dict):
+        return {_interned(key): _interned(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_interned, x))
+    return sys.intern(x) if type(x) is str else x
 
 
 def read_manifest(directory: Path) -> dict:
@@ -112,46 +128,19 @@ def read(directory: Path, file: str) -> dict:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(directory / file, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious file can fail anywhere in the reader; torch's message suggests to trust it
-        what = f"holds something other than tensors and numbers ({type(error).__name__})"
-        raise UserError(f"{directory / file} {what}; use another checkpoint") from None
-
-
-def weights(model: torch.nn.Module) -> tuple[str, dict]:
-    """What a checkpoint keeps of a model, and in which file: all of it, or the trained part if the rest is frozen."""
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-    return "adapter.pt" if frozen else "weights.pt", kept
-
-
-def load_weights(directory: Path, model: torch.nn.Module, name: str = "default") -> None:
-    """Loads what `weights` has kept into a model. UserError if it is missing, damaged, or another model's.
-
-    name: the adapter's name in this model; on disk it is always "default".
-    """
-    file, expected = weights(model)
-    tensors = read(directory, file)
-    if file == "adapter.pt":
-        tensors = {key.removesuffix("default") + name: tensor for key, tensor in tensors.items()}
-    try:
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise RuntimeError(f"it has no {missing[0]}")
-        if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
-            raise RuntimeError(f"the model has no {unexpected[0]}")
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
+        problem = f"holds something other than tensors and numbers ({type(error).__name__})"
+        raise UserError(f"{directory / file} {problem}; use another checkpoint") from None
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint that a run can resume from, newest first."""
     table = []
     for path in parent.glob("*"):
-        if not re.fullmatch(r"step_\d+|final", path.name):
-            continue
         try:
-            if manifest := stage.read_manifest(path):
-                table.append((int(manifest["counts"]["step"]), path))
-        except (UserError, LookupError, TypeError, ValueError) as error:
-            log.warning(f"{error!s}: passing over {path}")
+            if re.fullmatch(r"step_\d+|final", path.name) and (manifest := stage.read_manifest(path)):
+                table.append((manifest["counts"]["step"], path))
+        except UserError as error:
+            log.warning(f"{error}: passing over {path}")
     return sorted(table, reverse=True)
 
 
@@ -185,48 +174,66 @@ def must_match(directory: Path, tokenizer_sha256: str) -> None:
         )
 
 
-def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
+def template(directory: Path) -> str | None:
+    """The template in which a checkpoint's model learnt to answer. None: it only continues a text."""
+    return read_manifest(directory)["config"].get("template")
+
+
+def weights(model: torch.nn.Module) -> tuple[str, dict]:
+    """The file in which a checkpoint keeps a model, and its tensors: all, or the trained ones if the rest is frozen."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return "adapter.pt" if frozen else "weights.pt", kept
+
+
+def load_weights(directory: Path, model: torch.nn.Module, name: str = "default") -> None:
+    """Loads the tensors that `weights` kept into a model. UserError if they are damaged, or another model's."""
+    # name: the adapter's name in this model; on disk it is always "default".
+    file, expected = weights(model)
+    tensors = read(directory, file)
+    if file == "adapter.pt":
+        tensors = {key.removesuffix("default") + name: tensor for key, tensor in tensors.items()}
+    try:
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise RuntimeError(f"it has no {missing[0]}")
+        if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
+            raise RuntimeError(f"the model has no {unexpected[0]}")
+    except RuntimeError as error:
+        raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
+
+
+def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None) -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base.
 
-    UserError if a file is missing or damaged, or if the base is not the one that the adapter was trained on.
+    UserError if a file is missing or damaged, if the base is not the one that the adapter was trained on, or if the
+    checkpoint's shape is not the given one, which an experiment's config describes.
     """
     directory = Path(directory)
     identity = digest(directory)  # first: UserError if the directory is no checkpoint
     if adapts(directory):
-        model = load_model(base(directory))
+        model = load_model(base(directory), shape=shape)
         load_adapter(directory, model)
         lora.fold(model)
     else:
-        shape = dict(read_manifest(directory)["config"]["model"])
-        del shape["type"], shape["kernels"]  # this machine chooses its own kernels
-        model = Transformer(ModelConfig(**shape))
+        fields = dict(read_manifest(directory)["config"]["model"])
+        del fields["type"], fields["kernels"]  # this machine chooses its own kernels
+        saved = ModelConfig(**fields)
+        shape = shape or saved
+        # The names and shapes of tensors do not show rope_theta or rms_norm_eps: compare every field.
+        if different := list(stage.differences(full(saved), full(shape))):
+            names = "; ".join(different)
+            raise UserError(f"{directory} holds a model of another shape than the config describes: {names}")
+        model = Transformer(shape)
         load_weights(directory, model)
     model.digest = identity
     return model.eval().to(device)
 
 
-def load_adapter(directory: Path | str, model: Transformer, name: str = "default") -> None:
-    """Adds the adapter in a checkpoint directory to its base model and activates it. Other adapters stay.
-
-    model: from `load_model(base(directory))`. `lora.init_end_piece` may change a row of its output projection. Raises
-    UserError for an adapter of another model.
-    """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    if getattr(model, "digest", "none") not in manifest["read"].values():
-        raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
-    if pieces := manifest["config"].get("begin"):
-        lora.init_end_piece(model, **pieces)
-    fields = dict(manifest["config"]["lora"])
-    del fields["type"]
-    fields["targets"] = tuple(fields["targets"])  # JSON has no tuples
-    lora.attach(model, lora.LoRAConfig(**fields), name)
-    load_weights(directory, model, name)
-
-
-def template(directory: Path) -> str | None:
-    """The template in which a checkpoint's model learnt to answer. None: it did not, and continues a text."""
-    return read_manifest(directory)["config"].get("template")
+def full(shape: ModelConfig) -> dict:
+    """The fields of a shape, with the numbers that None stands for. Without `kernels`, which changes no result."""
+    fields = asdict(shape) | {"n_kv_heads": shape.n_kv_heads or shape.n_heads, "d_ff": shape.d_ff or 4 * shape.d_model}
+    del fields["kernels"]
+    return fields
 
 
 def adapts(directory: Path) -> bool:
@@ -246,3 +253,21 @@ def base(directory: Path) -> Path:
             f"({digest(path)[:12]}…); put the old one back, or train the adapter again"
         )
     return path
+
+
+def load_adapter(directory: Path | str, model: Transformer, name: str = "default") -> None:
+    """Adds the adapter in a checkpoint directory to its base model and activates it. UserError for another base.
+
+    model: from `load_model(base(directory))`. `lora.init_end_piece` may change a row of its output projection.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if getattr(model, "digest", "none") not in manifest["read"].values():
+        raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
+    if pieces := manifest["config"].get("begin"):
+        lora.init_end_piece(model, **pieces)
+    fields = dict(manifest["config"]["lora"])
+    del fields["type"]
+    fields["targets"] = tuple(fields["targets"])  # JSON has no tuples
+    lora.attach(model, lora.LoRAConfig(**fields), name)
+    load_weights(directory, model, name)

@@ -1,13 +1,10 @@
-"""The machine: device and precision, speed and memory, and the page that training prints before its first step.
-
-Nothing here changes what is trained, only where and how fast. `config` is a trainer.TrainConfig everywhere.
-"""
+"""The machine: device, precision, memory, and the page before training. `config` is always a trainer.TrainConfig."""
 
 import ctypes
 import functools
-import math
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -52,6 +49,11 @@ DATASHEET = {
     "Tesla V100-PCIE-32GB": (None, 112.0, 14.0),
     "Tesla T4": (None, 65.0, 8.1),
 }
+# Where a control group's limit, use and cached files stand, by controller: version 2 has no name, version 1 several.
+GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def pick_device() -> torch.device:
@@ -67,9 +69,8 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     if precision == "auto":
         if native(device, torch.bfloat16):
             return torch.bfloat16
-        if device.type == "cuda" and native(device, torch.float16):
-            return torch.float16
-        return torch.float32
+        half = device.type == "cuda" and native(device, torch.float16)
+        return torch.float16 if half else torch.float32
     dtype = getattr(torch, precision)
     if dtype != torch.float32 and not native(device, dtype):
         log.warning(
@@ -82,7 +83,7 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
 def training_dtype(device: torch.device, config) -> torch.dtype:
     """As `pick_dtype`. But "auto" is float32 on a CPU if `deterministic`: in bfloat16, results depend on the CPU."""
     exact = config.deterministic and device.type == "cpu" and config.precision == "auto"
-    return torch.float32 if exact else pick_dtype(device, config.precision)
+    return pick_dtype(device, "float32" if exact else config.precision)
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -93,25 +94,17 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the hardware multiplies matrices of a half precision."""
+    """True if the hardware multiplies matrices of a half precision."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 0))
     # A CPU is measured, because flags mislead: one with amx_bf16 and avx512_bf16 took 200 times as long as in float32.
     return slowdown(device, dtype) <= 0.5  # native is at least twice as fast; noise does not cross that margin
 
 
-def slowdown(device: torch.device, dtype: torch.dtype) -> float:
-    """The time of a matrix product in dtype, divided by its time in float32."""
-    wide, half = _seconds(device, dtype)
-    return half / wide
-
-
 @functools.cache
-def _seconds(device: torch.device, dtype: torch.dtype, patience: float = 0.5) -> tuple[float, float]:
-    """The least time of a matrix product in float32 and in dtype. Measured once per process, eight times in turn.
-
-    Stops early when dtype has taken `patience` seconds, but never after one call: that one may have been disturbed.
-    """
+def slowdown(device: torch.device, dtype: torch.dtype, patience: float = 0.5) -> float:
+    """The time of a matrix product in dtype, divided by its time in float32: the least of eight, measured in turn."""
+    # Stop early after `patience` seconds in dtype, but never after one call: something may have disturbed that one.
     size = 512 if device.type == "cpu" else 4096
     matrices = [torch.ones(size, size, dtype=d, device=device) for d in (torch.float32, dtype)]
     seconds = [[], []]
@@ -122,24 +115,24 @@ def _seconds(device: torch.device, dtype: torch.dtype, patience: float = 0.5) ->
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)
-    return min(seconds[0]), min(seconds[1])
+    return min(seconds[1]) / min(seconds[0])
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of dense matrix products by the vendor's data sheet; None for a card that is not in the table."""
+    """FLOP/s of dense matrix products by the vendor's data sheet; None for a device that is not in the table."""
     if device.type != "cuda" or torch.cuda.get_device_name(device) not in DATASHEET:
         return None
-    teraflops = DATASHEET[torch.cuda.get_device_name(device)]
     column = (torch.bfloat16, torch.float16, torch.float32).index(dtype)
-    return teraflops[column] and teraflops[column] * 1e12
+    teraflops = DATASHEET[torch.cuda.get_device_name(device)][column]
+    return teraflops and teraflops * 1e12
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
-    """Lets torch.compile fuse the operations between matrix products. False, with a warning, if it cannot here."""
+    """Fuses the operations between matrix products with torch.compile. False, with a warning, if it cannot here."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning(f"training goes on uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
     for block in model.blocks:  # one block's code serves all of them: 11 s for tiny, where the whole model takes 29
@@ -148,9 +141,9 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep freed memory for the next step. Returning it to the system and getting it again costs
-    a step of tiny on a CPU 37,000 page faults, a twelfth of its time."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc has it
+    """Makes the C library keep freed memory for the next step."""
+    # Returning it and getting it again costs a step of tiny on a CPU 37,000 page faults, a twelfth of its time.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc has it
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -169,38 +162,21 @@ def memory_available(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes that this process can still get: of the GPU, or of the machine and the control groups (containers)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        meminfo = (root / "proc/meminfo").read_text()
-    except FileNotFoundError:  # not Linux: the whole memory
+    if not (root / "proc/meminfo").is_file():  # not Linux: the whole memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    free = int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            tree, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):  # version 1
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            tree = root / "sys/fs/cgroup/memory"
-        else:
-            continue
-        group = tree / path.strip("/")
-        for directory in (group, *group.parents):  # the limit of every group above holds too
-            free = min(free, _left(directory, *names))
-            if directory == tree:
-                break
+        controller = "memory" if "memory" in controllers.split(",") else controllers
+        folder, limit, used, cached = GROUPS.get(controller, GROUPS[""])
+        group = root / folder / path.strip("/")
+        while group != root:  # the limit of every group above holds too
+            if (group / limit).is_file() and (total := (group / limit).read_text().strip()) != "max":
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                taken = int((group / used).read_text()) - int(statistics[cached])  # the system drops cached files
+                free = min(free, int(total) - taken)
+            group = group.parent
     return max(0, free)
-
-
-def _left(group: Path, limit: str, used: str, cached: str) -> float:
-    """Bytes that a control group may still take. Cached files do not count: the system drops them on demand."""
-    try:
-        total = (group / limit).read_text().strip()
-        if total == "max":
-            return math.inf
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(total) - int((group / used).read_text()) + int(statistics.get(cached, 0))
-    except (FileNotFoundError, NotADirectoryError):  # the root has no limit; a container may not see its own path
-        return math.inf
 
 
 def must_fit(model: Transformer, config, processes: int) -> None:
@@ -213,10 +189,10 @@ def must_fit(model: Transformer, config, processes: int) -> None:
         needed //= processes
     available = memory_available(pick_device())
     if needed > available:
+        size, free = _bytes(needed), _bytes(available)
         raise UserError(
-            f"{model.num_parameters():,} parameters take {_bytes(needed)} for weights, gradients and optimizer, and "
-            f"{_bytes(available)} are available; choose a smaller model (d_model, n_layers, vocab_size)"
-            + (', or parallel="fsdp" on several GPUs' if config.parallel == "ddp" else "")
+            f"{model.num_parameters():,} parameters take {size} for weights, gradients and optimizer, and {free} are "
+            'available; choose a smaller model (d_model, n_layers, vocab_size), or parallel="fsdp" on several GPUs'
         )
 
 
@@ -225,100 +201,79 @@ def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         total = peak + memory_available(device)
     return f"{_bytes(peak)} at the peak of the first step, of {_bytes(total)}"
 
 
 @contextmanager
 def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
-    """Turns running out of memory inside the block into a UserError that says what to change."""
+    """Turns running out of memory inside the block into a UserError that says what to change, the mildest first."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"out of memory; {smaller(model, config, processes)}") from None
+        held, length = rows_held(config, processes), model.context_length
+        fewer = held // 2 or 1
+        while held % fewer:
+            fewer -= 1
+        raise UserError(
+            f"out of memory; set micro_batch_size={fewer} (now {held}), then gradient_checkpointing=True (now "
+            f"{config.gradient_checkpointing}), then context_length={max(1, length // 2)} (now {length})"
+        ) from None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the GPU or of the machine ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # For the machine's memory PyTorch has no type, only words: on Linux and macOS, and on Windows.
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(f"DefaultCPUAllocator: {w}" in str(error) for w in words)
-
-
-def smaller(model: ModelConfig, config, processes: int) -> str:
-    """Three fields to change after running out of memory, the mildest change first."""
-    held, rows = rows_held(config, processes), 1
-    for n in range(1, held // 2 + 1):
-        if config.batch_size % n == 0 and held % n == 0:
-            rows = n
-    d_ff, heads = model.d_ff or 4 * model.d_model, model.n_kv_heads or model.n_heads
-    changes = [("micro_batch_size", rows, held)]
-    if not config.gradient_checkpointing:
-        changes += [("gradient_checkpointing", True, False)]
-    elif processes > 1:
-        changes += [("parallel", "fsdp", config.parallel)]
-    changes += [("context_length", max(1, model.context_length // 2), model.context_length)]
-    changes += [("n_layers", max(1, model.n_layers // 2), model.n_layers)]
-    changes += [("d_ff", max(1, d_ff // 2), d_ff), ("n_kv_heads", 1, heads)]
-    first = [f"{name}={new!r} (now {old!r})" for name, new, old in changes if new != old][:3]
-    return f"set {first[0]}, then {', then '.join(first[1:])}"
+    """True if an error says that the memory of the GPU or of the machine ran out."""
+    words = "DefaultCPUAllocator: can't allocate memory"  # PyTorch has no exception type for the machine's memory
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or words in str(error)
 
 
 def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:
     """What training is about to do: lines of a label and a value. task: trainer.Task."""
-    steps, total = task.steps, model.num_parameters()
+    steps, total, batch = task.steps, model.num_parameters(), config.batch_size
     trained = numbers(p for p in model.parameters() if p.requires_grad)
-    held, share = rows_held(config, processes), max(1, config.batch_size // processes)
     row, length = task.row or ("row", model.config.context_length)
-    tokens = round(steps * config.batch_size * length)
+    tokens = round(steps * batch * length)
     if config.warmup_steps >= steps:
         log.warning(f"warmup_steps is {config.warmup_steps:,} of {steps:,} steps: the learning rate never peaks")
-    part = f", {trained:,} of them trained" if trained < total else ""
-    held_text = f", {_count(held, row)} at a time" if held < share else ""
-    of_best = f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}" if trained == total else ""
-    several = f", {processes} processes by {config.parallel}" if processes > 1 else ""
+    held = rows_held(config, processes)
+    at_a_time = f", {held:,} at a time" if held * processes < batch else ""
+    per_parameter = f"{tokens / total:.2f} per parameter"
+    if trained == total:
+        per_parameter += f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}"
+    rates = f"{config.schedule} from {config.learning_rate:g} to {config.min_lr:g}"
     lines = {
-        "parameters": f"{total:,}{part}",
-        "steps": f"{steps:,} of {_count(config.batch_size, row)} × {length:,.0f} tokens{held_text}",
-        "tokens": f"{tokens:,} in {steps / task.epoch:.2f} epochs; {tokens / total:.2f} per parameter{of_best}",
+        "parameters": f"{total:,}" + (f", {trained:,} of them trained" if trained < total else ""),
+        "steps": f"{steps:,} of {batch:,} {row}s × {length:,.0f} tokens{at_a_time}",
+        "tokens": f"{tokens:,} in {steps / task.epoch:.2f} epochs; {per_parameter}",
         "FLOPs": f"{task.flops * steps / tokens:.1e} per token, {task.flops * steps:.1e} in all",
-        "device": f"{name(pick_device())}{several}",
+        "device": devices(config, processes),
         "precision": f"{_name(dtype)}; weights and optimizer in float32",
         "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}",
-        "schedule": f"{config.schedule} from {config.learning_rate:g} to {config.min_lr:g}, "
-        f"{_count(config.warmup_steps, 'step')} of warm-up",
+        "schedule": f"{rates}, {config.warmup_steps:,} steps of warm-up",
     }
-    return [f"{label:<12}{value}" for label, value in lines.items()]
+    return [label.ljust(12) + value for label, value in lines.items()]
 
 
 def used(config, dtype: torch.dtype, processes: int) -> str:
-    """The machine of a run, in one line for its manifest. config.compile: whether compiling worked."""
-    several = f", {processes} processes by {config.parallel}" if processes > 1 else ""
-    return f"{name(pick_device())}{several}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
+    """The machine of a run, in one line for its manifest. config.compile: True if compiling worked."""
+    return f"{devices(config, processes)}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
+
+
+def devices(config, processes: int) -> str:
+    return name(pick_device()) + (f", {processes} processes by {config.parallel}" if processes > 1 else "")
 
 
 def name(device: torch.device) -> str:
-    """The name of a device."""
+    """The name of a device; of a CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()}, {_count(torch.get_num_threads(), 'thread')}"
-
-
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's name, or its architecture if the system does not say."""
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine() or "CPU"
-
-
-def _count(n: int, thing: str) -> str:
-    return f"{n:,} {thing}" + ("" if n == 1 else "s")
+    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    threads = torch.get_num_threads()
+    return f"{model[1] if model else platform.machine()}, {threads} thread" + ("s" if threads > 1 else "")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -326,5 +281,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _bytes(n: float) -> str:
-    """1.5 GiB or 12 MiB."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

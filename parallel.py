@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 train.py configs/base.py
 
 Every process computes the gradient of its rows of the global batch; all of them step by the sum. With "ddp" each holds
-the whole model. With "fsdp" each holds a share of every matrix, of its gradient and of the optimizer's state; a block
-is put together when it is needed. Only the first process writes to the disk.
+the whole model. With "fsdp" each holds a share of every matrix, its gradient and its optimizer state, and gathers a
+block when it needs it. Only the first process writes to the disk.
 """
 
 import datetime
@@ -27,29 +27,26 @@ DAY = 86_400.0
 
 
 def rank() -> int:
-    """Which process this is, counted from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
-    """Joins the processes that torchrun started, and leaves them at the end.
-
-    timeout: seconds to wait for another process. If one ends, or does not answer in time, this one stops too, with one
-    line and status 1 (in the middle of NCCL's work, by NCCL's watchdog).
-    """
+    """Joins the processes that torchrun started, and leaves them at the end. timeout: seconds to wait for another."""
+    # If one ends or does not answer, this one stops with one line and status 1 (amid NCCL's work, by NCCL's watchdog).
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         cli.end_with_parent(signal.SIGTERM)  # a killed torchrun cannot end its processes any more
     try:
-        _connect(_backend(), datetime.timedelta(seconds=timeout))
+        connect(datetime.timedelta(seconds=timeout))
         if rank():
             log.setLevel("ERROR")
         yield
@@ -61,27 +58,22 @@ def joined(timeout: float) -> Iterator[None]:
     except Stopped as stop:
         raise Stopped(stop.status, str(stop) if rank() == 0 else "") from None
     except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(error)):
             raise
-        reason = str(error).strip().splitlines()[0]
         what = f"has not answered for {timeout:g} s" if re.search("[Tt]imed out|[Tt]imeout", reason) else "has ended"
-        raise Stopped(
-            1, f"process {rank()}: another process {what}, so this one stops; run the same command again ({reason})"
-        ) from None
+        message = f"another process {what}, so this one stops; run the same command again ({reason})"
+        raise Stopped(1, f"process {rank()}: {message}") from None
 
 
-def _backend() -> str:
-    """NCCL for GPUs, one GPU per process; gloo for CPUs."""
-    if not torch.cuda.is_available():
-        return "gloo"
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= gpus:
-        raise UserError(f"{local + 1} or more processes here, {gpus} GPUs; start --nproc_per_node={gpus}")
-    torch.cuda.set_device(local)
-    return "cpu:gloo,cuda:nccl"
-
-
-def _connect(backend: str, timeout: datetime.timedelta) -> None:
+def connect(timeout: datetime.timedelta) -> None:
+    """Connects the processes: with NCCL for GPUs, one GPU per process, or with gloo for CPUs."""
+    backend, local, gpus = "gloo", int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if torch.cuda.is_available():
+        if local >= gpus:
+            raise UserError(f"{local + 1} or more processes here, {gpus} GPUs; start --nproc_per_node={gpus}")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
     # After a restart, torchrun's store still has the addresses of the dead processes, so each attempt uses its own
     # names. The store counts the attempts, because every machine's torchrun has a count of its own.
     store, number, count = next(dist.rendezvous("env://", timeout=timeout))
@@ -108,24 +100,21 @@ class Signals:
             signal.signal(signum, handler)
 
     def _handle(self, signum, frame):
-        now = time.monotonic()
         # One Ctrl-C can arrive twice: the terminal sends it to all processes, and the parent (pipeline.py, or
         # torchrun, which takes longer) passes it on.
         patience = 1 if ranks() == 1 else 5
         if not self.caught:
-            self.caught, self.when = signum, now
+            self.caught, self.when = signum, time.monotonic()
             if rank() == 0:
                 with suppress(OSError):  # the terminal is closed
                     os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
-        elif now - self.when > patience:
+        elif time.monotonic() - self.when > patience:
             os._exit(128 + signum)
 
 
 def lead(function: Callable, timeout: float | None = None):
-    """Calls a function in the first process only, and returns its result in all. If it raises, all processes stop.
-
-    timeout: seconds that the others wait, if that may be longer than for anything else.
-    """
+    """Calls a function in the first process only, and returns its result in all. If it raises, all processes stop."""
+    # timeout: seconds that the other processes wait; by default as long as for anything else.
     if ranks() == 1:
         return function()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)) if timeout else None
@@ -145,12 +134,12 @@ def lead(function: Callable, timeout: float | None = None):
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends all processes with status 2, and the first one says why. Every process must call it."""
+    """Ends all processes with status 2; the first one prints the message. Every process must call it."""
     raise UserError(message) if rank() == 0 else Stopped(2, "")
 
 
 def add_up(x: Tensor) -> Tensor:
-    """The sum of x over all processes, written into it."""
+    """Replaces x by its sum over all processes."""
     if ranks() > 1:
         dist.all_reduce(x)
     return x
@@ -158,38 +147,33 @@ def add_up(x: Tensor) -> Tensor:
 
 def total(number: int) -> int:
     """The sum of a number over all processes."""
-    return int(add_up(torch.tensor(number))) if ranks() > 1 else number
+    return int(add_up(torch.tensor(number)))
 
 
 def largest(number: int) -> int:
     """The largest of a number over all processes."""
-    if ranks() == 1:
-        return number
     x = torch.tensor(number)
-    dist.all_reduce(x, dist.ReduceOp.MAX)
+    if ranks() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
     return int(x)
 
 
 def command(remake: str) -> str:
-    """The user's command with torchrun before it. On several machines torchrun takes more switches."""
+    """The user's command, with torchrun if it started this process. Several machines need more switches."""
     if ranks() == 1:
         return remake
     return remake.replace("python", f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}", 1)
 
 
-# ----------------------------------------------------------------------------------------------------------- gradients
-
-
 class Exchange:
-    """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704).
+    """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704)."""
 
-    Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
-    resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
-    """
+    # Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
+    # resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        # The backward pass reaches the last layer first. The order is fixed, because gradients that a process sends
-        # in another order than the others would be added to the wrong ones.
+        # The backward pass reaches the last layer first. The order is fixed: gradients that a process sends in
+        # another order than the others would be added to the wrong ones.
         self.parameters = [p for p in parameters if p.requires_grad][::-1]
         self.ready, self.sent, self.active = set(), [], False
         for p in self.parameters:
@@ -205,20 +189,16 @@ class Exchange:
         for p in self.parameters[len(self.sent) :]:  # parameters that had no part in this process's loss
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            self._send(p)
+            self.sent.append(dist.all_reduce(p.grad, async_op=True))
         for work in self.sent:
             work.wait()
 
     def _arrived(self, p: nn.Parameter) -> None:
         self.ready.add(p)
-        while self.active and len(self.sent) < len(self.parameters):
-            following = self.parameters[len(self.sent)]
-            if following not in self.ready:
+        for following in self.parameters[len(self.sent) :]:
+            if not self.active or following not in self.ready:
                 break
-            self._send(following)
-
-    def _send(self, p: nn.Parameter) -> None:
-        self.sent.append(dist.all_reduce(p.grad, async_op=True))
+            self.sent.append(dist.all_reduce(following.grad, async_op=True))
 
 
 def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange:
@@ -244,13 +224,6 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     return Exchange([])
 
 
-# -------------------------------------------------------------------------------------------------------- sharded state
-
-
-def _sharded(x) -> bool:
-    return hasattr(x, "full_tensor")  # a DTensor; importing its class takes a second
-
-
 def whole(x):
     """Gathers sharded tensors in nested containers, on the CPU. Every process must call it; the first gets them."""
     if isinstance(x, dict):
@@ -259,13 +232,13 @@ def whole(x):
         return [whole(value) for value in x]
     if not isinstance(x, Tensor):
         return x
-    x = x.full_tensor() if _sharded(x) else x
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x  # a DTensor; importing its class takes a second
     return x.cpu() if rank() == 0 else None
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor if `like`, the parameter it belongs to, is sharded; else all of it."""
-    if not _sharded(like) or x.shape != like.shape:
+    if not hasattr(like, "full_tensor") or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
 

@@ -103,11 +103,10 @@ def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool
     def make() -> Transformer:
         with torch.device("meta"):  # takes no memory: a model that cannot fit is refused at once
             machine.must_fit(Transformer(shape), config, parallel.ranks())
-        model = Transformer(shape)  # random weights, drawn after run() has set the seed
         if experiment.imported:  # a model from Hugging Face: see convert.py
-            checkpoint.load_weights(experiment.imported, model)
             log.info(f"training continues from the weights in {experiment.imported}")
-        return model
+            return checkpoint.load_model(experiment.imported, shape=shape)
+        return Transformer(shape)  # random weights, drawn after run() has set the seed
 
     run(job, make, task, config, force, resume)
 

@@ -16,7 +16,7 @@ MAIN = {
     "pretrain": (
         "validation.bits_per_byte",
         "bits per byte",
-        "to store held-out text; less is better, xz needs {validation[baseline]:.3f}",
+        "of held-out text; xz -9 needs {validation[baseline]:.3f}",
     ),
     "sft_data": ("train.conversations", "conversations", "to train on, in rows that are {packing_efficiency:.1%} full"),
     "sft": (
@@ -57,6 +57,8 @@ class Run:
 
     def result(self, name: str) -> str:
         """A stage's main number in words, for `pipeline.py --status` too; "" if there is none."""
+        if name == "eval" and self.results:
+            return f"{sum('n' in entry for entries in self.results.values() for entry in entries.values())} results"
         if name not in MAIN:
             return ""
         path, unit, _ = MAIN[name]
@@ -80,14 +82,12 @@ class Run:
             if self.lookup(key) is not None:
                 rows.append([name, self.result(name), self.usual(key), meaning.format_map(self.numbers[name])])
             elif self.result(name):
-                command = self.experiment.command("eval")
-                rows.append([name, self.result(name), "", f"in training, on part of the held-out data; run: {command}"])
+                rows.append([name, self.result(name), "", "in training, on part of the held-out data"])
             for other in self.experiment.expected:  # other numbers that the config has a range for
                 if other.startswith(f"{name}.") and other != key and self.lookup(other) is not None:
                     rows.append([name, digits(self.lookup(other)), self.usual(other), other])
         if self.results:
-            measured = sum("n" in entry for entries in self.results.values() for entry in entries.values())
-            rows.append(["eval", f"{measured} results", "", f"of {', '.join(self.results)}"])
+            rows.append(["eval", self.result("eval"), "", f"of {', '.join(self.results)}"])
         return rows
 
     def metrics(self, name: str) -> list[dict]:
@@ -165,4 +165,5 @@ def terminal(run: Run) -> str:
         number, _, unit = result.partition(" ")
         line = f"{name:9} {number:>10} {unit:16} " + f"usual {usual}" * bool(usual)
         lines += [line.rstrip(), wrapped(meaning, " " * 21)]
-    return "\n".join([*lines, "", *sample(run), "", *notes(run)])
+    parts = ["\n".join(lines), "\n".join(sample(run)), *notes(run)]
+    return "\n\n".join(part for part in parts if part)

@@ -1,14 +1,14 @@
-"""To and from the Hugging Face layout: against transformers and SentencePiece, there and back, and what is wrong."""
+"""To and from the Hugging Face layout: against transformers, SentencePiece and llama.cpp, and there and back."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import json
 import os
 import pickle
-import re
 import shutil
-import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +29,11 @@ import tokenizer
 from cli import UserError
 from data.sources import PythonDocs
 from model import ModelConfig, Transformer
+from serving import served
 from serving.engine import Writer
-from tests.conftest import Place
+from sft.conversations import Message
+from sft.templates import TEMPLATES, render
+from tests.conftest import Place, build
 from tokenizer.train import TokenizerConfig, train
 
 SHAPE = {"vocab_size": 512, "context_length": 64, "n_layers": 2, "d_model": 32, "n_heads": 4}
@@ -38,11 +41,16 @@ SHAPES = {
     "grouped and tied": ModelConfig(**SHAPE, n_kv_heads=2, d_ff=80, tie_embeddings=True, rope_theta=500.0),
     "untied": ModelConfig(**SHAPE, rms_norm_eps=1e-3),
 }
-TEXTS = st.text(st.characters(codec="utf-8")) | st.lists(
-    st.sampled_from(
-        [*" \n\t▁a1é=-<|>", "  ", "    ", "<0x41>", "<0xE2>", "<|im_start|>", "<|im_end|>", "</s>", "<unk>"]
-    )
-).map("".join)
+KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+OTHERS = {
+    "LLaMA's": {**KEPT, "model_type": "bpe"},
+    "unigram": KEPT,
+    "identity": {"normalization_rule_name": "identity"},
+    "SentencePiece's defaults": {},
+}
+PARTS = [*" \n\t▁a1é=-<|>", "  ", "    ", "<0x41>", "<0xE2>", "<|im_start|>", "<|im_end|>", "</s>", "<unk>"]
+TEXTS = st.text(st.characters(codec="utf-8")) | st.lists(st.sampled_from(PARTS)).map("".join)
+TOKENS = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
 def command(*words) -> None:
@@ -51,9 +59,9 @@ def command(*words) -> None:
     parsed.command(parsed)
 
 
-def llama(seed: int = 0, **changes) -> transformers.LlamaForCausalLM:
-    """A small LLaMA of transformers' own."""
-    torch.manual_seed(seed)
+def llama(**changes) -> transformers.LlamaForCausalLM:
+    """A small LLaMA that transformers initialises."""
+    torch.manual_seed(0)
     shape = {
         "vocab_size": 1024,
         "hidden_size": 32,
@@ -77,48 +85,51 @@ def spm_model(texts: list[str], **options) -> bytes:
     return written.getvalue()
 
 
+def save(directory: Path, config: ModelConfig, spm_sha256: str, template: str | None = None) -> Path:
+    """A checkpoint with random weights that are far from their initial sizes."""
+    torch.manual_seed(1)
+    model = Transformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+    settings = {"model": stage.describe(config)} | ({"template": template} if template else {})
+    about = {"config": settings, "read": {"mini/tokenizer/spm.model": spm_sha256}, "counts": {"step": 1}}
+    checkpoint.save(directory, {"weights.pt": model.state_dict(), "state.pt": {}}, about)
+    return directory
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """1,200 real ones: docstrings of the standard library."""
+    """400 docstrings of the standard library."""
     found = PythonDocs(packages=()).documents(1)
-    texts = [document.text for document in itertools.islice(found, 1_200)]
+    texts = [document.text for document in itertools.islice(found, 400)]
     found.close()
     return texts
 
 
 @pytest.fixture(scope="module")
-def spms(made: Place) -> dict[str, tokenizer.Tokenizer]:
-    """A tokenizer of ours by each algorithm."""
-    corpus, found = made.runs / "mini/corpus", {}
+def spms(made: Place, text) -> dict[str, tokenizer.Tokenizer]:
+    """A tokenizer of ours by each algorithm, and one like LLaMA's, which puts a space before every text."""
+    models = {"LLaMA's": spm_model(text, vocab_size=600, **OTHERS["LLaMA's"])}
     for algorithm in ("unigram", "bpe"):
-        found[algorithm] = tokenizer.Tokenizer(
-            train(corpus, 1, TokenizerConfig(vocab_size=500, algorithm=algorithm), 0.1), ""
-        )
-    return found
+        config = TokenizerConfig(vocab_size=500, algorithm=algorithm)
+        models[algorithm] = train(made.runs / "mini/corpus", 1, config, 0.1)
+    return {name: tokenizer.Tokenizer(model, "") for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
 def exported(made: Place, tmp_path_factory):
-    """{name of the shape: (checkpoint, what to-hf made of it)}"""
-    sha256 = stage.sha256(made.runs / "mini/tokenizer/spm.model")
-    pairs = {}
+    """{name of the shape: (checkpoint, the directory that to-hf wrote)}"""
+    sha256, pairs = stage.sha256(made.runs / "mini/tokenizer/spm.model"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS", str(made.runs))
         for name, config in SHAPES.items():
             place = tmp_path_factory.mktemp("exported")
-            torch.manual_seed(1)
-            model = Transformer(config)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(10) if p.dim() == 2 else p.uniform_(0.5, 1.5)
-            read = {"mini/tokenizer/spm.model": sha256}
-            about = {"config": {"model": stage.describe(config)}, "read": read, "counts": {"step": 1}}
-            checkpoint.save(place / "step", {"weights.pt": model.state_dict(), "state.pt": {}}, about)
-            command("to-hf", made.config, place / "hf", "--checkpoint", place / "step")
+            command("to-hf", made.config, place / "hf", "--checkpoint", save(place / "step", config, sha256))
             pairs[name] = place / "step", place / "hf"
     return pairs
 
@@ -127,13 +138,12 @@ def exported(made: Place, tmp_path_factory):
 def foreign(tmp_path: Path, text: list[str]) -> Path:
     """A LLaMA as transformers saves it, with a SentencePiece tokenizer like LLaMA's and a padded embedding."""
     llama().save_pretrained(tmp_path / "foreign")
-    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "model_type": "bpe"}
-    (tmp_path / "foreign/tokenizer.model").write_bytes(spm_model(text, vocab_size=600, **options))
+    (tmp_path / "foreign/tokenizer.model").write_bytes(spm_model(text, vocab_size=600, **OTHERS["LLaMA's"]))
     return tmp_path / "foreign"
 
 
 def edit(directory: Path, **changes) -> Path:
-    """Changes fields of config.json; None removes one."""
+    """Changes fields of config.json; ... removes one."""
     given = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps({k: v for k, v in given.items() if v is not ...}))
     return directory
@@ -148,33 +158,23 @@ def test_transformers_computes_the_same(exported, name):
     other = transformers.AutoModelForCausalLM.from_pretrained(exported[name][1])
     assert type(other) is transformers.LlamaForCausalLM
     assert other.dtype == torch.float32
-    tokens = torch.randint(512, (3, 64), generator=torch.Generator().manual_seed(0))
-    logits, others = ours(tokens), other(tokens).logits
-    assert relative(logits, others) < 1e-5
-    assert torch.equal(logits.argmax(-1), others.argmax(-1))
-    loss, other_loss = ours(tokens[:, :-1], tokens[:, 1:]), other(tokens, labels=tokens).loss
-    assert loss.item() == pytest.approx(other_loss.item(), rel=1e-5)
-    loss.backward(), other_loss.backward()
-    gradients = {name: p.grad for name, p in other.named_parameters()}
-    assert len(gradients) == len(list(ours.parameters()))
-    for name, p in ours.named_parameters():
-        assert relative(p.grad, gradients[convert.theirs(name)]) < 1e-4, name
-    greedy = other.generate(tokens[:1, :8], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert generate.generate(ours, tokens[0, :8].tolist(), 12, temperature=0) == greedy[0, 8:].tolist()
+    with torch.no_grad():
+        assert relative(ours(TOKENS), other(TOKENS).logits) < 1e-5
+        assert ours(TOKENS[:, :-1], TOKENS[:, 1:]).item() == pytest.approx(other(TOKENS, labels=TOKENS).loss.item())
+    greedy = other.generate(TOKENS[:1, :8], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generate.generate(ours, TOKENS[0, :8].tolist(), 12, temperature=0) == greedy[0, 8:].tolist()
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_there_and_back_is_bit_for_bit(exported, name, tmp_path):
     before, hf = exported[name]
     command("from-hf", hf, tmp_path / "back")
-    spm = tokenizer.load(tmp_path / "back/tokenizer")
     ours, back = checkpoint.read(before, "weights.pt"), checkpoint.read(tmp_path / "back", "weights.pt")
     assert ours.keys() == back.keys()
     assert all(torch.equal(ours[name].view(torch.int32), back[name].view(torch.int32)) for name in ours)
-    before_config, back_config = checkpoint.load_model(before).config, checkpoint.load_model(tmp_path / "back").config
-    assert convert.llama_config(before_config, spm) == convert.llama_config(back_config, spm)
-    checkpoint.must_match(before, spm.sha256)
-    checkpoint.must_match(tmp_path / "back", spm.sha256)
+    checkpoint.load_model(tmp_path / "back", shape=SHAPES[name])  # in which n_kv_heads and d_ff may be None
+    for directory in (before, tmp_path / "back"):
+        checkpoint.must_match(directory, tokenizer.load(tmp_path / "back/tokenizer").sha256)
     command("to-hf", tmp_path / "back/config.py", tmp_path / "hf")
     for file in sorted(path.name for path in hf.iterdir()):
         assert (hf / file).read_bytes() == (tmp_path / "hf" / file).read_bytes(), file
@@ -182,108 +182,81 @@ def test_there_and_back_is_bit_for_bit(exported, name, tmp_path):
     assert ("lm_head.weight" in safetensors.torch.load_file(hf / "model.safetensors")) != tied
 
 
-@pytest.mark.parametrize("how", ["safetensors", "sharded", "bin", "sharded bin", "bfloat16", "tied", "old names"])
+@pytest.mark.parametrize("how", ["sharded", "bin", "sharded bin", "bfloat16", "float16", "tied", "old names"])
 def test_llamas_of_transformers_come_over(foreign, tmp_path, how):
     other = llama(tie_word_embeddings=how == "tied")
-    saved = other
-    if how == "bfloat16":
-        saved = copy.deepcopy(other).bfloat16()
+    saved, options = other, {"max_shard_size": "20KB"} if how == "sharded" else {}
+    if how in ("bfloat16", "float16"):
+        saved = copy.deepcopy(other).to(getattr(torch, how))
         other.load_state_dict(saved.state_dict())
-    saved.save_pretrained(foreign, **({"max_shard_size": "20KB"} if how == "sharded" else {}))
+    (foreign / "model.safetensors").unlink()
+    saved.save_pretrained(foreign, **options)
     weights = {name: weight.clone() for name, weight in other.state_dict().items()}
-    if how != "sharded":
-        assert (foreign / "model.safetensors").exists()
-    else:
-        (foreign / "model.safetensors").unlink()
-    if how == "bin":
-        (foreign / "model.safetensors").unlink()
-        # Every tensor is a view into one storage, which holds more than them.
-        pool = torch.cat([*(weight.flatten() for weight in weights.values()), torch.zeros(100_000)])
-        parts = pool[:-100_000].split([weight.numel() for weight in weights.values()])
-        views = {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
-        torch.save(views, foreign / "pytorch_model.bin")
-    if how == "sharded bin":
+    if how.endswith("bin"):
         (foreign / "model.safetensors").unlink()
         index = {name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(weights)}
-        for shard in set(index.values()):
-            torch.save({k: v for k, v in weights.items() if index[k] == shard}, foreign / shard)
-        (foreign / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+        for shard in set(index.values()) if how == "sharded bin" else ["pytorch_model.bin"]:
+            torch.save({k: v for k, v in weights.items() if shard in ("pytorch_model.bin", index[k])}, foreign / shard)
+        if how == "sharded bin":
+            content = json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+            (foreign / "pytorch_model.bin.index.json").write_text(content)
     if how == "old names":  # as transformers 4 wrote them, buffers included, and as Mistral calls itself
-        safetensors.torch.save_file(
-            weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, foreign / "model.safetensors"
-        )
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        safetensors.torch.save_file(weights, foreign / "model.safetensors")
         mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
         edit(foreign, rope_parameters=..., rope_theta=500.0, rope_scaling=None, head_dim=..., **mistral)
     command("from-hf", foreign, tmp_path / "out")
     assert {weight.dtype for weight in checkpoint.read(tmp_path / "out", "weights.pt").values()} == {torch.float32}
     ours = checkpoint.load_model(tmp_path / "out")
-    tokens = torch.randint(1024, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert relative(ours(tokens), other(tokens).logits) < 1e-5
+        assert relative(ours(TOKENS), other(TOKENS).logits) < 1e-5
     assert (tmp_path / "out/weights.pt").stat().st_size < 4 * ours.num_parameters() + 20_000
     assert ours.config.rope_theta == 500.0
-
-
-def test_a_head_that_is_tied_and_stored_too(foreign, tmp_path):
-    other = llama(tie_word_embeddings=True)
-    other.save_pretrained(foreign)
-    weights = {name: weight.clone() for name, weight in other.state_dict().items()}
-    assert "lm_head.weight" in weights
-    safetensors.torch.save_file(weights, foreign / "model.safetensors")
-    command("from-hf", foreign, tmp_path / "out")
-    weights["lm_head.weight"][0, 0] += 1
-    safetensors.torch.save_file(weights, foreign / "model.safetensors")
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        command("from-hf", foreign, tmp_path / "again")
 
 
 # ------------------------------------------------------------------------------------------------------ our tokenizers
 
 
 def fast(spm: tokenizer.Tokenizer) -> tokenizers.Tokenizer:
-    """What tokenizers makes of our tokenizer.json, control pieces read as text."""
-    found = tokenizers.Tokenizer.from_str(json.dumps(convert.fast_tokenizer(spm)))
-    found.encode_special_tokens = True
-    return found
+    """Our tokenizer.json as tokenizers reads it, control pieces read as text."""
+    opened = tokenizers.Tokenizer.from_str(json.dumps(convert.fast_tokenizer(spm)))
+    opened.encode_special_tokens = True
+    return opened
 
 
 def likelihood(spm: tokenizer.Tokenizer, ids: list[int]) -> float:
-    """What unigram makes as large as it can. Of spellings that are as likely as each other, SentencePiece's float32
-    and tokenizers' float64 sums may choose differently."""
+    """The number that Unigram maximises. SentencePiece adds it up in float32, tokenizers in float64: of two spellings
+    that are as likely as each other they may choose differently."""
     return sum(map(spm.pieces.get_score, ids))
 
 
-@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
-def test_real_documents_get_the_same_ids(spms, documents, algorithm):
-    spm, hf = spms[algorithm], fast(spms[algorithm])
-    together = ["\n\n".join(documents[:300]), "\n\n".join(documents[300:])]  # far longer than what we encode at once
-    different = 0
-    for text in [*documents, *together]:
+@pytest.mark.parametrize("name", ["unigram", "bpe", "LLaMA's"])
+def test_real_documents_get_the_same_ids(spms, documents, name):
+    spm, hf, different = spms[name], fast(spms[name]), 0
+    for text in [*documents, "\n\n".join(documents[:300])]:  # one is far longer than what we encode at once
         theirs, ours = hf.encode(text).ids, spm.encode(text)
         if theirs != ours:
-            assert algorithm == "unigram"
+            assert name == "unigram"
             assert likelihood(spm, theirs) == pytest.approx(likelihood(spm, ours))
             different += 1
         assert hf.decode(ours) == text
     assert different <= 0.01 * len(documents)
-    assert len(documents) > 1_000
 
 
-@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
-def test_any_text_gets_the_same_ids(spms, algorithm):
-    spm, hf = spms[algorithm], fast(spms[algorithm])
+@pytest.mark.parametrize("name", ["unigram", "bpe", "LLaMA's"])
+def test_any_text_gets_the_same_ids(spms, name):
+    spm, hf = spms[name], fast(spms[name])
 
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(TEXTS)
     def check(text):
         theirs, ours = hf.encode(text).ids, spm.encode(text)
-        if algorithm == "bpe":
-            assert theirs == ours
+        assert theirs == ours or name == "unigram"
         assert likelihood(spm, theirs) == pytest.approx(likelihood(spm, ours))
         assert hf.decode(ours) == text
 
     check()
-    for text in ("", " ", "  a", "\n\n", "a▁b▁", "<0x41>", "<0x0A><0xE2>", "<unk></s>", "<|im_start|>x<|reserved_5|>"):
+    for text in ("", "  a", "\n\n", "a▁b▁", "<0x41>", "<0x0A><0xE2>", "<unk></s>", "<|im_start|>x<|reserved_5|>"):
         assert hf.encode(text).ids == spm.encode(text), text
 
 
@@ -294,8 +267,7 @@ def test_auto_tokenizer_opens_it(exported, text, made: Place):
         for options in ({}, {"add_special_tokens": False}, {"add_special_tokens": True}):
             assert hf.encode(part, **options) == spm.encode(part)
         assert hf.decode(spm.encode(part)) == part
-    assert (hf.bos_token_id, hf.eos_token_id, len(hf)) == (spm.eos, spm.eos, 512)
-    assert hf.model_max_length == 64
+    assert (hf.bos_token_id, hf.eos_token_id, len(hf), hf.model_max_length) == (spm.eos, spm.eos, 512, 64)
     spelt = "<|im_start|>user\nhi<|im_end|>"
     parsed = [spm.control["<|im_start|>"], *spm.encode("user\nhi"), spm.control["<|im_end|>"]]
     assert hf.encode(spelt) == parsed
@@ -303,39 +275,54 @@ def test_auto_tokenizer_opens_it(exported, text, made: Place):
     assert hf.decode(parsed, skip_special_tokens=True) == "user\nhi"
 
 
-def test_chats_are_rendered_as_chatml(exported, made: Place):
-    hf = transformers.AutoTokenizer.from_pretrained(exported["untied"][1])
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1 + 1?\n"}]
-    rendered = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == (
-        "</s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 1 + 1?\n<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert not hf.apply_chat_template(messages, tokenize=False).endswith("assistant\n")
-    ids = hf.apply_chat_template(messages, return_dict=False)
-    assert ids.count(tokenizer.load(made.runs / "mini/tokenizer").control["<|im_end|>"]) == 2
+def llama_cpp(directory: Path, text: str) -> list[int]:
+    """The ids that llama.cpp gives a text, after its convert_hf_to_gguf.py and llm_tokenizer_spm, without bos.
+
+    Characters are merged pair by pair, the pair with the best score first, the leftmost of equal ones; what remains is
+    spelt in bytes. A space comes before the text unless tokenizer_config.json says add_prefix_space is false.
+    """
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    known = {pieces.id_to_piece(i): i for i in range(len(pieces)) if not pieces.is_control(i)}
+    if json.loads((directory / "tokenizer_config.json").read_text()).get("add_prefix_space", True):
+        text = f" {text}"
+    symbols = list(text.replace(" ", "▁"))
+    while True:
+        pairs = [(-pieces.get_score(known[a + b]), i) for i, (a, b) in enumerate(itertools.pairwise(symbols))
+                 if a + b in known]  # fmt: skip
+        if not pairs:
+            break
+        i = min(pairs)[1]
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    ids = []
+    for symbol in symbols:
+        ids += [known[symbol]] if symbol in known else [known[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return ids
 
 
-def test_a_tokenizer_that_cannot_be_reproduced_is_refused(made: Place, text):
-    config = TokenizerConfig(vocab_size=400, algorithm="bpe", normalization="nfkc")
-    model = train(made.runs / "mini/corpus", 1, config, 0.1)
-    with pytest.raises(UserError, match=r"text normalisation, which tokenizer\.json cannot reproduce exactly"):
-        convert.fast_tokenizer(tokenizer.Tokenizer(model, ""))
-    with pytest.raises(UserError, match="text normalisation, white space that is not kept"):
-        convert.fast_tokenizer(tokenizer.Tokenizer(spm_model(text, vocab_size=600), ""))
-    model = spm_model(text, vocab_size=600, normalization_rule_name="identity", user_defined_symbols=["<x>"])
-    with pytest.raises(UserError, match="user-defined or unused pieces"):
-        convert.fast_tokenizer(tokenizer.Tokenizer(model, ""))
+@pytest.mark.parametrize("name", ["bpe", "LLaMA's"])
+def test_llama_cpp_gives_the_same_ids(spms, text, tmp_path, name):
+    (tmp_path / "tokenizer.model").write_bytes(spms[name].model)
+    settings = convert.tokenizer_files(spms[name], None)["tokenizer_config.json"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for part in ["The king", " two\n words", "é 🙂", *(part[:300] for part in text)]:
+        assert llama_cpp(tmp_path, part) == spms[name].encode(part)
+
+
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({}, "text normalisation, white space that is not kept"),
+        ({**KEPT, "user_defined_symbols": ["<x>"]}, "user-defined or unused pieces"),
+        ({**KEPT, "model_type": "char"}, "an algorithm that is neither unigram nor BPE"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_reproduced_is_refused(text, options, reasons):
+    size = {} if "model_type" in options else {"vocab_size": 600}
+    with pytest.raises(UserError, match=rf"{reasons}, which tokenizer\.json cannot reproduce exactly"):
+        convert.fast_tokenizer(tokenizer.Tokenizer(spm_model(text, **size, **options), ""))
 
 
 # ---------------------------------------------------------------------------------------------------- other tokenizers
-
-KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-OTHERS = {
-    "LLaMA's": {**KEPT, "model_type": "bpe"},
-    "unigram": KEPT,
-    "identity": {"normalization_rule_name": "identity"},
-    "SentencePiece's defaults": {},
-}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -343,17 +330,14 @@ def test_other_tokenizers_encode_as_sentencepiece_does(text, documents, name, mo
     model = spm_model([line for part in text for line in part.split("\n")], vocab_size=600, **OTHERS[name])
     spm, bare = tokenizer.Tokenizer(model, ""), sentencepiece.SentencePieceProcessor(model_proto=model)
     assert (spm.bos, spm.eos) == (1, 2)
-    some = ["", " ", "  two  spaces ", "x", "\n a\n", "é 🙂", "<s>a</s>", *text, *documents[:200]]
+    some = ["", " ", "  two  spaces ", "x", "\n a\n", "é 🙂", "<s>a</s>", *text, *documents[:100]]
     kept = name in ("LLaMA's", "unigram")
     for part in some:
         ids = spm.encode(part)
         assert ids == bare.encode(part)
         assert spm.decode(ids) == bare.decode(ids) == (part if kept else bare.decode(bare.encode(part)))
         assert spm.decode([spm.bos, *ids, spm.eos]) == spm.decode(ids)
-    if kept:
-        assert spm.decode(spm.encode("a▁b ▁")) == "a▁b ▁"
-    else:
-        assert spm.encode("a▁b ▁") == bare.encode("a▁b ▁")
+    assert spm.decode(spm.encode("a▁b ▁")) == "a▁b ▁" if kept else spm.encode("a▁b ▁") == bare.encode("a▁b ▁")
     monkeypatch.setattr(tokenizer, "PART", 20)
     for part in some:
         cut = spm.encode(part)
@@ -361,83 +345,92 @@ def test_other_tokenizers_encode_as_sentencepiece_does(text, documents, name, mo
         assert spm.decode(cut) == part or not kept
 
 
-def test_other_tokenizers_are_exported_exactly(text, documents):
-    spm = tokenizer.Tokenizer(spm_model(text, vocab_size=600, **OTHERS["LLaMA's"]), "")
-    hf = fast(spm)
-    for part in ["", " ", " a", "  ▁x", *text, *documents[:200]]:
-        assert hf.encode(part).ids == spm.encode(part)
-        assert hf.decode(spm.encode(part)) == part
-
-
-def written(spm: tokenizer.Tokenizer, ids: list[int]) -> str:
-    writer = Writer(spm)
-    return "".join(writer.add(token).text for token in ids) + writer.rest().text
-
-
-def test_a_continuation_keeps_its_first_space(text):
-    spm = tokenizer.Tokenizer(spm_model(text, vocab_size=600, **OTHERS["LLaMA's"]), "")
+def test_a_continuation_keeps_its_first_space(spms):
+    spm = spms["LLaMA's"]
     ids = spm.encode("one two")
     assert spm.decode(ids[:1], begins=True) + spm.decode(ids[1:], begins=False) == "one two"
-    assert written(spm, spm.encode("two")) == " two"
+    writer = Writer(spm)
+    assert "".join(writer.add(token).text for token in spm.encode("two")) + writer.rest().text == " two"
 
 
-# ------------------------------------------------------------------------------------------------ what is not supported
+# ----------------------------------------------------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("saved_by", ["to-hf", "transformers"])
+def test_a_chat_template_survives_there_and_back(made: Place, tmp_path, monkeypatch, template, saved_by):
+    monkeypatch.setenv("RUNS", str(made.runs))
+    sha256 = stage.sha256(made.runs / "mini/tokenizer/spm.model")
+    shape = dataclasses.replace(SHAPES["untied"], context_length=256)
+    taught, hf = save(tmp_path / "taught", shape, sha256, template), tmp_path / "hf"
+    command("to-hf", made.config, hf, "--checkpoint", taught)
+    if saved_by == "transformers":  # which writes the template to a file of its own, and no tokenizer.model
+        hf = tmp_path / "again"
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(hf)
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(hf)
+        shutil.copy(tmp_path / "hf/tokenizer.model", hf)
+    command("from-hf", hf, tmp_path / "back")
+    experiment = configs.load(tmp_path / "back/config.py")
+    assert experiment.sft.data.template == template
+    before, after = served.load(configs.load(made.config), taught), served.load(experiment)
+    assert after.template == template
+    assert after.stop == before.stop
+    asked = render(template, [Message("user", "Hi?")], after.tokenizer, ask=True)[0]
+    assert after.prompt("Hi?") == before.prompt("Hi?") == asked
+    command("to-hf", tmp_path / "back/config.py", tmp_path / "hf2")
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "hf2" / file).read_bytes(), file
+
+
+def test_a_model_that_was_only_pretrained_still_continues_texts(exported, made: Place, tmp_path):
+    """And its export has the template chatml, for who fine-tunes it elsewhere."""
+    hf = transformers.AutoTokenizer.from_pretrained(exported["untied"][1])
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1 + 1?\n"}]
+    assert hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "</s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 1 + 1?\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+    command("from-hf", exported["untied"][1], tmp_path / "back")
+    model = served.load(configs.load(tmp_path / "back/config.py"))
+    assert model.template is None
+    assert model.prompt("The") == [model.tokenizer.bos, *model.tokenizer.encode("The")]
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
 
 UNSUPPORTED = [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
-    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"attention_bias": True}, "attention_bias is True"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"head_dim": 16}, "head_dim is 16"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"sliding_window": 128}, "sliding_window is 128"),
+    ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotary_factor"),
+    ({"attention_bias": True, "mlp_bias": True}, "attention_bias is True.*mlp_bias is True"),
+    ({"hidden_act": "gelu", "head_dim": 16}, "hidden_act is 'gelu'.*head_dim is 16"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "sliding_window is 4096"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-    ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
-    ({"hidden_size": "32"}, "hidden_size is '32'"),
-    ({"vocab_size": 0}, "vocab_size is 0"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     ({"num_key_value_heads": 3}, "n_kv_heads is 3"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-    ({"hidden_size": 10**400}, "hidden_size is 10000"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_theta is 10000"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "named"), UNSUPPORTED, ids=[named for _, named in UNSUPPORTED])
-def test_what_is_not_supported_is_named(foreign, tmp_path, changes, named):
+def test_fields_that_are_not_supported_are_all_named(foreign, tmp_path, changes, named):
     with pytest.raises(UserError, match=f"config.json describes a model that is not supported: .*{named}"):
         command("from-hf", edit(foreign, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_all_that_is_not_supported_is_named_at_once(foreign, tmp_path):
-    changes = {"attention_bias": True, "hidden_act": "relu", "rope_scaling": {"rope_type": "yarn"}, "head_dim": 99}
-    with pytest.raises(UserError) as error:
-        command("from-hf", edit(foreign, **changes, intermediate_size=...), tmp_path / "out")
-    for name in (*changes, "intermediate_size"):
-        assert name in str(error.value)
-
-
-def test_tensors_that_do_not_fit_are_named_at_once(foreign, tmp_path):
+def test_tensors_that_do_not_fit_are_all_named(foreign, tmp_path):
     weights = safetensors.torch.load_file(foreign / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, foreign / "model.safetensors")
+    with pytest.raises(UserError, match=r"gives other logits \(by nan.*not finite"):
+        command("from-hf", foreign, tmp_path / "out")
     del weights["model.norm.weight"]
     weights["lm_head.weight"] = weights["lm_head.weight"][1:].clone()
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
-    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
     safetensors.torch.save_file(weights, foreign / "model.safetensors")
     with pytest.raises(UserError) as error:
         command("from-hf", foreign, tmp_path / "out")
-    for what in (
-        "model.norm.weight is missing",
-        "lm_head.weight is [1023, 32], expected [1024, 32]",
-        "q_proj.bias is unexpected",
-        "up_proj.weight is torch.int8",
-    ):
-        assert what in str(error.value)
+    for problem in ("missing model.norm.weight", "mismatched lm_head.weight", "unexpected model.layers.0.self_attn.q_"):
+        assert problem in str(error.value)
 
 
 class Harm:
@@ -445,93 +438,103 @@ class Harm:
         return os.mkdir, ("harm was done",)
 
 
-def test_damaged_files_are_named(foreign, tmp_path, monkeypatch):
+def test_damaged_files_are_refused_and_run_no_code(foreign, tmp_path, monkeypatch):
     def refused(match: str) -> None:
-        with pytest.raises(UserError, match=match) as error:
+        with pytest.raises(UserError, match=match):
             command("from-hf", foreign, tmp_path / "out")
-        assert "\n" not in str(error.value)
-        assert not (tmp_path / "out").exists()
-        assert not list(tmp_path.glob(".*"))
+        assert not list(tmp_path.glob("*out*"))
 
+    monkeypatch.chdir(tmp_path)
     weights, spm = foreign / "model.safetensors", foreign / "tokenizer.model"
-    whole, pieces, shape = weights.read_bytes(), spm.read_bytes(), (foreign / "config.json").read_text()
-    for broken in (whole[:-100], whole[:50], b"", b"\xff" * 100):
-        weights.write_bytes(broken)
-        refused("model.safetensors is damaged")
-    weights.write_bytes(whole)
+    whole, pieces = weights.read_bytes(), spm.read_bytes()
     spm.write_bytes(pieces[: len(pieces) // 2])
-    refused("tokenizer.model: the tokenizer is damaged")
-    spm.write_bytes(pieces)
-    for broken in ("{", "[1]", ""):
-        (foreign / "config.json").write_text(broken)
-        refused("config.json")
+    refused("the tokenizer is damaged")
+    spm.write_bytes(spm_model(["a b c d"] * 9, vocab_size=265))
+    llama(vocab_size=260).save_pretrained(foreign)
+    refused("has 265 pieces, but the embedding only 260 rows")
+    for broken in (whole[:-100], b""):
+        weights.write_bytes(broken)
+        refused(r"foreign cannot be read \(SafetensorError")
+    weights.unlink()
+    refused("foreign cannot be read .*no file named model.safetensors")
+    for content in (pickle.dumps(Harm()), b"PK\x03\x04"):
+        (foreign / "pytorch_model.bin").write_bytes(content)
+        refused("foreign cannot be read")
+    assert not (tmp_path / "harm was done").exists()
+    (foreign / "config.json").write_text("{")
+    refused("foreign cannot be read .*not a valid JSON")
     (foreign / "config.json").unlink()
     refused("config.json; expected the directory of a model")
-    (foreign / "config.json").write_text(shape)
-    weights.unlink()
-    refused("holds no weights")
-    monkeypatch.chdir(tmp_path)
-    for content in (pickle.dumps(Harm()), b"PK\x03\x04", b""):
-        (foreign / "pytorch_model.bin").write_bytes(content)
-        refused("pytorch_model.bin is damaged, or holds something other")
-    torch.save({"model.norm.weight": Harm()}, foreign / "pytorch_model.bin")
-    refused("pytorch_model.bin is damaged, or holds something other")
-    assert not (tmp_path / "harm was done").exists()
-    torch.save([1, 2], foreign / "pytorch_model.bin")
-    refused("expected a model's state_dict")
-    (foreign / "pytorch_model.bin").unlink()
-    for weight_map, match in (
-        ({"a": "gone.bin"}, "gone.bin is missing"),
-        ({"a": "../x"}, "json is damaged"),
-        (3, "json is damaged"),
-    ):
-        (foreign / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        refused(match)
 
 
-def test_a_tokenizer_with_more_pieces_than_the_embedding_has_rows_is_refused(foreign, tmp_path):
-    llama(vocab_size=500).save_pretrained(foreign)
-    with pytest.raises(UserError, match="has 600 pieces, but the embedding only 500 rows"):
+@pytest.mark.parametrize("package", ["transformers", "sentencepiece.sentencepiece_model_pb2"])
+def test_a_missing_package_is_named_with_its_command(exported, made: Place, tmp_path, monkeypatch, package):
+    monkeypatch.setenv("RUNS", str(made.runs))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="pip install transformers protobuf"):
+        command("to-hf", made.config, tmp_path / "out", "--checkpoint", exported["untied"][0])
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(made: Place, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", str(made.runs))
+    other = save(tmp_path / "other", SHAPES["untied"], "0" * 64)
+    with pytest.raises(UserError, match="was trained with tokenizer 000000000000"):
+        command("to-hf", made.config, tmp_path / "out", "--checkpoint", other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_conversion_is_replaced(foreign, tmp_path):
+    command("from-hf", foreign, tmp_path / "out")
+    with pytest.raises(UserError, match=r"is not empty: .*--force"):
         command("from-hf", foreign, tmp_path / "out")
-
-
-def test_without_safetensors_it_says_what_to_install(foreign, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
+    command("from-hf", foreign, tmp_path / "out", "--force")
+    (tmp_path / "out").rename(tmp_path / ".out.old")  # as a killed process leaves it
+    with pytest.raises(UserError, match="out is not empty"):
         command("from-hf", foreign, tmp_path / "out")
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which no conversion wrote"):
+        command("from-hf", foreign, tmp_path / "out", "--force")
+    for out in (foreign, tmp_path, "."):
+        with pytest.raises(UserError, match="which is in use"):
+            command("from-hf", foreign, out, "--force")
+    with pytest.raises(UserError, match="/proc/here/out cannot be made: No such file or directory"):
+        command("from-hf", foreign, "/proc/here/out")
+    assert (tmp_path / "out/thesis.txt").read_text() == "years of work"
 
 
-# -------------------------------------------------------------------------------------------------------- the commands
+def test_a_failure_leaves_the_earlier_conversion(foreign, tmp_path, monkeypatch):
+    command("from-hf", foreign, tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    monkeypatch.setattr(stage, "write_manifest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("from-hf", foreign, tmp_path / "out", "--force")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_commands_as_a_user_runs_them(trained: Place, foreign):
-    hf, back = trained.path / "hf", trained.path / "back"
-    assert "converted" in trained.run("convert.py", "to-hf", trained.config, hf).stdout
-    assert "not empty" in trained.run("convert.py", "to-hf", trained.config, hf, status=2).stderr
-    trained.run("convert.py", "from-hf", hf, back)
+# ------------------------------------------------------------------------------------------------- an imported model
+
+
+def test_commands_as_a_user_runs_them(place: Place, foreign):
+    out = place.path / "llama"
+    assert "converted" in place.run("convert.py", "from-hf", foreign, out).stdout
+    assert sorted(path.name for path in out.iterdir()) == ["config.py", "manifest.json", "tokenizer", "weights.pt"]
+    spm, model = tokenizer.load(out / "tokenizer"), checkpoint.load_model(out)
+    new = generate.generate(model, [spm.bos, *spm.encode("The")], 8, temperature=0, stop=[spm.eos])
     options = ["generate", "The", "--temperature", "0", "--max-tokens", "8"]
-    ours = trained.run("serve.py", trained.config, *options).stdout
-    assert trained.run("serve.py", back / "config.py", *options).stdout == ours
-
-    llama_dir = trained.path / "llama"
-    trained.run("convert.py", "from-hf", foreign, llama_dir)
-    spm = tokenizer.load(llama_dir / "tokenizer")
-    new = generate.generate(
-        checkpoint.load_model(llama_dir), [spm.bos, *spm.encode("The")], 8, temperature=0, stop=[spm.eos]
-    )
-    for config in (llama_dir / "config.py", trained.config):
-        out = trained.run("serve.py", config, "--checkpoint", llama_dir, *options).stdout
-        assert out == f"The{written(spm, new)}\n"
+    text = spm.decode(new, begins=False)
+    assert place.run("serve.py", out / "config.py", *options).stdout == f"The{text}\n"
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_evaluated_on_text_packed_with_its_tokenizer(trained: Place, foreign):
     out = trained.path / "llama"
-    trained.run("convert.py", "from-hf", foreign, out)
-    config = out / "config.py"
+    command("from-hf", foreign, out)
     skipped = trained.run("pipeline.py", trained.config, "eval", "--checkpoint", out).stdout
-    assert re.search("validation skipped: .* was packed with another tokenizer", skipped)
+    assert "was packed with another tokenizer" in skipped
+    config = out / "config.py"
     source = 'Files(paths=("text.jsonl",), min_chars=20)'
-    text = config.read_text().replace("PythonDocs()", source).replace("import PythonDocs", "import Files")
+    text = config.read_text().replace("PythonDocs()", source)
     config.write_text(text.replace("PackConfig()", "PackConfig(val_fraction=0.1)"))
     trained.run("pipeline.py", config, "pack")
     trained.run("pipeline.py", config, "eval", "--checkpoint", out, "--force")
@@ -539,120 +542,33 @@ def test_a_converted_model_is_evaluated_on_text_packed_with_its_tokenizer(traine
     assert results["pretrain"]["validation"]["loss"] > 1
 
 
-def test_without_a_sentencepiece_tokenizer_the_weights_come_over_with_a_warning(place: Place, foreign):
+def test_without_a_sentencepiece_tokenizer_only_the_weights_come_over(foreign, tmp_path, caplog):
     (foreign / "tokenizer.model").unlink()
-    done = place.run("convert.py", "from-hf", foreign, place.path / "out")
-    assert "has no tokenizer.model" in done.stderr
-    assert checkpoint.load_model(place.path / "out").config.vocab_size == 1024
-    assert not (place.path / "out/config.py").exists()
-
-
-def test_a_checkpoint_of_another_tokenizer_is_refused(exported, made: Place, tmp_path, monkeypatch):
-    monkeypatch.setenv("RUNS", str(made.runs))
-    other = shutil.copytree(exported["untied"][0], tmp_path / "other")
-    manifest = stage.read_manifest(other)
-    stage.write_manifest(other, manifest | {"read": {"mini/tokenizer/spm.model": "0" * 64}})
-    with pytest.raises(UserError, match="was trained with tokenizer 000000000000"):
-        command("to-hf", made.config, tmp_path / "out", "--checkpoint", other)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_no_model_is_not_replaced(foreign, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years of work")
-    for beside in ([], ["config.py"], ["weights.pt", "manifest.json"]):
-        for name in beside:
-            (tmp_path / "mine" / name).write_text("something")
-        with pytest.raises(UserError, match="which no conversion wrote"):
-            command("from-hf", foreign, tmp_path / "mine", "--force")
-    for out in (foreign, tmp_path):
-        with pytest.raises(UserError, match="is what is converted, or holds it"):
-            command("from-hf", foreign, out, "--force")
-    with pytest.raises(UserError, match="is a file"):
-        command("from-hf", foreign, tmp_path / "mine/thesis.txt")
-    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
-
-
-def test_a_failure_leaves_what_was_there(foreign, tmp_path, monkeypatch):
     command("from-hf", foreign, tmp_path / "out")
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    monkeypatch.setattr(stage, "versions", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        command("from-hf", foreign, tmp_path / "out", "--force")
-    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_model_moved_aside_by_a_process_that_was_killed_comes_back(foreign, tmp_path):
-    command("from-hf", foreign, tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / ".out.old")
-    with pytest.raises(UserError, match="out is not empty"):
-        command("from-hf", foreign, tmp_path / "out")
+    assert "has no tokenizer.model" in caplog.text
     assert checkpoint.load_model(tmp_path / "out").config.vocab_size == 1024
+    assert not (tmp_path / "out/config.py").exists()
 
 
-def test_a_disk_that_fills_up_is_named(place: Place, foreign, exported):
-    code = """
-import resource, signal, sys, convert
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-parsed = convert.arguments().parse_args(sys.argv[1:])
-convert.cli.run(parsed.command, parsed)
-"""
-    found = place.run("-c", code, "from-hf", foreign, place.path / "out", status=2)
-    assert "weights.pt cannot be written" in found.stderr
-    assert not (place.path / "out").exists()
-    assert not list(place.path.glob(".out*"))
-
-
-def test_more_layers_than_tensors_are_refused_before_they_are_made(foreign, tmp_path):
-    with pytest.raises(UserError, match="has 1,000,000,000 layers, but the files only"):
-        command("from-hf", edit(foreign, num_hidden_layers=10**9), tmp_path / "out")
-
-
-def test_weights_that_are_not_finite_are_refused(foreign, tmp_path):
-    weights = safetensors.torch.load_file(foreign / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    safetensors.torch.save_file(weights, foreign / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers that are not finite"):
-        command("from-hf", foreign, tmp_path / "out")
-
-
-def test_training_goes_on_from_imported_weights(place: Place, foreign):
-    """With a learning rate of next to nothing, to a model next to the imported one."""
-    place.run("convert.py", "from-hf", foreign, place.path / "out")
+def test_training_continues_from_imported_weights(place: Place, foreign, monkeypatch):
+    """With a learning rate near 0, it ends at a model near the imported one. A config of another shape is refused."""
+    monkeypatch.setenv("DATA", str(place.raw))
+    monkeypatch.setenv("RUNS", str(place.runs))
+    command("from-hf", foreign, place.path / "out")
     config = place.path / "out/config.py"
-    source = 'Files(paths=("text.jsonl",))'
-    text = config.read_text().replace("PythonDocs()", source).replace("import PythonDocs", "import Files")
+    text = config.read_text().replace("PythonDocs()", 'Files(paths=("text.jsonl",))')
     assert "steps=1_000, batch_size=8, learning_rate=1e-4" in text
     settings = "steps=2, batch_size=2, learning_rate=1e-9, compile=False, eval_rows=2"
-    config.write_text(text.replace("steps=1_000, batch_size=8, learning_rate=1e-4", settings))
-    assert "training continues from the weights in" in place.run("train.py", config).stdout
+    text = text.replace("steps=1_000, batch_size=8, learning_rate=1e-4", settings)
+    config.write_text(text.replace("rope_theta=500.0", "rope_theta=400.0"))
+    with pytest.raises(UserError, match=r"another shape than the config describes: rope_theta was 500\.0, is now 400"):
+        build("pretrain", configs.load(config))
+    config.write_text(text)
+    build("pretrain", configs.load(config), force=True)
     start = checkpoint.load_model(place.path / "out").state_dict()
     end = checkpoint.load_model(place.runs / "out/pretrain/final").state_dict()
     for name, weight in end.items():
         torch.testing.assert_close(weight, start[name], rtol=0, atol=1e-6)
-
-
-def test_killed_half_way_nothing_is_half_written(place: Place, foreign):
-    out = place.path / "out"
-    code = f"""
-import os, signal, sys, torch, convert
-save = torch.save
-def half(value, path):
-    save(value, path)
-    os.kill(os.getpid(), signal.{{}})
-torch.save = half
-parsed = convert.arguments().parse_args(["from-hf", {str(foreign)!r}, {str(out)!r}])
-convert.cli.run(parsed.command, parsed)
-"""
-    place.run("-c", code.format("SIGKILL"), status=-signal.SIGKILL)
-    assert not out.exists()
-    place.run("-c", code.format("SIGTERM"), status=143)
-    assert not out.exists()
-    place.run("convert.py", "from-hf", foreign, out)
-    assert sorted(p.name for p in out.iterdir()) == ["config.py", "manifest.json", "tokenizer", "weights.pt"]
-    assert not list(place.path.glob(".out*"))
 
 
 def test_an_experiment_says_when_its_imported_tokenizer_is_gone(foreign, tmp_path):

@@ -267,7 +267,6 @@ def test_stopped_while_it_imports(command):
     [
         ("n_layers=2", "n_layer=2", "did you mean n_layers?"),
         ("text.jsonl", "nowhere.jsonl", "no file at"),
-        ("min_chars=20", "min_chars=10_000", "the corpus is empty"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(place: Place, before, after, message):

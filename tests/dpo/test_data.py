@@ -295,7 +295,7 @@ def test_the_command_makes_it_once_with_the_same_bytes(here: Place):
 def test_another_config_and_other_pairs_are_refused(here: Place):
     """Without its raw files a finished directory stands."""
     directory, counts = made(here)
-    with pytest.raises(UserError, match=r'template was "chatml", is now "instruct".* dpo_data --force'):
+    with pytest.raises(UserError, match=r'template was "chatml", is now "instruct".*--force-from dpo_data'):
         build("dpo_data", described(here, template="instruct"))
     write_lines(here.raw / "pairs.jsonl", PAIRS[1:])
     with pytest.raises(UserError, match=r"was made from something else: .*pairs\.jsonl was"):

@@ -204,7 +204,7 @@ def test_other_pairs_are_named_and_the_command(ready: Place):
     for call in (refer, prefer):
         with pytest.raises(
             UserError,
-            match=rf"dpo_reference was made from something else: .*dpo_data/.*{ready.config} dpo_reference --force",
+            match=rf"dpo_reference was made from something else: .*dpo_data/.*{ready.config} --force-from",
         ):
             call(ready)
     refer(ready, force=True)
@@ -267,7 +267,7 @@ def test_a_missing_base_is_one_error_and_a_missing_reference_is_made(ready: Plac
     shutil.rmtree(ready.runs / "mini/dpo_reference")
     with pytest.raises(
         UserError,
-        match=r"dpo_reference is missing or unfinished; make it with: .* CONFIG dpo_reference",
+        match=r"dpo_reference is missing or unfinished; make it with: .* dpo_reference",
     ):
         stored(ready)
     prefer(ready)

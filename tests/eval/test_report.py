@@ -120,7 +120,7 @@ def test_a_run_that_was_never_evaluated_has_a_report(trained: Place):
     row = {name: rest for name, *rest in load(trained, expected={"pretrain.validation.bits_per_byte": (9, 10)}).rows()}
     logged = trained.metrics()[-1]["val_bits_per_byte"]
     assert row["pretrain"][:2] == [f"{logged:.3f} bits per byte", ""]  # its range is about the evaluation
-    assert row["pretrain"][2].startswith("in training, on part of the held-out data")
+    assert row["pretrain"][2] == "in training, on part of the held-out data"
     page = write(trained)
     assert f"pretrain is not evaluated; evaluate it with: python pipeline.py {trained.config} eval" in " ".join(
         page.split()
@@ -134,7 +134,7 @@ def test_a_run_that_was_never_evaluated_has_a_report(trained: Place):
 
 def test_a_main_number_in_words(trained: Place):
     run = load(evaluated(trained))
-    assert [run.result(name) for name in ("pretrain", "sft", "eval")] == ["1.234 bits per byte", "", ""]
+    assert [run.result(name) for name in ("pretrain", "sft", "eval")] == ["1.234 bits per byte", "", "6 results"]
 
 
 def test_notes_say_what_is_unfinished_or_of_another_checkpoint(trained: Place):

@@ -253,7 +253,7 @@ def test_the_command_makes_it_once_with_the_same_bytes(here: Place):
 def test_another_config_and_other_conversations_are_refused(here: Place):
     directory, _ = made(here)
     before = (directory / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match=r"sft_data\.filters.max_chars was 50000, is now 99.*sft_data --force"):
+    with pytest.raises(UserError, match=r"sft_data\.filters.max_chars was 50000, is now 99.*--force-from sft_data"):
         build("sft_data", described(here, filters=Filters(max_chars=99)))
     with pytest.raises(UserError, match="context_length was 64, is now 48"):
         build("sft_data", described(here, context=48))
@@ -281,7 +281,7 @@ def test_damage_and_another_tokenizer_are_named(here: Place):
     content = bytearray((directory / "val.mask").read_bytes())
     content[-1] ^= 1
     (directory / "val.mask").write_bytes(content)
-    with pytest.raises(UserError, match=r"val\.mask has SHA-256 .*python pipeline.py CONFIG sft_data --force"):
+    with pytest.raises(UserError, match=r"val\.mask has SHA-256 .*python pipeline.py .* sft_data --force"):
         sft.data.load(directory, digest)
 
 

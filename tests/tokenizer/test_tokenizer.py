@@ -94,7 +94,7 @@ def test_a_damaged_tokenizer_is_named(packed: Place):
         file.write(b"x")
     with pytest.raises(UserError, match=r"spm.model has .* bytes; its manifest says"):
         tokenizer.load(packed.runs / "mini/tokenizer")
-    with pytest.raises(UserError, match=r"make it with: python pipeline\.py configs"):
+    with pytest.raises(UserError, match=r"make it with: python pipeline\.py configs/"):
         tokenizer.load(packed.path / "nowhere")
 
 
