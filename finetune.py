@@ -1,10 +1,10 @@
-"""What supervised fine-tuning (SFT) and preference learning (DPO) share: both train a trained model further."""
+"""The parts that supervised fine-tuning (SFT) and preference learning (DPO) share: both train a trained model."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from data.sources import Records
 from lora import LoRAConfig
 from model import ModelConfig, Transformer
 from stage import Stage
+from tokenizer import Tokenizer
 from trainer import FREE as FREE_IN_TRAINING
 from trainer import Task, TrainConfig, run
 
@@ -37,44 +38,48 @@ def check_weights(weights: Mapping[str, float], sources: Iterable[Records]) -> N
         raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
 
 
-# ------------------------------------------------------------------------------------------------------ the base model
-
-
 @dataclass(frozen=True)
 class Base:
     """The trained model that a run starts from."""
 
-    checkpoint: Path
-    """Its checkpoint directory."""
-    shape: ModelConfig
-    """The shape that the experiment's config gives it."""
-    unseen: dict[str, int] | None
-    """Control pieces of the template that the model has never seen, for `lora.init_end_piece`."""
+    checkpoint: Path  # its checkpoint directory
+    shape: ModelConfig  # the shape that the experiment's config gives it
+    unseen: dict[str, int] | None  # the template's control pieces that it has never seen, for `lora.init_end_piece`
 
     def load(self) -> Transformer:
         """The model as training starts with it. UserError if its shape is not the config's."""
         model = checkpoint.load_model(self.checkpoint)
-        if replace(model.config, kernels=self.shape.kernels) != self.shape:
+        if explicit(model.config) != explicit(self.shape):
             raise UserError(f"{self.checkpoint} holds a model of another shape than the config describes")
         if self.unseen:
             lora.init_end_piece(model, **self.unseen)
         return model
 
-    def settings(self, name: str, config: TrainConfig, adapter: LoRAConfig | None, directory: Path) -> dict:
-        """What the manifest of a stage called `name` records about how it trains this base."""
-        return {
-            "model": self.shape,
-            name: config,
-            "lora": adapter,
-            "begin": self.unseen,
-            "base": relative(self.checkpoint, directory / "final"),  # all checkpoints of a stage are siblings
-        }
+
+def explicit(shape: ModelConfig) -> ModelConfig:
+    """The shape with its defaults as numbers, as an imported model records it."""
+    heads, width = shape.n_kv_heads or shape.n_heads, shape.d_ff or 4 * shape.d_model
+    return replace(shape, n_kv_heads=heads, d_ff=width, kernels="auto")
 
 
-def relative(base: Path, checkpoint: Path) -> str:
-    """The path of a base as a checkpoint records it: relative if both are in runs/ and move together, else absolute."""
-    base, checkpoint = base.resolve(), checkpoint.resolve()
-    return os.path.relpath(base, checkpoint) if base.is_relative_to(stage.runs().resolve()) else str(base)
+def job(
+    name: str, config, settings: dict, base: Base, data: Path, spm: Tokenizer, directory: Path, command: str, code: str
+) -> Stage:
+    """The stage `name`, which trains the base. settings: recorded beside the config's. data: its directory."""
+    settings |= {"model": base.shape, name: config.train, "lora": config.lora, "begin": base.unseen}
+    # A relative path if both are in runs/ and move together.
+    start, final = base.checkpoint.resolve(), (directory / "final").resolve()
+    inside = start.is_relative_to(stage.runs().resolve())
+    settings["base"] = os.path.relpath(start, final) if inside else str(start)
+    # Digests of everything that is read: if one changes, the stage is out of date.
+    read = stage.outputs(data) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
+    return Stage(directory, settings, read, command, code, free=FREE)
+
+
+def check_targets(shape: ModelConfig, adapter: LoRAConfig | None) -> None:
+    """UserError if an adapter names layers that the model does not have."""
+    with torch.device("meta"):
+        adapt(Transformer(replace(shape, n_layers=1)), adapter)
 
 
 def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
@@ -84,46 +89,42 @@ def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ the task
+class Tuning(Task):
+    """The shared part of the tasks of SFT and DPO. A subclass adds `loss`, `targets`, `evaluate` and `flops`."""
 
+    noun = "rows"  # what a batch consists of
+    most_epochs = 100  # more are not suggested; SFT takes as many to learn a few answers by heart
 
-class Tuning:
-    """The `Task` of SFT and DPO without what differs: a subclass adds `loss`, `targets`, `evaluate` and `flops`."""
-
-    tokens = None
-    row = None
-
-    def __init__(self, config: TrainConfig, sets: Mapping[str, Shuffled], weights: Mapping[str, float], noun: str):
-        """sets: the training rows by source, or all under "". noun: what a row is called."""
-        empty = [name for name, rows in sets.items() if not rows.count]
-        if empty:
-            holds = sets[empty[0]].holds  # "conversations" or "pairs"
-            raise UserError(f"weights names {', '.join(empty)}, but no training {holds} are left of it")
+    def __init__(self, config: TrainConfig, sets: Mapping[str, Shuffled], weights: Mapping[str, float]):
+        """sets: the training rows by source, or all under ""."""
+        for name, rows in sets.items():
+            if not rows.count:  # rows.holds: "conversations" or "pairs"
+                raise UserError(f"weights names {name}, but no training {rows.holds} are left of it")
         self.config, self.sets = config, sets
+        self.count = sum(rows.count for rows in sets.values())
+        self.epoch = self.count / config.batch_size  # steps
+        self.steps = config.steps or max(1, round(config.epochs * self.epoch))
+        self.check_steps()
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
-        count = sum(rows.count for rows in sets.values())
-        self.epoch = count / config.batch_size  # steps
-        if count < config.batch_size:
-            log.warning(
-                f"a batch has {config.batch_size} {noun}s, but the training data has only {count}: each step sees all "
-                "of them, some twice; lower batch_size"
-            )
 
-    def task(self) -> Task:
-        """What the training loop needs."""
-        return Task(
-            batch=self.batch,
-            loss=self.loss,
-            targets=self.targets,
-            evaluate=self.evaluate,
-            steps=self.config.steps or max(1, round(self.config.epochs * self.epoch)),
-            epoch=self.epoch,
-            flops=self.flops(),
-            tokens=self.tokens,
-            row=self.row,
-            seen=self.seen,
-            documents=self.documents,
-        )
+    def check_steps(self) -> None:
+        """UserError if a batch is larger than the training data. Warns of very few steps and of very many epochs."""
+        count, size, epochs = f"{self.count} {self.noun}", self.config.batch_size, self.steps / self.epoch
+        batch = 2 ** int(math.log2(max(1, self.count / 8)))
+        more = min(self.most_epochs, math.ceil(300 * batch / self.count))
+        steps = round(more * self.count / batch)
+        advice = f"try batch_size={batch} and epochs={more}, which make {steps} steps"
+        if size > self.count:
+            raise UserError(f"batch_size is {size}, but there are only {count} to train on; {advice}")
+        if self.config.epochs and self.steps < min(50, steps):
+            log.warning(
+                f"{self.config.epochs:g} epochs of {count} in batches of {size} make only {self.steps} steps; {advice}"
+            )
+        if epochs > self.most_epochs:
+            log.warning(
+                f"training reads {count} {epochs:.0f} times, so the model learns them by heart; more data or fewer "
+                "epochs give a better model"
+            )
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         return self.mixture.batch(step, rank, ranks)
@@ -142,44 +143,35 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def tune(
-    job: Stage, base: Base, task: Task, config: TrainConfig, adapter: LoRAConfig | None, force: bool, resume: str
-) -> None:
+def tune(job: Stage, base: Base, task: Tuning, adapter: LoRAConfig | None, force: bool, resume: str) -> None:
     """Trains the base, or an adapter on it, in a stage's directory."""
 
     def make() -> Transformer:
         with torch.device("meta"):
-            machine.must_fit(adapt(Transformer(base.shape), adapter), config, parallel.ranks())
+            machine.must_fit(adapt(Transformer(base.shape), adapter), task.config, parallel.ranks())
         return adapt(base.load(), adapter)
 
-    run(job, make, task, config, force, resume)
+    run(job, make, task, task.config, force, resume)
 
 
-# ------------------------------------------------------------------------------------------------------ counting FLOPs
-
-
-class Sizes(NamedTuple):
-    """How many weights a token is multiplied with in a forward pass."""
-
-    blocks: int
-    head: int
-    adapter: int
-
-    def trained(self, in_blocks: float, in_head: float) -> float:
-        """FLOPs of a training step in which so many tokens pass the blocks, and so many the output projection.
-
-        A weight costs 2 FLOPs forward, 2 for the gradient of its input, and 2 for its own gradient unless it is frozen.
-        """
-        frozen = self.adapter > 0
-        plain = in_blocks * self.blocks + in_head * self.head
-        return (4 if frozen else 6) * plain + 6 * self.adapter * in_blocks
-
-
-def sizes(shape: ModelConfig, adapter: LoRAConfig | None) -> Sizes:
-    """Counted from the layers, so that a changed architecture counts right."""
+def step_flops(
+    shape: ModelConfig, adapter: LoRAConfig | None, in_blocks: float, in_head: float, keys: float, plain: bool = False
+) -> float:
+    """FLOPs of a training step, counted from the layers as in PaLM (arXiv:2204.02311)."""
+    # in_blocks, in_head: tokens that pass the blocks and the output projection. keys: pairs of a query and a key.
+    # plain: with one more forward pass, of the plain model.
+    # A weight costs 2 FLOPs forward, 2 for the gradient of its input, and 2 for its own gradient unless it is frozen.
     with torch.device("meta"):  # no memory, no random draws
         model = Transformer(shape)
         blocks = sum(layer.weight.numel() for layer in model.blocks.modules() if isinstance(layer, nn.Linear))
+        head = model.head.weight.numel()
         adapt(model, adapter)
-    added = machine.numbers(p for p in model.parameters() if p.requires_grad) if adapter else 0
-    return Sizes(blocks, model.head.weight.numel(), added)
+    weights = 2 * in_blocks * blocks + 2 * in_head * head
+    attention = 4 * keys * shape.n_layers * shape.d_model
+    total = (1 + plain) * (weights + attention) + 2 * attention
+    if adapter is None:
+        return total + 2 * weights
+    total += weights + 6 * in_blocks * machine.numbers(p for p in model.blocks.parameters() if p.requires_grad)
+    if isinstance(model.head, lora.LoRAHead):  # the loss computes the gradient of W + B A as a whole
+        total += 2 * in_head * head
+    return total

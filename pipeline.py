@@ -31,6 +31,7 @@ import dpo.train
 import eval.evaluate
 import eval.report
 import eval.summary
+import finetune
 import machine
 import parallel
 import sft.data
@@ -132,6 +133,7 @@ def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: 
     run = cli.apart if apart else operator.call
     if name in BASES:  # a missing model stops here, before the minutes that making the data takes
         base = base_checkpoint(name, experiment, switches)
+        finetune.check_targets(experiment.model, experiment.sft.lora if name == "sft" else experiment.dpo.lora)
         if name == "dpo":
             dpo.train.must_be_taught(base, experiment.sft.data.template)
 

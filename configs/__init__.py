@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import finetune
 import stage
 import tokenizer
 from cli import UserError
@@ -22,6 +23,7 @@ from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from dpo.train import DPOConfig
 from eval import EvalConfig
+from lora import TARGETS
 from model import ModelConfig
 from sft.train import SFTConfig
 from tokenizer import Tokenizer
@@ -199,6 +201,9 @@ def load(path: str | Path) -> Experiment:
     experiment = names.get("experiment")
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
+    for adapter in (experiment.sft.lora, experiment.dpo.lora):
+        if adapter and not set(adapter.targets) <= set(TARGETS):  # others matter only when the adapter is trained
+            finetune.check_targets(experiment.model, adapter)
     stage.CONFIGS[experiment.name] = shlex.quote(str(path))
     for other in names.values():  # `replace` copies the other experiment's ranges
         if isinstance(other, Experiment) and other is not experiment and other.expected is experiment.expected:

@@ -36,10 +36,7 @@ class LossConfig:
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; expected a positive number")
         if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and self.loss != "sigmoid"):
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing} and loss {self.loss!r}; expected 0, or for "
-                '"sigmoid" less than 0.5'
-            )
+            raise ValueError(f'label_smoothing is {self.label_smoothing}; expected 0, or for "sigmoid" less than 0.5')
         if not 0 <= self.chosen_weight < math.inf:
             raise ValueError(f"chosen_weight is {self.chosen_weight}; expected 0 or more")
 
@@ -58,8 +55,7 @@ def ipo(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
     """(h − 1 / 2β)²: equation 17 of IPO, with means over an answer's tokens rather than sums, as the authors advise."""
     # h has a goal, 1 / 2β. The sigmoid has none, and can overfit pairs that never contradict each other.
     means = ratios / lengths
-    h = means[:, 0] - means[:, 1]
-    return (h - 1 / (2 * config.beta)).square()
+    return (means[:, 0] - means[:, 1] - 1 / (2 * config.beta)).square()
 
 
 def hinge(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
@@ -80,8 +76,7 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: 
 
 
 def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    """What is logged, by name, (pairs,) each. Rewards are sums over whole answers, for "ipo" too."""
-    # Watch logp_chosen: if it falls while the margin grows, chosen_weight can help.
+    """The values to log, by name, (pairs,) each. Rewards are sums over whole answers, for "ipo" too."""
     ratios = (policy - reference).detach()
     chosen = config.beta * ratios[:, 0]
     rejected = config.beta * ratios[:, 1]
@@ -92,6 +87,7 @@ def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, 
         "reward_rejected": rejected,
         "margin": margin,
         "accuracy": right + tie / 2,  # a tie counts half: about 0.5 before the first step
+        # Watch logp_chosen: if it falls while the margin grows, chosen_weight can help.
         "logp_chosen": policy[:, 0].detach(),
         "logp_rejected": policy[:, 1].detach(),
     }
@@ -101,16 +97,14 @@ def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
     """Packs pairs into one row without padding: each prompt once, then both answers."""
     # ids: (pairs, width) int64, on the CPU: prompt, chosen and rejected answer of each pair, then padding. bounds:
     # (pairs, 3) int64, where these three end. Returns inputs, targets and positions, (1, T) each, for `Transformer`,
-    # and the lengths of all answers, chosen and rejected in turn. The usual way computes every prompt twice, with
-    # padding. Here a prompt "a b" with answers "c d" and "x y" is
+    # and the lengths of all answers, chosen and rejected in turn. A prompt "a b" with answers "c d" and "x y" is
     #   inputs     a  b  c    b  x
     #   targets    -  c  d    x  y      the ids, shifted here by one; "-" is IGNORED
     #   positions  0  1  2    1  2
     # The prompt's last id is repeated, because it predicts the first id of both answers. The fall from position
     # 2 to 1 tells the model that the second answer continues the prompt and does not see the first answer.
     inputs, targets, positions, lengths = [], [], [], []
-    for row, ends in zip(ids, bounds.tolist(), strict=True):
-        prompt, chosen, rejected = ends
+    for row, (prompt, chosen, rejected) in zip(ids, bounds.tolist(), strict=True):
         inputs.append(row[: chosen - 1])
         inputs.append(row[prompt - 1 : prompt])
         inputs.append(row[chosen : rejected - 1])
@@ -118,8 +112,7 @@ def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
         targets.append(row[prompt:rejected])
         positions.append(torch.arange(chosen - 1))
         positions.append(torch.arange(rejected - chosen) + prompt - 1)
-        lengths.append(chosen - prompt)
-        lengths.append(rejected - chosen)
+        lengths += [chosen - prompt, rejected - chosen]
     return torch.cat(inputs)[None], torch.cat(targets)[None], torch.cat(positions)[None], lengths
 
 

@@ -3,8 +3,7 @@
     python pipeline.py configs/tiny.py dpo_reference   ->  runs/tiny/dpo_reference
 
 `train.logp` and `val.logp` hold two little-endian float64 numbers per pair, in the order of dpo_data: the
-log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training. The manifest
-binds them to the digests of the model and of the pairs, so they are never used with others.
+log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training.
 """
 
 import math
@@ -36,22 +35,17 @@ def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     size = max(1, TOKENS[device_of(model).type] // pairs.width)  # pairs per batch
     batches = progress(pairs.batches(size), math.ceil(pairs.count / size), "batches", name)
     with torch.inference_mode():
-        parts = [log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches]
-    values = torch.cat(parts)
-    finite = values.isfinite().all(dim=1)
-    if not finite.all():
-        wrong = int((~finite).nonzero()[0])
-        raise UserError(
-            f"the log-probability of pair {wrong:,} of {pairs.file} is not finite; the weights are damaged, or their "
-            "training diverged"
-        )
+        values = torch.cat([log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches])
+    wrong = (~values.isfinite()).any(dim=1).nonzero()
+    if len(wrong):
+        where = f"pair {int(wrong[0]):,} of {pairs.file}"
+        raise UserError(f"the log-probability of {where} is not finite; the weights are damaged or training diverged")
     return values
 
 
 def job(base: Base, pairs: Path, dtype: torch.dtype, directory: Path, command: str) -> Stage:
-    """The stage that computes the log-probabilities of the pairs in a directory, with `base` as the reference.
-
-    dtype: of matrix products, as in training. command: what the user types."""
+    """The stage that computes the log-probabilities of the pairs in a directory, with `base` as the reference."""
+    # dtype: of matrix products, as in training. The digests bind the numbers to this model and these pairs.
     settings = {"model": base.shape, "begin": base.unseen, "dtype": str(dtype)}
     read = stage.outputs(pairs) | stage.outputs(base.checkpoint)
     return Stage(directory, settings, read, command, __file__)
@@ -59,7 +53,6 @@ def job(base: Base, pairs: Path, dtype: torch.dtype, directory: Path, command: s
 
 def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenizer, force: bool = False) -> None:
     """Computes the log-probabilities, unless that is done."""
-    directory = job.directory
     checkpoint.must_match(base.checkpoint, spm.sha256)
     if job.up_to_date(force):
         return
@@ -67,14 +60,12 @@ def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenize
     device = machine.pick_device()
     with job.making():
         model = base.load().to(device).eval()
-        total = 0
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
             for split in SPLITS:
                 values = of_pairs(model, PairRows(pairs, split, counts), f"reference, {split}")
-                values.numpy().astype("<f8").tofile(directory / f"{split}.logp")
-                total += len(values)
+                values.numpy().astype("<f8").tofile(job.directory / f"{split}.logp")
         job.finish({split: counts[split]["pairs"] for split in SPLITS})
-        log.info(f"reference: log-probabilities of {total:,} pairs by {base.checkpoint} -> {directory}")
+        log.info(f"reference: log-probabilities of all pairs by {base.checkpoint} -> {job.directory}")
 
 
 def load(directory: Path) -> dict[str, Tensor]:

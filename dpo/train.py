@@ -2,8 +2,7 @@
 
     python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
 
-The loop is trainer.py's. It trains an adapter (LoRA) over the fine-tuned model, or with lora=None every weight. The
-reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers that
+The reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers that
 dpo.reference computed before training. The losses are in dpo/loss.py.
 """
 
@@ -23,7 +22,6 @@ import finetune
 import lora
 import machine
 import parallel
-import stage
 from cli import UserError
 from dpo.data import PairConfig, PairRows
 from dpo.loss import LossConfig, log_probs, preference_loss, rewards
@@ -42,16 +40,14 @@ class DPOConfig:
 
     data: PairConfig = PairConfig()
     loss: LossConfig = LossConfig()
-    lora: LoRAConfig | None = LoRAConfig(dropout=0.0)
-    """The adapter that is trained. None trains every weight of the model."""
+    # The adapter that is trained; None trains every weight. The head stays: preferences need no sharper distribution.
+    lora: LoRAConfig | None = LoRAConfig(dropout=0.0, targets=lora.BLOCKS)
+    # Where the reference's log-probabilities come from. "stored": one pass over all pairs before training; steps are
+    # faster. "adapter_off": computed at each step with the adapter switched off; stores nothing, and rewards are
+    # exactly 0 before the first step, unless blocks are compiled. Both give the same run up to rounding.
     reference: str = "stored"
-    """Where the reference's log-probabilities come from: "stored" computes them once before training; "adapter_off"
-    computes them at each step, with the adapter switched off. Both give the same run up to rounding. "stored" takes one
-    pass over all pairs and is faster afterwards. "adapter_off" stores nothing, and makes rewards exactly 0 before the
-    first step, unless blocks are compiled."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """How often each source of `data` is drawn from, in any unit. Empty: every pair once an epoch."""
-    train: TrainConfig = TrainConfig(
+    weights: Mapping[str, float] = field(default_factory=dict)  # each source's share, in any unit; empty: all pairs
+    train: TrainConfig = TrainConfig(  # a row of a batch is a pair
         epochs=1,
         batch_size=32,
         micro_batch_size=8,
@@ -63,7 +59,6 @@ class DPOConfig:
         eval_rows=256,
         save_every=50,
     )
-    """A row of a batch is a pair."""
 
     def __post_init__(self):
         check_types(self)
@@ -77,16 +72,18 @@ class DPOConfig:
 
 
 class PreferenceLearning(Tuning):
-    """The task of learning the pairs in a finished directory of dpo.data; counts: from its manifest.
+    """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there.
 
-    stored: the log-probabilities of the reference, `base`, by split. None: the adapter is switched off to get them.
+    stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
     """
+
+    noun, most_epochs = "pairs", 10
 
     def __init__(self, config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None):
         self.dpo, self.base, self.stored = config, base, stored
         weights = dict(config.weights) or finetune.ALL
         sets = {name: PairRows(directory, "train", counts, config.train.seed, name) for name in weights}
-        super().__init__(config.train, sets, weights, "pair")
+        super().__init__(config.train, sets, weights)
         length = sum(weight * sets[name].length for name, weight in weights.items()) / sum(weights.values())
         self.row = ("pair", length)
         self.held_out = PairRows(directory, "val", counts)
@@ -94,9 +91,15 @@ class PreferenceLearning(Tuning):
         # At random, not evenly spaced: a source may repeat its kinds of pairs in turn.
         order = np.random.default_rng(0).permutation(self.held_out.count)
         self.chosen = sorted(order[:count].tolist())
+        # An answer attends to its prompt and to itself. Logits are made only for answers.
+        prompt, chosen, rejected = np.diff(next(iter(sets.values())).bounds, axis=1).T.astype(float)
+        in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
+        keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean()
+        pair = finetune.step_flops(base.shape, config.lora, in_blocks, in_head, keys, plain=stored is None)
+        self.flops = config.train.batch_size * pair
 
     def compared(self, model: nn.Module, split: str, ids: Tensor, bounds: Tensor, numbers: Tensor) -> dict[str, Tensor]:
-        """The loss of each pair, (pairs,), and what is logged beside it."""
+        """The loss of each pair, (pairs,), and the values that are logged beside it."""
         if self.stored is None:
             with torch.no_grad(), lora.without(model):
                 reference = log_probs(model, ids, bounds)
@@ -104,8 +107,8 @@ class PreferenceLearning(Tuning):
         if self.stored is not None:
             reference = self.stored[split][numbers].to(policy.device, non_blocking=True)
         lengths = bounds.diff(dim=1).to(policy.device, non_blocking=True)
-        loss = preference_loss(policy, reference, lengths, self.dpo.loss)
-        return {"loss": loss} | rewards(policy, reference, self.dpo.loss)
+        logged = rewards(policy, reference, self.dpo.loss)
+        return {"loss": preference_loss(policy, reference, lengths, self.dpo.loss)} | logged
 
     def loss(self, model: nn.Module, ids: Tensor, bounds: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         values = self.compared(model, "train", ids, bounds, numbers)
@@ -126,34 +129,15 @@ class PreferenceLearning(Tuning):
                 sums[name] = sums.get(name, 0.0) + value.sum() * counts
         metrics = {f"val_{name}": float(parallel.add_up(total)) / count for name, total in sums.items()}
         measured = min(MEASURED, count)
-        spread = [self.chosen[i * count // measured] for i in range(measured)]
-        ids, bounds, _ = self.held_out.read(spread)
+        ids, bounds, _ = self.held_out.read([self.chosen[i * count // measured] for i in range(measured)])
         metrics["val_kl"] = divergence(model, ids, bounds, lambda: self.base.load().to(device_of(model)))
         return metrics
 
-    def flops(self) -> float:
-        """Of a training step, counted as in `sft.train.FineTuning`, with the reference if it is computed each time.
-
-        An answer attends to its prompt and to itself. Logits are made only for answers.
-        """
-        shape = self.base.shape
-        weights = finetune.sizes(shape, self.dpo.lora)
-        bounds = next(iter(self.sets.values())).bounds
-        prompt, chosen, rejected = np.diff(bounds, axis=1).T.astype(float)
-        in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
-        keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean() * shape.n_layers * shape.d_model
-        pair = weights.trained(in_blocks, in_head) + 12 * keys
-        if self.dpo.reference == "adapter_off":  # a forward pass more
-            pair += 2 * (in_blocks * weights.blocks + in_head * weights.head) + 4 * keys
-        return self.config.batch_size * pair
-
 
 def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[], nn.Module]) -> float:
-    """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats a token.
-
-    Summed over the vocabulary, not estimated from the answers' own tokens. load: returns the reference as a second
-    model; called only if this model has no adapter to switch off.
-    """
+    """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats per token."""
+    # Summed over the vocabulary, not estimated from the answers' own tokens. load: returns the reference as a second
+    # model; called only if this model has no adapter to switch off.
     device, adapted = device_of(model), bool(lora.layers(model))
     reference = model if adapted else load()
     total, tokens = 0.0, 0
@@ -173,9 +157,7 @@ def job(
     """The stage that teaches the base the pairs in a directory, written in `template`. command: what the user types."""
     settings = {"weights": dict(config.weights), "template": template}
     settings |= {"loss": config.loss, "reference": config.reference}
-    settings |= base.settings("dpo", config.train, config.lora, directory)
-    read = stage.outputs(pairs) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
-    return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
+    return finetune.job("dpo", config, settings, base, pairs, spm, directory, command, __file__)
 
 
 def train(
@@ -193,15 +175,13 @@ def train(
     checkpoint.must_match(base.checkpoint, spm.sha256)
     must_be_taught(base.checkpoint, template)
     stored = dpo.reference.load(reference) if config.reference == "stored" else None
-    task = PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored).task()
-    finetune.tune(job, base, task, config.train, config.lora, force, resume)
+    task = PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored)
+    finetune.tune(job, base, task, config.lora, force, resume)
 
 
 def must_be_taught(base: Path, template: str) -> None:
     """UserError if the base learnt to answer in another template than the pairs are written in."""
     taught = checkpoint.template(base)
     if taught not in (None, template):
-        raise UserError(
-            f"{base} learnt to answer in the template {taught!r}, but the pairs are written in {template!r}; set "
-            f"template of sft.data to {taught!r}"
-        )
+        differ = f"learnt to answer in the template {taught!r}, but the pairs are written in {template!r}"
+        raise UserError(f"{base} {differ}; set template of sft.data to {taught!r}")

@@ -19,7 +19,6 @@ import generate
 import machine
 import parallel
 import sft.data
-import stage
 from cli import log
 from finetune import Base, Tuning, check_weights, device_of
 from lora import LoRAConfig
@@ -30,7 +29,7 @@ from stage import Stage, check_types
 from tokenizer import Tokenizer
 from trainer import TrainConfig, shared_rows
 
-SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs; the most tokens of one
+SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs; the most tokens of an answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +58,23 @@ class SFTConfig:
 class FineTuning(Tuning):
     """Learns the conversations that sft.data wrote to a directory. counts: from the manifest there."""
 
+    noun = "rows of packed conversations"
+
     def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
-        self.adapter, self.shape, self.spm = config.lora, shape, spm
-        weights = dict(config.weights) or finetune.ALL
+        self.spm, weights = spm, dict(config.weights) or finetune.ALL
         length, seed = shape.context_length, config.train.seed
         sets = {name: Rows(directory, "train", counts, length, seed, name) for name in weights}
-        super().__init__(config.train, sets, weights, "row")
+        super().__init__(config.train, sets, weights)
         self.held_out = Rows(directory, "val", counts, length)
         # Evenly spaced over the whole set, and the same rows in each evaluation.
         count = min(config.train.eval_rows, self.held_out.count)
         self.chosen = [i * self.held_out.count // count for i in range(count)]
         self.measured = int((self.held_out.read(self.chosen)[1] != IGNORED).sum())  # tokens
+        # Logits are made only for trained tokens, and attention stays within a conversation.
+        rows, tokens = next(iter(sets.values())), config.train.batch_size * length
+        lengths = np.diff(rows.starts) - 1.0
+        keys = tokens * np.square(lengths).sum() / lengths.sum()
+        self.flops = finetune.step_flops(shape, config.lora, tokens, tokens * rows.trained.mean(), keys)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         """Inputs, targets and positions, (rows, T) int64 each, and each row's number in the whole run, (rows,)."""
@@ -90,7 +95,7 @@ class FineTuning(Tuning):
         tokens = tokens.to(device_of(model), non_blocking=True)
         return {"loss": model(tokens, targets, positions=positions)}
 
-    def targets(self, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor) -> int:
+    def targets(self, tokens: Tensor, targets: Tensor, *rest: Tensor) -> int:
         return int((targets != IGNORED).sum())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -106,16 +111,6 @@ class FineTuning(Tuning):
         if parallel.rank() == 0 and (ranks == 1 or self.config.parallel == "ddp"):
             show_samples(model, self.held_out, self.spm)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
-
-    def flops(self) -> float:
-        """FLOPs of a training step, counted as in PaLM (arXiv:2204.02311), but without logits that are never made."""
-        rows = next(iter(self.sets.values()))
-        trained = rows.trained.mean()  # logits are made only for this share of the tokens
-        per_token = finetune.sizes(self.shape, self.adapter).trained(1, trained)
-        lengths = np.diff(rows.starts) - 1.0  # attention stays within a conversation
-        reach = np.square(lengths).sum() / lengths.sum()
-        per_token += 12 * self.shape.n_layers * self.shape.d_model * reach
-        return self.config.batch_size * self.shape.context_length * per_token
 
 
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
@@ -135,10 +130,7 @@ def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
 def job(config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, directory: Path, command: str) -> Stage:
     """The stage that fine-tunes the base on the rows in a directory. command: what the user types."""
     settings = {"weights": dict(config.weights), "template": config.data.template}
-    settings |= base.settings("sft", config.train, config.lora, directory)
-    # Digests of everything that is read: if one changes, the stage is out of date.
-    read = stage.outputs(rows) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
-    return Stage(directory, settings, read, command, __file__, free=finetune.FREE)
+    return finetune.job("sft", config, settings, base, rows, spm, directory, command, __file__)
 
 
 def train(
@@ -146,6 +138,5 @@ def train(
 ) -> None:
     """Fine-tunes the base, unless it is fine-tuned already."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
-    counts = sft.data.load(rows, spm.sha256)
-    task = FineTuning(config, base.shape, rows, counts, spm).task()
-    finetune.tune(job, base, task, config.train, config.lora, force, resume)
+    task = FineTuning(config, base.shape, rows, sft.data.load(rows, spm.sha256), spm)
+    finetune.tune(job, base, task, config.lora, force, resume)

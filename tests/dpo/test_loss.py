@@ -1,22 +1,17 @@
 """The losses of DPO against the equations in float64 and against trl, and what must change nothing in them."""
 
 import math
-from dataclasses import replace
 
 import datasets
 import pytest
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lora
-from dpo import loss as dpo_loss
 from dpo.loss import LossConfig, log_probs, pack_pairs, preference_loss, rewards
-from lora import LoRAConfig
 from model import ModelConfig, Transformer
 from sft.data import IGNORED
 from tests.test_model import to_transformers
@@ -142,35 +137,6 @@ def test_losses_rewards_and_every_gradient_are_those_of_the_equations(config):
         assert relative(gradient, exact[name]) < 1e-9, name
 
 
-@pytest.mark.parametrize("config", LOSSES, ids=NAMES)
-def test_an_adapter_learns_in_float32_what_it_learns_in_float64(config):
-    """With the reference in the same model: its adapter off."""
-    (ids, bounds), found = pairs(), []
-    for dtype in (torch.float32, torch.float64):
-        model = build(dtype=dtype)
-        adapted(model, dtype)
-        with torch.no_grad(), lora.without(model):
-            reference = log_probs(model, ids, bounds)
-        policy = log_probs(model, ids, bounds)
-        loss = preference_loss(policy, reference, bounds.diff(dim=1), config).mean()
-        found.append((loss, gradients(loss, model)))
-    (loss, ours), (exact_loss, exact) = found
-    assert {gradient.dtype for gradient in ours.values()} == {torch.float32}
-    assert len(ours) == 2 * 7 * 2
-    assert loss.item() == pytest.approx(exact_loss.item(), rel=2e-5)
-    for name, gradient in ours.items():
-        assert relative(gradient.double(), exact[name]) < 2e-4, name
-
-
-def adapted(model: Transformer, dtype: torch.dtype, seed: int = 3) -> None:
-    """Puts an adapter on a model that is not zero."""
-    lora.attach(model, LoRAConfig(rank=3, alpha=6.0, dropout=0.0))
-    draw = torch.Generator().manual_seed(seed)
-    for layer in lora.layers(model).values():
-        for part in (layer.a, layer.b):
-            part["default"].data = (0.3 * torch.randn(part["default"].shape, generator=draw)).to(dtype)
-
-
 def test_one_pair_by_hand():
     """Two tokens against one: h = (−1 − −3) − (−2 − −1.5) = 2.5, with β = 2 a margin of 5."""
     policy, reference = torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[-3.0, -1.5]]).double()
@@ -265,116 +231,6 @@ def test_trl_computes_the_same(trainer, loss, beta):
         assert relative(gradient, others[convert.theirs(name)].grad.double()) < 1e-5, name
 
 
-# ------------------------------------------------------------------------------------------------ before the first step
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("beta", [0.1, 5.0])
-def test_before_the_first_step_the_loss_is_ln_2_and_every_reward_exactly_0(beta, dtype):
-    model, (ids, bounds) = build(dtype=dtype), pairs()
-    lora.attach(model.train(), LoRAConfig(rank=3, dropout=0.0))
-    with torch.no_grad(), lora.without(model):
-        reference = log_probs(model, ids, bounds)
-    policy = log_probs(model, ids, bounds)
-    config = LossConfig(beta=beta)
-    logged = rewards(policy, reference, config)
-    assert all((logged[name] == 0).all() for name in ("reward_chosen", "reward_rejected", "margin"))
-    assert (logged["accuracy"] == 0.5).all()
-    losses = preference_loss(policy, reference, bounds.diff(dim=1), config)
-    torch.testing.assert_close(losses, torch.full((7,), math.log(2), dtype=torch.float64), rtol=1e-12, atol=0)
-    hinge = preference_loss(policy, reference, bounds.diff(dim=1), LossConfig(loss="hinge", beta=beta))
-    assert (hinge == 1).all()
-    ipo = preference_loss(policy, reference, bounds.diff(dim=1), LossConfig(loss="ipo", beta=beta))
-    torch.testing.assert_close(ipo, torch.full((7,), 1 / (4 * beta**2), dtype=torch.float64))
-    assert all(gradient.isfinite().all() for gradient in gradients(losses.mean(), model).values())
-
-
-def test_every_reward_is_0_against_the_model_itself_whatever_the_loss_learns():
-    """The first step goes up in the chosen answer and down in the rejected one, by half of β each."""
-    model, (ids, bounds) = build(), pairs()
-    policy = log_probs(model, ids, bounds).detach().requires_grad_()
-    config = LossConfig(beta=0.3)
-    preference_loss(policy, policy.detach(), bounds.diff(dim=1), config).sum().backward()
-    torch.testing.assert_close(policy.grad, torch.tensor([[-0.15, 0.15]], dtype=torch.float64).expand(7, 2))
-
-
-# ------------------------------------------------------------------------------------------ what must change nothing
-
-
-def swapped(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs with chosen and rejected in each other's place."""
-    found = ids.clone()
-    for row, to, (p, c, r) in zip(ids, found, bounds.tolist(), strict=True):
-        to[p:r] = torch.cat([row[c:r], row[p:c]])
-    p, c, r = bounds.T
-    return found, torch.stack([p, p + r - c, r], 1)
-
-
-def test_the_other_way_round_the_margin_is_negated():
-    model, reference, batch = build(), build(1), pairs()
-    config = LossConfig(beta=0.3)
-    (_, one), (_, other) = (ours(model, reference, *each, config) for each in (batch, swapped(*batch)))
-    torch.testing.assert_close(one["margin"], -other["margin"], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(one["reward_chosen"], other["reward_rejected"], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(one["logp_rejected"], other["logp_chosen"], rtol=1e-10, atol=1e-12)
-    assert (one["accuracy"] == 1 - other["accuracy"]).all()
-    assert one["margin"].abs().min() > 1e-3
-
-
-def test_smoothed_by_a_share_a_loss_is_that_of_both_ways_round():
-    policy, reference = torch.randn(2, 9, 2, generator=torch.Generator().manual_seed(0)).double()
-    lengths = torch.ones(9, 2)
-    loss = lambda a, b, smoothing: preference_loss(a, b, lengths, LossConfig(beta=0.5, label_smoothing=smoothing))  # noqa: E731
-    plain, turned = loss(policy, reference, 0.0), loss(policy.flip(1), reference.flip(1), 0.0)
-    torch.testing.assert_close(loss(policy, reference, 0.3), 0.7 * plain + 0.3 * turned)
-
-
-def accumulated(model, reference, ids, bounds, config, size: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Log-probabilities, mean loss's gradient and the loss, a part of the pairs at a time."""
-    each, total, sums = [], 0.0, {}
-    for part, own in zip(ids.split(size), bounds.split(size), strict=True):
-        loss, logged = ours(model, reference, part, own, config)
-        share = len(part) / len(ids)
-        for name, gradient in gradients(loss * share, model).items():
-            sums[name] = sums.get(name, 0) + gradient
-        each.append(torch.stack([logged["logp_chosen"], logged["logp_rejected"], logged["margin"]], 1))
-        total = total + loss.detach() * share
-    return torch.cat(each), sums, total
-
-
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-9)], ids=["float32", "float64"])
-@pytest.mark.parametrize("config", LOSSES[:4], ids=NAMES[:4])
-@pytest.mark.parametrize("what", ["batch size", "width", "garbage", "order"])
-def test_how_pairs_are_put_together_changes_nothing(what, config, dtype, near):
-    model, reference = build(dtype=dtype), build(1, dtype)
-    ids, bounds = pairs()
-    size, order = len(ids), torch.arange(len(ids))
-    expected = accumulated(model, reference, ids, bounds, config, size)
-    if what == "batch size":
-        size = 2
-    elif what == "width":
-        ids = F.pad(ids, (0, 13))
-    elif what == "garbage":
-        ids, _ = pairs(width=ids.shape[1] + 5, filler=60)
-        assert (ids[:, -1] == 60).all()
-    else:
-        order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-        ids, bounds = ids[order], bounds[order]
-    each, sums, total = accumulated(model, reference, ids, bounds, config, size)
-    assert relative(each[:, :2], expected[0][order, :2]) < near
-    assert relative(each[:, 2], expected[0][order, 2]) < 10 * near  # differences of those sums
-    assert total.item() == pytest.approx(expected[2].item(), rel=10 * near)
-    for name, gradient in sums.items():
-        assert relative(gradient, expected[1][name]) < 10 * near, name
-
-
-def test_what_stands_behind_a_pair_may_be_no_piece_at_all():
-    model, (ids, bounds) = build(), pairs(filler=-5)
-    assert (ids == -5).any()
-    with torch.no_grad():
-        assert torch.equal(log_probs(model, ids, bounds), log_probs(model, *pairs()))
-
-
 def test_one_answer_does_not_see_the_other():
     """No log-probability has a gradient with respect to the other answer's tokens."""
     model, (ids, bounds) = build(), pairs([(4, 5, 6)])
@@ -398,14 +254,12 @@ def test_one_answer_does_not_see_the_other():
 
 WRONG = [
     ({"loss": "dpo"}, ValueError, "loss"),
-    ({"loss": None}, TypeError, "loss"),
-    *(({"beta": beta}, ValueError, "beta") for beta in (0.0, -0.1, math.inf, math.nan)),
+    ({"beta": 0.0}, ValueError, "beta"),
+    ({"beta": math.nan}, ValueError, "beta"),
     ({"beta": "0.1"}, TypeError, "beta"),
-    *(({"label_smoothing": share}, ValueError, "label_smoothing") for share in (0.5, -0.1, 1.0, math.nan)),
+    ({"label_smoothing": 0.5}, ValueError, "label_smoothing"),
     ({"label_smoothing": 0.1, "loss": "ipo"}, ValueError, "label_smoothing"),
-    ({"label_smoothing": 0.1, "loss": "hinge"}, ValueError, "label_smoothing"),
-    *(({"chosen_weight": weight}, ValueError, "chosen_weight") for weight in (-1.0, math.inf, math.nan)),
-    ({"chosen_weight": True}, TypeError, "chosen_weight"),
+    ({"chosen_weight": -1.0}, ValueError, "chosen_weight"),
 ]
 
 
@@ -413,10 +267,3 @@ WRONG = [
 def test_a_wrong_field_is_named(wrong, error, name):
     with pytest.raises(error, match=rf"^{name} is "):
         LossConfig(**wrong)
-
-
-def test_what_can_be_passes():
-    assert LossConfig() == LossConfig(loss="sigmoid", beta=0.1, label_smoothing=0.0, chosen_weight=0.0)
-    for loss in dpo_loss.LOSSES:
-        assert replace(LossConfig(), loss=loss, beta=1, chosen_weight=2).loss == loss
-    assert LossConfig(label_smoothing=0.49).label_smoothing == 0.49

@@ -358,7 +358,7 @@ def task_of(place: Place, batch_size: int = 4, seed: int = 0, **weights: float) 
     tuning = replace(experiment.sft, train=training, weights=weights)
     directory, spm = build("sft_data", replace(experiment, sft=tuning)), experiment.load_tokenizer()
     counts = sft.data.load(directory, spm.sha256)
-    return FineTuning(tuning, experiment.model, directory, counts, spm).task(), directory
+    return FineTuning(tuning, experiment.model, directory, counts, spm), directory
 
 
 def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:

@@ -249,7 +249,7 @@ def test_transformers_gives_a_conversation_the_same_ids(spms, exported, kind, te
 
     for beginning in ("`", '"', "(", "\n", "\n\n", " ", "-", "▁", "🙂", "### Response:\n`", "assistant\n`"):
         agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
-    settings(max_examples=40, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
+    settings(max_examples=25, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
 
 
 @pytest.mark.parametrize("template", FORMS)

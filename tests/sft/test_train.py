@@ -1,4 +1,4 @@
-"""Fine-tuning: what is trained and saved, what the base keeps, and that a run cannot be harmed by killing it."""
+"""Fine-tuning: what is trained and saved, what the base keeps, and that a run survives being killed."""
 
 import itertools
 import json
@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,83 +23,71 @@ import stage
 import tokenizer
 import trainer
 from cli import UserError
+from data.batches import Shuffled
+from finetune import Base, Tuning
 from lora import LoRAConfig
 from model import ModelConfig, Transformer
 from optim import learning_rate
 from sft import templates
+from sft.conversations import Message
 from sft.data import Rows
 from sft.train import FineTuning
 from stage import Stage
 from tests.conftest import MINI, ROOT, Place, build, write_lines
-from tests.sft.test_data import HELD
 from tests.test_train import digest, tree
 from trainer import TrainConfig
 
-# Fine-tunes in a process that sends itself a signal at the n-th forward pass of training.
-KILL = """
-import os, signal, sys
-import cli, model, pipeline
-forward, calls = model.Transformer.forward, [0]
-def killing(*a, **k):
-    calls[0] += a[0].training
-    if calls[0] == {at} and a[0].training:
-        os.kill(os.getpid(), signal.{signal})
-    return forward(*a, **k)
-model.Transformer.forward = killing
-cli.apart = lambda function: function()
-cli.run(pipeline.main, pipeline.parser().parse_args())
-"""
-
 
 class Crash(Exception):
-    """Ends a run in this process as a kill would: nothing is saved any more."""
+    """Ends a run in this process as a kill would: nothing more is saved."""
 
 
-def tuned(place: Place, crash: int | None = None, name: str = "sft", **options) -> Path:
-    """Fine-tunes as the command does, in this process; crashes in the n-th forward pass. Returns the directory."""
+def tuned(place: Place, crash: int | None = None, name: str = "sft", **options) -> None:
+    """Trains as the command does, in this process; crashes in the n-th forward pass."""
     calls, forward = itertools.count(1), Transformer.forward
 
-    def crashing(*inputs, **named):
+    def counting(*inputs, **named):
         if next(calls) == crash:
             raise Crash
         return forward(*inputs, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        if crash:
-            patch.setattr(Transformer, "forward", crashing)
-        return place.make(name, **options)
+        patch.setattr(Transformer, "forward", counting)
+        place.make(name, **options)
 
 
 @pytest.fixture
-def ready(fine_tuned: Place, tmp_path: Path) -> Place:
-    """A copy of it that has its rows of conversations, and is not fine-tuned."""
-    shutil.copytree(fine_tuned.path, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "runs/mini/sft")
-    return Place(tmp_path)
+def ready(tuned: Place) -> Place:
+    """A copy of `fine_tuned` that has its rows of conversations, and is not fine-tuned."""
+    shutil.rmtree(tuned.runs / "mini/sft")
+    return tuned
 
 
-def assert_same_run(place: Place, other: Place) -> None:
+def assert_same_run(place: Place, other: Place, name: str, checkpoints: tuple[str, ...]) -> None:
     """The same bytes of the adapter and of everything that resuming needs, and the same log."""
-    for name in ("final", "best", "step_0000009"):
+    for path in checkpoints:
         for file in ("adapter.pt", "state.pt"):
-            ours, theirs = (p.runs / "mini/sft" / name / file for p in (place, other))
-            assert digest(ours) == digest(theirs), (name, file)
-    assert place.metrics("sft") == other.metrics("sft")
+            ours, theirs = (p.runs / "mini" / name / path / file for p in (place, other))
+            assert digest(ours) == digest(theirs), (path, file)
+    assert place.metrics(name) == other.metrics(name)
 
 
-# ------------------------------------------------------------------------------------------------- what is left behind
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def test_only_the_adapter_is_trained_and_saved(fine_tuned: Place, made: Place):
     directory, base = fine_tuned.runs / "mini/sft", fine_tuned.runs / "mini/pretrain"
     assert {p.name for p in directory.iterdir() if p.is_dir()} == {"final", "best", "step_0000006", "step_0000009"}
-    for name in ("final", "best", "step_0000006", "step_0000009"):
+    for name in ("final", "best", "step_0000006"):
         assert {p.name for p in (directory / name).iterdir()} == {"adapter.pt", "state.pt", "manifest.json"}
         adapter = checkpoint.read(directory / name, "adapter.pt")
-        assert len(adapter) == 2 * 7 * 2  # A and B of seven projections in two blocks
+        assert len(adapter) == 2 * (2 * 7 + 1)  # A and B of seven projections in two blocks, and of the head
         assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
         assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
     assert tree(base) == tree(made.runs / "mini/pretrain")
+    before = tree(directory)
+    tuned(fine_tuned)  # is up to date
+    assert tree(directory) == before
 
 
 def test_the_run_logs_what_it_should(fine_tuned: Place):
@@ -121,8 +107,7 @@ def test_the_validation_loss_is_that_of_every_held_out_token(fine_tuned: Place):
     """Conversation by conversation, without packing, by the model that is loaded."""
     directory = fine_tuned.runs / "mini/sft_data"
     counts = stage.read_manifest(directory)["counts"]
-    assert 2 <= counts["val"]["rows"] <= 8  # all of them are read
-    assert counts["val"]["conversations"] > counts["val"]["rows"]
+    assert counts["val"]["conversations"] > counts["val"]["rows"] >= 2
     rows, nats = Rows(directory, "val", counts, 64), 0.0
     model = checkpoint.load_model(fine_tuned.runs / "mini/sft/final")
     for number in range(counts["val"]["conversations"]):
@@ -133,268 +118,209 @@ def test_the_validation_loss_is_that_of_every_held_out_token(fine_tuned: Place):
     assert fine_tuned.metrics("sft")[-1]["val_loss"] == pytest.approx(nats / counts["val"]["trained"], rel=1e-5)
 
 
-def test_the_final_model_answers(fine_tuned: Place):
-    final = fine_tuned.runs / "mini/sft/final"
-    model, base = checkpoint.load_model(final), checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
-    assert not lora.layers(model)
-    assert model.num_parameters() == base.num_parameters()
-    assert not torch.equal(model.blocks[0].attn.q.weight, base.blocks[0].attn.q.weight)
-    changed = (model.head.weight != base.head.weight).any(1).nonzero().flatten().tolist()
-    end, start, eos = (stage.read_manifest(final)["config"]["begin"][name] for name in ("end", "start", "eos"))
-    assert changed == [end]  # which pretraining has never shown: it begins as the end of a text
-    rows = base.head.weight
-    assert torch.equal(model.head.weight[end], rows[eos] + (rows[end] - rows[start]))
-    assert torch.equal(model.embed.weight, base.embed.weight)
-    assert len(generate.generate(model, [1, 2, 3], 5, temperature=0)) == 5
-    assert checkpoint.template(final) == "chatml"
-    assert checkpoint.template(fine_tuned.runs / "mini/pretrain/final") is None
-
-
-def test_the_same_command_again_finds_it_done(fine_tuned: Place):
-    before = tree(fine_tuned.runs / "mini/sft")
-    tuned(fine_tuned)
-    assert tree(fine_tuned.runs / "mini/sft") == before
+def test_the_end_piece_begins_as_the_end_of_a_text(fine_tuned: Place):
+    final, base = (fine_tuned.runs / f"mini/{name}/final" for name in ("sft", "pretrain"))
+    pieces = stage.read_manifest(final)["config"]["begin"]
+    shape = configs.load(fine_tuned.config).model
+    rows, start = checkpoint.load_model(base).head.weight, Base(base, shape, pieces).load().head.weight
+    assert (start != rows).any(1).nonzero().flatten().tolist() == [pieces["end"]]
+    assert torch.equal(start[pieces["end"]], rows[pieces["eos"]] + (rows[pieces["end"]] - rows[pieces["start"]]))
+    model = checkpoint.load_model(final)
+    delta = model.head.weight - start  # the adapter's, of rank 4
+    assert torch.linalg.matrix_rank(delta, tol=1e-4 * delta.norm()) == 4
+    assert torch.equal(model.embed.weight, checkpoint.load_model(base).embed.weight)
 
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 
-# A step takes two forward passes, one a micro-batch; an evaluation one for two rows, and then those of its samples.
-@pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 1, 2 * 4 + 5, -3])
-def test_killed_and_restarted_equals_fine_tuned(ready: Place, fine_tuned: Place, crash):
-    """With dropout, which draws the same in a run that is gone on with."""
+# A step takes two forward passes, one per micro-batch; an evaluation takes one for two rows, then those of its samples.
+@pytest.mark.parametrize("crash", [1, 2 * 3 + 2, 2 * 4 + 5])
+def test_killed_and_restarted_equals_uninterrupted(ready: Place, fine_tuned: Place, crash):
+    """With dropout, which draws the same numbers in a resumed run."""
     assert configs.load(ready.config).sft.lora.dropout == 0.1
-    if crash < 0:  # counted from the end: the last evaluation
-        whole, forward = itertools.count(1), Transformer.forward
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Transformer, "forward", lambda *a, **k: (next(whole), forward(*a, **k))[1])
-            tuned(ready)
-        shutil.rmtree(ready.runs / "mini/sft")
-        crash += next(whole)
     with pytest.raises(Crash):
         tuned(ready, crash)
     tuned(ready)
-    assert_same_run(ready, fine_tuned)
+    assert_same_run(ready, fine_tuned, "sft", ("final", "best", "step_0000009"))
 
 
-@pytest.mark.parametrize(("name", "status"), [pytest.param("SIGKILL", -9, marks=pytest.mark.slow), ("SIGTERM", 143)])
-def test_a_signal_in_the_middle_of_a_step(ready: Place, fine_tuned: Place, name, status):
-    """SIGTERM has the step finished and saved; the line says how to go on."""
-    killed = ready.start("-c", KILL.format(at=2 * 5 + 2, signal=name), ready.config, "sft")
-    _, err = killed.communicate(timeout=120)
-    assert killed.returncode == status, err
-    steps = [step for step, _ in checkpoint.steps(ready.runs / "mini/sft")]
-    assert steps == ([3] if name == "SIGKILL" else [6, 3])
-    if name == "SIGTERM":
-        assert f"saved at step 6 of 10; resume with: python pipeline.py {ready.config} sft" in err
-    tuned(ready)
-    for file in ("adapter.pt", "state.pt"):
-        ours, theirs = (p.runs / "mini/sft/final" / file for p in (ready, fine_tuned))
-        assert digest(ours) == digest(theirs)
-    assert ready.metrics("sft") == fine_tuned.metrics("sft")
+def test_more_steps_continue_from_the_end_and_another_config_is_refused(tuned: Place):
+    tuned.edit(("steps=10", "steps=12"))
+    tuned.make("sft")
+    assert [m["step"] for m in tuned.metrics("sft")] == list(range(1, 13))
+    for before, after, message in (
+        ("rank=4", "rank=5", "lora.rank was 4, is now 5"),
+        ("warmup_fraction=0.2", "warmup_fraction=0.3", "sft.warmup_fraction was 0.2, is now 0.3"),
+    ):
+        tuned.edit((before, after))
+        with pytest.raises(UserError, match=re.escape(message)):
+            tuned.make("sft")
+        tuned.edit((after, before))
 
 
-def test_dropout_depends_on_what_is_trained_on_not_on_what_was_drawn_before(ready: Place, fine_tuned: Place):
-    experiment = configs.load(ready.config)
+def test_dropout_depends_on_the_batch_not_on_earlier_draws(fine_tuned: Place):
+    experiment, rows = configs.load(fine_tuned.config), fine_tuned.runs / "mini/sft_data"
     spm = tokenizer.load(fine_tuned.runs / "mini/tokenizer")
-    rows = fine_tuned.runs / "mini/sft_data"
-    task = FineTuning(experiment.sft, experiment.model, rows, sft.data.load(rows, spm.sha256), spm).task()
+    task = FineTuning(experiment.sft, experiment.model, rows, sft.data.load(rows, spm.sha256), spm)
     model = checkpoint.load_model(fine_tuned.runs / "mini/pretrain/final")
     lora.attach(model, LoRAConfig(rank=4, dropout=0.5))
     for layer in lora.layers(model).values():
         torch.nn.init.normal_(layer.b["default"])
-    tokens, targets, positions, samples = task.batch(0, 0, 1)
+    tokens, targets, positions, numbers = task.batch(0, 0, 1)
     losses = []
     for training, first in ((True, 0), (True, 0), (True, 1), (False, 0)):
         torch.rand(3)
         model.train(training)
-        losses.append(task.loss(model, tokens, targets, positions, samples + first)["loss"].item())
+        losses.append(task.loss(model, tokens, targets, positions, numbers + first)["loss"].item())
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------ variants
+# ------------------------------------------------------------------------------------------------------------- the base
 
 
-def test_full_fine_tuning_writes_the_weights(ready: Place, made: Place):
+def test_full_fine_tuning_writes_weights_that_need_no_base(ready: Place, made: Place):
     ready.edit(("lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1)", "lora=None"))
-    directory = tuned(ready)
-    for name in ("final", "best", "step_0000009"):
-        assert {p.name for p in (directory / name).iterdir()} == {"weights.pt", "state.pt", "manifest.json"}
-    base = checkpoint.read(made.runs / "mini/pretrain/final", "weights.pt")
-    final = checkpoint.read(directory / "final", "weights.pt")
-    assert final.keys() == base.keys()
-    assert not any(torch.equal(final[name], base[name]) for name in base)
-    assert tree(ready.runs / "mini/pretrain") == tree(made.runs / "mini/pretrain")
-    shutil.rmtree(ready.runs / "mini/pretrain")  # it stands by itself
-    assert len(generate.generate(checkpoint.load_model(directory / "final"), [1], 3)) <= 3
+    tuned(ready)
+    final, base = ready.runs / "mini/sft/final", ready.runs / "mini/pretrain"
+    assert {p.name for p in final.iterdir()} == {"weights.pt", "state.pt", "manifest.json"}
+    before, after = (checkpoint.read(path, "weights.pt") for path in (base / "final", final))
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+    assert tree(base) == tree(made.runs / "mini/pretrain")
+    shutil.rmtree(base)
+    checkpoint.load_model(final)
     assert ready.metrics("sft")[-1]["val_loss"] < ready.metrics("sft")[0]["loss"]
 
 
 def test_without_a_pretrained_model_nothing_is_made(place: Place):
-    error = place.run("pipeline.py", place.config, "sft", status=2).stderr
-    assert f"train it with: python train.py {place.config}" in error
+    with pytest.raises(UserError, match=f"train it with: python train.py {place.config}"):
+        place.make("sft")
     assert not place.runs.exists()
 
 
-def test_a_checkpoint_of_a_step_can_be_fine_tuned(ready: Place):
-    start = ready.runs / "mini/pretrain/step_0000015"
-    directory = tuned(ready, checkpoint=str(start))
-    manifest = stage.read_manifest(directory / "final")
-    assert checkpoint.base(directory / "final") == start
-    assert digest(start / "weights.pt") in manifest["read"].values()
-    expected = checkpoint.load_model(start).embed.weight
-    assert torch.equal(checkpoint.load_model(directory / "final").embed.weight, expected)
-    with pytest.raises(UserError, match=r"was made from something else: pretrain/step_0000015/state\.pt was"):
-        tuned(ready)
-
-
 def test_a_base_from_elsewhere_stays_there_when_runs_move(ready: Place, tmp_path_factory):
-    """Without a pretrained model of its own, and with `runs` as a link."""
+    """Also with `runs` as a link. The base is a checkpoint of a step."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    shutil.move(ready.runs / "mini/pretrain/final", elsewhere / "base")
+    shutil.move(ready.runs / "mini/pretrain/step_0000015", elsewhere / "base")
     shutil.rmtree(ready.runs / "mini/pretrain")
     (elsewhere / "deep/er").mkdir(parents=True)
     shutil.move(ready.runs, elsewhere / "deep/er/runs")
     ready.runs.symlink_to(elsewhere / "deep/er/runs")
-    directory = tuned(ready, checkpoint=str(elsewhere / "base"))
-    assert checkpoint.base(directory / "final") == elsewhere / "base"
-    expected = checkpoint.load_model(directory / "final").state_dict()
+    final = ready.make("sft", checkpoint=str(elsewhere / "base")) / "final"
+    assert checkpoint.base(final) == elsewhere / "base"
+    expected = checkpoint.load_model(final).state_dict()
     ready.runs.unlink()
     shutil.move(elsewhere / "deep/er/runs", ready.runs)
-    found = checkpoint.load_model(directory / "final").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    moved = checkpoint.load_model(final).state_dict()
+    assert all(torch.equal(moved[name], tensor) for name, tensor in expected.items())
     tuned(ready, checkpoint=str(elsewhere / "base"))  # is up to date
-
-
-def test_a_checkpoint_that_is_not_there_is_named(ready: Place):
     with pytest.raises(UserError, match="nowhere is not a checkpoint"):
         tuned(ready, checkpoint="nowhere")
-    assert not (ready.runs / "mini/sft").exists()
 
 
-def test_a_base_that_was_trained_anew_is_refused(ready: Place):
-    """For its adapter, and for going on with it."""
-    directory = tuned(ready)
+def test_a_base_that_was_trained_again_is_refused(tuned: Place):
+    """By its adapter, and by the stage."""
+    directory = tuned.runs / "mini/sft"
     before = tree(directory)
-    ready.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
-    tuned(ready, name="pretrain", force=True)
-    for call in (lambda: checkpoint.load_model(directory / "final"), lambda: checkpoint.base(directory / "final")):
-        with pytest.raises(UserError, match="holds an adapter of another model than the one that is now in") as refused:
-            call()
-        assert "\n" not in str(refused.value)
+    tuned.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
+    tuned.make("pretrain", force=True)
+    with pytest.raises(UserError, match="holds an adapter of another model than the one that is now in"):
+        checkpoint.load_model(directory / "final")
     with pytest.raises(UserError, match=r"was made from something else: .*pretrain/final/weights\.pt was .*--force"):
-        tuned(ready)
+        tuned.make("sft")
     assert tree(directory) == before
-    tuned(ready, force=True)
+    tuned.make("sft", force=True)
     checkpoint.load_model(directory / "final")
 
 
-def test_a_base_that_is_gone_is_named(fine_tuned: Place, tmp_path: Path):
-    shutil.copytree(fine_tuned.runs / "mini/sft", tmp_path / "runs/mini/sft")
-    with pytest.raises(UserError, match=r"an adapter of the model in .*pretrain/final, which is not there"):
-        checkpoint.load_model(tmp_path / "runs/mini/sft/final")
-    shutil.copytree(fine_tuned.runs / "mini/pretrain", tmp_path / "runs/mini/pretrain")
-    checkpoint.load_model(tmp_path / "runs/mini/sft/final")  # both were moved together
+@pytest.mark.parametrize(("changes", "fits"), [({"d_ff": 128, "n_kv_heads": 2}, True), ({"d_ff": 96}, False)])
+def test_a_base_of_another_shape_is_refused_unless_only_defaults_are_spelled_out(made: Place, changes, fits):
+    """As an imported model spells them out."""
+    base = Base(made.runs / "mini/pretrain/final", replace(configs.load(made.config).model, **changes), None)
+    if fits:
+        base.load()
+    else:
+        with pytest.raises(UserError, match="holds a model of another shape than the config describes"):
+            base.load()
+
+
+def test_unknown_targets_are_refused_before_anything_is_made(place: Place):
+    place.edit(("LoRAConfig(rank=4,", 'LoRAConfig(rank=4, targets=("q", "wq"),'))
+    with pytest.raises(UserError, match="targets names 'wq'; the model has q, k, v, o, gate, up, down, head"):
+        configs.load(place.config)
+
+
+# ----------------------------------------------------------------------------------------------------- number of steps
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "named"),
+    ("rows", "changes", "message"),
     [
-        ("rank=4", "rank=5", "lora.rank was 4, is now 5"),
-        ("learning_rate=1e-2", "learning_rate=2e-2", "sft.learning_rate was 0.01, is now 0.02"),
-        ("warmup_fraction=0.2", "warmup_fraction=0.3", "sft.warmup_fraction was 0.2, is now 0.3"),
+        (5, {"epochs": 3}, "batch_size is 32, but there are only 5 rows .*; try batch_size=1 and epochs=60, .* 300 s"),
+        (31, {"steps": 1000}, "batch_size is 32, but there are only 31 rows"),
+        (40, {"epochs": 3}, "3 epochs of 40 rows in batches of 32 make only 4 steps; try batch_size=4 and epochs=30"),
+        (40, {"epochs": 200}, "training reads 40 rows 200 times, so the model learns them by heart"),
+        (40, {"steps": 40, "batch_size": 4}, None),  # steps are as many as the user says
+        (1600, {"epochs": 1}, None),
+        (5, {"epochs": 60, "batch_size": 1}, None),  # the advice
     ],
 )
-def test_another_config_is_refused(fine_tuned: Place, ready: Place, before, after, named):
-    shutil.copytree(fine_tuned.runs / "mini/sft", ready.runs / "mini/sft")
-    ready.edit((before, after))
-    with pytest.raises(UserError, match=re.escape(named)):
-        tuned(ready)
-
-
-def test_more_steps_go_on_from_the_end(fine_tuned: Place, ready: Place):
-    shutil.copytree(fine_tuned.runs / "mini/sft", ready.runs / "mini/sft")
-    ready.edit(("steps=10", "steps=12"))
-    tuned(ready)
-    assert [m["step"] for m in ready.metrics("sft")] == list(range(1, 13))
+def test_too_few_steps_or_too_many_epochs_are_named_before_training(caplog, rows, changes, message):
+    config = TrainConfig(**{"batch_size": 32, "learning_rate": 1e-3} | changes)
+    make = lambda: Tuning(config, {"": Shuffled(rows, 0)}, finetune.ALL)  # noqa: E731
+    if message and "but there" in message:
+        with pytest.raises(UserError, match=message):
+            make()
+    else:
+        make()
+        assert bool(message) == bool(caplog.records)
+        assert re.search(message or "", caplog.text)
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
 
-
 PAIRS = [(f"What is {a} {b}?", f"{b} {a}") for a, b in itertools.product(("red", "up", "one", "far"), "vwxyz")]
 
 
-def learning(directory: Path, adapter: LoRAConfig | None, steps: int, monkeypatch, text) -> tuple:
-    """Trains on 20 questions until they are known by heart. Returns the model, its tokenizer and what was logged."""
-    monkeypatch.setenv("DATA", str(directory / "raw"))
-    monkeypatch.setenv("RUNS", str(directory / "runs"))
-    (directory / "raw").mkdir()
-    write_lines(directory / "raw/text.jsonl", ({"text": part} for part in text))
-    write_lines(directory / "raw/chats.jsonl", [HELD, *({"prompt": q, "response": a} for q, a in PAIRS)])
-    (directory / "mini.py").write_text(MINI)
-    found = configs.load(directory / "mini.py")
+def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text):
+    """20 questions, as they are put when serving."""
+    monkeypatch.setenv("DATA", str(tmp_path / "raw"))
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    (tmp_path / "raw").mkdir()
+    write_lines(tmp_path / "raw/text.jsonl", ({"text": part} for part in text))
+    held = {"prompt": "Ask 0.", "response": "Held out."}  # by the hash of its question; the others are trained
+    write_lines(tmp_path / "raw/chats.jsonl", [held, *({"prompt": q, "response": a} for q, a in PAIRS)])
+    (tmp_path / "mini.py").write_text(MINI)
+    experiment = configs.load(tmp_path / "mini.py")
     shape = ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=64, n_heads=2)
-    config = TrainConfig(steps=steps, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, compile=False,
-                         precision="float32", eval_every=steps, log_every=1, save_every=steps)  # fmt: skip
-    found = replace(found, model=shape, sft=replace(found.sft, lora=adapter, train=config))
-    rows = build("sft_data", found)
-    spm = found.load_tokenizer()
+    config = TrainConfig(steps=150, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, compile=False,
+                         precision="float32", eval_every=150, log_every=1, save_every=150)  # fmt: skip
+    adapter = LoRAConfig(rank=16, alpha=32.0, dropout=0.0)
+    experiment = replace(experiment, model=shape, sft=replace(experiment.sft, lora=adapter, train=config))
+    rows, spm = build("sft_data", experiment), experiment.load_tokenizer()
     torch.manual_seed(0)
     model = Transformer(shape)
     with torch.no_grad():
         model.head.weight.mul_(20), model.embed.weight.mul_(20)  # as far apart as training makes them
-    task = FineTuning(found.sft, shape, rows, sft.data.load(rows, spm.sha256), spm).task()
-    job = Stage(directory / "out", {"model": shape, "sft": config}, {}, "", stage.__file__)
+    task = FineTuning(experiment.sft, shape, rows, sft.data.load(rows, spm.sha256), spm)
+    job = Stage(tmp_path / "out", {"model": shape, "sft": config}, {}, "", stage.__file__)
     with job.making():
         trainer.train(finetune.adapt(model, adapter), task, config, job, "auto")
-    log = [json.loads(line) for line in (directory / "out/metrics.jsonl").read_text().splitlines()]
-    return model, spm, Rows(rows, "train", stage.read_manifest(rows)["counts"], 64), log
-
-
-@pytest.mark.parametrize("adapter", [LoRAConfig(rank=16, alpha=32.0, dropout=0.0), None])
-def test_a_few_answers_are_learnt_by_heart(tmp_path, monkeypatch, text, adapter):
-    """Greedily, from the question as it is put when answering, and the end of the answer too."""
-    model, spm, rows, log = learning(tmp_path, adapter, 150, monkeypatch, text)
+    log = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.1 < 3 < log[0]["loss"]
-    model.eval()
-    right = 0
-    for number in range(len(rows.starts) - 1):
-        ids, trained = rows.conversation(number)
-        first = int(np.flatnonzero(trained)[0])
-        found = generate.generate(model, ids[:first].tolist(), 20, temperature=0, stop=templates.ends("chatml", spm))
-        right += found == ids[first:-1].tolist()
-    assert right == len(PAIRS) == 20
-
-
-# ------------------------------------------------------------------------------------------------------ learning rate
-
-
-def test_warmup_as_a_share_of_the_steps_by_hand(tmp_path):
-    """0.25 of 8 steps are 2: half of the peak, the peak, and then down, linearly, to 0 after the eighth."""
-    from tests.test_train import CONFIG, run_counting
-
-    config = replace(CONFIG, steps=8, learning_rate=1.0e-2, warmup_fraction=0.25, schedule="linear", log_every=1)
-    _, log = run_counting(tmp_path / "share", config)
-    sixths = [6, 5, 4, 3, 2, 1]
-    assert [m["lr"] for m in log] == pytest.approx([0.5e-2, 1e-2, *(n / 6 * 1e-2 for n in sixths)])
-    _, other = run_counting(tmp_path / "steps", replace(config, warmup_fraction=None, warmup_steps=2))
-    assert [m["loss"] for m in log] == [m["loss"] for m in other]
-
-
-@pytest.mark.parametrize("changes", [{"warmup_fraction": 0.1, "warmup_steps": 5}, {"warmup_fraction": 1.1},
-                                     {"warmup_fraction": -0.1}, {"warmup_fraction": float("nan")}])  # fmt: skip
-def test_warmup_that_cannot_be_is_refused(changes):
-    with pytest.raises(ValueError, match=r"^warmup_(fraction|steps) is "):
-        TrainConfig(steps=10, batch_size=1, learning_rate=1e-3, **changes)
+    prompts = [templates.render("chatml", [Message("user", question)], spm, ask=True)[0] for question, _ in PAIRS]
+    stop = templates.ends("chatml", spm)
+    answers = generate.generate(model.eval(), prompts, 20, temperature=0, stop=stop)
+    assert [spm.decode(ids, begins=False) for ids in answers] == [answer for _, answer in PAIRS]
 
 
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
 def with_two(place: Place, name: str = "sft") -> str:
-    """Trains a stage in two processes; what was printed."""
+    """Trains a stage in two processes. Returns the output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pipeline.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(
@@ -410,7 +336,7 @@ def with_two(place: Place, name: str = "sft") -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", ["", 'parallel="fsdp", ', "full"])
 def test_two_processes_train_as_one(fine_tuned: Place, ready: Place, changes):
-    """With dropout too: each draws for its rows what one process draws for them as a micro-batch."""
+    """With dropout too: each process draws for its rows what one process draws for them as a micro-batch."""
     if changes == "full":
         ready.edit(("lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1)", "lora=None"))
         fine_tuned = Place(shutil.copytree(ready.path, ready.path.parent / "alone"))
@@ -421,8 +347,8 @@ def test_two_processes_train_as_one(fine_tuned: Place, ready: Place, changes):
     ours, theirs = ready.metrics("sft"), fine_tuned.metrics("sft")
     for name in ("loss", "grad_norm", "lr", "tokens"):
         assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=1e-4), name
-    found = [[m["val_loss"] for m in log if "val_loss" in m] for log in (ours, theirs)]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    losses = [[m["val_loss"] for m in log if "val_loss" in m] for log in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     ours, theirs = (checkpoint.load_model(p.runs / "mini/sft/final").state_dict() for p in (ready, fine_tuned))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
