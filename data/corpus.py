@@ -305,14 +305,16 @@ def _kept_of(source: Source, prepared: Iterator, state: dict, tally: Tally, inde
 
 def card(name: str, config: CorpusConfig, tally: Tally) -> str:
     """DATA_CARD.md: what the corpus holds, where it comes from, what was left out and why."""
-    counts, rows, dropped, examples = tally.counts(), [], [], []
+    counts, examples = tally.counts(), []
+    columns = ("documents read", "kept", "bytes kept", "words kept", "share of the words read")
+    rows, dropped = [("source", "licence", *columns)], [("source", "rule", "dropped", "words")]
     for source in config.sources:
         table = tally.sources[source.name]
         numbers = [f"{table[key]:,}" for key in ("read", "documents", "bytes", "words")]
         share = table["words"] / max(1, table["words_read"])
-        rows.append(f"| {source.name} | {source.licence} | {' | '.join(numbers)} | {share:.1%} |")
+        rows.append((source.name, source.licence, *numbers, f"{share:.1%}"))
         for rule, number in sorted(table["dropped"].items()):
-            dropped.append(f"| {source.name} | {rule} | {number:,} | {table['dropped_words'][rule]:,} |")
+            dropped.append((source.name, rule, f"{number:,}", f"{table['dropped_words'][rule]:,}"))
             for _, id, _, text in tally.examples[f"{source.name}, {rule}"]:
                 examples.append(f"- {source.name}, {rule}, `{id}`: {_line(text)}")
     samples = [f"- {source}, `{id}`: {_line(text)}" for _, id, source, text in tally.samples]
@@ -324,16 +326,12 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
         f"# Corpus of {name}\n",
         f"{counts['documents']:,} documents, {counts['bytes']:,} bytes of UTF-8 text, {counts['words']:,} words.",
         "The manifest beside this card has the settings and the inputs.\n\n## Sources\n",
-        "| source | licence | documents read | kept | bytes kept | words kept | share of the words read |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
+        cli.table(rows, range(2, 7), markdown=True),
         "\n## Left out\n",
         f"Documents, and sections of documents over {2 * SECTION_CHARS:,} characters, by the first rule that each",
         "fails; `c4_lines` counts documents that lost lines. Duplicates of a text kept before",
         f"{near}. Contaminated text shares {config.decontaminate_ngram} words in a row with {sets}.\n",
-        "| source | rule | dropped | words |",
-        "|---|---|---|---|",
-        *dropped,
+        cli.table(dropped, (2, 3), markdown=True),
         "\n## Examples of what was left out\n",
         *(examples or ["Nothing was."]),
         "\n## Ten documents at random\n",

@@ -80,7 +80,7 @@ def load(directory: Path, tokenizer_sha256: str) -> dict[str, Packed]:
     if made_with != tokenizer_sha256:
         raise UserError(
             f"{directory} was packed with tokenizer {made_with[:12]}…, but the tokenizer here is "
-            f"{tokenizer_sha256[:12]}…; pack again with: {stage.maker(directory)} --force"
+            f"{tokenizer_sha256[:12]}…; pack again with: {stage.remaker(directory)}"
         )
     splits, counts = {}, manifest["counts"]
     for split in SPLITS:

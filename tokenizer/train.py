@@ -197,10 +197,11 @@ def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], lossless: bo
 
 def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> str:
     """TOKENIZER_CARD.md: what the tokenizer is and how well it compresses its corpus."""
-    rows = []
+    columns = ("bytes a token", "characters a token", "tokens a word", "unknown", "came back the same")
+    rows = [("source", "documents", *columns)]
     for source, rates in [*numbers["sources"].items(), ("all", numbers)]:
-        columns = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
-        rows.append(f"| {source} | {' | '.join(f'{rates[column]:g}' for column in columns)} |")
+        keys = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
+        rows.append((source, *(f"{rates[key]:g}" for key in keys)))
     lossless = "Lossless: it does not normalise text."
     if config.normalization != "identity":
         lossless = f"It normalises text ({config.normalization}): a text does not always come back."
@@ -211,9 +212,7 @@ def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> s
         f"Piece {settings['eos']} ends a document. It was not trained on held-out text. Control pieces, which no text",
         f"is encoded to: {', '.join(f'`{piece}`' for piece in config.control) or 'none'}.\n",
         "Measured on documents taken evenly from its corpus, most of which it was trained on:\n",
-        "| source | documents | bytes a token | characters a token | tokens a word | unknown | came back the same |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
+        cli.table(rows, range(1, 7), markdown=True),
         f"\nScore: {numbers['score']} bits of text per bit of id, 8 · bytes a token / log2(pieces). More is better",
     ]
     return "\n".join(lines) + "\n"

@@ -205,8 +205,9 @@ def test_any_number_of_workers_gives_the_same(mixed, tmp_path):
     assert one.counts() == four.counts()
     card = data.corpus.card("x", mixed, four)
     assert card == data.corpus.card("x", mixed, one)
-    assert "| a | CC0 | 139 |" in card
-    assert "| a | contaminated: test |" in card
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.split("\n")]
+    assert ["a", "CC0", "139"] in [row[:3] for row in rows]
+    assert ["a", "contaminated: test", "3"] in [row[:3] for row in rows]
     assert "- b, too_short, `b.jsonl:1`: `short`" in card
     assert card.split("## Ten documents at random\n\n")[1].count("jsonl:") == 10
 
