@@ -145,7 +145,7 @@ def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict)
         else:
             digests[task] = digest(settings, manifest["wrote"])
     if "preference" in digests:  # the reference is one of the trained models
-        digests["preference"] += digest([checkpoint.digest(final) for final in trained.values()])
+        digests["preference"] += digest(list(map(checkpoint.digest, trained.values())))
     return digests, missing
 
 

@@ -75,7 +75,9 @@ def training(records: list[dict]) -> str:
     """A table of the last points where validation ran."""
     points = [record for record in records if "val_loss" in record] or records[-1:]
     keys = [key for key in LOGGED if key in points[-1]]
-    rows = [[show(record.get(key, "")) for key in keys] for record in points[-12:]]
+    rows = []
+    for record in points[-12:]:
+        rows.append([show(record.get(key, "")) for key in keys])
     return table(keys, rows)
 
 
