@@ -57,7 +57,7 @@ def judge(prompt: Prompt, answer: str) -> dict[str, dict]:
     expected = [word for word in prompt.expected if fnmatch.filter(tokens, word)]
     marks = [mark for mark in MARKS if mark in answer]
     content = f"at least {prompt.least} of {', '.join(prompt.expected)}", ", ".join(expected)
-    leakage = f"none of {' '.join(MARKS)}", " ".join(marks)
+    leakage = f"none of {escaped(MARKS)}", escaped(marks)
     rules = {
         "content": (*content, len(expected) >= prompt.least),
         "repetition": (f"at most {REPEATED:.0%} of four-word runs repeat", f"{share:.0%}", share <= REPEATED),
@@ -66,6 +66,9 @@ def judge(prompt: Prompt, answer: str) -> dict[str, dict]:
     }
     verdicts = {}
     for name, (rule, found, passed) in rules.items():
-        found = found.encode("unicode_escape").decode() if name == "leakage" else found
         verdicts[name] = {"rule": rule, "found": found or "none", "passed": passed}
     return verdicts
+
+
+def escaped(marks: Sequence[str]) -> str:
+    return " ".join(marks).encode("unicode_escape").decode()
