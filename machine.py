@@ -212,7 +212,7 @@ def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -
         f"tokens      {tokens:,} in {steps / task.epoch:.2f} epochs; {tokens / total:.2f} per parameter{ratio}",
         f"FLOPs       {task.flops * steps / tokens:.1e} per token, {task.flops * steps:.1e} in all",
         f"device      {devices(config, processes)}",
-        f"precision   {_name(dtype)}; weights and optimizer in float32",
+        f"precision   {str(dtype)[6:]}; weights and optimizer in float32",
         f"optimizer   {config.optimizer}, weight decay {config.weight_decay:g}",
         f"schedule    {rates}, {config.warmup_steps:,} steps of warm-up",
     ]
@@ -220,7 +220,7 @@ def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -
 
 def used(config, dtype: torch.dtype, processes: int) -> str:
     """The machine of a run, in one line for its manifest. config.compile: True if compiling worked."""
-    return f"{devices(config, processes)}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
+    return f"{devices(config, processes)}; {str(dtype)[6:]}, {'compiled' if config.compile else 'not compiled'}"
 
 
 def devices(config, processes: int) -> str:
@@ -235,10 +235,6 @@ def name(device: torch.device) -> str:
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     threads = torch.get_num_threads()
     return f"{model[1] if model else platform.machine()}, {threads} thread" + ("s" if threads > 1 else "")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(n: float) -> str:
