@@ -104,8 +104,9 @@ class Tasks:
         if task == "answers":
             directory, context = self.experiment.directory("sft_data"), self.experiment.model.context_length
             counts = sft.data.load(directory, self.tokenizer.sha256)
+            template = stage.read_manifest(directory)["config"]["sft_data"]["template"]
             train, held_out = (Rows(directory, split, counts, context) for split in SPLITS)
-            return answers(subject, train, held_out, sft.data.template(directory))
+            return answers(subject, train, held_out, template)
         return smoke(subject) if task == "smoke" else prompts(subject, TEXTS[task])
 
 
