@@ -13,14 +13,14 @@ class PairFilters(Limits):
 
 
 class PairJudge(Judge):
-    """The rules for pairs: equal answers teach nothing, nor do two pairs with the same answers."""
+    """Applies the rules for pairs."""
 
-    def loop(self, pair: Pair) -> str | None:
-        return "identical" if pair.chosen == pair.rejected else None
-
-    def copy(self, pair: Pair) -> str | None:
-        for name, answers in (("duplicate", pair.answers), ("contradiction", pair.answers[::-1])):
-            if hashlib.sha256(repr((pair.prompt, answers)).encode()).digest() in self.seen:
-                return name
-        self.seen.add(hashlib.sha256(repr((pair.prompt, pair.answers)).encode()).digest())
+    def own_rule(self, pair: Pair) -> str | None:
+        if pair.chosen == pair.rejected:
+            return "identical"
+        for rule, answers in (("contradiction", pair.answers[::-1]), ("duplicate", pair.answers)):
+            digest = hashlib.sha256(repr((pair.prompt, answers)).encode()).digest()
+            if digest in self.seen:
+                return rule
+        self.seen.add(digest)
         return None

@@ -181,7 +181,8 @@ def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: To
     if task == "answers":
         counts, context = sft.data.load(directory, spm.sha256), experiment.model.context_length
         train, held_out = (sft.data.Rows(directory, split, counts, context) for split in data.pack.SPLITS)
-        return partial(generation.answers, train=train, held_out=held_out, template=sft.data.template(directory))
+        template = stage.read_manifest(directory)["config"]["sft_data"]["template"]
+        return partial(generation.answers, train=train, held_out=held_out, template=template)
     # The reference is the model that DPO started or would start from.
     pairs = dpo.data.PairRows(directory, "val", dpo.data.load(directory, spm.sha256))
     final = list(trained.values())[-1]

@@ -1,15 +1,14 @@
-"""Conversations: the layouts that instruction data is published in, and questions about Python's own documentation.
+"""Conversations: the layouts that instruction data is published in, and questions about Python's documentation."""
 
-A conversation begins with at most one system message. Then user and assistant take turns; the assistant has the last
-word. A source yields its conversations in an order that depends only on the input.
-"""
+# A conversation begins with at most one system message. Then user and assistant take turns; the assistant has the last
+# word. A source yields its conversations in an order that depends only on the input.
 
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,10 +42,6 @@ class Conversation(NamedTuple):
 class Refused(Exception):
     """The reason why a record holds no conversation."""
 
-
-# ------------------------------------------------------------------------------------------------- fields of a record
-
-# A layout removes the fields that it reads from a record. The fields that are left over are counted and named.
 
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
@@ -90,26 +85,21 @@ def present(record: dict, names: Sequence[str]) -> str:
     return ""
 
 
-def optional(record: dict, *names: str) -> str:
-    """Removes the first of these fields that is not null, and returns its text; "" if there is none."""
-    name = present(record, names)
-    return text_of(record.pop(name), name) if name else ""
-
-
-def message_list(record: dict, name: str, role: str = "") -> list[Message]:
-    """Removes the field `name`: a list of objects with role and content, or from and value; or one text of `role`."""
-    turns, messages = record.pop(name), []
+def message_list(record: dict, names: Sequence[str], role: str = "") -> list[Message]:
+    """Removes the first of these fields that is not null and returns its messages; [] if there is none."""
+    # The field is a list of objects with role and content, or from and value; or the text of one message of `role`.
+    # Fields of these objects that are left over move to the record, where they are counted.
+    name, messages = present(record, names), []
+    turns = record.pop(name, [])
     if role and not isinstance(turns, list):
         return [Message(role, text_of(turns, name))]
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
-        what = f"{name}: message {number}"
         left = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
         speaker = left.pop("role", None) or left.pop("from", None)
         text = left.pop("content" if "content" in left else "value", None)
-        if speaker is None or text is None:
-            raise Refused(f"{what} is {shown(turn)}; expected an object with role and content, or from and value")
-        if not isinstance(speaker, str) or speaker not in ROLES:
-            raise Refused(f"{what} has the role {shown(speaker)}; expected one of {', '.join(ROLES)}")
+        if speaker not in ROLES or text is None:
+            wanted = f"expected role and content, or from and value; a role is one of {', '.join(ROLES)}"
+            raise Refused(f"{name}: message {number} is {shown(turn)} and has the role {speaker}; {wanted}")
         messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
         for key, value in left.items():
             record[f"{name}.{key}"] = value
@@ -118,34 +108,31 @@ def message_list(record: dict, name: str, role: str = "") -> list[Message]:
 
 def earlier_turns(record: dict) -> list[Message]:
     """Removes the fields that may stand beside the turns: a system message and a history of [question, answer]."""
-    messages = [Message("system", optional(record, "system", "system_prompt"))]
+    messages = message_list(record, ("system", "system_prompt"), "system")
     for pair in record.pop("history", None) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused(f"history holds {shown(pair)}; expected pairs [question, answer]")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append(Message(role, text_of(text, "history")))
+        messages.append(Message("user", text_of(pair[0], "history")))
+        messages.append(Message("assistant", text_of(pair[1], "history")))
     return messages
 
 
 def in_turn(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages without blank system messages and without a last question that has no answer. Refused if the roles
-    are out of order, the user says nothing or nobody answers."""
+    """The messages without blank system messages and without a last question that has no answer. May be Refused."""
     kept: list[Message] = []
     for message in messages:
         if message.role == "system" and (not message.content.strip() or kept == [message]):
             continue
-        expected = "user" if not kept or kept[-1].role != "user" else "assistant"
+        expected = "assistant" if kept and kept[-1].role == "user" else "user"
         if message.role != expected and (message.role != "system" or kept):
-            raise Refused(
-                f"roles out of order: message {len(kept) + 1} is of role {message.role}, expected {expected}; after at "
-                "most one system message, user and assistant take turns"
-            )
+            wanted = f"expected {expected}; after at most one system message, user and assistant take turns"
+            raise Refused(f"roles out of order: message {len(kept) + 1} is of role {message.role}, {wanted}")
         if message.role == "user" and not message.content.strip() and not message.input:
             raise Refused(f"message {len(kept) + 1}, the user's, is empty")
         kept.append(message)
-    if kept and kept[-1].role == "user":
+    while kept and kept[-1].role != "assistant":
         kept.pop()
-    if not kept or kept[-1].role != "assistant":
+    if not kept:
         raise Refused("no answer: it has no message of the assistant")
     return tuple(kept)
 
@@ -155,8 +142,6 @@ def first_question(messages: Sequence[Message]) -> str:
     question = next(message for message in messages if message.role == "user")
     return question.content + "\n\n" + question.input if question.input else question.content
 
-
-# ------------------------------------------------------------------------------------------------------------ layouts
 
 ANSWERS = ("output", "response", "completion", "answer")
 LISTS = ("messages", "conversations", "conversation")
@@ -171,39 +156,34 @@ FORMATS = {  # the fields that a layout needs, by all their names; "auto" takes 
     "dolly": (("instruction",), ANSWERS),
     "wizardlm": (("instruction", *LISTS[1:]), (*ANSWERS, *LISTS[1:])),
 }
-Formats = Mapping[str, tuple[tuple[str, ...], ...]]
 
 
-def recognise(record, formats: Formats) -> str:
+def recognise(record, formats: dict) -> str:
     """The first layout whose fields a record has; more fields make no difference. Refused if none fits."""
-    if isinstance(record, dict):
-        for name, needs in formats.items():
-            if all(present(record, names) for names in needs):
-                return name
-    expected = [f"{', '.join(map(' or '.join, needs))} ({name})" for name, needs in formats.items()]
+    expected = []
+    for name, needs in formats.items():
+        if isinstance(record, dict) and all(present(record, names) for names in needs):
+            return name
+        expected.append(f"{', '.join(map(' or '.join, needs))} ({name})")
     raise Refused(f"found {shown(record)}; expected the fields {'; or '.join(expected)}")
 
 
-def examples(source: Records, records: Iterator[Record], formats: Formats, read: Callable) -> Iterator:
-    """read(record, fields, layout) of each record, at most `max_documents`; for a bad record an Unreadable.
-
-    `read` removes the fields that it uses; other fields are named in the log. With format="auto" the first good record
-    of a file decides the layout of the whole file.
-    """
-    file, known, unread = None, formats, Counter()
+def examples(source: Records, records: Iterator[Record], formats: dict, read: Callable) -> Iterator:
+    """read(record, fields, layout, earlier turns) of at most `max_documents` records; for a bad one an Unreadable."""
+    # `read` removes the fields that it uses; the log names the others. With format="auto" the first good record of a
+    # file decides the layout of the whole file.
+    allowed = formats if source.format == "auto" else {source.format: formats[source.format]}
+    known, unread = {}, Counter()  # by file: its layout
     try:
         for record in itertools.islice(records, source.max_documents):
             if isinstance(record.value, Unreadable):
                 yield record.value
                 continue
-            if record.file != file:
-                file = record.file
-                known = formats if source.format == "auto" else {source.format: formats[source.format]}
             try:
-                name = recognise(record.value, known)
-                known = {name: formats[name]}
+                name = recognise(record.value, known.get(record.file, allowed))
+                known[record.file] = {name: formats[name]}
                 fields = dict(record.value)
-                example = read(record, fields, name)
+                example = read(record, fields, name, earlier_turns(fields))
             except Refused as error:
                 yield source.refuse(f"{record.where}: {error}")
                 continue
@@ -219,17 +199,16 @@ def examples(source: Records, records: Iterator[Record], formats: Formats, read:
 def trees(records: Iterator[Record]) -> Iterator[Record]:
     """A tree of OASST1, one record or one message per row, becomes a record with the field TREE. Others stay."""
 
-    def tree(record: Record) -> tuple:
-        in_rows = isinstance(record.value, dict) and record.value.keys() >= {"message_tree_id", "message_id", "text"}
-        return record.file, ("tree", record.value["message_tree_id"]) if in_rows else record.where
+    def name(record: Record) -> str | None:
+        return record.value.get("message_tree_id") if isinstance(record.value, dict) else None
 
-    for (_, name), rows in itertools.groupby(records, tree):
-        first, *others = rows
-        if isinstance(name, tuple):
-            first = first._replace(value={TREE: first.value, "rows": [row.value for row in others]})
-        elif isinstance(first.value, dict) and isinstance(first.value.get("prompt"), dict):
-            first = first._replace(value={TREE: first.value["prompt"], "rows": []})
-        yield first
+    for tree, group in itertools.groupby(records, name):
+        if tree is None:
+            yield from group
+        else:
+            first, *others = group
+            root = first.value.get("prompt") or first.value
+            yield first._replace(value={TREE: root, "rows": [row.value for row in others]})
 
 
 def best_path(message: dict, rows: list[dict]) -> list[Message]:
@@ -239,37 +218,32 @@ def best_path(message: dict, rows: list[dict]) -> list[Message]:
     path = []
     while message is not None:
         path.append({"role": message.get("role"), "content": message.get("text")})
-        replies = message.get("replies") or []
-        replies = replies + [row for row in rows if row.get("parent_id") == message["message_id"]]
-        replies = [reply for reply in replies if not reply.get("deleted")]
+        below = [row for row in rows if row.get("parent_id") == message.get("message_id")]
+        replies = [reply for reply in (message.get("replies") or below) if not reply.get("deleted")]
         # 0 is the best rank.
         message = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0), default=None)
-    return message_list({TREE: path}, TREE)
+    return message_list({TREE: path}, (TREE,))
 
 
-def read_conversation(record: Record, fields: dict, layout: str) -> Conversation:
+def read_conversation(record: Record, fields: dict, layout: str, earlier: list[Message]) -> Conversation:
     """The conversation in a record. Refused if a field has a wrong type, or the roles are out of order."""
-    earlier, language = earlier_turns(fields), None
-    name = present(fields, FORMATS[layout][0])
+    questions, language = FORMATS[layout][0], None
     if layout == "oasst1":
         language = fields[TREE].get("lang")
         messages = best_path(fields.pop(TREE), fields.pop("rows"))
-    elif name in LISTS:
-        messages = message_list(fields, name)
+    elif present(fields, questions) in LISTS:
+        messages = message_list(fields, questions)
     else:
-        messages, about = message_list(fields, name, "user"), optional(fields, "input", "context")
-        if about.strip():
-            question = messages.pop().content
+        messages = message_list(fields, questions, "user")
+        for about in message_list(fields, ("input", "context"), "user"):
             # Without an instruction the text is the whole question, as it is when somebody asks the model.
-            messages.append(Message("user", question, about) if question.strip() else Message("user", about))
-        messages += message_list(fields, present(fields, ANSWERS), "assistant")
+            if not messages[-1].content.strip():
+                messages[-1] = about
+            elif about.content.strip():
+                messages[-1] = messages[-1]._replace(input=about.content)
+        messages += message_list(fields, ANSWERS, "assistant")
     messages = in_turn(earlier + messages)
     return Conversation(record.id, messages, (first_question(messages),), language)
-
-
-def conversations(source: Records, workers: int) -> Iterator[Conversation | Unreadable]:
-    """The conversations in a source's records."""
-    return examples(source, trees(source.records(workers)), FORMATS, read_conversation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +253,9 @@ class Chats(FileRecords):
     name: str = "chats"
     format: str = "auto"  # a name in FORMATS; "auto": for each file the layout of its first record
     max_tokens: int | None = None  # reading stops when this many tokens are kept
-    conversations = conversations
+
+    def conversations(self, workers: int) -> Iterator[Conversation | Unreadable]:
+        return examples(self, trees(self.records(workers)), FORMATS, read_conversation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,10 +264,8 @@ class HubChats(HubRecords):
 
     format: str = "auto"  # as in Chats
     max_tokens: int | None = None
-    conversations = conversations
+    conversations = Chats.conversations
 
-
-# ------------------------------------------------------------------------------------------------------- Python's own
 
 QUESTIONS = (
     "What does {} do?",
@@ -305,18 +279,16 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DocQuestions(Records):
-    """Questions about Python's documentation, each answered by the first paragraph of a docstring.
+    """Questions about Python's documentation, each answered by the first paragraph of a docstring."""
 
-    A question is held out if its docstring is: its key is the document in a corpus of the same `docs`.
-    """
+    # A question is held out if its docstring is: its key is the document in a corpus of the same `docs`.
 
     name: str = "python_questions"
     licence: str = PythonDocs.licence
     max_tokens: int | None = None
     docs: PythonDocs = field(default_factory=PythonDocs)
 
-    def inputs(self) -> dict[str, str]:
-        return self.docs.inputs()
+    inputs = PythonDocs.inputs
 
     def conversations(self, workers: int) -> Iterator[Conversation]:
         names, answers = set(), set()

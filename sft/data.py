@@ -1,15 +1,10 @@
-"""Conversations to rows of tokens: read, filtered, rendered by the template, packed.
+"""Conversations to rows of tokens: read, filtered, rendered by the template, packed. Pairs share the first half."""
 
-    python pipeline.py configs/tiny.py sft_data   ->  runs/tiny/sft_data
+# For each split, `train.bin` holds the ids of all conversations, little-endian uint16 (uint32 past 65,536 pieces), and
+# `train.mask` a byte for each id, 1 if it is trained. `train.idx` has the start of each conversation in tokens, and
+# `train.rows` the first conversation of each row, both int64 with the total at the end. `train.txt` has their origins.
 
-For each split, `train.bin` holds the ids of all conversations, little-endian uint16 (uint32 past 65,536 pieces), and
-`train.mask` a byte for each id, 1 if it is trained. `train.idx` has the start of each conversation in tokens, and
-`train.rows` the first conversation of each row, both int64 with the total at the end. `train.txt` has a line for each
-conversation: its origin.
-
-Preference data share `DataConfig`, `gather` and `inputs`.
-"""
-
+import bisect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,17 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data.sources
 import stage
 import tokenizer
 from cli import UserError, log, progress
 from data.batches import Shuffled
 from data.holdout import split_hash, threshold
 from data.pack import token_dtype
-from data.sources import Records, Unreadable, log_kept
+from data.sources import Records, Unreadable, inputs, log_kept
 from sft.conversations import FORMATS, Conversation, DocQuestions
 from sft.filters import Filters, Judge
-from sft.packing import best_fit
 from sft.templates import TEMPLATES, render
 from stage import Stage, check_types
 from tokenizer import Tokenizer
@@ -51,11 +44,6 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self)
-        names = [source.name for source in self.sources]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"sources are called {', '.join(names) or 'nothing'}; expected at least one, with unique names"
-            )
         for source in self.sources:
             if not hasattr(source, self.unit):
                 raise ValueError(f"sources has {source.name}, which does not give {self.unit}")
@@ -63,28 +51,25 @@ class DataConfig:
             if layout not in ("auto", *self.formats):
                 known = ", ".join(self.formats)
                 raise ValueError(f'sources has {source.name} with format {layout!r}; expected "auto" or {known}')
-        if self.too_long not in ("cut", "drop"):
-            raise ValueError(f'too_long is {self.too_long!r}; expected "cut" or "drop"')
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"sources are called {', '.join(names)}; expected at least one, with unique names")
+        for name, choices in (("too_long", ("cut", "drop")), ("template", TEMPLATES)):
+            value = getattr(self, name, None)
+            if value not in (None, *choices):
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; expected more than 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationConfig(DataConfig):
-    """The data of fine-tuning. Raises TypeError or ValueError, with the field's name, for an impossible value."""
+    """The data of fine-tuning."""
 
     sources: tuple[Records, ...] = (DocQuestions(),)  # Chats, HubChats, DocQuestions
     template: str = "chatml"  # "chatml", "instruct" or "alpaca"
     filters: Filters = Filters()
-    unit, formats = "conversations", FORMATS
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.template not in TEMPLATES:
-            raise ValueError(f"template is {self.template!r}; expected one of {', '.join(TEMPLATES)}")
-
-
-# ---------------------------------------------------------------------------------------------------------- gathering
+    unit, formats, limit = "conversations", FORMATS, "max_tokens"
 
 
 class Item(NamedTuple):
@@ -93,26 +78,20 @@ class Item(NamedTuple):
     source: str
     id: str
     kind: str  # of a pair: how it was made
-    hashes: list[int]  # of its keys, which decide if it is held out; the last one is of the whole example
+    hashes: list[int]  # of its keys, which decide if it is held out, and of the whole example
     ids: np.ndarray
     parts: np.ndarray  # the mask of a conversation; the lengths of a pair's prompt and answers
     cut: bool
 
 
 def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
-    """Reads all sources. Returns the items of each split, {"train": [Item], "val": [Item]}, and counts by source.
-
-    encode(example): ids, parts and cut as in Item, or the name of the rule that drops the example.
-    """
+    """Reads all sources. Returns {"train": [Item], "val": [Item]}, and counts by source. encode: as `encode` below."""
     items, counts = [], {}
     for source in config.sources:
         count = {"read": 0, "kept": 0, "cut": 0, "tokens": 0, "dropped": Counter()}
         counts[source.name] = count
-        most_pairs = getattr(source, "max_pairs", None) or math.inf
-        most_tokens = getattr(source, "max_tokens", None) or math.inf
-        pairs = tokens = 0
-        examples = getattr(source, config.unit)(workers)
-        for example in progress(examples, 0, config.unit, source.name):
+        size, most = 0, getattr(source, config.limit, None) or math.inf
+        for example in progress(getattr(source, config.unit)(workers), 0, config.unit, source.name):
             count["read"] += 1
             if isinstance(example, Unreadable):
                 log.debug(example)
@@ -120,28 +99,25 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
                 continue
             encoded = encode(example)
             # An example that does not fit is not remembered: a later copy may be shorter.
-            rule = encoded if isinstance(encoded, str) else judge.rule(example)
-            if rule:
+            if rule := encoded if isinstance(encoded, str) else judge.rule(example):
                 count["dropped"][rule] += 1
                 continue
             hashes = [split_hash(key.encode()) for key in (*example.keys, repr(example))]
             items.append(Item(source.name, example.id, example.kind or source.name, hashes, *encoded))
-            pairs += 1
-            tokens += len(items[-1].ids)
-            if pairs >= most_pairs or tokens >= most_tokens:
+            size += len(items[-1].ids) if config.limit == "max_tokens" else 1
+            if size >= most:
                 break
     splits = split(items, counts, config.val_fraction)
     for name, count in counts.items():
         count["dropped"] = dict(sorted(count["dropped"].items()))
         log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
-        cut = count["cut"]
-        if cut:
-            log.info(f"{name}: {cut:,} {config.unit} were cut to the context")
+        if count["cut"]:
+            log.info(f"{name}: {count['cut']:,} {config.unit} were cut to the context")
     log.info(f"{len(splits['train']):,} {config.unit} to train on, {len(splits['val']):,} held out")
     if not splits["train"] or not splits["val"]:
         raise UserError(
-            f"{len(items):,} {config.unit} passed the filters; training and validation take at least one each that "
-            "differ, better hundreds: add some, or change the filters"
+            f"{len(items):,} {config.unit} passed the filters; training and validation take at least one each, better "
+            "hundreds: add some, or change the filters"
         )
     return splits, counts
 
@@ -166,13 +142,27 @@ def split(items: list[Item], counts: dict, fraction: float) -> dict[str, list[It
     return splits
 
 
-def inputs(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
+def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
+    """Writes the ids and the origins of a split."""
+    np.concatenate([item.ids for item in items]).tofile(directory / f"{name}.bin")
+    with open(directory / f"{name}.txt", "w", encoding="utf-8") as origins:
+        for item in items:
+            print(*item.id.split(), file=origins)
+
+
+def digests(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
     """The digests of sources and tokenizer; {} if the directory is finished and the sources have been moved away."""
     model = {path: digest for path, digest in stage.outputs(spm).items() if path.endswith("spm.model")}
-    return data.sources.inputs([*sources, SimpleNamespace(inputs=lambda: model)], directory)
+    return inputs([*sources, SimpleNamespace(inputs=lambda: model)], directory)
 
 
-# ---------------------------------------------------------------------------------------------------------- the stage
+def load(directory: Path, tokenizer_sha256: str) -> dict:
+    """The counts of a finished directory. UserError if it is missing, damaged, or made with another tokenizer."""
+    manifest = stage.finished(directory)
+    if tokenizer_sha256 not in manifest["read"].values():
+        again = f"make it again with: {stage.maker(directory)} --force"
+        raise UserError(f"{directory} was made with another tokenizer; {again}")
+    return manifest["counts"]
 
 
 def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversation: Conversation):
@@ -186,45 +176,49 @@ def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversatio
     return np.array(ids[:fits], dtype=token_dtype(spm.vocab_size)), mask, fits < end
 
 
-def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
-    """Writes the ids and the origins of a split."""
-    np.concatenate([item.ids for item in items]).tofile(directory / f"{name}.bin")
-    with open(directory / f"{name}.txt", "w", encoding="utf-8") as origins:
-        for item in items:
-            print(*item.id.split(), file=origins)
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of at most `capacity` tokens that hold every text once: for each row the numbers of its texts."""
+    # Best fit, decreasing (Johnson 1974): the longest text first, each into the row where it leaves the least room.
+    rows, rooms = [], []  # rooms, sorted: tokens that still fit, minus the last step of the row, the row
+    for step, text in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)):
+        at = bisect.bisect_left(rooms, (lengths[text],))  # the least room that is enough
+        if at == len(rooms):
+            rooms.append((capacity, 0, len(rows)))
+            rows.append([])
+        room, _, row = rooms.pop(at)
+        rows[row].append(text)
+        bisect.insort(rooms, (room - lengths[text], -step, row))
+    return rows
 
 
 def write(directory: Path, name: str, items: list[Item], sources: Sequence[str], context: int) -> dict:
     """Packs one split, source by source, and writes its five files. Returns its counts."""
-    counts = {"conversations": len(items), "tokens": 0, "trained": 0, "rows": 0, "sources": {}}
-    packed, sizes = [], [0]
+    packed, firsts, parts = [], [0], {}
     for source in sources:
         texts = [item for item in items if item.source == source]
         rows = best_fit([len(item.ids) - 1 for item in texts], context)
-        counts["sources"][source] = {"row": counts["rows"], "rows": len(rows)}
-        counts["rows"] += len(rows)
+        parts[source] = {"row": len(firsts) - 1, "rows": len(rows)}
         for row in rows:
-            sizes.append(len(row))
             packed += [texts[number] for number in row]
+            firsts.append(len(packed))
     write_texts(directory, name, packed)
     mask = np.concatenate([item.parts for item in packed])
     mask.tofile(directory / f"{name}.mask")
     starts = np.cumsum([0, *(len(item.ids) for item in packed)])
     starts.astype("<i8").tofile(directory / f"{name}.idx")
-    np.cumsum(sizes).astype("<i8").tofile(directory / f"{name}.rows")
-    counts |= {"tokens": len(mask), "trained": int(mask.sum())}
-    return counts | {"packing_efficiency": (len(mask) - len(packed)) / (counts["rows"] * context)}
+    np.array(firsts, "<i8").tofile(directory / f"{name}.rows")
+    rows = len(firsts) - 1
+    counts = {"conversations": len(items), "tokens": len(mask), "trained": int(mask.sum()), "rows": rows}
+    return counts | {"sources": parts, "packing_efficiency": (len(mask) - len(packed)) / (rows * context)}
 
 
 def job(config: ConversationConfig, context: int, spm: Path, directory: Path, command: str) -> Stage:
     """The stage that makes rows of `context` tokens. spm: the tokenizer's directory. command: what the user types."""
     settings = {"sft_data": config, "context_length": context}
-    return Stage(directory, settings, inputs(config.sources, spm, directory), command, __file__)
+    return Stage(directory, settings, digests(config.sources, spm, directory), command, __file__)
 
 
-def build(
-    job: Stage, config: ConversationConfig, context: int, spm: Path, workers: int = 1, force: bool = False
-) -> None:
+def build(job: Stage, config: ConversationConfig, context: int, spm: Path, workers: int, force: bool) -> None:
     """Makes the rows, unless the stage is up to date."""
     if job.up_to_date(force):
         return
@@ -234,26 +228,19 @@ def build(
         counts = {"dtype": token_dtype(spm.vocab_size), "sources": sources}
         for name, items in splits.items():
             counts[name] = write(job.directory, name, items, list(sources), context)
-        rows, efficiency = counts["train"]["rows"], counts["train"]["packing_efficiency"]
-        log.info(f"{rows:,} training rows of {context:,} tokens, {efficiency:.2%} of them used -> {job.directory}")
+        efficiency = counts["train"]["packing_efficiency"]
+        log.info(f"{counts['train']['rows']:,} training rows, {efficiency:.2%} of their tokens used -> {job.directory}")
         job.finish(counts | {"packing_efficiency": efficiency})
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
-
-
 class Rows(Shuffled):
-    """Packed conversations of one split, or of one of its sources. Each epoch sees every row once, in its own order.
-
-    tokens, trained: memory maps of all ids and of the mask. starts: where each conversation starts. firsts: the first
-    conversation of each row.
-    """
+    """Rows of one split, or of one of its sources. Each epoch sees every row once, in its own order."""
 
     holds = "conversations"
 
     def __init__(self, directory: Path, split: str, counts: dict, context: int, seed: int = 0, source: str = ""):
         self.file, self.length = str(directory / f"{split}.bin"), context
-        self.tokens = np.memmap(directory / f"{split}.bin", dtype=counts["dtype"], mode="r")
+        self.tokens = np.memmap(self.file, dtype=counts["dtype"], mode="r")
         self.trained = np.memmap(directory / f"{split}.mask", dtype=np.uint8, mode="r")
         self.starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
         self.firsts = np.fromfile(directory / f"{split}.rows", dtype="<i8")
@@ -263,23 +250,20 @@ class Rows(Shuffled):
 
     def documents(self, row: int) -> range:
         """The numbers in the split of a row's conversations."""
-        first = self.first + row
-        return range(*self.firsts[first : first + 2].tolist())
+        return range(*self.firsts[self.first + row :][:2].tolist())
 
     def conversation(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,) int64 and mask (n,) bool of a conversation."""
-        place = slice(self.starts[number], self.starts[number + 1])
+        place = slice(*self.starts[number : number + 2])
         return self.tokens[place].astype(np.int64), self.trained[place].astype(bool)
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, targets and positions of rows, (rows, length) int64 each.
-
-        A conversation's targets are its ids shifted by one: the only shift in fine-tuning. A target is −100 where the
-        next id is not trained, and in the padding after the last conversation, which is a text of its own.
-        """
+        """Inputs, targets and positions of rows, (rows, length) int64 each."""
+        # A conversation's targets are its ids shifted by one: the only shift in fine-tuning. A target is IGNORED where
+        # the next id is not trained, and in the padding after the last conversation, which is a text of its own.
         inputs = np.zeros((len(rows), self.length), dtype=np.int64)
-        targets = np.full((len(rows), self.length), IGNORED)
-        positions = np.zeros((len(rows), self.length), dtype=np.int64)
+        targets = np.full_like(inputs, IGNORED)
+        positions = np.zeros_like(inputs)
         for i, row in enumerate(rows):
             at = 0
             for number in self.documents(row):
@@ -287,23 +271,7 @@ class Rows(Shuffled):
                 end = at + len(ids) - 1
                 inputs[i, at:end] = ids[:-1]
                 targets[i, at:end] = np.where(trained[1:], ids[1:], IGNORED)
-                positions[i, at:end] = np.arange(len(ids) - 1)
+                positions[i, at:end] = np.arange(end - at)
                 at = end
             positions[i, at:] = np.arange(self.length - at)
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions)
-
-
-def load(directory: Path, tokenizer_sha256: str) -> dict:
-    """The counts of a finished directory, its files checked. UserError if it is missing, damaged or made with another
-    tokenizer."""
-    manifest = stage.finished(directory)
-    if tokenizer_sha256 not in manifest["read"].values():
-        raise UserError(
-            f"{directory} was made with another tokenizer; make it again with: {stage.maker(directory)} --force"
-        )
-    return manifest["counts"]
-
-
-def template(directory: Path) -> str:
-    """The template of the conversations in a finished directory."""
-    return stage.read_manifest(directory)["config"]["sft_data"]["template"]

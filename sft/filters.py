@@ -1,6 +1,7 @@
 """Filters: which conversations are worth learning from. What a rule drops is counted under its name."""
 
 import hashlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -60,11 +61,11 @@ class Filters(Limits):
 class Judge:
     """Applies the rules to one example after another, and remembers those that pass."""
 
-    def __init__(self, filters: Filters):
+    def __init__(self, filters: Limits):
         self.filters, self.seen, self.answers = filters, set(), Counter()
         self.minhash = getattr(filters, "near_duplicates", None) and MinHash(filters.near_duplicates)
         self.bands: dict[int, int] = {}  # a band of a signature -> the first conversation that has it
-        self.parts: list[list[np.ndarray]] = []  # for each conversation the shingles of its parts
+        self.parts: list[list[np.ndarray]] = []  # for each conversation the shingles of its texts
 
     def rule(self, example) -> str | None:
         """The name of the first rule that an example fails; None if it passes all."""
@@ -74,56 +75,55 @@ class Judge:
         shortest = min(map(len, map(str.strip, example.answers)))
         if shortest < self.filters.min_answer_chars:
             return "short_answer" if shortest else "empty_answer"
-        if self.filters.max_chars and len("".join(texts)) > self.filters.max_chars:
+        if self.filters.max_chars and sum(map(len, texts)) > self.filters.max_chars:
             return "too_long"
-        text = "\n".join(texts)
-        return self.loop(example) or other_language(text, example.language, self.filters.language) or self.copy(example)
+        if other_language("\n".join(texts), example.language, self.filters.language):
+            return "other_language"
+        return self.own_rule(example)
 
-    def loop(self, conversation: Conversation) -> str | None:
-        """The rule on repeated text that a conversation fails."""
-        most = self.filters.max_same_answers
+    def own_rule(self, conversation: Conversation) -> str | None:
+        """The rule that a conversation fails by its repetitions or as a copy. If it passes, it is remembered."""
+        prints = []
         for answer in conversation.answers:
             spelled = words.words(answer)
-            if len(spelled) >= JUDGED:
-                runs = words.ngrams(words.hashes(spelled), 4)
-                if 1 - len(np.unique(runs)) / len(runs) > self.filters.max_repetition:
-                    return "repeats_itself"
-                if most and self.answers[words.fingerprint(spelled).item()] >= most:
-                    return "same_answer"
-        return None
-
-    def copy(self, conversation: Conversation) -> str | None:
-        """The rule on copies that a conversation fails. One that fails none is remembered."""
+            prints.append(words.fingerprint(spelled).item())
+            if len(spelled) < JUDGED:
+                continue
+            runs = words.ngrams(words.hashes(spelled), 4)
+            if 1 - len(np.unique(runs)) / len(runs) > self.filters.max_repetition:
+                return "repeats_itself"
+            if self.answers[prints[-1]] >= (self.filters.max_same_answers or math.inf):
+                return "same_answer"
         digest = hashlib.sha256(repr(conversation.messages).encode()).digest()
         if digest in self.seen:
             return "duplicate"
-        if self.minhash and self.near(parts(conversation.messages)):
+        if self.minhash and self.near(conversation.messages):
             return "near_duplicate"
         self.seen.add(digest)
-        for answer in conversation.answers:
-            self.answers[words.fingerprint(words.words(answer)).item()] += 1
+        self.answers.update(prints)
         return None
 
-    def near(self, texts: list[str]) -> bool:
-        """True if each text is near the text at the same place in one earlier conversation; else they are remembered.
-
-        MinHash with one signature for all texts, which take turns to give its rows: so conversations that differ in one
-        text seldom have a band in common, however long the texts are that they share.
-        """
+    def near(self, messages: tuple[Message, ...]) -> bool:
+        """True if each text is near the text at the same place in one earlier conversation; else it is remembered."""
+        # MinHash with one signature for all texts, which take turns to give its rows: so conversations that differ in
+        # one text seldom have a band in common, however long the texts are that they share.
         shingles = []
-        for text in texts:
-            spelled = words.words(text) or [text.encode()]
-            shingles.append(self.minhash.shingles(words.hashes(spelled)))
+        for message in messages:
+            texts = [message.content]
+            if message.role != "assistant":  # by lines: a prompt may begin with an instruction that all prompts have
+                texts = filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
+            for text in texts:
+                spelled = words.words(text) or [text.encode()]
+                shingles.append(self.minhash.shingles(words.hashes(spelled)))
         signature = np.empty(len(self.minhash.a), dtype=np.uint32)
         for first, part in enumerate(shingles):
             turns = slice(first, None, len(shingles))
             signature[turns] = self.minhash.signature(part)[turns]
         rows = signature.reshape(self.minhash.bands, -1)
         bands = words.mix((rows * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
-        least = self.filters.near_duplicates.threshold
-        for other in {self.bands[band] for band in bands if band in self.bands}:
+        for other in set(map(self.bands.get, bands)) - {None}:
             likeness = map(jaccard, shingles, self.parts[other])
-            if len(shingles) == len(self.parts[other]) and min(likeness) >= least:
+            if len(shingles) == len(self.parts[other]) and min(likeness) >= self.filters.near_duplicates.threshold:
                 return True
         for band in bands:
             self.bands.setdefault(band, len(self.parts))
@@ -131,28 +131,14 @@ class Judge:
         return False
 
 
-def parts(messages: tuple[Message, ...]) -> list[str]:
-    """Answers, and the lines of other messages: a prompt may begin with an instruction that all prompts have."""
-    texts = []
-    for message in messages:
-        if message.role == "assistant":
-            texts.append(message.content)
-        else:
-            texts += filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
-    return texts
-
-
-def other_language(text: str, stated: str | None, wanted: str | None) -> str | None:
-    """ "other_language" if a text is not in the wanted language. stated: its language, if the data says it."""
+def other_language(text: str, stated: str | None, wanted: str | None) -> bool:
+    """True if a text is not in the wanted language. stated: its language, if the data says it."""
     if wanted is None or stated is not None:
-        return "other_language" if wanted not in (None, stated) else None
+        return wanted not in (None, stated)
     spelled = words.words(text)
     if wanted != "en" or len(spelled) < JUDGED:
-        return None
-    english, foreign = 0, 0
-    for word in spelled:
-        english += word in ENGLISH
-        foreign += word in FOREIGN
+        return False
+    english, foreign = sum(map(ENGLISH.__contains__, spelled)), sum(map(FOREIGN.__contains__, spelled))
     letters = b"".join(spelled)
     ascii_letters = len(letters.decode().encode("ascii", "ignore"))
-    return "other_language" if 2 * ascii_letters < len(letters) or foreign > max(english, len(spelled) // 20) else None
+    return 2 * ascii_letters < len(letters) or foreign > max(english, len(spelled) // 20)

@@ -5,9 +5,10 @@ python -m sft.inspect configs/tiny.py --first 100       # from that row on
 """
 
 import argparse
-import itertools
 import os
 import sys
+
+import numpy as np
 
 import cli
 import configs
@@ -20,32 +21,33 @@ from sft.templates import shown
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    spm, directory = experiment.load_tokenizer(), experiment.directory("sft_data")
-    counts, context = sft.data.load(directory, spm.sha256), experiment.model.context_length
+    directory, context = experiment.directory("sft_data"), experiment.model.context_length
+    spm = experiment.load_tokenizer()
+    counts = sft.data.load(directory, spm.sha256)
     rows = sft.data.Rows(directory, arguments.split, counts, context)
-    origins = (directory / f"{arguments.split}.txt").read_text(encoding="utf-8").splitlines()
     if arguments.first >= rows.count:
         raise UserError(f"{rows.file} has rows 0 to {rows.count - 1:,}; found --first {arguments.first:,}")
-    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("⟦", "⟧")
+    green, plain = "⟦", "⟧"
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        green, plain = "\033[32m", "\033[0m"
 
     total = counts[arguments.split]
-    print(f"{rows.file}: {total['conversations']:,} conversations in {rows.count:,} rows of {context:,}, ", end="")
-    print(f"{total['packing_efficiency']:.2%} of them used, {total['trained']:,} tokens trained")
+    used = f"{total['packing_efficiency']:.2%} of them used, {total['trained']:,} tokens trained"
+    print(f"{rows.file}: {total['conversations']:,} conversations in {rows.count:,} rows of {context:,}, {used}")
     for name, source in total["sources"].items():
-        print(f"  {name}: rows {source['row']:,} to {source['row'] + source['rows'] - 1:,}")
+        print(f"  {name}: {source['rows']:,} rows from {source['row']:,}")
+    origins = (directory / f"{arguments.split}.txt").read_text(encoding="utf-8").splitlines()
     for row in range(arguments.first, min(arguments.first + arguments.rows, rows.count)):
-        numbers, at = rows.documents(row), 0
-        used = rows.starts[numbers.stop] - rows.starts[numbers.start] - len(numbers)
+        numbers = rows.documents(row)
+        used = int(np.diff(rows.starts)[numbers].sum()) - len(numbers)
         print(f"\nrow {row:,}: {len(numbers)} conversations, {used:,} of {context:,} tokens ({used / context:.1%})")
         for number in numbers:
+            print(f"── {number:,} {origins[number]}")
             ids, trained = rows.conversation(number)
-            print(f"── {number:,} [{at:,} to {at + len(ids) - 1:,}) {origins[number]}")
-            for learnt, part in itertools.groupby(zip(ids.tolist(), trained, strict=True), key=lambda pair: pair[1]):
-                text = shown([token for token, _ in part], spm)
-                text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-                print(f"{green}{text}{plain}" if learnt else text, end="")
+            for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):
+                text = shown(ids[part].tolist(), spm)
+                print(f"{green}{text}{plain}" if trained[part[0]] else text, end="")
             print()
-            at += len(ids) - 1
 
 
 if __name__ == "__main__":

@@ -23,19 +23,14 @@ def rules(*pairs: Pair, **options) -> list[str | None]:
     return [judge.rule(each) for each in pairs]
 
 
-def test_either_answer_may_be_short():
-    assert rules(pair("Hi", "", "a"), pair("Hi", "a", " "), pair("Hi", "a", "b")) == [
-        "empty_answer", "empty_answer", None]  # fmt: skip
-    assert rules(pair("Hi", "fives", "four"), pair("Hi", "fives", "other"), min_answer_chars=5) == [
-        "short_answer", None]  # fmt: skip
-
-
-def test_the_prompt_and_both_answers_count_for_the_length():
+def test_either_answer_may_be_short_and_all_texts_count_for_the_length():
+    assert rules(pair("Hi", "", "a"), pair("Hi", "a", " "), pair("Hi", "a", "b")) == [*["empty_answer"] * 2, None]
+    short = rules(pair("Hi", "fives", "four"), pair("Hi", "fives", "other"), min_answer_chars=5)
+    assert short == ["short_answer", None]
     longest = pair("123", "45", "67", system="8", about="90")
     longer = [longest._replace(chosen="450"), longest._replace(rejected="670")]
     longer += [pair("123", "45", "67", system=s, about=i) for s, i in (("88", "90"), ("8", "900"))]
     assert rules(longest, *longer, max_chars=10) == [None, *["too_long"] * 4]
-    assert rules(pair("1", "2" * 50_000, "3"), max_chars=None) == [None]
 
 
 def test_language_by_the_data_or_by_frequent_words_in_any_text():
@@ -43,8 +38,6 @@ def test_language_by_the_data_or_by_frequent_words_in_any_text():
     assert rules(pair(GERMAN, "Yes", "No"), pair(ENGLISH, "Yes", "No")) == ["other_language", None]
     assert rules(pair("Hi", GERMAN, "No"), pair("Hi", "Yes", GERMAN)) == ["other_language"] * 2
     assert rules(pair(GERMAN, "Ja", "Nein", "de"), language=None) == [None]
-    words = "der die das und nicht ist ein eine mit auf von zu dem den des sich"  # 16, and it takes 20 to judge
-    assert rules(pair(words, "ja", "nein doch"), pair(words, "ja doch", "nein doch")) == [None, "other_language"]
 
 
 def test_copies_and_contradictions():
@@ -72,10 +65,7 @@ def test_each_choice_is_kept_once(triples):
     assert found.count("identical") == sum(a == b != "" for _, a, b in triples)
 
 
-@pytest.mark.parametrize(
-    ("error", "field", "value"),
-    [(ValueError, "min_answer_chars", 0), (ValueError, "max_chars", -1), (TypeError, "language", 3)],
-)
-def test_impossible_settings_are_refused(error, field, value):
-    with pytest.raises(error, match=f"^{field} is {value}"):
-        PairFilters(**{field: value})
+def test_impossible_settings_are_refused():
+    for field, value, error in (("min_answer_chars", 0, ValueError), ("language", 3, TypeError)):
+        with pytest.raises(error, match=f"^{field} is {value}"):
+            PairFilters(**{field: value})

@@ -3,7 +3,6 @@
 What pairs share with conversations (files, datasets, cleaning) is tested in tests/sft/test_conversations.py.
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -11,28 +10,18 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cli import UserError
 from data.holdout import held_out
 from data.sources import PythonDocs, Unreadable
 from dpo.pairs import DocPairs, HubPairs, Pairs, repeated, shuffled
-from sft.conversations import DocQuestions, Message, cleaned
+from sft.conversations import DocQuestions, Message
+from tests.conftest import write_lines
+from tests.sft.test_conversations import raw  # noqa: F401 - a fixture
 
 
-@pytest.fixture
-def raw(tmp_path, monkeypatch):
-    monkeypatch.setenv("DATA", str(tmp_path))
-    return tmp_path
-
-
-def lines(*records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def read(raw, *records, **options) -> list:
-    (raw / "a.jsonl").write_text(lines(*records))
+def read(raw, *records, **options) -> list:  # noqa: F811
+    write_lines(raw / "a.jsonl", records)
     return list(Pairs(paths=("a.jsonl",), **options).pairs(1))
 
 
@@ -47,7 +36,6 @@ def chat(*turns: str, answer: str | None = None) -> list[dict]:
 
 
 SYSTEM = {"role": "system", "content": "S"}
-PARTS = [{"role": "assistant", "content": [{"type": "text", "text": text} for text in ("Hel", "lo")]}]
 STRINGS = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
 ALONE = {"prompt": chat("Hi"), "chosen": chat(answer="Hello"), "rejected": chat(answer="What?")}
 IMPLICIT = {"chosen": chat("Hi", answer="Hello"), "rejected": chat("Hi", answer="What?")}
@@ -63,22 +51,15 @@ NAMED = HH["chosen"] + "\nHuman: no. Assistant: no."
 BY_HAND = [
     ("preference", STRINGS, GREETING),
     ("preference", ALONE, GREETING),
-    ("preference", ALONE | {"prompt": "Hi"}, GREETING),
     ("preference", IMPLICIT | {"prompt": chat("Hi")}, GREETING),
     ("preference", IMPLICIT | {"prompt": chat("Hi"), "rejected": "What?"}, GREETING),
-    ("preference", STRINGS | {"chosen": chat(answer="Hello")}, GREETING),
     ("preference", IMPLICIT, GREETING),
     ("preference", IMPLICIT | {"prompt": []}, GREETING),
     ("preference", IMPLICIT | {"question": "Hi"}, GREETING),
     ("preference", ULTRAFEEDBACK, GREETING),
-    ("preference", ALONE | {"prompt": [SYSTEM, *chat("Hi")], "chosen": PARTS}, WITH_SYSTEM),
+    ("preference", ALONE | {"prompt": [SYSTEM, *chat("Hi")]}, WITH_SYSTEM),
     ("preference", IMPLICIT | {"system": "S"}, WITH_SYSTEM),
     ("preference", STRINGS | {"prompt": "And?", "history": [["Hi", "Hello"]]}, (TURNS, "Hello", "What?")),
-    (
-        "preference",
-        {"chosen": [*LONG, *chat(answer="Yes")], "rejected": [*LONG, *chat(answer="")]},
-        ([("system", "S"), *TURNS], "Yes", ""),
-    ),
     ("orca", ORCA, WITH_SYSTEM),
     ("orca", ORCA | {"system": " "}, GREETING),
     ("hh", HH, GREETING),
@@ -89,7 +70,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("name", "record", "expected"), BY_HAND)
-def test_each_layout_by_hand(raw, name, record, expected):
+def test_each_layout_by_hand(raw, name, record, expected):  # noqa: F811
     (pair,) = read(raw, record)
     assert said(pair) == expected
     question = next(text for role, text in expected[0] if role == "user")
@@ -97,7 +78,7 @@ def test_each_layout_by_hand(raw, name, record, expected):
     assert read(raw, record, format=name) == [pair]
 
 
-def test_more_fields_in_some_rows_change_no_layout(raw, caplog):
+def test_more_fields_in_some_rows_change_no_layout(raw, caplog):  # noqa: F811
     more = STRINGS | {"question": "Hi", "score": 1}
     for records in ([STRINGS, more], [more, STRINGS]):
         with caplog.at_level("INFO", "lumi"):
@@ -109,20 +90,13 @@ BAD = [
     (STRINGS, STRINGS | {"prompt": 7}, "prompt is 7; expected a string"),
     (STRINGS, STRINGS | {"chosen": None}, r"found an object with .*; expected the fields chosen"),
     (STRINGS, STRINGS | {"rejected": {}}, "rejected is an object with no field; expected a string"),
-    (STRINGS, STRINGS | {"prompt": " \n"}, "message 1, the user's, is empty"),
-    (STRINGS, [1, 2], "found a list of 2; expected the fields chosen, rejected"),
-    (ALONE, ALONE | {"prompt": [7]}, "prompt: message 1 is 7; expected an object with role and content"),
-    (ALONE, ALONE | {"rejected": [{"role": "tool", "content": "x"}]}, 'rejected: message 1 has the role "tool"'),
+    (ALONE, ALONE | {"prompt": [7]}, "prompt: message 1 is 7 and has the role None; expected role and content"),
     (ALONE, ALONE | {"chosen": chat("Hello")}, "chosen does not end with an answer of the assistant"),
-    (ALONE, ALONE | {"rejected": []}, "rejected does not end with an answer"),
+    (ALONE, IMPLICIT | {"rejected": []}, "rejected does not end with an answer"),
     (ALONE, ALONE | {"prompt": chat("Hi", "Hello")}, "message 3 is of role assistant, expected user"),
     (ALONE, IMPLICIT | {"prompt": chat("Ho")}, "chosen does not begin with the messages of prompt"),
     (IMPLICIT, IMPLICIT | {"rejected": chat("Ho", answer="a")}, "chosen and rejected part before the last message"),
-    (
-        IMPLICIT,
-        IMPLICIT | {"rejected": LONG[1:] + chat(answer="b")},
-        "chosen and rejected part before the last message",
-    ),
+    (IMPLICIT, IMPLICIT | {"rejected": LONG[1:] + chat(answer="b")}, "chosen and rejected part before the last"),
     (ORCA, ORCA | {"question": ""}, "message 2, the user's, is empty"),
     (HH, HH | {"chosen": "Oh." + HH["chosen"]}, "chosen is no transcript: expected turns that begin"),
     (HH, HH | {"rejected": ""}, "rejected is no transcript"),
@@ -131,7 +105,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("good", "bad", "message"), BAD)
-def test_bad_records_are_named_by_line_or_skipped(raw, good, bad, message):
+def test_bad_records_are_named_by_line_or_skipped(raw, good, bad, message):  # noqa: F811
     with pytest.raises(UserError, match=rf"^{raw}/a\.jsonl, line 2: .*({message}).*; or set unreadable=\"skip\"$"):
         read(raw, good, bad, good)
     first, why, last = read(raw, good, bad, good, unreadable="skip")
@@ -139,7 +113,7 @@ def test_bad_records_are_named_by_line_or_skipped(raw, good, bad, message):
     assert (said(first), last.id) == (said(last), "a.jsonl:3")
 
 
-def test_a_format_that_is_named_is_kept_to(raw):
+def test_a_format_that_is_named_is_kept_to(raw):  # noqa: F811
     """A transcript beside a prompt is, by its fields, an answer to it."""
     both = HH | {"prompt": "Hi"}
     assert said(read(raw, both)[0]) == ([("user", "Hi")], HH["chosen"], HH["rejected"])
@@ -148,34 +122,12 @@ def test_a_format_that_is_named_is_kept_to(raw):
         read(raw, HH, format="orca")
 
 
-def test_a_dataset_is_read_as_its_files_are(raw):
+def test_a_dataset_is_read_as_its_files_are(raw):  # noqa: F811
     (raw / "set").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ULTRAFEEDBACK] * 3), raw / "set/train.parquet")
     pairs = list(HubPairs(dataset=str(raw / "set"), name="set", max_documents=2).pairs(1))
     assert [(pair.id, said(pair)) for pair in pairs] == [("set:1", GREETING), ("set:2", GREETING)]
 
-
-CONTENT = st.text(max_size=20).map(cleaned)
-ASKING = CONTENT.filter(str.strip)
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(CONTENT, st.lists(st.tuples(ASKING, CONTENT), max_size=2), ASKING, CONTENT, CONTENT)
-def test_what_is_written_is_read_back(tmp_path_factory, system, exchanges, asked, chosen, rejected):
-    """In every layout of messages; the shared turns are found where the answers, too, are alike."""
-    path = tmp_path_factory.mktemp("written") / "a.jsonl"
-    turns = [text for exchange in exchanges for text in exchange]
-    prompt = [{"role": "system", "content": system}] * bool(system.strip()) + chat(*turns, asked)
-    expected = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
-    answers = {"chosen": chat(answer=chosen), "rejected": chat(answer=rejected)}
-    both = {name: prompt + answer for name, answer in answers.items()}
-    for record in ({"prompt": prompt, "chosen": chosen, "rejected": rejected}, {"prompt": prompt} | answers, both):
-        path.write_text(lines(record))
-        (pair,) = Pairs(paths=(str(path),)).pairs(1)
-        assert (pair.prompt, pair.chosen, pair.rejected) == (expected, chosen, rejected)
-
-
-# ------------------------------------------------------------------------------------------------------ Python's own
 
 DOCS = PythonDocs(packages=())
 COUNT = 200
@@ -214,18 +166,9 @@ def test_both_answers_are_in_one_split_except_where_the_splits_meet(documented, 
     assert {False} in sides
 
 
-TEXT = st.lists(st.sampled_from(["a", "b", "c.", "d!"]), min_size=1, max_size=8)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(TEXT, st.integers(0, 99))
-def test_the_order_is_another_where_there_is_one(words, seed):
-    drawn = shuffled(" ".join(words), random.Random(seed)).split()
-    assert Counter(drawn) == Counter(words)
-    assert (drawn == words) == (len(set(words)) == 1)
-
-
-def test_a_sentence_is_said_twice():
+def test_shuffled_and_repeated_by_hand():
+    assert {shuffled("a a b", random.Random(seed)) for seed in range(30)} == {"a b a", "b a a"}
+    assert shuffled("a a", random.Random(0)) == "a a"
     text = "One is here. Is it? It is 1.5!"
     assert {repeated(text, random.Random(seed)) for seed in range(30)} == {
         "One is here. One is here. Is it? It is 1.5!",

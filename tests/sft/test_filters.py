@@ -26,16 +26,13 @@ def numbered(count: int, first: int = 0) -> str:
     return " ".join(f"w{first + number}" for number in range(count))
 
 
-def test_every_answer_must_say_something():
-    assert rules(talk("Hi", ""), talk("Hi", " \n"), talk("Hi", "a"), talk("Hi", "Hello", "And?", "")) == [
-        "empty_answer", "empty_answer", None, "empty_answer"]  # fmt: skip
-    found = rules(talk("Hi", "four"), talk("Hi", "fives"), talk("Ho", "fives", "And", "four"), min_answer_chars=5)
-    assert found == ["short_answer", None, "short_answer"]
-
-
-def test_all_texts_count_for_the_longest():
-    assert rules(talk("12345", "67890"), talk("12345", "678901"), max_chars=10) == [None, "too_long"]
-    assert rules(talk("1234", "6789", about="56", system="0"), max_chars=10) == ["too_long"]
+def test_answers_that_are_short_and_conversations_that_are_long():
+    assert rules(talk("Hi", " \n"), talk("Hi", "a"), talk("Hi", "Hello", "And?", "")) == [
+        "empty_answer", None, "empty_answer"]  # fmt: skip
+    short = rules(talk("Hi", "four"), talk("Hi", "fives"), talk("Ho", "fives", "And", "four"), min_answer_chars=5)
+    assert short == ["short_answer", None, "short_answer"]
+    long = talk("1234", "6789", about="56", system="0")
+    assert rules(talk("12345", "67890"), talk("12345", "678901"), long, max_chars=10) == [None, "too_long", "too_long"]
     assert rules(talk("a", "b" * 50_000), max_chars=None) == [None]
 
 
@@ -58,8 +55,6 @@ def test_the_same_answer_to_many_questions():
         None, "duplicate", "duplicate", None, "same_answer"]  # fmt: skip
     other = talk("and now?", answer.upper().replace(" ", ", "))
     assert rules(asked[0], asked[1], other, **options)[2] == "same_answer"
-    short = [talk(numbered(30, 100 * i), numbered(19)) for i in range(1, 5)]
-    assert rules(*short, **options) == [None] * 4
 
 
 def test_the_language_that_the_data_states_counts():
@@ -69,20 +64,22 @@ def test_the_language_that_the_data_states_counts():
     assert rules(*both, **options) == [None, "other_language"]
     assert rules(*both, language="de", **options) == ["other_language", None]
     assert rules(talk(german, "Ja", language="de"), language=None, **options) == [None]
+    foreign = talk(numbered(30), "w99", language="de")  # a dropped conversation is not remembered
+    assert rules(foreign, foreign._replace(language="en")) == ["other_language", None]
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("Wo ist der Hund? Er ist nicht in dem Haus, und die Katze ist auch nicht mit ihm auf der Bank.", False),
-        ("Le chat est sur la table et il ne mange pas avec les autres dans la cuisine, ce n'est pas bon.", False),
-        ("Где находится библиотека? Она находится на главной улице города, рядом с большим парком и старой церковью, "
-         "которую построили давно, когда мой дед был ещё молод.", False),
-        ("Wo ist der Hund? Er ist nicht in dem Haus.", True),  # too short to judge
-        ("List ten cities. Rome, Lyon, Bonn, Graz, Bari, Nice, Kiel, Linz, Pisa, Metz, Oslo, Bern, Cork.", True),
-        (" ".join(f"{a} × {b} = {a * b}" for a in range(9) for b in range(9)), True),
-    ],
-)  # fmt: skip
+TEXTS = {
+    "Wo ist der Hund? Er ist nicht in dem Haus, und die Katze ist auch nicht mit ihm auf der Bank.": False,
+    "Le chat est sur la table et il ne mange pas avec les autres dans la cuisine, ce n'est pas bon.": False,
+    "Где находится библиотека? Она на улице, рядом с парком "
+    + "и старой церковью, которую построили давно " * 3: False,
+    "Wo ist der Hund? Er ist nicht in dem Haus.": True,  # too short to judge
+    "List ten cities. Rome, Lyon, Bonn, Graz, Bari, Nice, Kiel, Linz, Pisa, Metz, Oslo, Bern, Cork.": True,
+    " ".join(f"{a} × {b} = {a * b}" for a in range(9) for b in range(9)): True,
+}
+
+
+@pytest.mark.parametrize(("text", "kept"), TEXTS.items())
 def test_language_by_letters_and_frequent_words(text, kept):
     assert rules(talk(text, "Yes.")) == [None if kept else "other_language"]
     assert rules(talk(text, "Yes."), language="de") == [None]  # only English is judged by its words
@@ -97,12 +94,9 @@ def test_copies_are_dropped():
     changed = talk(numbered(40) + " w", numbered(79, 100))
     assert rules(long_answer, changed, language=None) == [None, "near_duplicate"]
     assert rules(first, first, loud, language=None, near_duplicates=None) == [None, "duplicate", None]
-    swapped = talk("So be it.", text)
-    assert rules(first, swapped, language=None) == [None, None]
-
-
-def test_nearness_is_the_threshold():
-    """62 words have 60 shingles of three words; with another last word, 59 of 61 are shared."""
+    assert rules(first, talk("So be it.", text), language=None) == [None, None]
+    assert rules(talk("?", "!"), talk("?", "!"), talk("¿", "!")) == [None, "duplicate", None]  # no words
+    # 62 words have 60 shingles of three words; with another last word, 59 of 61 are shared.
     first, second = talk(numbered(62), "yes"), talk(numbered(61) + " other", "yes")
     for threshold, expected in ((59 / 61, "near_duplicate"), (59 / 61 + 1e-6, None)):
         strict = Deduplication(threshold=threshold)
@@ -124,14 +118,12 @@ SHARED = {  # conversations that differ in their shorter text
 
 @pytest.mark.parametrize("shared", SHARED)
 def test_a_text_that_many_conversations_share_makes_no_copy(shared):
-    talks = SHARED[shared]
-    assert rules(*talks, language=None) == [None] * len(talks)
-    copies = []
+    talks, copies = SHARED[shared], []
     for each in talks:
         louder = Message("assistant", each.answers[-1] + "!")
         copies.append(each._replace(messages=(*each.messages[:-1], louder)))
-    judge = Judge(Filters(language=None))
-    assert [judge.rule(each) for each in talks + copies] == [None] * len(talks) + ["near_duplicate"] * len(talks)
+    expected = [None] * len(talks) + ["near_duplicate"] * len(talks)
+    assert rules(*talks, *copies, language=None) == expected
 
 
 def test_changed_copies_are_found():
@@ -145,27 +137,8 @@ def test_changed_copies_are_found():
     assert rules(*far, language=None).count("near_duplicate") == 0
 
 
-def test_a_dropped_conversation_is_not_remembered():
-    foreign = talk(numbered(30), "w99", language="de")
-    assert rules(foreign, foreign._replace(language="en")) == ["other_language", None]
-
-
-def test_texts_without_words_are_told_apart():
-    assert rules(talk("?", "!"), talk("?", "!"), talk("¿", "!")) == [None, "duplicate", None]
-
-
-@pytest.mark.parametrize(
-    ("error", "field", "value"),
-    [
-        (ValueError, "min_answer_chars", 0),
-        (ValueError, "max_chars", 0),
-        (ValueError, "max_same_answers", 0),
-        (ValueError, "max_repetition", 1.5),
-        (ValueError, "max_repetition", float("nan")),
-        (TypeError, "min_answer_chars", None),
-        (TypeError, "near_duplicates", 0.8),
-    ],
-)
-def test_impossible_settings_are_refused(error, field, value):
-    with pytest.raises(error, match=f"^{field} is "):
-        Filters(**{field: value})
+def test_impossible_settings_are_refused():
+    impossible = {"min_answer_chars": 0, "max_chars": 0, "max_same_answers": 0, "max_repetition": float("nan")}
+    for field, value in [*impossible.items(), ("max_repetition", 1.5), ("near_duplicates", 0.8)]:
+        with pytest.raises(TypeError if field == "near_duplicates" else ValueError, match=f"^{field} is "):
+            Filters(**{field: value})

@@ -39,28 +39,9 @@ KINDS = {
     "LLaMA's with control": KEPT | {"model_type": "bpe", "control_symbols": list(CONTROL)},
 }
 FORMS = tuple(templates.TEMPLATES)
-FRAGMENTS = st.sampled_from(
-    [
-        *" \n\t`\"'(-a1é▁🙂.:",
-        "  ",
-        "\n\n",
-        "\n`",
-        '\n"',
-        "\n(",
-        "assistant",
-        "assistant\n",
-        "user\n",
-        "### Response:\n",
-        "### Response:",
-        "### Instruction:\n",
-        "\n\n### Input:\n",
-        "<|im_",
-        "end|>",
-        "<unk>",
-        "<0x0A>",
-        *WORDS,
-    ]
-)
+ODD = ["  ", "\n\n", "\n`", '\n"', "\n(", "assistant", "assistant\n", "user\n", "### Response:\n", "### Response:"]
+ODD += ["### Instruction:\n", "\n\n### Input:\n", "<|im_", "end|>", "<unk>", "<0x0A>"]
+FRAGMENTS = st.sampled_from([*" \n\t`\"'(-a1é▁🙂.:", *ODD, *WORDS])
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=10) | st.lists(FRAGMENTS, max_size=8).map("".join)
 SPELT = TEXTS | st.lists(FRAGMENTS | st.sampled_from([*CONTROL, "</s>", "<s>"]), max_size=8).map("".join)
 
@@ -129,8 +110,6 @@ def test_pieces_reach_over_the_ends_of_lines(spms):
             assert whole != spm.encode("assistant\n") + spm.encode(answer, begins=False)
 
 
-# ------------------------------------------------------------------------------------------------------------- by hand
-
 BE, HI, HELLO = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "`Hello`")
 SUM, CAT, TOM = Message("user", "1 + 1?"), Message("user", "Name it.", "a cat"), Message("assistant", "Tom\n")
 TASK = "Below is an instruction that describes a task"
@@ -143,19 +122,12 @@ START, END = CONTROL[:2]
 QUESTION = "### Instruction:\nHi\n\n### Response:\n"
 SUMS = ["`Hello`</s>", "### Instruction:\n1 + 1?\n\n### Response:\n", "Tom\n</s>"]
 LINES = "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\n"
+SAID = f"{START}system\nBe brief.{END}\n{START}user\nHi{END}\n{START}assistant\n"
+ASKED = f"{START}user\n1 + 1?{END}\n{START}assistant\n"
 BY_HAND = {
     "chatml": [
         ((HI, HELLO), [f"</s>{START}user\nHi{END}\n{START}assistant\n", f"`Hello`{END}", "\n"]),
-        (
-            (BE, HI, HELLO, SUM, TOM),
-            [
-                f"</s>{START}system\nBe brief.{END}\n{START}user\nHi{END}\n{START}assistant\n",
-                f"`Hello`{END}",
-                f"\n{START}user\n1 + 1?{END}\n{START}assistant\n",
-                f"Tom\n{END}",
-                "\n",
-            ],
-        ),
+        ((BE, HI, HELLO, SUM, TOM), [f"</s>{SAID}", f"`Hello`{END}", f"\n{ASKED}", f"Tom\n{END}", "\n"]),
         ((CAT, TOM), [f"</s>{START}user\nName it.\n\na cat{END}\n{START}assistant\n", f"Tom\n{END}", "\n"]),
     ],
     "instruct": [
@@ -183,9 +155,6 @@ def test_a_conversation_is_spelt_as_by_hand(spms, kind, template, messages, expe
             assert spelling(template, (Message("system", blank), *messages), spms[kind]) == expected
 
 
-# ------------------------------------------------------------------------------------------------- of any conversation
-
-
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "LLaMA's with control"])
 @pytest.mark.parametrize("template", FORMS)
 def test_only_answers_are_trained_and_each_is_asked_for_as_it_is_trained(spms, kind, template):
@@ -210,9 +179,6 @@ def test_only_answers_are_trained_and_each_is_asked_for_as_it_is_trained(spms, k
             assert render(template, messages[:at], spm, ask=True) == (ids[:first], [*trained[: first - 1], False])
 
     check()
-
-
-# ----------------------------------------------------------------------------------------------- against transformers
 
 
 def theirs(hf, messages, **options) -> list[int]:
@@ -250,39 +216,16 @@ def test_transformers_gives_a_conversation_the_same_ids(spms, exported, kind, te
     for beginning in ("`", '"', "(", "\n", "\n\n", " ", "-", "▁", "🙂", "### Response:\n`", "assistant\n`"):
         agree((CAT, Message("assistant", f"{beginning}x"), HI, Message("assistant", beginning)))
     settings(max_examples=25, deadline=None, derandomize=True)(given(conversations(TEXTS))(agree))()
+    stop = transformers.GenerationConfig.from_pretrained(hf.name_or_path).eos_token_id
+    assert (stop if isinstance(stop, list) else [stop]) == list(templates.ends(template, spm))
 
-
-@pytest.mark.parametrize("template", FORMS)
-def test_transformers_stops_where_an_answer_ends(spms, exported, template):
-    hf, spm = exported("bpe", template), spms["bpe"]
-    config = transformers.GenerationConfig.from_pretrained(hf.name_or_path)
-    stop = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    assert stop == list(templates.ends(template, spm))
-
-
-# ------------------------------------------------------------------------------------------- trained and served alike
 
 RECORDS = {
     "alpaca": {"instruction": "Name it.", "input": "a cat", "output": "Tom"},
     "no instruction": {"instruction": " ", "input": "What is it?", "output": "A cat."},
-    "system and history": {
-        "system": "Be brief.",
-        "history": [["Hi", "`Hello`"]],
-        "instruction": "Go",
-        "output": "Gone",
-    },
+    "history": {"system": "Be brief.", "history": [["Hi", "`Hello`"]], "instruction": "Go", "output": "Gone"},
     "prompt": {"prompt": "def f(a):\n", "completion": "    return a\n"},
-    "openorca": {"system_prompt": " ", "question": "2 + 2?", "response": "4"},
     "sharegpt": {"conversations": [{"from": "human", "value": " Hi\r\n"}, {"from": "gpt", "value": "\nHello"}]},
-    "messages": {
-        "messages": [
-            {"role": "system", "content": "Be brief.\n"},
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": ""},
-            {"role": "user", "content": "And\n\n?"},
-            {"role": "assistant", "content": '"x'},
-        ]
-    },
 }
 
 
@@ -305,9 +248,6 @@ def test_a_question_is_asked_as_it_is_trained(spms, tmp_path, layout, template):
         assert served.prompt("What is it?") == asked
 
 
-# ------------------------------------------------------------------------------------------------- what is not there
-
-
 def test_chatml_needs_its_control_pieces_and_the_others_none(spms):
     spm = spms["bare"]
     assert not spm.control
@@ -318,27 +258,23 @@ def test_chatml_needs_its_control_pieces_and_the_others_none(spms):
             assert spelling(template, messages, spm) == expected
 
 
-# ------------------------------------------------------------------------------------------------------ ends and marks
+MARKED = {
+    "": (),
+    "Input: 1\n# Response\n<|im|>": (),
+    "a<|im_end|>": ("chatml",),
+    "<|im_start|>user\nHi": ("chatml",),
+    "x\n\n### Instruction:\nHi": ("instruct", "alpaca"),
+    "### Response:": ("instruct", "alpaca"),
+    "\n### Input:\n": ("alpaca",),
+    "</s>": (),
+}
 
 
-@pytest.mark.parametrize(
-    ("answer", "marked"),
-    [
-        ("Hello", ()),
-        ("", ()),
-        ("Input: 1\n# Response\n<|im|>", ()),
-        ("a<|im_end|>", ("chatml",)),
-        ("<|im_start|>user\nHi", ("chatml",)),
-        ("x\n\n### Instruction:\nHi", ("instruct", "alpaca")),
-        ("### Response:", ("instruct", "alpaca")),
-        ("\n### Input:\n", ("alpaca",)),
-        ("</s>", ()),
-    ],
-)
-def test_marks_that_an_answer_spells(spms, answer, marked):
+@pytest.mark.parametrize("answer", MARKED)
+def test_marks_that_an_answer_spells(spms, answer):
     for spm in (spms["bpe"], spms["unigram"], spms["LLaMA's with control"]):
-        found = tuple(t for t in FORMS if templates.marked(t, spm.encode(answer, begins=False), spm))
-        assert found == marked
+        ids = spm.encode(answer, begins=False)
+        assert tuple(form for form in FORMS if templates.marked(form, ids, spm)) == MARKED[answer]
 
 
 def test_shown_names_the_control_pieces(spms):
