@@ -24,7 +24,7 @@ os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import generate
 step = generate.Decoder.step
-generate.Decoder.step = lambda self: time.sleep(0.02) or step(self)
+generate.Decoder.step = lambda self: time.sleep(0.05) or step(self)
 del sys.argv[0]
 runpy.run_path("serve.py", run_name="__main__")
 """
@@ -102,7 +102,7 @@ def test_a_conversation_on_a_terminal(fine_tuned: Place):
         assert "temperature 0.5" in chat.say("/temperature")
         chat.say("/system Be brief.")
         assert chat.say("/system") == "Be brief."
-        chat.say("/temperature 1")
+        chat.say("/temperature 2")
         chat.type("Say a in.\n")
         chat.expect("\n *\\S+ ")  # the answer has begun
         chat.type(CTRL_C)
