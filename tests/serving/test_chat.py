@@ -118,7 +118,9 @@ def test_a_pipe_gets_the_answers_only(fine_tuned: Place, served):
     answers, messages = [], []
     for seed, text in enumerate(("Say a in.", "/Say in.", "Say a."), start=5):
         messages = [*(messages if seed < 7 else []), Message("user", text)]
-        new = generate.generate(served.model, served.conversation(messages), 9, seed=seed, stop=served.stop)
+        while len(ids := served.conversation(messages)) > 48:  # three quarters of the context
+            messages = messages[2:]
+        new = generate.generate(served.model, ids, 9, seed=seed, stop=served.stop)
         answers.append(served.tokenizer.decode(new, begins=False))
         messages.append(Message("assistant", answers[-1]))
     assert done.stdout == "".join(f"{answer}\n" for answer in answers)

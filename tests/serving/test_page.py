@@ -59,7 +59,7 @@ def answers(page) -> list[str]:
 
 
 def write(page, text: str) -> None:
-    page.get_by_label("Your message").fill(text)
+    page.get_by_label("Your message").press_sequentially(text)
     page.get_by_label("Your message").press("Enter")
 
 
