@@ -8,7 +8,6 @@ Standard output of chat and generate carries only the model's text.
 """
 
 import argparse
-import ipaddress
 import math
 import os
 import sys
@@ -20,21 +19,18 @@ from cli import UserError
 # Each command imports what takes long to import: before that, Ctrl-C and --help are answered at once.
 
 
-def sampling(arguments: argparse.Namespace):
-    from generate import Sampling
-
-    names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
-    try:
-        return Sampling(**{name: getattr(arguments, name) for name in names})
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def load(arguments: argparse.Namespace):
+    """The model, and how the command's switches sample its tokens."""
     import configs
     import serving.served
+    from generate import Sampling
 
-    return serving.served.load(configs.load(arguments.config), arguments.checkpoint)
+    names = Sampling.__dataclass_fields__.keys() & vars(arguments).keys()
+    try:
+        sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return serving.served.load(configs.load(arguments.config), arguments.checkpoint), sampling
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -43,8 +39,8 @@ def generate(arguments: argparse.Namespace) -> None:
     from serving.chat import write
     from serving.engine import Engine, Generation
 
-    options, samples, prompt = sampling(arguments), arguments.samples, arguments.prompt
-    served = load(arguments)
+    served, sampling = load(arguments)
+    prompt, samples = arguments.prompt, arguments.samples
     if prompt in (None, "-"):
         try:
             prompt = sys.stdin.buffer.read().decode()
@@ -55,7 +51,7 @@ def generate(arguments: argparse.Namespace) -> None:
     generations = []
     for number in range(samples):
         seed = None if arguments.seed is None else arguments.seed + number
-        continuation = Continuation(ids, arguments.max_tokens, options, seed, served.stop)
+        continuation = Continuation(ids, arguments.max_tokens, sampling, seed, served.stop)
         generations.append(Generation(served.tokenizer, continuation))
     with Engine(served.model, min(samples, 8), waiting=samples, seconds=math.inf) as engine:
         engine.submit(generations)
@@ -72,15 +68,12 @@ def chat(arguments: argparse.Namespace) -> None:
     from serving.chat import Chat
     from serving.engine import Engine
 
-    options = sampling(arguments)
-    served = load(arguments)
+    served, sampling = load(arguments)
     if not served.template:
-        raise UserError(
-            f"{served.name} is a base model and cannot chat; fine-tune it: python pipeline.py {arguments.config} sft; "
-            f"or continue a text: python serve.py {arguments.config} generate"
-        )
+        command = f"python pipeline.py {arguments.config} sft"
+        raise UserError(f"{served.name} is a base model and cannot chat; fine-tune it: {command}")
     with Engine(served.model, rows=1, seconds=math.inf) as engine:
-        Chat(served, engine, options, arguments.max_tokens, arguments.seed, arguments.system).run()
+        Chat(served, engine, sampling, arguments.max_tokens, arguments.seed, arguments.system).run()
 
 
 def api(arguments: argparse.Namespace) -> None:
@@ -96,9 +89,9 @@ def api(arguments: argparse.Namespace) -> None:
     listening = listen(arguments.host, arguments.port)
     host, port = listening.getsockname()[:2]
     key = os.environ.get("LUMI_API_KEY", "").strip()
-    if not key and not ipaddress.ip_address(host).is_loopback:
+    if not key and host not in ("127.0.0.1", "::1"):
         cli.log.warning("no API key: everyone who reaches this machine can use the model; set LUMI_API_KEY to a key")
-    served = load(arguments)
+    served, _ = load(arguments)
     with Engine(served.model, arguments.batch_size, arguments.queue) as engine:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         cli.log.info(f"{served.name} answers on http://{address}: chat page at /, API under /v1; Ctrl-C stops it")

@@ -1,9 +1,11 @@
 """The server: OpenAI's completions and chat, a plain /generate, and a page to chat on."""
 
 import asyncio
+import json
 import secrets
 import socket
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +16,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cli import UserError, log
 from generate import Continuation
 from serving import schema
-from serving.answers import Answers, finished, usage
-from serving.engine import Engine, Generation, Refused
-from serving.metrics import Metrics
+from serving.engine import Engine, Generation, Piece, Refused, Token
 from serving.schema import ChatRequest, CompletionRequest, GenerateRequest, Sampled
 from serving.served import Served
 
@@ -31,17 +31,154 @@ PAGE = Path(__file__).with_name("page.html")
 DRAIN_SECONDS = 60  # for the answers under way when the server is asked to stop
 PATIENCE = 30.0  # seconds that a connection may wait for its client to send or to read
 CONNECTIONS = 512
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.04  # seconds between two looks at what the engine has written
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)  # seconds
+
+
+class Answers:
+    """The answers to a completion or chat request."""
+
+    def __init__(self, served: Served, body: Sampled, generations: Sequence[Generation], request: Request):
+        self.pieces, self.body, self.generations, self.request = served.tokenizer.pieces, body, generations, request
+        self.chat = isinstance(body, ChatRequest)
+        id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        fingerprint = served.model.digest[:12]
+        self.head = {"id": id, "created": int(time.time()), "model": served.name, "system_fingerprint": fingerprint}
+        self.head["object"] = "chat.completion" if self.chat else "text_completion"
+
+    async def response(self) -> Response:
+        if not self.body.stream:
+            return JSONResponse(await self.whole())
+        return StreamingResponse(self.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
+
+    async def whole(self) -> dict:
+        async for _ in self.arriving():
+            pass
+        choices = []
+        for number, generation in enumerate(self.generations):
+            message = {"message": {"role": "assistant", "content": generation.text}}
+            text = message if self.chat else {"text": generation.text}
+            choices.append(self.choice(number, text, generation.tokens, generation.finish))
+        return self.head | {"choices": choices, "usage": self.usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events."""
+        try:
+            async for event in self.events():
+                yield f"data: {json.dumps(self.head | event)}\n\n"
+        except Refused as error:
+            yield f"data: {json.dumps(schema.error_body(error))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def events(self) -> AsyncIterator[dict]:
+        options = self.body.stream_options
+        counted = bool(options and options.include_usage)
+        if counted:
+            self.head["usage"] = None
+        if self.chat:
+            self.head["object"] = "chat.completion.chunk"
+            for number in range(len(self.generations)):
+                start = {"delta": {"role": "assistant", "content": ""}}
+                yield {"choices": [self.choice(number, start, None, None)]}
+        async for number, piece in self.arriving():
+            text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+            yield {"choices": [self.choice(number, text, piece.tokens, piece.finish)]}
+        if counted:
+            yield {"choices": [], "usage": self.usage()}
+
+    async def arriving(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yields (number of the generation, piece) until all have ended. Raises Refused."""
+        # Look from time to time: sending an event takes longer than drawing a small model's token. The pause grows, so
+        # the first tokens arrive quickly, and later ones together.
+        pause = FIRST_PAUSE
+        unfinished = list(range(len(self.generations)))
+        while True:
+            for number in list(unfinished):
+                piece = self.generations[number].read()
+                if piece.finish:
+                    unfinished.remove(number)
+                if piece.finish or piece.text or piece.tokens:
+                    yield number, piece
+            if not unfinished:
+                return
+            if await self.request.is_disconnected():
+                raise Refused("the client has left", 499)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def usage(self) -> dict[str, int]:
+        """Counts tokens. The prompt of several answers counts once."""
+        prompt = sum(generation.prompt_tokens for generation in self.generations[:: self.body.n])
+        new = sum(len(generation.tokens) for generation in self.generations)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    def choice(self, number: int, text: dict, tokens: Sequence[Token] | None, finish: str | None) -> dict:
+        logprobs = None
+        if tokens is not None and self.generations[0].continuation.candidates is not None:
+            logprobs = self.chat_logprobs(tokens) if self.chat else self.completion_logprobs(tokens)
+        return {"index": number, **text, "logprobs": logprobs, "finish_reason": finish}
+
+    def chat_logprobs(self, tokens: Sequence[Token]) -> dict:
+        content = []
+        for token in tokens:
+            likeliest = [self.chat_token(*pair) for pair in token.candidates]
+            content.append(self.chat_token(token.id, token.logprob) | {"top_logprobs": likeliest})
+        return {"content": content, "refusal": None}
+
+    def chat_token(self, id: int, logprob: float) -> dict:
+        text, content = self.spelling(id)
+        return {"token": text, "logprob": logprob, "bytes": list(content)}
+
+    def completion_logprobs(self, tokens: Sequence[Token]) -> dict:
+        columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            columns["tokens"].append(self.spelling(token.id)[0])
+            columns["token_logprobs"].append(token.logprob)
+            columns["top_logprobs"].append({self.spelling(id)[0]: value for id, value in token.candidates})
+            columns["text_offset"].append(token.start)
+        return columns
+
+    def spelling(self, id: int) -> tuple[str, bytes]:
+        """A token's text and bytes. OpenAI writes a byte token, which is a part of a character, as "bytes:\\xe2"."""
+        if id >= len(self.pieces):  # the embedding may have more rows than the tokenizer pieces
+            return f"<row {id}>", b""
+        name = self.pieces.id_to_piece(id)
+        if self.pieces.is_byte(id):  # <0xE2>
+            return f"bytes:\\x{name[3:5].lower()}", bytes.fromhex(name[3:5])
+        text = name.replace("\u2581", " ")
+        return text, text.encode()
+
+
+class Metrics:
+    """What the server counts, for Prometheus."""
+
+    def __init__(self, engine: Engine):
+        self.registry = CollectorRegistry()
+        common = {"registry": self.registry}
+        Gauge("lumi_up", "1 while the engine runs.", **common).set_function(lambda: engine.running)
+        Gauge("lumi_running", "Texts being decoded.", **common).set_function(lambda: len(engine.decoder.texts))
+        waiting = Gauge("lumi_waiting", "Texts that wait for decoding.", **common)
+        waiting.set_function(lambda: max(0, len(engine.open) - len(engine.decoder.texts)))
+        self.requests = Counter("lumi_requests_total", "Requests, by path and status.", ["path", "status"], **common)
+        self.prompt_tokens = Counter("lumi_prompt_tokens_total", "Tokens of prompts.", **common)
+        self.generated_tokens = Counter("lumi_generated_tokens_total", "Generated tokens.", **common)
+        common["buckets"] = BUCKETS
+        self.seconds = Histogram("lumi_request_seconds", "Seconds from a request to the end of its answer.", **common)
+        self.first = Histogram("lumi_first_token_seconds", "Seconds from a request to its first token.", **common)
 
 
 async def under_way(request: Request) -> AsyncIterator[list[Generation]]:
     """The generations of a request. They end when it ends, also if the client leaves."""
-    generations = []
+    generations, metrics = [], request.app.state.metrics
     try:
         yield generations
     finally:
         for generation in generations:
             generation.cancelled = True
-            request.app.state.metrics.count(generation)
+            metrics.prompt_tokens.inc(generation.prompt_tokens)
+            metrics.generated_tokens.inc(len(generation.tokens))
+            if generation.first:
+                metrics.first.observe(generation.first - generation.asked)
 
 
 UnderWay = Annotated[list[Generation], Depends(under_way)]
@@ -61,9 +198,8 @@ class Api:
 
     async def health(self) -> Response:
         """Status 200 while the engine runs, and 503 when it has stopped."""
-        if self.engine.running:
-            return JSONResponse({"status": "ok", "model": self.served.name})
-        return JSONResponse({"status": "the engine has stopped", "model": self.served.name}, 503)
+        status = "ok" if self.engine.running else "the engine has stopped"
+        return JSONResponse({"status": status, "model": self.served.name}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counts and times in Prometheus' text format."""
@@ -81,10 +217,12 @@ class Api:
     async def generate(self, body: GenerateRequest, request: Request, generations: UnderWay) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
         ids = await asyncio.to_thread(self.served.prompt, body.prompt)
-        self.start(generations, body, [ids], body.max_length, self.served.stop)
-        await finished(generations, request)
-        answer = {"model": self.served.name, "text": generations[0].text, "finish_reason": generations[0].finish}
-        return answer | {"usage": usage(generations, 1)}
+        options = body.model_dump(exclude={"prompt", "max_length"})
+        body = CompletionRequest(prompt=ids, max_tokens=body.max_length, **options)
+        answer = await self.start(body, request, generations, [ids], body.max_tokens).whole()
+        [choice] = answer["choices"]
+        kept = {"model": answer["model"], "text": choice["text"], "finish_reason": choice["finish_reason"]}
+        return kept | {"usage": answer["usage"]}
 
     async def completions(self, body: CompletionRequest, request: Request, generations: UnderWay) -> Response:
         """Continues one text or several."""
@@ -92,7 +230,8 @@ class Api:
         for prompt in body.prompts():
             ids = await asyncio.to_thread(self.served.text, prompt) if isinstance(prompt, str) else prompt
             prompts.append(ids)
-        return await self.answer(generations, body, request, prompts, body.max_tokens or 16, body.logprobs)
+        answers = self.start(body, request, generations, prompts, body.max_tokens or 16, body.logprobs)
+        return await answers.response()
 
     async def chat(self, body: ChatRequest, request: Request, generations: UnderWay) -> Response:
         """Writes the next message of a conversation. The model must be fine-tuned."""
@@ -100,33 +239,26 @@ class Api:
             raise Refused("top_logprobs: expected logprobs true beside it", param="top_logprobs")
         ids = await asyncio.to_thread(self.served.conversation, [message.message() for message in body.messages])
         max_tokens = body.max_completion_tokens or body.max_tokens or min(self.served.room(ids), schema.MAX_TOKENS)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await self.answer(generations, body, request, [ids], max_tokens, logprobs)
+        candidates = (body.top_logprobs or 0) if body.logprobs else None
+        return await self.start(body, request, generations, [ids], max_tokens, candidates).response()
 
-    async def answer(self, generations, body: Sampled, request, prompts, max_tokens, logprobs) -> Response:
-        """Completions and chat alike. prompts: a list of ids for each."""
+    def start(self, body: Sampled, request, generations: list, prompts, max_tokens: int, candidates=None) -> Answers:
+        """Submits the texts that a request asks for. prompts: a list of ids for each. Their seeds count up."""
         if body.model:
             self.check_name(body.model, 400)
         prompts = [ids for ids in prompts for _ in range(body.n)]
         if len(prompts) > schema.CHOICES:
             raise Refused(f"n: {len(prompts)} answers in one request; expected at most {schema.CHOICES}", param="n")
         stop_ids = () if body.ignore_eos else self.served.stop
-        self.start(generations, body, prompts, max_tokens, stop_ids, logprobs, body.stops())
-        answers = Answers(self.served, body, generations, request)
-        if not body.stream:
-            return JSONResponse(await answers.whole())
-        return StreamingResponse(answers.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
-
-    def start(self, generations: list, body, prompts, max_tokens: int, stop_ids, logprobs=None, stop=()) -> None:
-        """Submits one generation for each prompt. Their seeds count up."""
         new = []
         for number, ids in enumerate(prompts):
             self.served.room(ids)  # raises Refused if there is none
             seed = None if body.seed is None else (body.seed + number) % 2**63
-            continuation = Continuation(ids, max_tokens, body.sampling(), seed, stop_ids, logprobs)
-            new.append(Generation(self.served.tokenizer, continuation, stop))
+            continuation = Continuation(ids, max_tokens, body.sampling(), seed, stop_ids, candidates)
+            new.append(Generation(self.served.tokenizer, continuation, body.stops()))
         self.engine.submit(new)
         generations += new
+        return Answers(self.served, body, generations, request)
 
     def check_name(self, name: str, status: int) -> None:
         if name != self.served.name:
@@ -138,7 +270,7 @@ class Api:
 
 def create_app(served: Served, engine: Engine, key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
     """The application. key: clients must send it. origins: web pages that may call the API from a browser."""
-    about = "One language model, with OpenAI's API for chat and completions."
+    about = f"OpenAI's API for chat and completions. Ignored are {', '.join(sorted(schema.IGNORED))}."
     wrong = {"model": schema.ErrorBody, "description": "The request has a mistake, or exceeds a limit."}
     failed = {"model": schema.ErrorBody, "description": "The server failed."}
     options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "max_body_size": schema.BODY}
@@ -148,19 +280,18 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
     app.get("/favicon.ico", include_in_schema=False)(lambda: Response(status_code=204))
     app.head("/health", include_in_schema=False)(api.health)
-    app.get("/health", summary="Tell if the engine runs")(api.health)
+    app.get("/health")(api.health)
     guard = {"dependencies": [Depends(key_check(key))] if key else []}
-    text = {"response_class": PlainTextResponse}
-    app.get("/metrics", summary="Report counts and times", **text, **guard)(api.metrics)
-    app.get("/v1/models", summary="List the model", **guard)(api.models)
-    app.get("/v1/models/{name}", summary="Describe the model", **guard)(api.model)
-    app.post("/generate", summary="Answer a question, or continue a text", **guard)(api.generate)
+    app.get("/metrics", response_class=PlainTextResponse, **guard)(api.metrics)
+    app.get("/v1/models", **guard)(api.models)
+    app.get("/v1/models/{name}", **guard)(api.model)
+    app.post("/generate", **guard)(api.generate)
     stream = {"responses": {200: {"content": {"text/event-stream": {}}}}}
-    app.post("/v1/completions", summary="Continue texts", **stream, **guard)(api.completions)
-    app.post("/v1/chat/completions", summary="Answer a conversation", **stream, **guard)(api.chat)
+    app.post("/v1/completions", **stream, **guard)(api.completions)
+    app.post("/v1/chat/completions", **stream, **guard)(api.chat)
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, respond)
-    app.add_middleware(Watch, paths={route.path for route in app.routes}, metrics=app.state.metrics)
+    app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=app.state.metrics)
     if origins:
         methods, headers = ["GET", "POST"], ["*"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
@@ -193,14 +324,11 @@ async def respond(request: Request, error: Exception) -> Response:
     return JSONResponse(schema.error_body(error), error.status, headers)
 
 
-class Watch:
+def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
     """ASGI middleware that counts and logs requests."""
 
-    def __init__(self, app, paths: set[str], metrics: Metrics):
-        self.app, self.paths, self.metrics = app, paths, metrics
-
-    async def __call__(self, scope, receive, send) -> None:
-        status, started = "gone", time.perf_counter()  # gone: the client left before the answer
+    async def run(scope, receive, send) -> None:
+        status, started = 500, time.perf_counter()  # 500: a defect, which Starlette answers
 
         async def note_status(message) -> None:
             nonlocal status
@@ -208,17 +336,16 @@ class Watch:
             await send(message)
 
         try:
-            await self.app(scope, receive, note_status)
-        except Exception:  # Starlette answers with 500
-            status = 500 if status == "gone" else status
-            raise
+            await app(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path=path, status=status).inc()
+            path = scope["path"] if scope["path"] in paths else "other"
+            metrics.requests.labels(path=path, status=status).inc()
             if scope["method"] == "POST":
-                self.metrics.seconds.observe(seconds)
+                metrics.seconds.observe(seconds)
             log.info(f"{scope['method']} {scope['path'][:80]!r}: {status}, {seconds:.2f} s")
+
+    return run
 
 
 # -------------------------------------------------------------------------------------------------------------- server

@@ -49,6 +49,7 @@ class Generation:
         self.asked, self.first = time.monotonic(), None  # first: when the first token came
         self.text = ""
         self.certain = 0  # characters; what follows may be the beginning of a stop string
+        self.held = max(map(len, stop), default=1) - 1  # the longest such beginning
         self.tokens: list[Token] = []  # without the id that ended the text
         self.window: list[int] = []  # the last ids: their text depends on each other
         self.decoded = 0, ""  # how many ids of the window are decoded, and their text
@@ -78,13 +79,13 @@ class Generation:
         """Looks for stop strings in the text that is not certain."""
         new = self.text[self.certain :]
         places = [new.find(stop) for stop in self.stop if stop in new]
-        if places:
-            self.text = self.text[: self.certain + min(places)]
-            self.tokens = [token for token in self.tokens if token.start < len(self.text)]
-            self.certain = len(self.text)
-            self.finish = "stop"
-        else:
-            self.certain = len(self.text) - max((overlap(new, stop) for stop in self.stop), default=0)
+        if not places:
+            self.certain = max(self.certain, len(self.text) - self.held)
+            return
+        self.text = self.text[: self.certain + min(places)]
+        self.tokens = [token for token in self.tokens if token.start < len(self.text)]
+        self.certain = len(self.text)
+        self.finish = "stop"
 
     def end(self, finish: str) -> None:
         """Ends the text: nothing follows that could complete a character or a stop string."""
@@ -105,20 +106,10 @@ class Generation:
         return Piece(text, tokens, finish)
 
     def __iter__(self) -> Iterator[Piece]:
-        piece = self.read()
-        while not piece.finish:
+        while not (piece := self.read()).finish:
             yield piece
             time.sleep(PAUSE)
-            piece = self.read()
         yield piece
-
-
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 class Engine:
@@ -127,7 +118,6 @@ class Engine:
     def __init__(self, model: Transformer, rows: int = 8, waiting: int = 64, seconds: float = 600.0):
         self.limit, self.seconds = rows + waiting, seconds
         self.open: dict[Continuation, Generation] = {}  # texts that have not ended
-        self.arrived: list[Generation] = []  # texts that the decoder does not have yet
         self.changed = threading.Condition()
         self.running = True
         # Only this thread computes: OpenMP is 3 times as slow once a second thread has computed.
@@ -165,13 +155,23 @@ class Engine:
             if count > self.limit:
                 problem = f"{count} texts at once; the server takes at most {self.limit}; try again later"
                 raise Refused(problem, 429, code="busy")
-            self.open |= {generation.continuation: generation for generation in generations}
-            self.arrived += generations
+            for generation in generations:
+                self.open[generation.continuation] = generation
+                self.decoder.add(generation.continuation)  # appends to its queue, which is safe during a step
             self.changed.notify()
 
     def _work(self) -> None:
         try:
-            while self._accept():
+            while self.running:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.open or not self.running)
+                    generations = list(self.open.values())
+                for generation in generations:
+                    if time.monotonic() - generation.asked > self.seconds:
+                        problem = f"it took longer than {self.seconds:g} seconds"
+                        self._end(generation, error=Refused(problem, 504, code="timeout"))
+                    elif generation.cancelled:
+                        self._end(generation, "cancelled")
                 for continuation, id in self.decoder.step():
                     self._deliver(self.open[continuation], id)
         except BaseException:  # whatever it is, the clients must hear of it
@@ -181,40 +181,23 @@ class Engine:
             generation.error = Refused("the engine has stopped", 500)
         self.open.clear()
 
-    def _accept(self) -> bool:
-        """Waits for texts, hands new ones to the decoder, drops those that are over. False when the engine stops."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.open or not self.running)
-            arrived, self.arrived = self.arrived, []
-            generations = list(self.open.values())
-        for generation in arrived:
-            self.decoder.add(generation.continuation)
-        for generation in generations:
-            if time.monotonic() - generation.asked > self.seconds:
-                generation.error = Refused(f"it took longer than {self.seconds:g} seconds", 504, code="timeout")
-            elif generation.cancelled:
-                generation.end("cancelled")
-            elif generation.continuation.ended:  # it asks for no tokens
-                generation.end(generation.continuation.ended)
-            self._drop_if_over(generation)
-        return self.running
-
     def _deliver(self, generation: Generation, id: int) -> None:
         """Adds a token that was drawn."""
         continuation = generation.continuation
         if continuation.error:
-            generation.error = Refused(str(continuation.error), 500)
+            self._end(generation, error=Refused(str(continuation.error), 500))
         elif continuation.ended == "stop":  # by an id, which is no part of the text
-            generation.end("stop")
+            self._end(generation, "stop")
         else:
             generation.add(id, *(continuation.logprobs[-1] if continuation.logprobs else ()))
-            if continuation.ended and not generation.finish:
-                generation.end(continuation.ended)
-        self._drop_if_over(generation)
+            if generation.finish or continuation.ended:
+                self._end(generation, continuation.ended)
 
-    def _drop_if_over(self, generation: Generation) -> None:
-        if generation.error or generation.finish:
-            if not generation.continuation.ended:
-                self.decoder.remove(generation.continuation)
-            with self.changed:
-                del self.open[generation.continuation]
+    def _end(self, generation: Generation, finish: str | None = None, error: Refused | None = None) -> None:
+        generation.error = error
+        if not error and not generation.finish:
+            generation.end(finish)
+        if not generation.continuation.ended:
+            self.decoder.remove(generation.continuation)
+        with self.changed:
+            del self.open[generation.continuation]

@@ -15,22 +15,18 @@ from sft.conversations import Message
 BODY = 1 << 20  # bytes of a request
 MAX_TOKENS = 4096  # of an answer
 CHOICES = 16  # answers to one request
-STOPS = 4
-LONGEST = 500  # characters of an error message, which may quote the request
-UNSUPPORTED = {"presence_penalty", "frequency_penalty", "logit_bias", "best_of", "echo", "suffix", "tools"}
+# Fields of OpenAI's API that change no answer here. With no tools, the last two have no meaning.
+IGNORED = {"user", "name", "safety_identifier", "prompt_cache_key", "service_tier", "metadata", "store"}
+IGNORED |= {"include_obfuscation", "tool_choice", "parallel_tool_calls"}
 
 Text = Annotated[str, Field(max_length=BODY)]
-Zero = Annotated[float, Field(ge=0, le=0)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TopK = Annotated[int, Field(ge=0, le=2**31)]
 TokenLimit = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
 IdLists = Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)]
-Stops = Annotated[list[Text], Field(max_length=STOPS)]
-NoBias = Annotated[dict[str, float], Field(max_length=0)]
-NoTools = Annotated[list[dict], Field(max_length=0)]
-IGNORED = "Accepted and ignored."
+Stops = Annotated[list[Text], Field(max_length=4)]
 
 
 class Body(BaseModel):
@@ -39,26 +35,20 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_unset(cls, data):
-        """Drops fields that are not set: null, -1 for a number (as vLLM and llama.cpp do), or unknown and empty."""
+        """Drops ignored fields, null, -1 for a number (as vLLM does), and unknown fields that are 0 or empty."""
         if not isinstance(data, dict):
             return data
         given = {}
         for name, value in data.items():
-            unset = [None, -1] if name in ("seed", "max_tokens", "max_completion_tokens", "top_k") else [None]
-            if name not in cls.model_fields:
-                unset = [None, "", [], {}]
-            if value not in unset:
+            number = name in ("seed", "max_tokens", "max_completion_tokens", "top_k")
+            unset = not value if name not in cls.model_fields else value is None or (number and value == -1)
+            if not unset and name not in IGNORED:
                 given[name] = value
         return given
-
-    def sampling(self) -> Sampling:
-        given = self.model_dump(include={"temperature", "top_p", "min_p", "repetition_penalty"})
-        return Sampling(top_k=self.top_k or None, **given)
 
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(False, description="End the stream with an event that counts the tokens.")
-    include_obfuscation: bool | None = Field(None, description=IGNORED)
 
 
 class Sampled(Body):
@@ -78,15 +68,10 @@ class Sampled(Body):
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the likeliest token's.")
     repetition_penalty: float | None = Field(1.0, ge=0.1, le=10, description="Above 1: repeat less. Below 1: more.")
     ignore_eos: bool | None = Field(False, description="Continue after the model ends its answer, up to max_tokens.")
-    presence_penalty: Zero | None = Field(None, description="Not supported: only 0.")
-    frequency_penalty: Zero | None = Field(None, description="Not supported: only 0.")
-    logit_bias: NoBias | None = Field(None, description="Not supported: only an empty object.")
-    user: str | None = Field(None, description=IGNORED)
-    safety_identifier: str | None = Field(None, description=IGNORED)
-    prompt_cache_key: str | None = Field(None, description=IGNORED)
-    service_tier: str | None = Field(None, description=IGNORED)
-    metadata: dict[str, str] | None = Field(None, description=IGNORED)
-    store: bool | None = Field(None, description="Accepted and ignored: the server stores nothing.")
+
+    def sampling(self) -> Sampling:
+        names = Sampling.__dataclass_fields__.keys() & type(self).model_fields.keys()
+        return Sampling(**self.model_dump(include=names) | {"top_k": self.top_k or None})
 
     def stops(self) -> list[str]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -97,8 +82,6 @@ class CompletionRequest(Sampled):
     prompt: Text | Texts | Ids | IdLists = Field(description="The text to continue, or its ids, or a list of those.")
     logprobs: int | None = Field(None, ge=0, le=5, description="Report log-probabilities, with this many alternatives.")
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported: only 1.")
-    echo: Literal[False] | None = Field(None, description="Not supported: only false.")
-    suffix: Literal[""] | None = Field(None, description="Not supported: only an empty string.")
 
     def prompts(self) -> list[str] | list[list[int]]:
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
@@ -113,7 +96,6 @@ class TextPart(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system.")
     content: Text | list[TextPart] | None = Field(None, description="The message. null means an empty message.")
-    name: str | None = Field(None, description=IGNORED)
 
     def message(self) -> Message:
         content = self.content or ""
@@ -122,19 +104,12 @@ class ChatMessage(Body):
         return Message("system" if self.role == "developer" else self.role, content)
 
 
-class ResponseFormat(Body):
-    type: Literal["text"] = Field(description="Only text is supported.")
-
-
 class ChatRequest(Sampled):
     messages: list[ChatMessage] = Field(min_length=1, description="The conversation. The last message is the user's.")
     max_completion_tokens: TokenLimit | None = Field(None, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="With logprobs: this many alternatives.")
-    response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
-    tools: NoTools | None = Field(None, description="Not supported: only an empty list.")
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="Accepted and ignored: there are no tools.")
-    parallel_tool_calls: bool | None = Field(None, description="Accepted and ignored: there are no tools.")
+    response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="Only text is supported.")
 
 
 class GenerateRequest(Body):
@@ -154,16 +129,13 @@ class Problem(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every error."""
-
     error: Problem
 
 
 def error_body(error: Refused) -> dict:
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
-    if error.status >= 500:
-        kind = "server_error"
-    return {"error": {"message": str(error)[:LONGEST], "type": kind, "param": error.param, "code": error.code}}
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def invalid(error: RequestValidationError) -> Refused:
@@ -174,10 +146,7 @@ def invalid(error: RequestValidationError) -> Refused:
         return Refused(f"the body is not JSON: {errors[0]['ctx']['error']} at character {place[0]}")
     if not place:
         return Refused("expected a JSON object, sent as Content-Type: application/json")
-    field = str(place[-1] if kind == "extra_forbidden" else place[0])[:LONGEST]
     if kind == "extra_forbidden":
-        return Refused(f"{field!r} is not supported; leave it out", 400, field, "unknown_parameter")
-    if field in UNSUPPORTED:
-        return Refused(f"{field!r} is not supported; leave it out", 400, field, "unsupported_parameter")
-    reasons = [other["msg"] for other in errors if other["loc"][1] == field]  # several if it may have several types
-    return Refused(f"{field}: {'; or '.join(dict.fromkeys(reasons))}", 400, field)
+        return Refused(f"{place[-1]!r} is not supported; leave it out", 400, str(place[-1]), "unknown_parameter")
+    reasons = [other["msg"] for other in errors if other["loc"][1] == place[0]]  # several if it may have several types
+    return Refused(f"{place[0]}: {'; or '.join(dict.fromkeys(reasons))}", 400, str(place[0]))

@@ -36,7 +36,7 @@ class Served:
         if not self.template:
             raise Refused(f"{self.name} is a base model, which only continues texts; fine-tune it first (stage sft)")
         messages = [message._replace(content=cleaned(message.content)) for message in messages]
-        if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        if messages[-1].role != "user" or not messages[-1].content.strip():
             raise Refused("the last message is empty or not the user's; end with a question")
         return render(self.template, messages, self.tokenizer, ask=True)[0]
 
@@ -64,8 +64,7 @@ def load(experiment: Experiment, directory: Path | None = None) -> Served:
     # Load in a thread that ends: while a second thread that has computed is alive, OpenMP decodes 3 times as slowly.
     with ThreadPoolExecutor(1) as loader:
         model = loader.submit(checkpoint.load_model, directory, str(pick_device())).result()
-    name, stage = directory.name, ""
-    for trained in TRAINED:
-        if experiment.directory(trained).resolve() == directory.resolve().parent:
-            name, stage = f"{experiment.name}-{trained}", trained
+    stages = {experiment.directory(name).resolve(): name for name in TRAINED}
+    stage = stages.get(directory.resolve().parent, "")
+    name = f"{experiment.name}-{stage}" if stage else directory.name
     return Served(name, stage, directory, model, tokenizer, checkpoint.template(directory))

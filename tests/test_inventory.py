@@ -73,7 +73,7 @@ NAMES = {  # that configs, requests and data may have in them
     "DPO losses": list(dpo.loss.LOSSES),
     "tasks": eval.tasks.TASKS,
     "chat commands": serving.chat.COMMANDS.split(),
-    "server metrics": re.findall(r'"(lumi_\w+)"', (ROOT / "serving/metrics.py").read_text()),
+    "server metrics": re.findall(r'"(lumi_\w+)"', (ROOT / "serving/api.py").read_text()),
     "shipped configs": SHIPPED,
 }
 

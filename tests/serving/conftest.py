@@ -32,20 +32,19 @@ class Endless(Served):
 
 
 class Server:
-    """A server in a thread. buffer: bytes that the system keeps of what is sent."""
+    """A server in a thread. The system keeps little of what is sent and not yet read."""
 
-    def __init__(self, served: Served, engine: Engine, buffer: int | None, **options):
+    def __init__(self, served: Served, engine: Engine, **options):
         self.served, self.engine = served, engine
         self.app = api.create_app(served, engine, **options)
         self.server = api.Server(self.app, engine)
         listening = api.listen("127.0.0.1", 0)
-        if buffer:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         alone = httpx.Limits(max_keepalive_connections=0)  # a connection for each request
         self.client = httpx.Client(base_url=self.url, timeout=30, limits=alone)
-        self.get, self.request = self.client.get, self.client.request
+        self.get, self.post, self.request = self.client.get, self.client.post, self.client.request
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
         self.thread.start()
         until(lambda: self.server.started)
@@ -56,19 +55,15 @@ class Server:
         self.thread.join(30)
         assert not self.thread.is_alive()
 
-    def post(self, path: str, body=None, **options) -> httpx.Response:
-        return self.client.post(path, **({"json": body} | options if "content" not in options else options))
-
     def works(self) -> None:
         """A good request is answered."""
-        response = self.post("/v1/completions", {"prompt": "Return", "max_tokens": 2, "temperature": 0})
+        response = self.post("/v1/completions", json={"prompt": "Return", "max_tokens": 2, "temperature": 0})
         assert response.status_code == 200, response.text
         assert response.json()["usage"]["completion_tokens"] <= 2
 
-    def connect(self, receive: int | None = None) -> socket.socket:
+    def connect(self) -> socket.socket:
         connection = socket.socket()
-        if receive:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(10)
         connection.connect(("127.0.0.1", self.port))
         return connection
@@ -107,9 +102,9 @@ def problem(response: httpx.Response, status: int) -> dict:
 
 
 @contextlib.contextmanager
-def serve(served: Served, buffer: int | None = None, key: str | None = None, origins=(), **options) -> Iterator[Server]:
+def serve(served: Served, key: str | None = None, origins=(), **options) -> Iterator[Server]:
     with Engine(served.model, **options) as engine:
-        server = Server(served, engine, buffer, key=key, origins=origins)
+        server = Server(served, engine, key=key, origins=origins)
         try:
             yield server
         finally:

@@ -1,7 +1,5 @@
 """The chat as a user has it: on a terminal, and in a pipe."""
 
-import codecs
-import json
 import os
 import pty
 import re
@@ -9,11 +7,12 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+import generate
 from serving.chat import visible
+from sft.conversations import Message
 from tests.conftest import ROOT, Place
 
 SEEDED = ["--temperature", "1", "--top-p", "1", "--seed", "5"]
@@ -24,21 +23,20 @@ import fcntl, os, runpy, sys, termios, time
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import generate
-step, pause = generate.Decoder.step, float(sys.argv[1])
-generate.Decoder.step = lambda self: time.sleep(pause) or step(self)
-del sys.argv[:2]
+step = generate.Decoder.step
+generate.Decoder.step = lambda self: time.sleep(0.05) or step(self)
+del sys.argv[0]
 runpy.run_path("serve.py", run_name="__main__")
 """
 
 
 class Terminal:
-    """A chat on a pseudo-terminal. pause: seconds a token takes. fresh: what was shown since the last `expect`."""
+    """A chat on a pseudo-terminal. fresh: what was shown since the last `expect`."""
 
-    def __init__(self, place: Place, *options, pause: float = 0):
+    def __init__(self, place: Place):
         self.fd, child = pty.openpty()
         self.fresh = ""
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        command = [sys.executable, "-c", START, str(pause), "serve.py", place.config, "chat", *options]
+        command = [sys.executable, "-c", START, "serve.py", place.config, "chat", *SEEDED]
         env = place.env | {"TERM": "xterm-256color"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=child, stdout=child, stderr=child)
         os.close(child)
@@ -52,22 +50,19 @@ class Terminal:
         os.close(self.fd)
 
     def type(self, text: str) -> None:
+        if text == CTRL_C:  # as a person does it: not between a prompt and the wait for a key
+            time.sleep(0.2)
         os.write(self.fd, text.encode())
 
-    def interrupt(self) -> None:
-        """Ctrl-C, as a person does it: not between a prompt and the wait for a key."""
-        time.sleep(0.2)
-        self.type(CTRL_C)
-
-    def expect(self, pattern: str, seconds: float = 20) -> str:
+    def expect(self, pattern: str) -> str:
         """Waits until the pattern was shown. Returns what was shown up to its end."""
-        deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.fresh, re.DOTALL)):
-            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
+            ready, _, _ = select.select([self.fd], [], [], 20)
             assert ready, f"no {pattern!r} in {self.fresh!r}"
-            self.fresh += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", self.decode(os.read(self.fd, 65536)))
-        self.fresh, shown = self.fresh[match.end() :], self.fresh[: match.end()]
-        return shown
+            shown = os.read(self.fd, 65536).decode(errors="replace")
+            self.fresh += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", shown)
+        self.fresh = self.fresh[match.end() :]
+        return match.string[: match.end()]
 
     def prompt(self) -> str:
         """Waits for the prompt. Returns what was shown before it."""
@@ -80,43 +75,26 @@ class Terminal:
         return self.prompt().removesuffix("> ").strip()
 
 
-def saved(path: Path) -> list[tuple[str, str]]:
-    """(role, content) of a saved conversation."""
-    return [(message["role"], message["content"]) for message in json.loads(path.read_text())["messages"]]
-
-
-def questions(path: Path) -> list[str]:
-    return [content for role, content in saved(path) if role == "user"]
-
-
-def piped(place: Place, *options, stdin: str | bytes = "", status: int = 0) -> subprocess.CompletedProcess:
-    stdin = stdin.encode() if isinstance(stdin, str) else stdin
-    command = [sys.executable, "serve.py", place.config, "chat", *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, env=place.env, input=stdin, capture_output=True, timeout=60)
-    assert done.returncode == status, done.stderr.decode()
-    return done
+def piped(place: Place, *options, **input) -> subprocess.CompletedProcess:
+    return place.run("serve.py", place.config, "chat", *options, **input)
 
 
 @pytest.mark.slow
-def test_a_conversation_on_a_terminal(fine_tuned: Place, tmp_path):
-    file = tmp_path / "talk.json"
-    with Terminal(fine_tuned, *SEEDED, pause=0.02) as chat:
+def test_a_conversation_on_a_terminal(fine_tuned: Place):
+    with Terminal(fine_tuned) as chat:
         assert re.search(r"mini-sft: [\d,]+ parameters; /help", chat.prompt())
-        first = chat.say("Say a in.")
+        assert chat.say("Say a in.")
         assert re.findall(r"/\w+", chat.say("/foo"))[1:] == re.findall(r"^/\w+|(?<=, )/\w+", chat.say("/help"), re.M)
-        chat.type("\x1b[200~one\ntwo\n  three\x1b[201~\n")  # a paste
+        chat.type("\x1b[200~one\ntwo\n  three\x1b[201~\n")  # a paste is one message
         chat.expect("three.*\n")
         chat.prompt()
         chat.type("four\\\n")
         chat.expect(r"\.\.\. ")
         chat.say("five")
         chat.say("//six")
-        assert "saved" in chat.say(f"/save {file}")
-        assert questions(file) == ["Say a in.", "one\ntwo\n  three", "four\nfive", "/six"]
-        assert first.startswith(visible(saved(file)[1][1]).strip())
         chat.type("half a li")
         chat.expect("half a li")
-        chat.interrupt()
+        chat.type(CTRL_C)
         assert "Ctrl-D or /exit leaves" in chat.prompt()
         assert "temperature 0.5" in chat.say("/temperature 0.5")
         assert "expected 0 (greedy) or more" in chat.say("/temperature nan")
@@ -124,63 +102,42 @@ def test_a_conversation_on_a_terminal(fine_tuned: Place, tmp_path):
         assert "temperature 0.5" in chat.say("/temperature")
         chat.say("/system Be brief.")
         assert chat.say("/system") == "Be brief."
-        chat.say("/temperature 1")
+        chat.say("/temperature 2")
         chat.type("Say a in.\n")
         chat.expect("\n *\\S+ ")  # the answer has begun
-        chat.interrupt()
+        chat.type(CTRL_C)
         assert "(stopped)" in chat.prompt()
-        chat.say(f"/save {file}")
-        assert [role for role, _ in saved(file)] == ["system", "user", "assistant"]
         chat.type(CTRL_D)
         assert chat.process.wait(20) == 0
 
 
-def test_a_pipe_gets_the_answers_only(fine_tuned: Place, tmp_path):
-    half, full = tmp_path / "half.json", tmp_path / "full.json"
-    turns = f"Say a in.\n\nSay in a.\n/save {half}\nSay a.\n/save {full}\n/save {half}\n"
-    done = piped(fine_tuned, *SEEDED, "--max-tokens", 9, stdin=turns)
-    answers = [content for role, content in saved(full) if role == "assistant"]
-    assert done.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
-    assert len(answers) == 3
-    assert saved(half) == saved(full)
-    # Another process continues a saved conversation.
-    record = json.loads(full.read_text())
-    assert record["model"] == "mini-sft"
-    half.write_text(json.dumps(record | {"messages": record["messages"][:4]}))
-    after = piped(fine_tuned, *SEEDED, "--max-tokens", 9, stdin=f"/load {half}\nSay a.\n/exit\nunheard\n")
-    assert after.stdout.decode() == answers[-1] + "\n"
+def test_a_pipe_gets_the_answers_only(fine_tuned: Place, served):
+    lines = ["Say a in.", "", "//Say in.", "/reset", "Say a.", "/exit", "unheard"]
+    done = piped(fine_tuned, *SEEDED, "--max-tokens", 9, stdin="\n".join(lines))
+    assert done.stderr.count("a new conversation starts") == 1
+    answers, messages = [], []
+    for seed, text in enumerate(("Say a in.", "/Say in.", "Say a."), start=5):
+        messages = [*(messages if seed < 7 else []), Message("user", text)]
+        while len(ids := served.conversation(messages)) > 48:  # three quarters of the context
+            messages = messages[2:]
+        new = generate.generate(served.model, ids, 9, seed=seed, stop=served.stop)
+        answers.append(served.tokenizer.decode(new, begins=False))
+        messages.append(Message("assistant", answers[-1]))
+    assert done.stdout == "".join(f"{answer}\n" for answer in answers)
 
 
-def test_files_that_cannot_be_loaded_or_overwritten(fine_tuned: Place, tmp_path):
-    two_users = json.dumps({"messages": [{"role": "user", "content": "a"}] * 2})
-    files = {"list": "[1]", "broken": '{"messages": [', "types": '{"messages": [{"role": "user", "content": 3}]}'}
-    expected = ["not a conversation that /save wrote"] * 3 + ["user and assistant in turn", "Is a directory"]
-    expected += ["No such file", "exists and is not from this session", "home directory", "needs the name of a file"]
-    for name, content in (files | {"order": two_users}).items():
-        (tmp_path / name).write_text(content)
-    commands = [f"/load {tmp_path / name}" for name in (*files, "order", "", "missing")]
-    commands += [f"/save {tmp_path / 'broken'}", "/save ~nobody-here/x", "/load"]
-    notices = piped(fine_tuned, stdin="\n".join(commands)).stderr.decode().splitlines()
-    for notice, words in zip(notices, expected, strict=True):
-        assert words in notice
-    assert (tmp_path / "broken").read_text() == files["broken"]
-
-
-def test_a_conversation_longer_than_the_context(fine_tuned: Place, tmp_path):
-    file = tmp_path / "talk.json"
+def test_a_conversation_longer_than_the_context(fine_tuned: Place):
     turns = ["Say a.", "Say b.", "Say c.", "x " * 100, "Say d."]
-    done = piped(fine_tuned, *SEEDED, "--max-tokens", 12, stdin="\n".join([*turns, f"/save {file}"]))
-    notices = done.stderr.decode()
-    assert notices.count("earliest messages are left out") == 1
-    assert notices.count("the context of 64 must hold the answer too") == 1
-    assert questions(file) == ["Say a.", "Say b.", "Say c.", "Say d."]
+    done = piped(fine_tuned, *SEEDED, "--max-tokens", 12, stdin="\n".join(turns))
+    assert "earliest messages are left out" in done.stderr
+    assert done.stderr.count("the context of 64 must hold the answer too") == 1
+    assert len(done.stdout.splitlines()) >= 4
 
 
 @pytest.mark.slow
 def test_mistakes_and_a_reader_that_leaves(fine_tuned: Place):
-    assert "standard input is not UTF-8" in piped(fine_tuned, stdin=b"Say a.\n\xff\n", status=2).stderr.decode()
     base = fine_tuned.runs / "mini/pretrain/final"
-    error = piped(fine_tuned, "--checkpoint", base, stdin="Hello\n", status=2).stderr.decode()
+    error = piped(fine_tuned, "--checkpoint", base, stdin="Hello\n", status=2).stderr
     assert f"python pipeline.py {fine_tuned.config} sft" in error
     with fine_tuned.start("serve.py", fine_tuned.config, "chat") as run:
         run.stdout.close()

@@ -4,7 +4,7 @@ import io
 import itertools
 import math
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sentencepiece
@@ -110,7 +110,7 @@ def test_the_pieces_add_up_to_the_decoded_text_before_a_stop_string(spms, name):
     def check(data, ids):
         text = spm.decode(ids, begins=False)
         places = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 9))
-        inside = places.map(lambda place: text[place[0] : sum(place)]).filter(bool) if text else st.just("x")
+        inside = places.map(lambda place: text[place[0] : sum(place)] or "x")
         others = st.sampled_from(["aa", "aab", "ret", "\n\n", "\ufffd", "é", " "])
         stop = data.draw(st.lists(inside | others, max_size=4))
         pieces, stopped = write(spm, ids, stop)
@@ -128,22 +128,11 @@ def test_the_pieces_add_up_to_the_decoded_text_before_a_stop_string(spms, name):
     check()
 
 
-def test_text_that_may_begin_a_stop_string_is_held_back(ours):
-    text = Generation(ours, Continuation([0], 1, GREEDY), ["aab", "q" * 1_000_000])
-    seen = ""
-    ids = iter(ours.encode("one aaaab two"))
-    while not text.finish:
-        text.add(next(ids))
-        seen += text.read().text
-        assert "one aa".startswith(seen)
-    assert (seen, text.finish) == ("one aa", "stop")
-
-
 # ------------------------------------------------------------------------------------------------------------ engine
 
 
-def ask(spm, ids=(1, 2, 3), most=8, sampling=GREEDY, seed=None, stop_ids=(), logprobs=None, stop=()) -> Generation:
-    return Generation(spm, Continuation(ids, most, sampling, seed, stop_ids, logprobs), stop)
+def ask(spm, ids=(1, 2, 3), most=8, sampling=GREEDY, seed=None, stop_ids=(), stop=()) -> Generation:
+    return Generation(spm, Continuation(ids, most, sampling, seed, stop_ids), stop)
 
 
 def whole(generation: Generation) -> tuple[str, str]:
@@ -173,48 +162,21 @@ def small(model):
 def test_many_requests_at_once_get_what_each_gets_alone(model, ours):
     rng, requests = random.Random(0), []
     for i in range(60):
-        request = {
-            "ids": [rng.randrange(512) for _ in range(rng.randint(1, 60))],
-            "most": rng.randint(0, 16),
-            "seed": i,
-        }
-        request["sampling"] = Sampling(
-            temperature=rng.choice([0, 0.7, 1.3]), top_p=rng.choice([None, 0.9]), top_k=rng.choice([None, 40])
-        )
+        request = {"ids": rng.choices(range(512), k=rng.randint(1, 60)), "most": rng.randint(1, 16), "seed": i}
+        options = {"top_p": rng.choice([None, 0.9]), "top_k": rng.choice([None, 40])}
+        request["sampling"] = Sampling(temperature=rng.choice([0, 0.7, 1.3]), **options)
         request["stop_ids"] = rng.sample(range(512), rng.choice([0, 8]))
         request["stop"] = rng.sample(["e", "th", " ", "se", "\n", "re"], rng.choice([0, 0, 1, 2]))
         requests.append(request)
-    answers = {}
-    with Engine(model, rows=5, waiting=200) as engine:
 
-        def client(mine: range) -> None:
-            for i in mine:
-                generation = ask(ours, **requests[i])
-                engine.submit([generation])
-                answers[i] = whole(generation)
+    def answer(request: dict) -> tuple[str, str]:
+        engine.submit([generation := ask(ours, **request)])
+        return whole(generation)
 
-        clients = [threading.Thread(target=client, args=(range(k, 60, 12),)) for k in range(12)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
+    with Engine(model, rows=5, waiting=200) as engine, ThreadPoolExecutor(12) as clients:
+        answers = list(clients.map(answer, requests))
         until(lambda: not engine.open and not engine.decoder)
-    assert answers == {i: alone(model, ours, **request) for i, request in enumerate(requests)}
-
-
-def test_the_reported_log_probabilities_are_the_models(model, ours):
-    generation = ask(ours, ids := ours.encode("Return the"), 12, logprobs=3)
-    with Engine(model) as engine:
-        engine.submit([generation])
-        whole(generation)
-    tokens = generation.tokens
-    new = [token.id for token in tokens]
-    assert new == generate.generate(model, ids, 12, temperature=0)
-    with torch.no_grad():
-        p = model(torch.tensor([[*ids, *new][:-1]]))[0, -12:].log_softmax(-1)
-    for token, expected in zip(tokens, p, strict=True):
-        assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-5)
-        assert [i for i, _ in token.candidates] == expected.topk(3).indices.tolist()
+    assert answers == [alone(model, ours, **request) for request in requests]
 
 
 def test_the_queue_has_a_limit(small, model, ours):
@@ -229,13 +191,6 @@ def test_the_queue_has_a_limit(small, model, ours):
         small.submit([ask(ours)])
     for i, text in enumerate(texts, 1):
         assert whole(text) == alone(model, ours, [i], 3)
-
-
-@pytest.mark.parametrize("wrong", [[512], []])
-def test_impossible_ids_are_refused(small, ours, wrong):
-    with pytest.raises(Refused, match="expected"):
-        small.submit([ask(ours), ask(ours, wrong)])
-    assert not small.open
 
 
 def test_a_cancelled_request_frees_its_place(small, model, ours):
@@ -271,19 +226,6 @@ def test_a_request_ends_when_its_time_is_up(model, ours):
         engine.decoder.step = step
         engine.submit([text := ask(ours)])
         assert whole(text)[1] == "length"
-
-
-def test_when_the_engine_fails_everyone_hears_of_it(small, ours, caplog):
-    texts = [ask(ours), ask(ours)]
-    small.submit(texts)
-    small.decoder.step = lambda: {}["an illegal memory access"]
-    for text in texts:
-        with pytest.raises(Refused, match="the engine has stopped"):
-            list(text)
-    assert not small.running
-    with pytest.raises(Refused, match="the engine has stopped"):
-        small.submit([ask(ours)])
-    assert "illegal memory access" in caplog.text
 
 
 def test_logits_that_are_not_finite_fail_that_request_alone(model, ours):

@@ -37,35 +37,24 @@ def test_without_the_key_nothing_is_answered(locked: Server):
                     assert problem(response, 401)["code"] == "invalid_api_key"
                     assert response.headers["www-authenticate"] == "Bearer"
     assert locked.get("/v1/models", headers=RIGHT).status_code == 200
-    assert locked.post("/generate", {"prompt": "x", "max_length": 1}, headers=RIGHT).status_code == 200
+    assert locked.post("/generate", json={"prompt": "x", "max_length": 1}, headers=RIGHT).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/generate"])
-def test_a_browsers_preflight_is_answered(locked: Server, path):
-    """It never carries the key."""
+def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Server):
+    """A browser first sends a preflight, which never carries the key."""
     asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
-    response = locked.request("OPTIONS", path, headers=asked)
-    assert response.status_code == 200
-    assert response.headers["access-control-allow-origin"] == ORIGIN
-    assert "POST" in response.headers["access-control-allow-methods"]
-    assert "authorization" in response.headers["access-control-allow-headers"]
-    other = locked.request("OPTIONS", path, headers=asked | {"Origin": "http://evil.example"})
-    assert "access-control-allow-origin" not in other.headers
-
-
-def test_a_page_of_an_allowed_origin_may_read_answers_and_errors(locked: Server, server: Server):
-    for headers in ({}, RIGHT):
-        response = locked.get("/v1/models", headers={"Origin": ORIGIN} | headers)
+    preflight = locked.request("OPTIONS", "/v1/chat/completions", headers=asked)
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for response in (preflight, locked.get("/v1/models", headers={"Origin": ORIGIN} | RIGHT)):
+        assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == ORIGIN
-    plain = server.get("/v1/models", headers={"Origin": ORIGIN})  # without the option
-    assert "access-control-allow-origin" not in plain.headers
-
-
-def test_every_origin_may_be_allowed(served):
-    with serve(served, origins=["*"]) as server:
-        response = server.get("/v1/models", headers={"Origin": "null"})
-        assert response.headers["access-control-allow-origin"] == "*"
+    error = locked.get("/v1/models", headers={"Origin": ORIGIN})
+    assert (error.status_code, error.headers["access-control-allow-origin"]) == (401, ORIGIN)
+    evil = locked.request("OPTIONS", "/v1/chat/completions", headers=asked | {"Origin": "http://evil.example"})
+    for response in (evil, server.get("/v1/models", headers={"Origin": ORIGIN})):  # the second server allows none
+        assert "access-control-allow-origin" not in response.headers
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -82,22 +71,21 @@ def test_a_body_may_be_as_large_as_the_limit_and_no_larger(server: Server):
     server.works()
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"",
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Lo",
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{",
-        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HT",
-    ],
-)
-def test_a_client_that_sends_too_slowly_is_dropped(server: Server, monkeypatch, sent):
+UNFINISHED = [
+    b"",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Lo",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{",
+    b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HT",
+]
+
+
+def test_a_client_that_sends_too_slowly_is_dropped(server: Server, monkeypatch):
     monkeypatch.setattr(api, "PATIENCE", 0.3)
-    connections = [server.connect() for _ in range(20)]
-    for connection in connections:
+    connections = [(server.connect(), sent) for sent in UNFINISHED * 10]
+    for connection, sent in connections:
         connection.sendall(sent)
     server.works()
-    for connection in connections:
+    for connection, _ in connections:
         received(connection)
         connection.close()
     server.works()
@@ -107,10 +95,10 @@ def test_a_client_that_sends_too_slowly_is_dropped(server: Server, monkeypatch, 
 def test_a_client_that_never_reads_is_dropped(endless, monkeypatch, stream):
     """Its answer is larger than what the system keeps on the way."""
     monkeypatch.setattr(api, "PATIENCE", 0.3)
-    with serve(endless, buffer=4096) as server:
+    with serve(endless) as server:
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4000 if stream else 20, "n": 16}
         body |= {"stream": stream, "logprobs": True, "top_logprobs": 20}
-        with server.connect(receive=4096) as connection:
+        with server.connect() as connection:
             connection.sendall(posted("/v1/chat/completions", body))
             until(lambda: server.engine.open)
             server.works()
@@ -122,26 +110,21 @@ def test_an_answer_may_take_longer_than_the_patience(endless, monkeypatch):
     monkeypatch.setattr(api, "PATIENCE", 0.3)
     with serve(endless) as server:
         slow(server.engine, 0.1)
-        response = server.post("/v1/completions", {"prompt": "x", "max_tokens": 7})
+        response = server.post("/v1/completions", json={"prompt": "x", "max_tokens": 7})
         assert response.json()["usage"]["completion_tokens"] == 7
 
 
 def test_after_many_requests_nothing_is_left(endless):
     """Good and bad requests, streams, and clients that leave."""
     with serve(endless, rows=3, waiting=4) as server:
-        for i in range(50):
-            kind = i % 5
-            if kind == 0:
-                server.works()
-            elif kind == 1:
-                problem(server.post("/v1/completions", {"prompt": 1}), 400)
-            elif kind == 2:
-                body = {"prompt": "Return", "max_tokens": 8, "stream": True}
-                assert server.post("/v1/completions", body).text.endswith("data: [DONE]\n\n")
-            else:
+        for _ in range(10):
+            server.works()
+            problem(server.post("/v1/completions", json={"prompt": 1}), 400)
+            body = {"prompt": "Return", "max_tokens": 8, "stream": True}
+            assert server.post("/v1/completions", json=body).text.endswith("data: [DONE]\n\n")
+            for stream in (True, False):
                 with server.connect() as connection:
-                    body = {"prompt": "Return", "max_tokens": 4000, "stream": kind == 3}
-                    connection.sendall(posted("/v1/completions", body))
+                    connection.sendall(posted("/v1/completions", body | {"max_tokens": 4000, "stream": stream}))
                     until(lambda: server.engine.open)
                 until(lambda: not server.engine.open)
         server.idle()
@@ -167,42 +150,35 @@ def test_metrics_count_what_happened(served):
         prompt = new = 0
         for n in (1, 2, 3):
             body = {"prompt": "Return", "max_tokens": 4, "n": n, "seed": n}
-            usage = server.post("/v1/completions", body).json()["usage"]
+            usage = server.post("/v1/completions", json=body).json()["usage"]
             prompt, new = prompt + n * usage["prompt_tokens"], new + usage["completion_tokens"]
-        server.post("/v1/completions", {"prompt": 1})
+        server.post("/v1/completions", json={"prompt": 1})
         server.get("/nothing")
         server.get("/v1/models/none")
         until(lambda: samples(server)["lumi_generated_tokens_total",] == new)
         values = samples(server)
-        assert values["lumi_requests_total", "/v1/completions", "200"] == 3
-        assert values["lumi_requests_total", "/v1/completions", "400"] == 1
-        assert values["lumi_requests_total", "other", "404"] == 2
-        assert values["lumi_prompt_tokens_total",] == prompt
-        assert values["lumi_request_seconds_count",] == values["lumi_request_seconds_bucket", "+Inf"] == 4
-        assert values["lumi_first_token_seconds_count",] == 6
-        assert (values["lumi_up",], values["lumi_running",], values["lumi_waiting",]) == (1, 0, 0)
+    assert values["lumi_requests_total", "/v1/completions", "200"] == 3
+    assert values["lumi_requests_total", "/v1/completions", "400"] == 1
+    assert values["lumi_requests_total", "other", "404"] == 2
+    assert values["lumi_prompt_tokens_total",] == prompt
+    assert values["lumi_request_seconds_count",] == values["lumi_request_seconds_bucket", "+Inf"] == 4
+    assert values["lumi_first_token_seconds_count",] == 6
+    assert (values["lumi_up",], values["lumi_running",], values["lumi_waiting",]) == (1, 0, 0)
 
 
 def test_metrics_tell_what_is_under_way(endless):
-    with serve(endless, rows=2) as server:
+    with serve(endless, rows=2) as server, server.connect() as connection:
         slow(server.engine, 0.02)
-        with server.connect() as connection:
-            connection.sendall(posted("/v1/completions", {"prompt": "x", "max_tokens": 4000, "n": 5, "stream": True}))
-            until(lambda: sum(bool(text.tokens) for text in list(server.engine.open.values())) == 2)
-            values = samples(server)
-            assert (values["lumi_running",], values["lumi_waiting",]) == (2, 3)
-        server.idle()
-        until(lambda: samples(server).get(("lumi_requests_total", "/v1/completions", "200")) == 1)
+        connection.sendall(posted("/v1/completions", {"prompt": "x", "max_tokens": 4000, "n": 5, "stream": True}))
+        until(lambda: sum(bool(text.tokens) for text in list(server.engine.open.values())) == 2)
+        values = samples(server)
+    assert (values["lumi_running",], values["lumi_waiting",]) == (2, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- schema
 
-CHECKS = [
-    schemathesis.checks.not_a_server_error,
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_schema_conformance,
-]
+NAMES = ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
+CHECKS = [schemathesis.checks.not_a_server_error, *(getattr(checks, name) for name in NAMES)]
 
 
 def explore(server: Server, examples: int) -> set[tuple[str, int]]:
@@ -225,21 +201,9 @@ def explore(server: Server, examples: int) -> set[tuple[str, int]]:
 
 @pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_server_does_what_its_schema_says(server: Server, examples):
-    statuses = explore(server, examples)
-    assert {200, 400} <= {status for _, status in statuses}
+    seen = explore(server, examples)
+    assert {200, 400} <= {status for _, status in seen}
     if examples > 10:
-        paths = ("/v1/completions", "/v1/chat/completions", "/generate")
-        assert {(f"POST {path}", status) for path in paths for status in (200, 400)} <= statuses
+        for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
+            assert {(f"POST {path}", 200), (f"POST {path}", 400)} <= seen
     server.works()
-
-
-def test_every_route_and_field_is_described(server: Server):
-    schema = server.get("/openapi.json").json()
-    for path, operations in schema["paths"].items():
-        for operation in operations.values():
-            assert operation["summary"], path
-            assert operation["description"], path
-    for name, body in schema["components"]["schemas"].items():
-        if name not in ("HTTPValidationError", "ValidationError"):  # FastAPI's own
-            for field, about in body["properties"].items():
-                assert about.get("description") or "$ref" in about, (name, field)

@@ -8,8 +8,7 @@ from tests.serving.conftest import Server, serve, slow, until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-KEY = "a key"
-MARKUP = "<img src=x onerror=alert(1)>"
+KEY, MARKUP = "a key", "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def answers(page) -> list[str]:
 
 
 def write(page, text: str) -> None:
-    page.get_by_label("Your message").fill(text)
+    page.get_by_label("Your message").press_sequentially(text)
     page.get_by_label("Your message").press("Enter")
 
 
@@ -83,15 +82,11 @@ def test_chat_and_regenerate(page):
     assert first
     assert page.locator(".user .said").all_inner_texts() == [MARKUP]
     assert page.locator("img").count() == 0
-    page.reload()
-    assert answers(page) == [first]
     button(page, "Regenerate").click()
     assert finished(page) != first
     assert [body["seed"] for body in page.asked] == [1, 2]
     assert len(answers(page)) == 1
     button(page, "New chat").click()
-    assert page.locator("article").count() == 0
-    page.reload()
     assert page.locator("article").count() == 0
     settings(page, temperature=0, seed="", system="Be brief.")
     same = send(page, "Say a.")
@@ -101,8 +96,8 @@ def test_chat_and_regenerate(page):
     assert [message["role"] for message in page.asked[-1]["messages"]] == ["system", "user"]
     settings(page, temperature=7)
     button(page, "Regenerate").click()
+    page.get_by_role("status").filter(has_text="temperature").wait_for()
     assert page.locator("#temperature").is_visible()
-    assert len(page.asked) == 4
 
 
 @pytest.mark.parametrize("stop", ["Stop", "Escape"])
@@ -112,17 +107,12 @@ def test_stop(page, site: Server, stop):
     until(lambda: answers(page) and answers(page)[0])
     [generation] = site.engine.open.values()
     before = len(generation.tokens)
-    if stop == "Stop":
-        button(page, "Stop").click()
-    else:
-        page.keyboard.press("Escape")
+    page.keyboard.press("Escape") if stop == "Escape" else button(page, "Stop").click()
     until(lambda: not site.engine.open)
     assert len(generation.tokens) <= before + 3
     page.locator(".note", has_text="stopped").wait_for()
     [text] = answers(page)
     assert generation.text.strip().startswith(text.strip())
-    page.reload()
-    assert answers(page) == [text]
 
 
 def test_a_conversation_longer_than_the_context(page):
