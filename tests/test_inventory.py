@@ -15,7 +15,6 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -189,24 +188,11 @@ def generate(place: Place) -> dict:
     return json.loads(json.dumps(found, default=str))
 
 
-def differences(was, now, path: str = "") -> Iterator[str]:
-    """A line for each key that one of them lacks, and for each value that differs."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in was | now:
-            where = f"{path} > {key}" if path else key
-            if key in was and key in now:
-                yield from differences(was[key], now[key], where)
-            else:
-                yield f"{'new' if key in now else 'missing'}: {where}"
-    elif was != now:
-        yield f"changed: {path}: {json.dumps(was)} -> {json.dumps(now)}"
-
-
 def test_nothing_is_lost(preferring: Place, tmp_path: Path):
     now = generate(Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True)))
     if "WRITE_INVENTORY" in os.environ:
         WRITTEN.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
-    found = list(differences(json.loads(WRITTEN.read_text()), now))
+    found = list(stage.differences(json.loads(WRITTEN.read_text()), now))
     assert not found, "\n".join(["if it is meant so: python -m tests.test_inventory", *found])
 
 

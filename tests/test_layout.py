@@ -22,20 +22,12 @@ ORDER = [
     "pipeline serve",
 ]
 PLACES = {name: place for place, line in enumerate(ORDER) for name in line.split()}
-
-
-def modules() -> dict[str, ast.Module]:
-    """The project's modules by name. The user's own scripts and configs do not count."""
-    trees = {}
-    for name in {name.partition(".")[0] for name in PLACES}:
-        for path in (ROOT / f"{name}.py", *(ROOT / name).rglob("*.py")):
-            if path.is_file() and (path.parent.name != "configs" or path.stem in (*SHIPPED, "__init__")):
-                module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-                trees[module] = ast.parse(path.read_text(encoding="utf-8"))
-    return trees
-
-
-TREES = modules()
+TREES: dict[str, ast.Module] = {}  # the project's modules by name, without the user's own scripts and configs
+for folder in {name.partition(".")[0] for name in PLACES}:
+    for path in (ROOT / f"{folder}.py", *(ROOT / folder).rglob("*.py")):
+        if path.is_file() and (path.parent.name != "configs" or path.stem in (*SHIPPED, "__init__")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            TREES[module] = ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(name: str) -> set[str]:
@@ -60,8 +52,7 @@ def place(name: str) -> int:
 
 
 def test_imports_point_down_and_not_round():
-    upwards = [(name, other) for name in TREES for other in imports(name) if place(other) > place(name)]
-    assert not upwards
+    assert not [(name, other) for name in TREES for other in imports(name) if place(other) > place(name)]
     graphlib.TopologicalSorter({name: imports(name) for name in TREES}).prepare()  # CycleError names the circle
 
 
@@ -73,5 +64,4 @@ def test_what_a_config_imports_is_no_command():
         if name not in reached:
             reached.add(name)
             waiting += imports(name)
-    for name in reached:
-        assert "__main__" not in ast.unparse(TREES[name]), name
+            assert "__main__" not in ast.unparse(TREES[name]), name
