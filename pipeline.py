@@ -111,8 +111,10 @@ def base_checkpoint(name: str, experiment: Experiment, switches: argparse.Namesp
 def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: set, apart: bool = True) -> None:
     """Makes a stage, and before it the inputs that it lacks. apart: each in a process of its own."""
     # made: the directories that this command has made. --force and --resume are about the named stage, not its inputs.
-    if name in BASES:
-        base_checkpoint(name, experiment, switches)  # a missing model stops before the minutes that making data takes
+    if name in BASES:  # a missing or unfit model stops here, before the minutes that making the data takes
+        base = base_checkpoint(name, experiment, switches)
+        if name == "dpo":
+            dpo.train.must_be_taught(base, experiment.sft.data.template)
     unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
 
     def make_one(owner: Experiment, name: str, switches: argparse.Namespace) -> None:
