@@ -81,12 +81,11 @@ def progress(items: Iterable, total: int | Callable[[], tuple[float, float]], un
             bar.total = expected or None
             bar.update(done - bar.n)
             now = time.monotonic()
-            if not bar.disable or now - shown <= 10 or not done or done == expected:
-                continue
-            shown, rate = now, done / (now - started)
-            of = f" of {expected:,.0f}" if expected else ""
-            left = f", {(expected - done) / rate:.0f} s left" if expected else ""
-            log.info(f"{what}: {done:,.0f}{of} {unit}, {rate:.1f} a second{left}")
+            if bar.disable and now - shown > 10 and 0 < done != expected:
+                shown, rate = now, done / (now - started)
+                of = f" of {expected:,.0f}" if expected else ""
+                left = f", {(expected - done) / rate:.0f} s left" if expected else ""
+                log.info(f"{what}: {done:,.0f}{of} {unit}, {rate:.1f} a second{left}")
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), markdown: bool = False) -> str:
@@ -121,9 +120,8 @@ def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Itera
 
 
 def _become_worker(initializer: Callable, *initargs) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal signals every process: the parent decides
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOPPING:  # a terminal signals every process: the parent decides
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     end_with_parent(signal.SIGKILL)
     gc.freeze()  # the collector then leaves the parent's objects alone, so their pages stay shared
@@ -143,8 +141,7 @@ def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahea
 
 def end_with_parent(signum: int) -> None:
     """Asks Linux to send this process a signal when its parent ends, however the parent ends."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+    ctypes.CDLL(None).prctl(1, signum)  # 1: PR_SET_PDEATHSIG
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,8 +157,7 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str, config: bool = True, places: Callable = lambda name: []) -> argparse.ArgumentParser:
     """A parser with the arguments that commands share: CONFIG, unless config=False, and --log-level."""
     # places(name): where a config has a field of this name, for the error about `--learning_rate 1`.
-    raw = argparse.RawDescriptionHelpFormatter
-    p = _Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.places = places if config else None
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
@@ -179,7 +175,7 @@ def add_training_switches(p: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -195,18 +191,8 @@ def _stop(signum, frame):
     raise Stopped(128 + signum)
 
 
-def _uncaught(kind, *error):
-    _leave(130, "stopped") if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
-
-
-sys.excepthook = _uncaught  # Ctrl-C before `run`, while modules are imported, ends without a traceback
-
-
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Runs a command and exits with its status."""
-    for name in ("stdin", "stdout", "stderr"):  # a closed one reads as empty and discards what is written
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows the rest
     log.setLevel(arguments.log_level.upper())
@@ -219,7 +205,6 @@ def apart(function: Callable[[], None]) -> None:
     """Runs a function in a forked process and waits for it. Raises Stopped with its status if that is not 0."""
     # Random state, matrix precision and deterministic mode that the function sets end with its process.
     sys.stdout.flush()
-    sys.stderr.flush()
     if (child := os.fork()) == 0:
         end_with_parent(signal.SIGTERM)
         _exit_after(function)
@@ -237,7 +222,7 @@ def apart(function: Callable[[], None]) -> None:
         raise Stopped(128 - code, f"ended by {signal.Signals(-code).name}; run the same command again to continue")
     if code:
         raise Stopped(code, "")  # the child said why
-    if caught:  # the signal came as the child ended
+    if caught:
         raise Stopped(128 + caught[0])
 
 
@@ -251,8 +236,7 @@ def _exit_after(function: Callable[[], None]) -> None:
         status, message = 2, "" if follower else f"error: {error}"
     except Stopped as stop:
         status, message = stop.status, str(stop)
-    except BrokenPipeError:  # the reader of what we print has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of the output has closed it
         status = 128 + signal.SIGPIPE
     except Exception as error:
         if not isinstance(error, OSError) or error.errno in (None, errno.ENOENT):

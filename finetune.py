@@ -30,11 +30,9 @@ ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 
 def check_weights(weights: Mapping[str, float], sources: Iterable[Records]) -> None:
     """ValueError for weights that are not positive numbers, or not of these sources. Empty is allowed."""
-    if not weights:
-        return
-    Phase(start=0, weights=weights)  # raises the error
-    unknown = set(weights) - {source.name for source in sources}
-    if unknown:
+    if weights:
+        Phase(start=0, weights=weights)  # raises the error
+    if unknown := set(weights) - {source.name for source in sources}:
         raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
 
 
@@ -48,18 +46,10 @@ class Base:
 
     def load(self) -> Transformer:
         """The model as training starts with it. UserError if its shape is not the config's."""
-        model = checkpoint.load_model(self.checkpoint)
-        if explicit(model.config) != explicit(self.shape):
-            raise UserError(f"{self.checkpoint} holds a model of another shape than the config describes")
+        model = checkpoint.load_model(self.checkpoint, shape=self.shape)
         if self.unseen:
             lora.init_end_piece(model, **self.unseen)
         return model
-
-
-def explicit(shape: ModelConfig) -> ModelConfig:
-    """The shape with its defaults as numbers, as an imported model records it."""
-    heads, width = shape.n_kv_heads or shape.n_heads, shape.d_ff or 4 * shape.d_model
-    return replace(shape, n_kv_heads=heads, d_ff=width, kernels="auto")
 
 
 def job(
@@ -117,14 +107,11 @@ class Tuning(Task):
         if size > self.count:
             raise UserError(f"batch_size is {size}, but there are only {count} to train on; {advice}")
         if self.config.epochs and self.steps < min(50, steps):
-            log.warning(
-                f"{self.config.epochs:g} epochs of {count} in batches of {size} make only {self.steps} steps; {advice}"
-            )
+            few = f"{self.config.epochs:g} epochs of {count} in batches of {size} make only {self.steps} steps"
+            log.warning(f"{few}; {advice}")
         if epochs > self.most_epochs:
-            log.warning(
-                f"training reads {count} {epochs:.0f} times, so the model learns them by heart; more data or fewer "
-                "epochs give a better model"
-            )
+            heart = f"training reads {count} {epochs:.0f} times, so the model learns them by heart"
+            log.warning(f"{heart}; more data or fewer epochs give a better model")
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         return self.mixture.batch(step, rank, ranks)

@@ -1,5 +1,6 @@
 """What a training run reports: metrics.jsonl, a bar on a terminal, plain lines elsewhere, and TensorBoard."""
 
+import contextlib
 import json
 import math
 import sys
@@ -25,14 +26,11 @@ class Report:
 
     def open(self, step: int, tensorboard: bool) -> None:
         """Removes the lines of the step and later ones: an interrupted run wrote them after its last checkpoint."""
-        kept = []
+        kept = b""
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line + b"\n")
-            except (ValueError, TypeError, KeyError):
-                continue  # the run was killed while it wrote this line
-        stage.write(self.path, b"".join(kept))
+            with contextlib.suppress(ValueError):  # the run was killed while it wrote this line
+                kept += line + b"\n" if json.loads(line)["step"] < step else b""
+        stage.write(self.path, kept)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -42,12 +40,11 @@ class Report:
 
     def start(self, progress) -> tqdm:
         """Starts the clock and returns the bar."""
-        self.hidden = parallel.rank() > 0 or not sys.stderr.isatty()
-        self.first, self.shown = progress.step, 0.0
+        self.first, self.shown, self.hidden = progress.step, 0.0, parallel.rank() > 0 or not sys.stderr.isatty()
         self.restart_clock(progress)
         shape = "{n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
-        steps, disable = self.task.steps, self.hidden
-        self.bar = tqdm(total=steps, initial=progress.step, bar_format=shape, disable=disable, dynamic_ncols=True)
+        steps, hidden = self.task.steps, self.hidden
+        self.bar = tqdm(total=steps, initial=self.first, bar_format=shape, disable=hidden, dynamic_ncols=True)
         return self.bar
 
     def restart_clock(self, progress) -> None:
@@ -85,9 +82,8 @@ class Report:
 
     def line(self, record: dict) -> str:
         text = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}"
-        for name in SHOWN:
-            if name in record:
-                text += f", {name.replace('_', ' ')} {record[name]:.4f}"
+        for name in filter(record.__contains__, SHOWN):
+            text += f", {name.replace('_', ' ')} {record[name]:.4f}"
         return text
 
     def show(self, record: dict) -> None:
@@ -99,11 +95,8 @@ class Report:
             self.shown = now
 
     def show_evaluation(self, record: dict) -> None:
-        """Logs a line for every evaluation, and one for the tokens drawn from a mixture."""
+        """Logs a line for every evaluation."""
         log.info(self.line(record))
-        if seen := record.get("seen"):
-            total = sum(seen.values())
-            log.info("drawn so far: " + ", ".join(f"{k} {n:,} tokens ({n / total:.1%})" for k, n in seen.items()))
 
     def write(self, record: dict) -> None:
         """Appends a record to metrics.jsonl. JSON has no NaN: a number that is not finite becomes null."""

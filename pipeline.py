@@ -11,18 +11,13 @@ that takes minutes. If the input takes hours (a trained model), it stops and nam
 """
 
 import argparse
-import functools
-import mmap
-import operator
 import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import cli  # before torch: its handler answers Ctrl-C while the rest is imported
-
-# isort: split
 import checkpoint
+import cli
 import configs
 import data.stages
 import dpo.data
@@ -31,7 +26,6 @@ import dpo.train
 import eval.evaluate
 import eval.report
 import eval.summary
-import finetune
 import machine
 import parallel
 import sft.data
@@ -46,49 +40,39 @@ from stage import Step
 from tokenizer import Tokenizer
 
 
-def sft_data(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    owner = experiment.owner("sft_data")
+def sft_data(owner: Experiment, switches: argparse.Namespace) -> Step:
     inputs = owner.sft.data, owner.model.context_length, owner.directory("tokenizer")
     job = sft.data.job(*inputs, owner.directory("sft_data"), owner.command("sft_data"))
     return Step(job, lambda: sft.data.build(job, *inputs, switches.workers, switches.force))
 
 
-def sft_(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    owner = experiment.owner("sft")
-    base, spm = base_model("sft", owner, switches)
+def sft_(owner: Experiment, switches: argparse.Namespace) -> Step:
+    base, spm, command = start("sft", owner, switches)
     inputs = owner.sft, base, owner.directory("sft_data"), spm
-    job = sft.train.job(*inputs, owner.directory("sft"), command(owner, "sft", switches))
+    job = sft.train.job(*inputs, owner.directory("sft"), command)
     return Step(job, lambda: sft.train.train(job, *inputs, switches.force, switches.resume))
 
 
-def dpo_data(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    owner = experiment.owner("dpo_data")
+def dpo_data(owner: Experiment, switches: argparse.Namespace) -> Step:
     inputs = owner.dpo.data, owner.sft.data.template, owner.model.context_length, owner.directory("tokenizer")
     job = dpo.data.job(*inputs, owner.directory("dpo_data"), owner.command("dpo_data"))
     return Step(job, lambda: dpo.data.build(job, *inputs, switches.workers, switches.force))
 
 
 def dpo_reference(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm = base_model("dpo_reference", experiment, switches)
+    base, spm, command = start("dpo_reference", experiment, switches)
     dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
     inputs = base, experiment.directory("dpo_data"), dtype
-    directory = experiment.directory("dpo_reference")
-    job = dpo.reference.job(*inputs, directory, command(experiment, "dpo_reference", switches))
+    job = dpo.reference.job(*inputs, experiment.directory("dpo_reference"), command)
     return Step(job, lambda: dpo.reference.build(job, *inputs, spm, switches.force))
 
 
 def dpo_(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    config, template = experiment.dpo, experiment.sft.data.template
-    base, spm = base_model("dpo", experiment, switches)
-    pairs, reference = experiment.directory("dpo_data"), experiment.directory("dpo_reference")
-    directory = experiment.directory("dpo")
-    job = dpo.train.job(config, template, base, pairs, spm, directory, command(experiment, "dpo", switches))
-    inputs = config, template, base, pairs, reference, spm
-    return Step(job, lambda: dpo.train.train(job, *inputs, switches.force, switches.resume))
-
-
-def evaluate(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    return eval.evaluate.step(experiment, switches.checkpoint, switches.data, switches.force)
+    base, spm, command = start("dpo", experiment, switches)
+    inputs = experiment.dpo, experiment.sft.data.template, base, experiment.directory("dpo_data")
+    reference = experiment.directory("dpo_reference")
+    job = dpo.train.job(*inputs, spm, experiment.directory("dpo"), command)
+    return Step(job, lambda: dpo.train.train(job, *inputs, reference, spm, switches.force, switches.resume))
 
 
 # A new stage also needs its inputs in configs/__init__.py: INPUTS.
@@ -99,18 +83,21 @@ STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = data.stage
     "dpo_data": dpo_data,
     "dpo_reference": dpo_reference,
     "dpo": dpo_,
-    "eval": evaluate,
+    "eval": lambda experiment, switches: eval.evaluate.step(
+        experiment, switches.checkpoint, switches.data, switches.force
+    ),
 }
 BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
 NAMES = (*STAGES, "report")  # the report has no manifest: it is written each time
 
 
-def base_model(name: str, experiment: Experiment, switches: argparse.Namespace) -> tuple[Base, Tokenizer]:
-    """The model that a stage starts from, and its tokenizer."""
+def start(name: str, experiment: Experiment, switches: argparse.Namespace) -> tuple[Base, Tokenizer, str]:
+    """The model that a stage starts from, its tokenizer, and the command that the user types to make the stage."""
     directory = base_checkpoint(name, experiment, switches)
     spm = experiment.load_tokenizer(directory)
     pieces = unseen(directory, experiment.sft.data.template, spm, experiment.imported is not None)
-    return Base(directory, experiment.model, pieces), spm
+    given = f" --checkpoint {shlex.quote(switches.checkpoint)}" if switches.checkpoint else ""
+    return Base(directory, experiment.model, pieces), spm, experiment.command(name) + given
 
 
 def base_checkpoint(name: str, experiment: Experiment, switches: argparse.Namespace) -> Path:
@@ -121,51 +108,39 @@ def base_checkpoint(name: str, experiment: Experiment, switches: argparse.Namesp
     return Path(switches.checkpoint)
 
 
-def command(experiment: Experiment, name: str, switches: argparse.Namespace) -> str:
-    """What the user types to make a stage, with the --checkpoint that was given."""
-    given = f" --checkpoint {shlex.quote(switches.checkpoint)}" if switches.checkpoint else ""
-    return experiment.command(name) + given
-
-
 def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: set, apart: bool = True) -> None:
     """Makes a stage, and before it the inputs that it lacks. apart: each in a process of its own."""
     # made: the directories that this command has made. --force and --resume are about the named stage, not its inputs.
-    run = cli.apart if apart else operator.call
-    if name in BASES:  # a missing model stops here, before the minutes that making the data takes
+    if name in BASES:  # a missing or unfit model stops here, before the minutes that making the data takes
         base = base_checkpoint(name, experiment, switches)
-        adapter = experiment.sft.lora if name == "sft" else experiment.dpo.lora
-        # Not in this process: a process that has computed has threads, and what is forked from it then hangs.
-        run(functools.partial(finetune.check_targets, experiment.model, adapter))
         if name == "dpo":
             dpo.train.must_be_taught(base, experiment.sft.data.template)
+    unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
+
+    def make_one(owner: Experiment, name: str, switches: argparse.Namespace) -> None:
+        def write() -> None:
+            eval.report.write(owner) if name == "report" else STAGES[name](owner.owner(name), switches).make()
+
+        if owner.directory(name) not in made:
+            made.add(owner.directory(name))
+            cli.apart(write) if apart else write()
 
     def make_inputs() -> None:
-        unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
         for owner, needed in experiment.inputs(name, switches.force):
-            if owner.directory(needed) not in made:
-                made.add(owner.directory(needed))
-                run(functools.partial(make_one, needed, owner, unforced))
+            make_one(owner, needed, unforced)
 
     parallel.lead(make_inputs, timeout=parallel.DAY)  # under torchrun the other processes wait, however long it takes
-    if experiment.directory(name) not in made:
-        made.add(experiment.directory(name))
-        run(functools.partial(make_one, name, experiment, switches))
-
-
-def make_one(name: str, experiment: Experiment, switches: argparse.Namespace) -> None:
-    """Makes a stage whose inputs are there."""
-    eval.report.write(experiment) if name == "report" else STAGES[name](experiment, switches).make()
+    make_one(experiment, name, switches)
 
 
 def main(arguments: argparse.Namespace) -> None:
     check(arguments)
     experiment = configs.load(arguments.config)
     stage.imported_code(__file__)  # notes the digests of the code that is running now, for every stage
-    stage.warned = mmap.mmap(-1, 1)
-    if arguments.status:
-        print(status(experiment, arguments))
-        return
     default = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
+    if arguments.status:
+        print(status(experiment, arguments, default[:-1]))
+        return
     chosen = [name for name in NAMES if name in (arguments.stages or default)]
     first = NAMES[0] if arguments.force else arguments.force_from
     forced = [name for name in chosen if first and NAMES.index(name) >= NAMES.index(first)]
@@ -186,33 +161,29 @@ def check(arguments: argparse.Namespace) -> None:
     stages = arguments.stages
     if unknown := [name for name in stages if name not in NAMES]:
         raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
-    if arguments.force and arguments.resume != "auto":
-        raise UserError("--force discards what --resume would continue; use one of them")
     rules = [("torchrun", "RANK" in os.environ, TRAINED), ("--resume", arguments.resume != "auto", TRAINED)]
     for switch, given, fits in [*rules, ("--checkpoint", arguments.checkpoint, (*BASES, "eval"))]:
         if given and (len(stages) != 1 or stages[0] not in fits):
             raise UserError(f"{switch} is about one stage; name one of {', '.join(fits)}")
 
 
-def status(experiment: Experiment, arguments: argparse.Namespace) -> str:
+def status(experiment: Experiment, arguments: argparse.Namespace, names: list[str]) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows, stale, run = [("stage", "seconds", "result", "state")], set(), eval.summary.Run(experiment)
-    for name, step in STAGES.items():
-        if name == "dpo_reference" and experiment.dpo.reference != "stored":
-            continue
+    rows, stale, run = [("stage", "seconds", "result", "state")], [], eval.summary.Run(experiment)
+    for name in names:
         directory = experiment.directory(name)
         if stage.read_manifest(directory) is None:
             state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
         else:
             try:
-                state = step(experiment, arguments).job.state()
+                state = STAGES[name](experiment.owner(name), arguments).job.state()
             except UserError as error:  # the model that the stage starts from is missing
                 state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
-        if stale.intersection(needs) and state.startswith("done"):
-            state = f"stale: {next(need for need in needs if need in stale)} is stale"
+        if state.startswith("done") and (causes := [need for need in stale if need in needs]):
+            state = f"stale: {causes[0]} is stale"
         if state.startswith("stale"):
-            stale.add(name)
+            stale.append(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name)
         rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name), state))
     return cli.table(rows, right=(1,))

@@ -1,13 +1,7 @@
 """A stage of the pipeline: one directory, made once, described by the `manifest.json` that is written last."""
 
-#     job = Stage(directory, config, read={"tiny/tokenizer/spm.model": "9f86…"}, command="python pipeline.py …", code=…)
-#     if job.up_to_date(force):     # finished, from the same config and inputs; UserError if from others
-#         return
-#     with job.making():            # locked, logged to log.txt; unfinished until the manifest is there
-#         ...                       # write files
-#         job.finish(counts={...})  # digests, fsync, manifest.json
-
 import ast
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -21,7 +15,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -29,7 +23,6 @@ from cli import UserError, log, logging_to
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS: dict[str, str] = {}  # the config file of each loaded experiment, for the commands in messages
-warned = bytearray(1)  # 1 after the warning about changed code; pipeline.py shares it with the stages' processes
 
 
 def check_types(config) -> None:
@@ -74,7 +67,7 @@ def _short(value) -> str:
     return "not set" if value is None else text if len(text) <= 80 else text[:79] + "…"
 
 
-def first(phrases: list[str], count: int = 1) -> str:
+def _first(phrases: list[str], count: int = 1) -> str:
     """The first phrases, and how many more there are."""
     rest = len(phrases) - count
     return "; ".join(phrases[:count]) + (f" and {rest} more" if rest > 0 else "")
@@ -119,7 +112,7 @@ def read_json(path: Path):
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (IsADirectoryError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it, or restore a copy") from None
 
 
@@ -207,9 +200,7 @@ def maker(directory: Path, switch: str = "") -> str:
     return f"python pipeline.py {CONFIGS.get(name, f'configs/{name}.py')} {switch}{stage}"
 
 
-def remaker(directory: Path) -> str:
-    """The command that makes runs/NAME/STAGE and all later stages again."""
-    return maker(directory, "--force-from ")
+remaker = functools.partial(maker, switch="--force-from ")  # the command that makes it and all later stages again
 
 
 def finished(directory: Path, command: str | None = None) -> dict:
@@ -222,14 +213,14 @@ def finished(directory: Path, command: str | None = None) -> dict:
     return manifest
 
 
-def record_seconds(directory: Path, seconds: float) -> None:
-    """Notes in `seconds.json`, beside the directory, how long it took: the outputs themselves carry no clock."""
-    write_json(directory.parent / "seconds.json", read_seconds(directory.parent) | {directory.name: round(seconds, 1)})
-
-
 def read_seconds(run: Path) -> dict[str, float]:
-    """How long each directory of a run took to make, as far as that was noted."""
+    """How long each directory of a run took to make: `seconds.json`, because the outputs themselves carry no clock."""
     return read_json(run / "seconds.json") or {}
+
+
+def record_seconds(directory: Path, seconds: float) -> None:
+    """Notes how long a directory took to make."""
+    write_json(directory.parent / "seconds.json", read_seconds(directory.parent) | {directory.name: round(seconds, 1)})
 
 
 @contextlib.contextmanager
@@ -263,8 +254,7 @@ class Stage:
 
     def up_to_date(self, force: bool = False) -> bool:
         """As `is_finished`, and logs a line if it is."""
-        finished = self.is_finished(force)
-        if finished:
+        if finished := self.is_finished(force):
             self.log_up_to_date()
         return finished
 
@@ -278,20 +268,17 @@ class Stage:
         return True
 
     def log_up_to_date(self) -> None:
-        """Logs that the directory is up to date. Warns once per command if code has changed since it was made."""
-        changed = self.changed_code(self.directory)
-        if changed and not warned[0]:
-            warned[0] = 1
-            what = f"{self.directory} is kept, but {changed} changed since it was made"
-            log.warning(f"{what}; make it and all later stages again with: {self.remake}")
+        """Logs that the directory is up to date. Warns if code has changed since it was made."""
+        if changed := self.changed_code(self.directory):
+            kept = f"{self.directory} is kept, but {changed} changed since it was made"
+            log.warning(f"{kept}; make it and all later stages again with: {self.remake}")
         else:
-            log.info(f"{self.directory} is up to date" + ", but older than the code" * bool(changed))
+            log.info(f"{self.directory} is up to date")
 
     def state(self) -> str:
         """The state of a finished directory: "done", or "stale" and why."""
-        if different := self.different(self.directory):
-            return f"stale: {first(different)}"
-        if wrong := damage(self.directory, read_manifest(self.directory)["wrote"], contents=False):
+        wrote = read_manifest(self.directory)["wrote"]
+        if wrong := self.different(self.directory) or damage(self.directory, wrote, contents=False):
             return f"stale: {wrong}"
         changed = self.changed_code(self.directory)
         return f"done, but {changed} changed since" if changed else "done"
@@ -299,21 +286,19 @@ class Stage:
     def changed_code(self, directory: Path) -> str:
         """The first file, by name, that made a finished directory and differs now, and how many more; "" if none."""
         was = read_manifest(directory).get("code", self.code)
-        return first([name for name in was | self.code if was.get(name) != self.code.get(name)])
+        return _first([name for name in was | self.code if was.get(name) != self.code.get(name)])
 
-    def different(self, directory: Path) -> list[str]:
-        """A phrase for each part of the config and each input that changed since a directory was finished."""
+    def different(self, directory: Path, count: int = 1) -> str:
+        """The first parts of config and inputs that changed since a directory was finished; "" if none."""
         manifest = read_manifest(directory)
         inputs = differences(manifest["read"], self.read) if self.read else ()
-        return [*differences(manifest["config"], self.config, "", self.free), *inputs]
+        return _first([*differences(manifest["config"], self.config, "", self.free), *inputs], count)
 
     def must_match(self, directory: Path) -> None:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
-        if different := self.different(directory):
-            raise UserError(
-                f"{directory} was made from something else: {first(different, 4)}. Give the experiment another name, "
-                f"or make this stage and all later ones again with: {self.remake}"
-            )
+        if different := self.different(directory, count=4):
+            other = f"{directory} was made from something else: {different}. Give the experiment another name"
+            raise UserError(f"{other}, or make this stage and all later ones again with: {self.remake}")
 
     @contextlib.contextmanager
     def making(self, keep: bool = False) -> Iterator[None]:
@@ -333,8 +318,8 @@ class Stage:
 
     def about(self, wrote: dict, counts: dict) -> dict:
         """The stage's manifest, and that of a checkpoint that it saves on the way."""
-        made_by = {"versions": versions(), "code": self.code}
-        return {"config": self.config, "read": self.read, "wrote": wrote, "counts": counts} | made_by
+        about = {"config": self.config, "read": self.read, "wrote": wrote, "counts": counts}
+        return about | {"versions": versions(), "code": self.code}
 
     def finish(self, counts: dict, files: Iterable[Path] | None = None) -> None:
         """Writes the manifest: the stage is finished. files: what it wrote; None: all files of the directory."""
@@ -348,8 +333,4 @@ class Stage:
         return self.earlier + time.perf_counter() - self.started
 
 
-class Step(typing.NamedTuple):
-    """A stage of an experiment, ready to be made."""
-
-    job: Stage
-    make: Callable[[], object]
+Step = collections.namedtuple("Step", ["job", "make"])  # a Stage, and the function that makes it if that is necessary

@@ -9,13 +9,11 @@ Makes the corpus, the tokenizer and the packed tokens if they are missing. The l
 import argparse
 import math
 
-import cli  # before torch: its handler answers Ctrl-C while the rest is imported
-
-# isort: split
 import torch
 from torch import Tensor, nn
 
 import checkpoint
+import cli
 import configs
 import data.pack
 import machine
@@ -43,9 +41,6 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
         targets = targets.to(device, non_blocking=True)  # (B, T), already shifted by `Windows.read`
         return {"loss": model(tokens, targets)}
 
-    def count_targets(tokens: Tensor, targets: Tensor) -> int:
-        return targets.numel()  # every position is trained
-
     # All evaluations read the same rows, to be comparable. Rows are spread out: neighbours may share a document.
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
@@ -68,7 +63,7 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
     return Task(
         batch=batches.batch,
         loss=loss,
-        targets=count_targets,
+        targets=lambda tokens, targets: targets.numel(),  # every position is trained
         evaluate=evaluate,
         steps=config.steps or max(1, round(config.epochs * epoch)),
         epoch=epoch,
@@ -113,7 +108,6 @@ def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool
 
 def pretrain(experiment: Experiment, switches: argparse.Namespace) -> Step:
     """Pretraining, ready to run. switches: `force` and `resume`."""
-    experiment = experiment.owner("pretrain")
     spm = experiment.load_tokenizer()
     settings = {"model": experiment.model, "pretrain": experiment.pretrain}
     if experiment.mixture:
@@ -129,18 +123,17 @@ def pretrain(experiment: Experiment, switches: argparse.Namespace) -> Step:
     return Step(job, lambda: train(job, experiment, spm.sha256, switches.force, switches.resume))
 
 
-def make_inputs(experiment: Experiment, workers: int) -> None:
-    """Makes the corpus, the tokenizer and the packed tokens, unless they are made."""
-    for owner, name in experiment.inputs("pretrain"):
-        STAGES[name](owner, argparse.Namespace(workers=workers, force=False, replaced=())).make()
-
-
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config).owner("pretrain")
     stage.imported_code(__file__)  # notes the digests of the code that is running now
+
+    def make_inputs() -> None:
+        for owner, name in experiment.inputs("pretrain"):
+            STAGES[name](owner, argparse.Namespace(workers=arguments.workers, force=False, replaced=())).make()
+
     with parallel.joined(experiment.pretrain.timeout):
         # The first process makes missing inputs; the others wait, however long it takes.
-        parallel.lead(lambda: make_inputs(experiment, arguments.workers), timeout=parallel.DAY)
+        parallel.lead(make_inputs, timeout=parallel.DAY)
         pretrain(experiment, arguments).make()
         log.info(f"next: {experiment.command('sft')}")
 

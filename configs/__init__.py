@@ -54,7 +54,6 @@ SHARED = {  # stages that experiments can share: the settings that must be equal
     "sft": ("sft", "pretrain"),
     "dpo_data": ("dpo.data sft.data.template model.context_length", "tokenizer"),
 }
-DATA = ("tokenizer", "pack", "sft_data", "dpo_data")  # the stages that make data from other data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +109,6 @@ class Experiment:
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
-        for key in self.expected:
-            if key.partition(".")[0] not in DIRECTORIES or "." not in key:
-                raise ValueError(f"expected names {key!r}; expected a stage and a number, such as 'sft.answers.loss'")
 
     @property
     def path(self) -> str:
@@ -150,11 +146,11 @@ class Experiment:
         if name == "dpo" and owner.dpo.reference != "stored":
             needed.remove((owner, "dpo_reference"))
         # Finished data stands without its inputs; those that are still there must still match.
-        stands = name in DATA and not force and stage.read_manifest(owner.directory(name))
-        order = []
+        is_data = name in ("tokenizer", "pack", "sft_data", "dpo_data")
+        stands, order = is_data and not force and stage.read_manifest(owner.directory(name)), []
         for other, need in needed:
             if not stands or stage.read_manifest(other.directory(need)):
-                order += [*other.inputs(need), (other, need)]
+                order += [*other.inputs(need), (other.owner(need), need)]
         return order
 
     def load_tokenizer(self, checkpoint: Path | None = None) -> Tokenizer:
@@ -177,7 +173,7 @@ class Experiment:
         finals = {"pretrain": self.trained("pretrain")}
         for name in ("sft", "dpo"):
             if stage.read_manifest(self.directory(name) / "final"):
-                finals[name] = self.trained(name)
+                finals[name] = self.directory(name) / "final"
         return finals
 
     def latest(self) -> Path:
@@ -215,8 +211,7 @@ def _explain(error: Exception) -> str:
     """An exception in a config, in words; for an unknown field, with the fields that exist."""
     if match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
         for module in list(sys.modules.values()):
-            known = list(getattr(vars(module).get(match[1]), "__dataclass_fields__", ()))
-            if known:
+            if known := list(getattr(vars(module).get(match[1]), "__dataclass_fields__", ())):
                 near = difflib.get_close_matches(match[2], known, n=1)
                 meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 return f"{match[1]} has no field {match[2]!r}; {meant}"
@@ -226,11 +221,11 @@ def _explain(error: Exception) -> str:
 
 def places(name: str, config: type = Experiment, path: str = "") -> list[str]:
     """Where an experiment has a setting: "steps" in pretrain.steps, sft.train.steps and dpo.train.steps."""
-    name, found = {"lr": "learning_rate"}.get(name, name), []
+    paths = []
     for setting, kind in typing.get_type_hints(config).items():
-        if setting == name:
-            found.append(path + setting)
+        if setting == {"lr": "learning_rate"}.get(name, name):
+            paths.append(path + setting)
         for choice in (kind, *typing.get_args(kind)):
             if dataclasses.is_dataclass(choice) and choice is not Experiment:
-                found += places(name, choice, f"{path}{setting}.")
-    return found
+                paths += places(name, choice, f"{path}{setting}.")
+    return paths

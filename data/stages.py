@@ -5,17 +5,15 @@ import data.pack
 import tokenizer.train
 from stage import Step
 
-# experiment: a `configs.Experiment`. switches: those of the command line, with `workers` and `force`.
+# owner: the `configs.Experiment` that owns the stage. switches: of the command line, with `workers` and `force`.
 
 
-def corpus(experiment, switches) -> Step:
-    owner = experiment.owner("corpus")
+def corpus(owner, switches) -> Step:
     job = data.corpus.job(owner.corpus, owner.directory("corpus"), owner.command("corpus"))
     return Step(job, lambda: data.corpus.build(job, owner.corpus, switches.workers, switches.force))
 
 
-def tokenizer_(experiment, switches) -> Step:
-    owner = experiment.owner("tokenizer")
+def tokenizer_(owner, switches) -> Step:
     inputs = owner.tokenizer, owner.directory("corpus"), owner.pack.val_fraction
     job = tokenizer.train.job(*inputs, owner.directory("tokenizer"), owner.command("tokenizer"))
     if owner.imported:  # the tokenizer came with the imported model
@@ -23,8 +21,7 @@ def tokenizer_(experiment, switches) -> Step:
     return Step(job, lambda: tokenizer.train.build(job, *inputs, switches.force, switches.replaced))
 
 
-def pack(experiment, switches) -> Step:
-    owner = experiment.owner("pack")
+def pack(owner, switches) -> Step:
     inputs = owner.pack, owner.directory("corpus"), owner.directory("tokenizer")
     job = data.pack.job(*inputs, owner.directory("pack"), owner.command("pack"))
     return Step(job, lambda: data.pack.build(job, *inputs, switches.workers, switches.force))

