@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -352,25 +351,6 @@ def test_killed_and_restarted_equals_undisturbed(packed: Place, made: Place, mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_random_moments(packed: Place, made: Place, seed):
-    """While it trains, evaluates and saves after every step. Whatever is found then is whole."""
-    packed.edit(("save_every=5", "save_every=1"))
-    chance = random.Random(seed)
-    for _ in range(3):
-        run = packed.start("train.py", packed.config)
-        run.wait_for("schedule")  # the last line before the first step
-        time.sleep(chance.uniform(0.0, 0.2))  # a step with its checkpoint takes about 0.04 s
-        run.kill()
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL, "trained to the end: the moments are badly chosen"
-        for _, directory in checkpoint.steps(packed.runs / "mini/pretrain"):
-            assert stage.damage(directory, stage.read_manifest(directory)["wrote"]) is None
-    packed.run("train.py", packed.config)
-    assert_same_run(packed, made)
-
-
-@pytest.mark.slow
 def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.TempPathFactory):
     """Stopped at a checkpoint, killed, and resumed."""
     packed.edit(("compile=False", "compile=True"))
@@ -400,15 +380,6 @@ def test_signals_save_and_the_message_says_how_to_resume(packed: Place, signum, 
     packed.edit(("steps=100_000", f"steps={step + 3}"))
     assert f"resumed from step {step} " in packed.run("train.py", packed.config).stdout
     assert packed.metrics()[-1]["step"] == step + 3
-
-
-def test_two_runs_cannot_write_to_one_directory(packed: Place):
-    packed.edit(("steps=24", "steps=100_000"))
-    first = packed.start("train.py", packed.config)
-    first.wait_for("step 1 of")
-    assert "another process" in packed.run("train.py", packed.config, status=2).stderr
-    first.kill()
-    first.communicate()
 
 
 def test_force_trains_again_and_a_finished_run_is_up_to_date(trained: Place, made: Place):

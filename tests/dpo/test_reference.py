@@ -18,6 +18,7 @@ from dpo.loss import log_probs
 from dpo.reference import of_pairs
 from tests.conftest import PREFERENCES, Place, write_lines
 from tests.dpo.test_train import adapted, by_hand, done, held_out, prefer, ready, task_of  # noqa: F401
+from tests.test_model import relative
 from tests.test_train import digest, tree
 
 
@@ -28,10 +29,6 @@ def stored(place: Place) -> dict[str, torch.Tensor]:
 def rows(place: Place, split: str) -> PairRows:
     directory = place.runs / "mini/dpo_data"
     return PairRows(directory, split, stage.read_manifest(directory)["counts"])
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def test_stored_numbers_are_those_of_the_fine_tuned_model_by_hand(preferring: Place):

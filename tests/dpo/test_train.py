@@ -16,6 +16,7 @@ import dpo.data
 import dpo.train
 import lora
 import stage
+import tests.dpo.test_loss
 import tokenizer
 from cli import UserError
 from dpo.data import PairRows
@@ -58,15 +59,7 @@ def held_out(place: Place, split: str = "val") -> tuple[torch.Tensor, torch.Tens
     return rows.read(range(rows.count))[:2]
 
 
-def by_hand(model: Transformer, ids: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """log π of the answers, (pairs, 2): answer by answer, from full logits, in float64."""
-    model, sums = model.double(), []
-    with torch.no_grad():
-        for row, (p, c, r) in zip(ids, bounds.tolist(), strict=True):
-            for text in (row[:c], torch.cat([row[:p], row[c:r]])):
-                logits = model(text[None, :-1])[0].log_softmax(-1)
-                sums.append(logits[p - 1 :].gather(1, text[p:, None]).sum())
-    return torch.stack(sums).view(-1, 2)
+by_hand = torch.no_grad()(tests.dpo.test_loss.by_hand)
 
 
 def kl(model: Transformer, reference: Transformer, ids: torch.Tensor, bounds: torch.Tensor) -> float:
@@ -87,13 +80,11 @@ def task_of(place: Place, stored: dict | None = None, **changes) -> dpo.train.Pr
     return dpo.train.PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored)
 
 
-def adapted(place: Place, fill: bool = False) -> Transformer:
+def adapted(place: Place) -> Transformer:
     """The fine-tuned model with a new adapter."""
     torch.manual_seed(0)
     model = checkpoint.load_model(place.runs / "mini/sft/final")
     lora.attach(model, LoRAConfig(rank=3, alpha=6.0, dropout=0.0))
-    for layer in lora.layers(model).values() if fill else ():
-        torch.nn.init.normal_(layer.b["default"], std=0.3)
     return model
 
 
@@ -162,18 +153,6 @@ def test_before_training_nothing_diverges_and_nothing_is_preferred(preferring: P
         assert metrics[name] == 0, name
     assert metrics["val_accuracy"] == 0.5
     assert metrics["val_loss"] == pytest.approx(math.log(2), rel=1e-12)
-
-
-def test_the_divergence_of_a_model_far_from_its_reference(preferring: Place):
-    """Measured on MEASURED held-out pairs at most, spread over all of them."""
-    model, base = adapted(preferring, fill=True), checkpoint.load_model(preferring.runs / "mini/sft/final")
-    ids, bounds = held_out(preferring)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(dpo.train, "MEASURED", 4)
-        measured = task_of(preferring, reference="adapter_off").evaluate(model)["val_kl"]
-        assert dpo.train.divergence(base, ids, bounds, lambda: base) == 0
-    assert measured > 0.01
-    assert measured == pytest.approx(kl(model, base, ids[::3], bounds[::3]), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
@@ -284,14 +263,6 @@ def test_another_base_or_config_is_refused_and_more_steps_continue(done: Place):
 def test_a_wrong_config_is_refused(wrong, error, message):
     with pytest.raises(error, match=f"^{message}"):
         DPOConfig(**wrong)
-
-
-def test_few_pairs_read_often_are_warned_of(preferring: Place, caplog):
-    config = configs.load(preferring.config).dpo.train
-    task_of(preferring, train=replace(config, steps=None, epochs=11))
-    assert re.search(r"training reads 3\d pairs 11 times, so the model learns them by heart", caplog.text)
-    with pytest.raises(UserError, match=r"batch_size is 64, but there are only 3\d pairs to train on; try batch_"):
-        task_of(preferring, train=replace(config, batch_size=64, micro_batch_size=None))
 
 
 @pytest.mark.slow
