@@ -301,7 +301,7 @@ class Transformer(nn.Module):
             return self.head(x)
         # cross-entropy(head(x), targets), in chunks: all N × V logits at once would often take the most memory.
         kernels = self.config.kernels
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), -100, kernels, reduction)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), kernels, reduction)
         return loss if reduction == "mean" else loss.view(targets.shape).clone()  # a copy: FSDP warns of views
 
 
@@ -476,69 +476,65 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
 # -------------------------------------------------------------------------------------------------------- chunked loss
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, kernels="auto", reduction="mean"
-) -> Tensor:
-    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not `ignore_index`."""
-    # x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Gives the mean in float32 or wider, 0
+IGNORED = -100  # the target of a token that is not trained; F.cross_entropy ignores it too
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels="auto", reduction="mean") -> Tensor:
+    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not IGNORED."""
+    # x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or IGNORED. Gives the mean in float32 or wider, 0
     # without targets; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated once.
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
-    learn = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
-    dtype = matmul_dtype(x)
-    loss = LinearCrossEntropy.apply(x, weight, targets, ignore_index, dtype, kernels, reduction == "none", *learn)
-    return loss if reduction == "none" else loss / (targets != ignore_index).sum().clamp_min(1)
+    options = matmul_dtype(x), kernels, reduction == "none"
+    loss = LinearCrossEntropy.apply(x, weight, targets, options, torch.is_grad_enabled())
+    return loss if reduction == "none" else loss / (targets != IGNORED).sum().clamp_min(1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients with the loss, chunk by chunk, so that the logits are never kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, dtype, kernels, per_target, learn_x, learn_weight):
-        ctx.options = ignore_index, dtype, kernels
-        ctx.per_target, ctx.learn_x, ctx.learn_weight = per_target, learn_x, learn_weight
+    def forward(ctx, x, weight, targets, options, learn):
+        ctx.options = options
+        ctx.per_target = options[2]
+        learn_x, learn_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
         # With one loss per target, dw needs `dloss`, so backward computes the logits again.
-        early = learn_weight and not per_target
-        loss, dx, dw = loss_and_gradients(x, weight, targets, ctx.options, per_target, None, learn_x, early)
-        again = (x, weight, targets) if learn_weight and per_target else ()
+        again = (x, weight, targets) if learn_weight and ctx.per_target else ()
+        loss, dx, dw = loss_and_gradients(x, weight, targets, options, None, learn_x, learn_weight and not again)
         ctx.save_for_backward(dx, dw, *again)
-        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         if torch.is_grad_enabled():  # create_graph=True: to autograd, dx and dw are constants
             raise RuntimeError("linear_cross_entropy can be differentiated once only")
-        dx, dw, *inputs = ctx.saved_tensors
-        if ctx.learn_x:
-            factor = dloss[:, None] if ctx.per_target else dloss
-            dx = (dx.to(dloss.dtype) * factor).to(dx.dtype)
-        if inputs:
-            _, _, dw = loss_and_gradients(*inputs, ctx.options, False, dloss, False, True)
-            dw = dw.to(ctx.weight_dtype)
-        elif ctx.learn_weight:
-            dw = (dw * dloss).to(ctx.weight_dtype)
-        return dx, dw, *[None] * 7
+        dx, dw, *again = ctx.saved_tensors
+        if dx is not None:
+            dx = dx.to(dloss.dtype) * (dloss[:, None] if ctx.per_target else dloss)
+        if again:
+            _, _, dw = loss_and_gradients(*again, ctx.options, dloss, False, True)
+        elif dw is not None:
+            dw = dw * dloss
+        return dx, dw, None, None, None  # autograd casts them to the dtypes of x and weight
 
 
-def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x, learn_weight):
+def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weight):
     """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms; and the gradients of x and W, or None."""
-    # options: ignore_index, dtype of the products, kernels. factors: (N,), weights of the terms' gradients; None: 1.
-    ignore_index, dtype, kernels = options
+    # options: dtype of the products, kernels, per_target. factors: (N,), weights of the terms' gradients; None: 1.
+    dtype, kernels, per_target = options
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
     if targets.device.type == "cpu":  # drop ignored rows; a GPU masks them, since counting would wait for it
-        live = targets != ignore_index
+        live = targets != IGNORED
         if not live.all():
             keep = live.nonzero()[:, 0]
-            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
+            targets = targets[keep]
+            keep = keep.to(x.device, non_blocking=True)
             x, factors = x[keep], None if factors is None else factors[keep]
         targets = targets.to(x.device, non_blocking=True)
     loss = x.new_zeros(len(x) if per_target else (), dtype=wide)
     dx = x.new_empty(x.shape) if learn_x else None
-    dw = weight.new_empty(weight.shape, dtype=wide) if learn_weight else None
-    if learn_weight and (x.is_cuda or len(x) == 0):
-        dw.zero_()  # otherwise the first chunk overwrites it
+    dw = weight.new_zeros(weight.shape, dtype=wide) if learn_weight else None
     # One buffer for all chunks: on a CPU, new memory each time would cost more than the arithmetic.
     chunk = 512 if x.device.type == "cpu" else 4096
     buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
@@ -547,7 +543,7 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
             rows = slice(first, min(first + chunk, len(x)))
             x_chunk, logits = x[rows].to(dtype), buffer[: rows.stop - first]
             torch.mm(x_chunk, w.T, out=logits)
-            losses = cross_entropy(logits, targets[rows], ignore_index, kernels)  # logits become their gradient
+            losses = cross_entropy(logits, targets[rows], kernels)  # logits become their gradient
             if per_target:
                 loss[rows] = losses
             else:
@@ -559,25 +555,25 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
             if learn_weight and x.is_cuda and dtype != wide:
                 dw += torch.mm(logits.T, x_chunk, out_dtype=wide)
             elif learn_weight:
-                dw.addmm_(logits.T.to(wide), x_chunk.to(wide), beta=float(first > 0))
+                dw.addmm_(logits.T.to(wide), x_chunk.to(wide))
     if keep is not None:  # the ignored rows have a loss and a gradient of 0
         loss = loss.new_zeros(n).index_copy_(0, keep, loss) if per_target else loss
         dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx) if learn_x else None
     return loss, dx, dw
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`."""
+def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Tensor:
+    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is IGNORED."""
     # logits: (N, V) with contiguous rows, overwritten by the gradient of the losses' sum, softmax − onehot. targets:
     # (N,) int64.
     if use_triton(kernels, logits):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         columns = min(4096, triton.next_power_of_2(logits.shape[1]))
         warps = max(1, min(8, columns // 128))
-        sizes = logits.stride(0), logits.shape[1], ignore_index
-        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
+        sizes = logits.stride(0), logits.shape[1], columns
+        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, num_warps=warps)
         return losses
-    live = targets != ignore_index
+    live = targets != IGNORED
     at = targets.where(live, 0)[:, None]
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, target_logit = p.amax(1, keepdim=True), p.gather(1, at)
@@ -746,7 +742,7 @@ if triton is not None:
         tl.store(dup + at, d * g * sigma, mask=live)
 
     @triton.jit
-    def cross_entropy_kernel(logits, targets, losses, stride, V, ignore_index, C: tl.constexpr):
+    def cross_entropy_kernel(logits, targets, losses, stride, V, C: tl.constexpr):
         """One row per program, read twice: for log Σ exp, then to write the gradient over the logits."""
         # A target outside 0 … V − 1, if not ignored, gives NaN.
         row = tl.program_id(0).to(tl.int64)
@@ -765,7 +761,7 @@ if triton is not None:
             target_logit += tl.sum(tl.where(col == target, x, 0.0), 0)
             largest = new
         log_sum = largest + tl.log(total)
-        live = target != ignore_index
+        live = target != -100  # IGNORED
         tl.store(losses + row, tl.where(live, log_sum - target_logit, 0.0))
         for first in range(0, V, C):
             col = first + tl.arange(0, C)

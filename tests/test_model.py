@@ -156,11 +156,11 @@ def test_cross_entropy_masks_ignored_rows(kernels):
     torch.manual_seed(0)
     logits = torch.randn(5, 8191, device=device)
     logits[0, 3] = -500.0
-    targets = torch.tensor([[3, 1], [-1, 2], [0, 3], [-1, 4], [8190, 5]], device=device)[:, 0]  # not contiguous
+    targets = torch.tensor([[3, 1], [-100, 2], [0, 3], [-100, 4], [8190, 5]], device=device)[:, 0]  # not contiguous
     exact = logits.double().requires_grad_()
-    expected = F.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
+    expected = F.cross_entropy(exact, targets, reduction="none")
     expected.sum().backward()
-    losses = lumi.cross_entropy(logits, targets, -1, kernels)
+    losses = lumi.cross_entropy(logits, targets, kernels)
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
@@ -171,8 +171,8 @@ def test_cross_entropy_kernel_past_2_to_the_31_elements():
     memory = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=device)
     logits, targets = memory.as_strided((3, 64), (2**30 + 1, 1)).normal_(), torch.tensor([5, 0, 63], device=device)
     near = logits.clone()
-    losses = lumi.cross_entropy(logits, targets, -100, "triton")
-    assert torch.equal(losses, lumi.cross_entropy(near, targets, -100, "triton"))
+    losses = lumi.cross_entropy(logits, targets, "triton")
+    assert torch.equal(losses, lumi.cross_entropy(near, targets, "triton"))
     assert torch.equal(logits, near)
 
 
@@ -192,7 +192,7 @@ cases = [
     (model.swiglu_forward_kernel, swiglu, {"C": 1024}),
     (model.swiglu_backward_kernel, swiglu, {"C": 1024}),
     (model.cross_entropy_kernel, {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i32", "V": "i32",
-     "ignore_index": "i32", "C": "constexpr"}, {"C": 4096}),
+     "C": "constexpr"}, {"C": 4096}),
 ]
 for kernel, types, constants in cases:
     types = {name: types[name] for name in kernel.arg_names}
@@ -290,8 +290,8 @@ def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, re
 def test_loss_passes_gradcheck_and_frozen_inputs_get_no_gradient(reduction):
     torch.manual_seed(0)
     x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
-    targets = torch.tensor([3, 6, -7, 0, 1])
-    loss = lambda x, w: lumi.linear_cross_entropy(x, w, targets, -7, reduction=reduction)  # noqa: E731
+    targets = torch.tensor([3, 6, -100, 0, 1])
+    loss = lambda x, w: lumi.linear_cross_entropy(x, w, targets, reduction=reduction)  # noqa: E731
     for learn_x, learn_weight in ((True, True), (True, False), (False, True)):
         assert torch.autograd.gradcheck(loss, (x.requires_grad_(learn_x), weight.requires_grad_(learn_weight)))
     assert not loss(x.requires_grad_(False), weight.requires_grad_(False)).requires_grad
