@@ -10,7 +10,6 @@
 
 import itertools
 import math
-import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -62,9 +61,6 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}")
         if self.kernels not in ("auto", "triton", "torch"):
             raise ValueError(f'kernels is {self.kernels!r}; expected "auto", "triton" or "torch"')
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if self.kernels == "triton" and (triton is None or not (interpreted or torch.cuda.is_available())):
-            raise ValueError('kernels is "triton", which needs the package triton and a GPU; expected "auto" here')
 
     @property
     def head_dim(self) -> int:
@@ -287,8 +283,7 @@ class Transformer(nn.Module):
         if mask is None:
             return Packed(self, positions, tokens.device)
         at = positions.to(tokens.device, non_blocking=True)
-        if not self.causal:  # the mask separates texts, `sees` adds its rule
-            mask = mask & sees(at[:, None, :, None], at[:, None, None, :])
+        mask = mask & sees(at[:, None, :, None], at[:, None, None, :])  # the mask separates texts, `sees` adds its rule
         return Layout(self.cos[at], self.sin[at], mask)
 
     def forward(self, tokens: Tensor, targets=None, cache=None, positions=None, reduction="mean") -> Tensor:
@@ -332,14 +327,13 @@ class KVCache:
     def __init__(self, model: Transformer, batch_size: int, length: int):
         c = model.config
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
-        self.k = torch.zeros(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)  # see `clear`
-        self.v = torch.zeros_like(self.k)
+        self.k = model.embed.weight.new_zeros(shape)  # see `clear`
+        self.v = model.embed.weight.new_zeros(shape)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
 
     def __getitem__(self, texts: slice) -> "KVCache":
         view = object.__new__(KVCache)
-        view.k, view.v = self.k[:, texts], self.v[:, texts]
-        view.used = self.used[texts]
+        view.k, view.v, view.used = self.k[:, texts], self.v[:, texts], self.used[texts]
         return view
 
     @property
@@ -348,11 +342,10 @@ class KVCache:
 
     def move(self, source: int, target: int) -> None:
         """Moves a text to another row, which must be clear."""
-        used = int(self.used[source])
-        self.k[:, target, :, :used] = self.k[:, source, :, :used]
-        self.v[:, target, :, :used] = self.v[:, source, :, :used]
+        self.k[:, target] = self.k[:, source]
+        self.v[:, target] = self.v[:, source]
+        self.used[target] = self.used[source]
         self.clear(source)
-        self.used[target] = used
 
     def clear(self, text: int) -> None:
         """Forgets a text. Its slots become 0: a NaN there would survive masking, because 0 × NaN is NaN."""
@@ -371,8 +364,7 @@ class Cached(Layout):
         room = min(cache.length, model.config.context_length)
         if end > room:
             raise ValueError(f"{end} tokens; the cache and the context hold {room}")
-        at = positions.to(device)
-        mask = None
+        at, mask = positions.to(device), None
         equally_long = cache.used.min() == cache.used.max()
         if not (model.causal and equally_long and T in (1, end)):  # one new token sees its whole text
             mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
@@ -388,8 +380,7 @@ class Cached(Layout):
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
         self.layer += 1
         for held, new in ((keys, k), (values, v)):
-            slots = held.view(-1, held.shape[-1])  # (B · K · length, E)
-            slots.index_copy_(0, self.slots, new.flatten(0, 2))
+            held.view(-1, held.shape[-1]).index_copy_(0, self.slots, new.flatten(0, 2))  # (B · K · length, E)
         keys, values = keys[:, :, : self.end], values[:, :, : self.end]
         return softmax_attention(q, keys, values, self.mask, self.causal)
 
@@ -443,8 +434,7 @@ class Packed(Layout):
             y = softmax_attention(q_batch, k_batch, v_batch, mask, self.causal)  # (texts, H, longest, E)
             outputs.append(y.transpose(1, 2).flatten(0, 1))
         y = torch.cat(outputs).index_select(0, self.places)  # (B · T, H, E)
-        B, H, T, E = q.shape
-        return y.view(B, T, H, E).transpose(1, 2)
+        return y.view_as(q.transpose(1, 2)).transpose(1, 2)
 
     def batches(self, x: Tensor) -> list[Tensor]:
         """x (B, H, T, E) as batches of texts, (texts, H, longest, E) each."""
@@ -681,9 +671,7 @@ if triton is not None:
         return tl.load(tensor + at, mask=live, other=other).to(tl.float32)
 
     @triton.jit
-    def rms_norm_forward_kernel(
-        x, weight, y, scale, rows, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-    ):  # fmt: skip
+    def rms_norm_forward_kernel(x, weight, y, scale, rows, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
         col = tl.arange(0, C)
         at = row[:, None] * D + col[None, :]
@@ -697,9 +685,7 @@ if triton is not None:
         tl.store(scale + row, s, mask=row < rows)
 
     @triton.jit
-    def rms_norm_backward_kernel(
-        x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-    ):  # fmt: skip
+    def rms_norm_backward_kernel(x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂."""
         # Each program sums dw over its rows into a float32 row of its own; the caller adds these in a fixed order.
         program = tl.program_id(0).to(tl.int64)

@@ -426,8 +426,8 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
         checkpoint.read(start, "state.pt")
         step = stage.read_manifest(start)["counts"]["step"]
         if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
-            names = ", ".join(later)
-            raise UserError(f"{start} is older than {names} in {job.directory}; move these away, or rename the run")
+            newer = f"{', '.join(later)} in {job.directory}"
+            raise UserError(f"{start} is older than {newer}; move these away, or rename the run")
     if start is not None:
         job.must_match(start)
     return start

@@ -83,13 +83,6 @@ def test_impossible_configs_are_refused(field, value, error):
         dataclasses.replace(SMALL, **{field: value})
 
 
-@pytest.mark.skipif(device == "cuda", reason="there is a GPU")
-def test_triton_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match="needs the package triton and a GPU"):
-        dataclasses.replace(SMALL, kernels="triton")
-
-
 # ------------------------------------------------------------------------------------------------------------- kernels
 # On a CPU, Triton's interpreter runs the kernels.
 
