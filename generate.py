@@ -51,11 +51,8 @@ class Sampling:
         logits = self.penalised(logits, seen)
         if self.temperature == 0:
             return int(logits.argmax())
-        highest = logits.max()
-        if not highest.isfinite():
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; logits overflow, choose it nearer to 1")
         # Subtracting the highest logit avoids overflow. At temperatures below 1e-30 the differences would overflow too.
-        p = torch.softmax((logits - highest) / max(self.temperature, 1e-30), 0)  # (V,)
+        p = torch.softmax((logits - logits.max()) / max(self.temperature, 1e-30), 0)  # (V,)
         ids = self.candidates(p)
         kept = p if ids is None else p[ids]
         # Draw a point on the cumulative sum. In float32, the smallest probabilities could vanish from the sum.

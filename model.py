@@ -8,6 +8,7 @@
 # Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads,
 # E head dimension, V vocabulary.
 
+import copy
 import itertools
 import math
 from dataclasses import dataclass, fields
@@ -325,20 +326,16 @@ class KVCache:
     # CPU, each text's number of tokens. `cache[a:b]` is a view of texts a to b − 1.
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
-        c = model.config
+        c, self.length = model.config, length
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
         self.k = model.embed.weight.new_zeros(shape)  # see `clear`
         self.v = model.embed.weight.new_zeros(shape)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
 
     def __getitem__(self, texts: slice) -> "KVCache":
-        view = object.__new__(KVCache)
+        view = copy.copy(self)
         view.k, view.v, view.used = self.k[:, texts], self.v[:, texts], self.used[texts]
         return view
-
-    @property
-    def length(self) -> int:
-        return self.k.shape[3]
 
     def move(self, source: int, target: int) -> None:
         """Moves a text to another row, which must be clear."""
@@ -370,17 +367,15 @@ class Cached(Layout):
             mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
         super().__init__(model.cos[at], model.sin[at], mask)
         self.causal = mask is None and end == T
-        self.cache, self.end = cache, end
+        self.cache, self.end, self.at = cache, end, at
+        self.rows = torch.arange(len(at), device=device)[:, None]  # (B, 1)
         self.layer = 0  # blocks call `attend` in order, once each
-        B, K = cache.k.shape[1:3]
-        first_slot = cache.length * torch.arange(B * K, device=device).view(B, K, 1)
-        self.slots = (first_slot + at[:, None]).flatten()  # where a layer's new keys go: (B · K · T,)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
         self.layer += 1
-        for held, new in ((keys, k), (values, v)):
-            held.view(-1, held.shape[-1]).index_copy_(0, self.slots, new.flatten(0, 2))  # (B · K · length, E)
+        keys[self.rows, :, self.at] = k.transpose(1, 2)  # (B, T, K, E)
+        values[self.rows, :, self.at] = v.transpose(1, 2)
         keys, values = keys[:, :, : self.end], values[:, :, : self.end]
         return softmax_attention(q, keys, values, self.mask, self.causal)
 
@@ -398,11 +393,9 @@ class Packed(Layout):
         super().__init__(model.cos[at], model.sin[at], None)
         self.causal = model.causal
         batches: list[list[tuple[int, int, int, int]]] = []
-        longest = math.inf
         for text in sorted(texts_in(positions.cpu()), reverse=True):  # the longest first
-            if text[0] < 0.8 * longest:
+            if not batches or text[0] < 0.8 * batches[-1][0][0]:
                 batches.append([])
-                longest = text[0]
             batches[-1].append(text)
         # A batch has texts × longest places, numbered from 0 over all batches. `tokens`: the token in each place.
         # `places`: the place of each of the B · T tokens. `shapes`: (texts, longest) of each batch.

@@ -108,7 +108,7 @@ def test_a_stop_token_ends_the_text():
 
 NO_IDS = [([], {}), ([-1], {}), ([97], {}), ([1, 2**40], {})]
 WRONG = [{"temperature": math.nan}, {"top_p": 0}, {"top_k": 0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}]
-WRONG += [{"no_repeat_ngram": 0}, {"seed": -1}, {"repetition_penalty": 1e-300, "seed": 1}]
+WRONG += [{"no_repeat_ngram": 0}, {"seed": -1}]
 
 
 @pytest.mark.parametrize(("ids", "options"), NO_IDS + [([1], options) for options in WRONG])
