@@ -162,10 +162,15 @@ def train(
 ) -> None:  # fmt: skip
     """Teaches the base, unless that is done. reference: the directory of dpo.reference, read only if it is "stored"."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
-    taught = checkpoint.template(base.checkpoint)
-    if taught not in (None, template):
-        differ = f"learnt to answer in the template {taught!r}, but the pairs are written in {template!r}"
-        raise UserError(f"{base.checkpoint} {differ}; set template of sft.data to {taught!r}")
+    must_be_taught(base.checkpoint, template)
     stored = dpo.reference.load(reference) if config.reference == "stored" else None
     task = PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored)
     finetune.tune(job, base, task, config.lora, force, resume)
+
+
+def must_be_taught(base: Path, template: str) -> None:
+    """UserError if the base learnt to answer in another template than the pairs are written in."""
+    taught = checkpoint.template(base)
+    if taught not in (None, template):
+        differ = f"learnt to answer in the template {taught!r}, but the pairs are written in {template!r}"
+        raise UserError(f"{base} {differ}; set template of sft.data to {taught!r}")
