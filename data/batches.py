@@ -143,9 +143,7 @@ class Mixture:
         return rows
 
     def _phase(self, sample: int) -> tuple:
-        for phase in reversed(self.phases):
-            if phase[0] <= sample:
-                return phase
+        return next(phase for phase in reversed(self.phases) if phase[0] <= sample)
 
     def drawn(self, sample: int) -> tuple[str, int]:
         """The set and the window of a sample, counted from 0 over all batches."""
