@@ -121,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def sees(query: Tensor, key: Tensor) -> Tensor:
     """True where a query sees a key. Both are positions in their text: int64, in shapes that broadcast."""
-    # One rule for training, decoding, packed rows and evaluation. Try a window: (key <= query) & (query - key < 64).
+    # One rule for training, decoding, packed rows and evaluation. Try a window of 64 keys: docs/changing.md.
     # Causal: a position must not see later tokens, because those are what the model must learn to predict.
     return key <= query
 
