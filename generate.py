@@ -6,7 +6,7 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -51,11 +51,8 @@ class Sampling:
         logits = self.penalised(logits, seen)
         if self.temperature == 0:
             return int(logits.argmax())
-        highest = logits.max()
-        if not highest.isfinite():
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; logits overflow, choose it nearer to 1")
         # Subtracting the highest logit avoids overflow. At temperatures below 1e-30 the differences would overflow too.
-        p = torch.softmax((logits - highest) / max(self.temperature, 1e-30), 0)  # (V,)
+        p = torch.softmax((logits - logits.max()) / max(self.temperature, 1e-30), 0)  # (V,)
         ids = self.candidates(p)
         kept = p if ids is None else p[ids]
         # Draw a point on the cumulative sum. In float32, the smallest probabilities could vanish from the sum.
@@ -66,7 +63,7 @@ class Sampling:
 
     def candidates(self, p: Tensor) -> Tensor | None:
         """The ids that top_k, top_p and min_p leave, the likeliest first; None: all of them. p: (V,) probabilities."""
-        top_p = 1.0 if self.top_p is None else self.top_p
+        top_p = self.top_p or 1.0
         if self.top_k is None and self.min_p is None and top_p == 1:
             return None
         p = p.numpy()
@@ -96,63 +93,47 @@ class Sampling:
             # A negative logit has to be multiplied: dividing it would make the token likelier.
             logits = logits.index_put((ids,), torch.where(old > 0, old / penalty, old * penalty))
         if self.no_repeat_ngram is not None:
-            banned = self.would_repeat(seen)
+            before = self.no_repeat_ngram - 1
+            last = seen[len(seen) - before :]  # the last n − 1 tokens
+            banned = set()  # what came after these tokens earlier in the text
+            for i in range(before, len(seen)):
+                if seen[i - before : i] == last:
+                    banned.add(seen[i])
             if 0 < len(banned) < len(logits):
                 logits = logits.index_fill(0, torch.tensor(sorted(banned)), -math.inf)
         return logits
-
-    def would_repeat(self, seen: Sequence[int]) -> set[int]:
-        """The ids that would repeat a run of `no_repeat_ngram` tokens of the text."""
-        n = self.no_repeat_ngram
-        start = list(seen[len(seen) - n + 1 :]) if n > 1 else []  # the last n − 1 tokens
-        banned = set()
-        for i in range(len(seen) - n + 1):
-            if list(seen[i : i + n - 1]) == start:
-                banned.add(seen[i + n - 1])
-        return banned
 
 
 # ----------------------------------------------------------------------------------------------------- the short way in
 
 
-def generate(model: Transformer, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
-    """The new ids after a prompt, or a list of them for each of several prompts. options: see `stream`."""
+def generate(
+    model: Transformer, ids: Sequence, max_new_tokens: int, *, seed=None, stop: Collection[int] = (), **options
+) -> list:
+    """The new ids after a prompt, or for several prompts a list of them for each."""
+    # seed: None draws differently each time. stop: ids that end a text; they are not returned. options: fields of
+    # `Sampling`. Raises ValueError for impossible arguments.
     if isinstance(ids, (Tensor, np.ndarray)):
         ids = ids.tolist()
     single = not ids or isinstance(ids[0], Integral)
     prompts = [ids] if single else ids
-    new = [[] for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, **options):
-        for text, token in step:
-            new[text].append(token)
-    return new[0] if single else new
-
-
-def stream(
-    model: Transformer, prompts: Sequence, max_new_tokens: int, *, seed=None, stop: Collection[int] = (), **options
-) -> Iterator[list[tuple[int, int]]]:
-    """Continues several prompts together. Yields each step's pairs (number of the prompt, new id) until all end."""
-    # seed: one for all texts, or one for each; None draws differently each time. stop: ids that end a text; they are
-    # not yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
     sampling = Sampling(**options)
-    seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seed is {seed}; expected one for all or one for each of {len(prompts)}")
     longest = max(map(len, prompts), default=0)
     decoder = Decoder(model, len(prompts), min(model.config.context_length, longest + max_new_tokens))
-    number: dict[Continuation, int] = {}
-    for prompt, text_seed in zip(prompts, seeds, strict=True):
-        text = Continuation(prompt, max_new_tokens, sampling, text_seed, stop)
-        number[text] = len(number)
+    texts = []
+    for prompt in prompts:
+        text = Continuation(prompt, max_new_tokens, sampling, seed, stop)
         decoder.add(text)
+        texts.append(text)
     while decoder:
-        pairs = []
-        for text, token in decoder.step():
-            if text.error:
-                raise text.error
-            if token not in stop:
-                pairs.append((number[text], token))
-        yield pairs
+        decoder.step()
+    new = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        if text.error:
+            raise text.error
+        end = -1 if text.ended == "stop" else None
+        new.append(text.ids[len(prompt) : end])
+    return new[0] if single else new
 
 
 # ----------------------------------------------------------------------------------------------------- many at once

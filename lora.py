@@ -155,23 +155,19 @@ def attach(model: Transformer, config: LoRAConfig, name: str = "default") -> Non
     if not name or "." in name or name in adapters(model):
         raise ValueError(f"the adapter's name is {name!r}; expected one without a dot that no other adapter has")
     # By name, not by class: if you rewrite attention or the feed-forward network, their layers are found too.
-    paths: dict[str, list[str]] = {}  # {"q": ["blocks.0.attn.q", …], …, "head": ["head"]}
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            paths.setdefault(path.rpartition(".")[2], []).append(path)
-    if missing := [target for target in config.targets if target not in paths]:
+    linear = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in linear))  # q, k, v, …, head
+    if missing := [target for target in config.targets if target not in names]:
         raise UserError(
-            f"targets names {', '.join(map(repr, missing))}; the model has {', '.join(paths)}: "
-            f"set lora=LoRAConfig(targets={tuple(paths)})"
+            f"targets names {', '.join(map(repr, missing))}; the model has {', '.join(names)}: "
+            f"set lora=LoRAConfig(targets={tuple(names)})"
         )
     unmerge(model)
     model.requires_grad_(False)
-    chosen = [path for target in config.targets for path in paths[target]]
-    # Block by block, because the order of random draws is part of a run's result; the head is last.
-    for path in sorted(chosen, key=lambda path: math.inf if path == "head" else int(path.split(".")[1])):
-        if path == "head" and model.config.tie_embeddings:
+    # In the model's order, because the order of random draws is part of a run's result.
+    for path, layer in linear:
+        if path.rpartition(".")[2] not in config.targets or (path == "head" and model.config.tie_embeddings):
             continue
-        layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
             layer = LoRAHead(layer) if path == "head" else LoRALinear(layer)
             model.set_submodule(path, layer)

@@ -8,9 +8,9 @@
 # Letters in shape comments: B batch, T tokens, S keys, N = B · T rows, D d_model, H query heads, K key-value heads,
 # E head dimension, V vocabulary.
 
+import copy
 import itertools
 import math
-import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -62,9 +62,6 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}")
         if self.kernels not in ("auto", "triton", "torch"):
             raise ValueError(f'kernels is {self.kernels!r}; expected "auto", "triton" or "torch"')
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if self.kernels == "triton" and (triton is None or not (interpreted or torch.cuda.is_available())):
-            raise ValueError('kernels is "triton", which needs the package triton and a GPU; expected "auto" here')
 
     @property
     def head_dim(self) -> int:
@@ -124,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def sees(query: Tensor, key: Tensor) -> Tensor:
     """True where a query sees a key. Both are positions in their text: int64, in shapes that broadcast."""
-    # One rule for training, decoding, packed rows and evaluation. Try a window: (key <= query) & (query - key < 64).
+    # One rule for training, decoding, packed rows and evaluation. Try a window of 64 keys: docs/changing.md.
     # Causal: a position must not see later tokens, because those are what the model must learn to predict.
     return key <= query
 
@@ -287,8 +284,7 @@ class Transformer(nn.Module):
         if mask is None:
             return Packed(self, positions, tokens.device)
         at = positions.to(tokens.device, non_blocking=True)
-        if not self.causal:  # the mask separates texts, `sees` adds its rule
-            mask = mask & sees(at[:, None, :, None], at[:, None, None, :])
+        mask = mask & sees(at[:, None, :, None], at[:, None, None, :])  # the mask separates texts, `sees` adds its rule
         return Layout(self.cos[at], self.sin[at], mask)
 
     def forward(self, tokens: Tensor, targets=None, cache=None, positions=None, reduction="mean") -> Tensor:
@@ -301,7 +297,7 @@ class Transformer(nn.Module):
             return self.head(x)
         # cross-entropy(head(x), targets), in chunks: all N × V logits at once would often take the most memory.
         kernels = self.config.kernels
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), -100, kernels, reduction)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), kernels, reduction)
         return loss if reduction == "mean" else loss.view(targets.shape).clone()  # a copy: FSDP warns of views
 
 
@@ -330,29 +326,23 @@ class KVCache:
     # CPU, each text's number of tokens. `cache[a:b]` is a view of texts a to b − 1.
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
-        c = model.config
+        c, self.length = model.config, length
         shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
-        self.k = torch.zeros(shape, dtype=model.embed.weight.dtype, device=model.embed.weight.device)  # see `clear`
-        self.v = torch.zeros_like(self.k)
+        self.k = model.embed.weight.new_zeros(shape)  # see `clear`
+        self.v = model.embed.weight.new_zeros(shape)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
 
     def __getitem__(self, texts: slice) -> "KVCache":
-        view = object.__new__(KVCache)
-        view.k, view.v = self.k[:, texts], self.v[:, texts]
-        view.used = self.used[texts]
+        view = copy.copy(self)
+        view.k, view.v, view.used = self.k[:, texts], self.v[:, texts], self.used[texts]
         return view
-
-    @property
-    def length(self) -> int:
-        return self.k.shape[3]
 
     def move(self, source: int, target: int) -> None:
         """Moves a text to another row, which must be clear."""
-        used = int(self.used[source])
-        self.k[:, target, :, :used] = self.k[:, source, :, :used]
-        self.v[:, target, :, :used] = self.v[:, source, :, :used]
+        self.k[:, target] = self.k[:, source]
+        self.v[:, target] = self.v[:, source]
+        self.used[target] = self.used[source]
         self.clear(source)
-        self.used[target] = used
 
     def clear(self, text: int) -> None:
         """Forgets a text. Its slots become 0: a NaN there would survive masking, because 0 × NaN is NaN."""
@@ -371,25 +361,21 @@ class Cached(Layout):
         room = min(cache.length, model.config.context_length)
         if end > room:
             raise ValueError(f"{end} tokens; the cache and the context hold {room}")
-        at = positions.to(device)
-        mask = None
+        at, mask = positions.to(device), None
         equally_long = cache.used.min() == cache.used.max()
         if not (model.causal and equally_long and T in (1, end)):  # one new token sees its whole text
             mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
         super().__init__(model.cos[at], model.sin[at], mask)
         self.causal = mask is None and end == T
-        self.cache, self.end = cache, end
+        self.cache, self.end, self.at = cache, end, at
+        self.rows = torch.arange(len(at), device=device)[:, None]  # (B, 1)
         self.layer = 0  # blocks call `attend` in order, once each
-        B, K = cache.k.shape[1:3]
-        first_slot = cache.length * torch.arange(B * K, device=device).view(B, K, 1)
-        self.slots = (first_slot + at[:, None]).flatten()  # where a layer's new keys go: (B · K · T,)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
         self.layer += 1
-        for held, new in ((keys, k), (values, v)):
-            slots = held.view(-1, held.shape[-1])  # (B · K · length, E)
-            slots.index_copy_(0, self.slots, new.flatten(0, 2))
+        keys[self.rows, :, self.at] = k.transpose(1, 2)  # (B, T, K, E)
+        values[self.rows, :, self.at] = v.transpose(1, 2)
         keys, values = keys[:, :, : self.end], values[:, :, : self.end]
         return softmax_attention(q, keys, values, self.mask, self.causal)
 
@@ -407,11 +393,9 @@ class Packed(Layout):
         super().__init__(model.cos[at], model.sin[at], None)
         self.causal = model.causal
         batches: list[list[tuple[int, int, int, int]]] = []
-        longest = math.inf
         for text in sorted(texts_in(positions.cpu()), reverse=True):  # the longest first
-            if text[0] < 0.8 * longest:
+            if not batches or text[0] < 0.8 * batches[-1][0][0]:
                 batches.append([])
-                longest = text[0]
             batches[-1].append(text)
         # A batch has texts × longest places, numbered from 0 over all batches. `tokens`: the token in each place.
         # `places`: the place of each of the B · T tokens. `shapes`: (texts, longest) of each batch.
@@ -443,8 +427,7 @@ class Packed(Layout):
             y = softmax_attention(q_batch, k_batch, v_batch, mask, self.causal)  # (texts, H, longest, E)
             outputs.append(y.transpose(1, 2).flatten(0, 1))
         y = torch.cat(outputs).index_select(0, self.places)  # (B · T, H, E)
-        B, H, T, E = q.shape
-        return y.view(B, T, H, E).transpose(1, 2)
+        return y.view_as(q.transpose(1, 2)).transpose(1, 2)
 
     def batches(self, x: Tensor) -> list[Tensor]:
         """x (B, H, T, E) as batches of texts, (texts, H, longest, E) each."""
@@ -476,69 +459,65 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
 # -------------------------------------------------------------------------------------------------------- chunked loss
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, kernels="auto", reduction="mean"
-) -> Tensor:
-    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not `ignore_index`."""
-    # x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or `ignore_index`. Gives the mean in float32 or wider, 0
+IGNORED = -100  # the target of a token that is not trained; F.cross_entropy ignores it too
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels="auto", reduction="mean") -> Tensor:
+    """Cross-entropy, in nats, of `F.linear(x, weight)` against the `targets` that are not IGNORED."""
+    # x: (N, D), weight: (V, D), targets: (N,) int64 in [0, V) or IGNORED. Gives the mean in float32 or wider, 0
     # without targets; with the reduction "none" the losses, (N,), 0 where ignored. It can be differentiated once.
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean" or "none"')
-    learn = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
-    dtype = matmul_dtype(x)
-    loss = LinearCrossEntropy.apply(x, weight, targets, ignore_index, dtype, kernels, reduction == "none", *learn)
-    return loss if reduction == "none" else loss / (targets != ignore_index).sum().clamp_min(1)
+    options = matmul_dtype(x), kernels, reduction == "none"
+    loss = LinearCrossEntropy.apply(x, weight, targets, options, torch.is_grad_enabled())
+    return loss if reduction == "none" else loss / (targets != IGNORED).sum().clamp_min(1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients with the loss, chunk by chunk, so that the logits are never kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, dtype, kernels, per_target, learn_x, learn_weight):
-        ctx.options = ignore_index, dtype, kernels
-        ctx.per_target, ctx.learn_x, ctx.learn_weight = per_target, learn_x, learn_weight
+    def forward(ctx, x, weight, targets, options, learn):
+        ctx.options = options
+        ctx.per_target = options[2]
+        learn_x, learn_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
         # With one loss per target, dw needs `dloss`, so backward computes the logits again.
-        early = learn_weight and not per_target
-        loss, dx, dw = loss_and_gradients(x, weight, targets, ctx.options, per_target, None, learn_x, early)
-        again = (x, weight, targets) if learn_weight and per_target else ()
+        again = (x, weight, targets) if learn_weight and ctx.per_target else ()
+        loss, dx, dw = loss_and_gradients(x, weight, targets, options, None, learn_x, learn_weight and not again)
         ctx.save_for_backward(dx, dw, *again)
-        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         if torch.is_grad_enabled():  # create_graph=True: to autograd, dx and dw are constants
             raise RuntimeError("linear_cross_entropy can be differentiated once only")
-        dx, dw, *inputs = ctx.saved_tensors
-        if ctx.learn_x:
-            factor = dloss[:, None] if ctx.per_target else dloss
-            dx = (dx.to(dloss.dtype) * factor).to(dx.dtype)
-        if inputs:
-            _, _, dw = loss_and_gradients(*inputs, ctx.options, False, dloss, False, True)
-            dw = dw.to(ctx.weight_dtype)
-        elif ctx.learn_weight:
-            dw = (dw * dloss).to(ctx.weight_dtype)
-        return dx, dw, *[None] * 7
+        dx, dw, *again = ctx.saved_tensors
+        if dx is not None:
+            dx = dx.to(dloss.dtype) * (dloss[:, None] if ctx.per_target else dloss)
+        if again:
+            _, _, dw = loss_and_gradients(*again, ctx.options, dloss, False, True)
+        elif dw is not None:
+            dw = dw * dloss
+        return dx, dw, None, None, None  # autograd casts them to the dtypes of x and weight
 
 
-def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x, learn_weight):
+def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weight):
     """Σ_t −log softmax(x_t · Wᵀ)[target_t], or with `per_target` its terms; and the gradients of x and W, or None."""
-    # options: ignore_index, dtype of the products, kernels. factors: (N,), weights of the terms' gradients; None: 1.
-    ignore_index, dtype, kernels = options
+    # options: dtype of the products, kernels, per_target. factors: (N,), weights of the terms' gradients; None: 1.
+    dtype, kernels, per_target = options
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
     if targets.device.type == "cpu":  # drop ignored rows; a GPU masks them, since counting would wait for it
-        live = targets != ignore_index
+        live = targets != IGNORED
         if not live.all():
             keep = live.nonzero()[:, 0]
-            targets, keep = targets[keep], keep.to(x.device, non_blocking=True)
+            targets = targets[keep]
+            keep = keep.to(x.device, non_blocking=True)
             x, factors = x[keep], None if factors is None else factors[keep]
         targets = targets.to(x.device, non_blocking=True)
     loss = x.new_zeros(len(x) if per_target else (), dtype=wide)
     dx = x.new_empty(x.shape) if learn_x else None
-    dw = weight.new_empty(weight.shape, dtype=wide) if learn_weight else None
-    if learn_weight and (x.is_cuda or len(x) == 0):
-        dw.zero_()  # otherwise the first chunk overwrites it
+    dw = weight.new_zeros(weight.shape, dtype=wide) if learn_weight else None
     # One buffer for all chunks: on a CPU, new memory each time would cost more than the arithmetic.
     chunk = 512 if x.device.type == "cpu" else 4096
     buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
@@ -547,7 +526,7 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
             rows = slice(first, min(first + chunk, len(x)))
             x_chunk, logits = x[rows].to(dtype), buffer[: rows.stop - first]
             torch.mm(x_chunk, w.T, out=logits)
-            losses = cross_entropy(logits, targets[rows], ignore_index, kernels)  # logits become their gradient
+            losses = cross_entropy(logits, targets[rows], kernels)  # logits become their gradient
             if per_target:
                 loss[rows] = losses
             else:
@@ -559,25 +538,25 @@ def loss_and_gradients(x, weight, targets, options, per_target, factors, learn_x
             if learn_weight and x.is_cuda and dtype != wide:
                 dw += torch.mm(logits.T, x_chunk, out_dtype=wide)
             elif learn_weight:
-                dw.addmm_(logits.T.to(wide), x_chunk.to(wide), beta=float(first > 0))
+                dw.addmm_(logits.T.to(wide), x_chunk.to(wide))
     if keep is not None:  # the ignored rows have a loss and a gradient of 0
         loss = loss.new_zeros(n).index_copy_(0, keep, loss) if per_target else loss
         dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx) if learn_x else None
     return loss, dx, dw
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, kernels: str = "auto") -> Tensor:
-    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is `ignore_index`."""
+def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Tensor:
+    """−log softmax(logits)[target] of each row, (N,) in float32 or wider; 0 where the target is IGNORED."""
     # logits: (N, V) with contiguous rows, overwritten by the gradient of the losses' sum, softmax − onehot. targets:
     # (N,) int64.
     if use_triton(kernels, logits):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         columns = min(4096, triton.next_power_of_2(logits.shape[1]))
         warps = max(1, min(8, columns // 128))
-        sizes = logits.stride(0), logits.shape[1], ignore_index
-        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, C=columns, num_warps=warps)
+        sizes = logits.stride(0), logits.shape[1], columns
+        cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, num_warps=warps)
         return losses
-    live = targets != ignore_index
+    live = targets != IGNORED
     at = targets.where(live, 0)[:, None]
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, target_logit = p.amax(1, keepdim=True), p.gather(1, at)
@@ -685,9 +664,7 @@ if triton is not None:
         return tl.load(tensor + at, mask=live, other=other).to(tl.float32)
 
     @triton.jit
-    def rms_norm_forward_kernel(
-        x, weight, y, scale, rows, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-    ):  # fmt: skip
+    def rms_norm_forward_kernel(x, weight, y, scale, rows, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
         col = tl.arange(0, C)
         at = row[:, None] * D + col[None, :]
@@ -701,9 +678,7 @@ if triton is not None:
         tl.store(scale + row, s, mask=row < rows)
 
     @triton.jit
-    def rms_norm_backward_kernel(
-        x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-    ):  # fmt: skip
+    def rms_norm_backward_kernel(x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂."""
         # Each program sums dw over its rows into a float32 row of its own; the caller adds these in a fixed order.
         program = tl.program_id(0).to(tl.int64)
@@ -746,7 +721,7 @@ if triton is not None:
         tl.store(dup + at, d * g * sigma, mask=live)
 
     @triton.jit
-    def cross_entropy_kernel(logits, targets, losses, stride, V, ignore_index, C: tl.constexpr):
+    def cross_entropy_kernel(logits, targets, losses, stride, V, C: tl.constexpr):
         """One row per program, read twice: for log Σ exp, then to write the gradient over the logits."""
         # A target outside 0 … V − 1, if not ignored, gives NaN.
         row = tl.program_id(0).to(tl.int64)
@@ -765,7 +740,7 @@ if triton is not None:
             target_logit += tl.sum(tl.where(col == target, x, 0.0), 0)
             largest = new
         log_sum = largest + tl.log(total)
-        live = target != ignore_index
+        live = target != -100  # IGNORED
         tl.store(losses + row, tl.where(live, log_sum - target_logit, 0.0))
         for first in range(0, V, C):
             col = first + tl.arange(0, C)

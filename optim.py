@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+import parallel
 from model import Transformer
 
 # After the warm-up a schedule falls from 1 (peak) to 0 (min_lr). config: TrainConfig. Add your own to SCHEDULES.
@@ -105,29 +106,23 @@ class Muon(torch.optim.Optimizer):
         # The iteration tolerates rounding, so use bfloat16 on a GPU that has it in hardware.
         if batch.is_cuda and torch.cuda.get_device_capability(batch.device) >= (8, 0):
             batch = batch.bfloat16()
-        # FSDP splits matrices by rows, but the iteration needs whole ones: each process gathers and computes all.
+        # FSDP splits matrices by rows, but the iteration needs whole ones: each process gathers and computes all, then
+        # keeps its own rows.
         like = params[0]
-        sharded = hasattr(batch, "full_tensor")
-        if sharded:
-            batch = batch.full_tensor()
-        updates = list(orthogonalise(batch).to(like.dtype))
-        if sharded:  # keep this process's rows; the import is here because it is slow
-            from torch.distributed.tensor import distribute_tensor
-
-            updates = [distribute_tensor(u, like.device_mesh, like.placements, src_data_rank=None) for u in updates]
+        if hasattr(batch, "full_tensor"):
+            updates = orthogonalise(batch.full_tensor()).to(like.dtype)
+            updates = [parallel.part(update, like) for update in updates]
+        else:
+            updates = list(orthogonalise(batch).to(like.dtype))
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-lr * 0.2 * math.sqrt(max(like.shape)))
 
 
 def make_optimizers(model: Transformer, config) -> list[torch.optim.Optimizer]:
     """AdamW for the trained parameters; or Muon for the matrices of the blocks, and AdamW for the rest."""
-    # Add your own here, and its name to CHOICES in trainer.py.
-    if config.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer is {config.optimizer!r}; expected adamw or muon")
-    tables = set()
-    if config.optimizer == "muon":
-        # Most steps give a rare token's row in these two almost no gradient. Muon would move it as far as the others.
-        tables = {model.embed.weight, model.head.weight}
+    # Add your own here, and its name to CHOICES in trainer.py. Muon leaves out the tables of tokens: most steps give a
+    # rare token's row almost no gradient, and Muon would move it as far as the others.
+    tables = {model.embed.weight, model.head.weight} if config.optimizer == "muon" else set()
     inner, decayed, vectors = [], [], []
     for p in model.parameters():
         if not p.requires_grad:

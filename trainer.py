@@ -251,9 +251,10 @@ class Trainer:
 
     def load(self, start: Path) -> dict:
         """Loads the weights of a checkpoint. Returns the rest of its state, for `restore`."""
-        counts, steps = checkpoint.read_manifest(start)["counts"], self.task.steps
-        if counts["step"] > steps:
-            parallel.refuse(f"{start} is at step {counts['step']} already; set steps to that or more, not {steps}")
+        counts = checkpoint.read_manifest(start)["counts"]
+        if counts["step"] > self.planned:
+            at = f"{start} is at step {counts['step']} already"
+            parallel.refuse(f"{at}; set steps to that or more, not {self.planned}")
         self.record, self.planned, self.job.earlier = counts["record"], counts["steps"], counts["seconds"]
         checkpoint.load_weights(start, self.model)
         state = checkpoint.read(start, "state.pt")
@@ -323,23 +324,19 @@ class Trainer:
                 record.update(self.task.evaluate(self.model))
             self.model.train()
             self.report.show_evaluation(record)
+            best, late = progress.best_step, progress.best_step + 2 * self.config.eval_every
             if record["val_loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step
                 self.save("best")
-            elif progress.step >= progress.best_step + 2 * self.config.eval_every and progress.step > self.task.epoch:
-                self.warn_of_overfitting()
+            # The data repeats, and two evaluations gave no better loss: warn, once for each best step.
+            elif progress.step >= late and progress.step > self.task.epoch and progress.warned_of != best:
+                progress.warned_of = best
+                log.warning(
+                    f"validation loss was lowest at step {best}, {progress.best_loss:.4f}, and no better since: the "
+                    "model seems to overfit. best/ keeps that step; more text or fewer epochs may help"
+                )
         if self.due(self.config.log_every) or progress.step == 1 or "val_loss" in record:
             self.report.write(record)
-
-    def warn_of_overfitting(self) -> None:
-        """The data repeats, and two evaluations gave no better loss: warns, once for each best step."""
-        best, loss = self.progress.best_step, self.progress.best_loss
-        if best != self.progress.warned_of:
-            self.progress.warned_of = best
-            log.warning(
-                f"validation loss was lowest at step {best}, {loss:.4f}, and no better since: the model seems to "
-                "overfit. best/ keeps that step; more text or fewer epochs may help"
-            )
 
     def save(self, name: str) -> None:
         """Saves a checkpoint. All processes must call it, because FSDP gathers their shares; the first one writes."""
@@ -370,9 +367,8 @@ class Trainer:
         if skipped:
             log.warning(f"{skipped} of {steps} steps were skipped: their gradient was not finite")
         counts = {"step": steps, "parameters": self.model.num_parameters(), "record": self.record}
-        final, weights = self.job.directory / "final", checkpoint.weights(self.model)[0]
-        files = [final / weights, final / "state.pt", final / "manifest.json"]
-        parallel.lead(lambda: self.job.finish(counts | self.used, files))
+        final = self.job.directory / "final"
+        parallel.lead(lambda: self.job.finish(counts | self.used, final.iterdir()))
 
 
 @dataclass
@@ -430,8 +426,8 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
         checkpoint.read(start, "state.pt")
         step = stage.read_manifest(start)["counts"]["step"]
         if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
-            names = ", ".join(later)
-            raise UserError(f"{start} is older than {names} in {job.directory}; move these away, or rename the run")
+            newer = f"{', '.join(later)} in {job.directory}"
+            raise UserError(f"{start} is older than {newer}; move these away, or rename the run")
     if start is not None:
         job.must_match(start)
     return start

@@ -216,7 +216,7 @@ def time_cross_entropy(bandwidth: float | None) -> dict:
     torch._dynamo.reset()
     n, v = (8_192, 32_768) if GPU else (3, 50)
     logits, targets = normal(n, v), torch.randint(v, (n,), device=DEVICE)
-    kernel = lambda: lumi.cross_entropy(logits, targets, -100, "triton")  # noqa: E731
+    kernel = lambda: lumi.cross_entropy(logits, targets, "triton")  # noqa: E731
     plain = lambda x: F.cross_entropy(x.float(), targets, reduction="sum")  # noqa: E731
     compiled, given = torch.compile(plain, dynamic=False, backend=BACKEND), logits.clone().requires_grad_()
     functions = {"triton": kernel}

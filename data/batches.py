@@ -1,5 +1,6 @@
 """Batches of packed tokens. A batch is a pure function of (seed, step): the loader keeps no state."""
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,7 @@ class Windows(Shuffled):
     # Window w: tokens w·length … (w + 1)·length. Its last token is a target here and the first input of window w + 1.
 
     def __init__(self, packed: Packed, length: int, seed: int = 0):
-        self.packed, self.file = packed, packed.file
-        self.tokens, self.length = packed.tokens, length
+        self.packed, self.file, self.tokens, self.length = packed, packed.file, packed.tokens, length
         super().__init__((len(self.tokens) - 1) // length, seed)
         if self.count < 1:
             raise UserError(
@@ -62,8 +62,8 @@ class Windows(Shuffled):
     def documents(self, window: int) -> range:
         """Numbers of the documents in the packed file that a window touches."""
         ends = window * self.length, (window + 1) * self.length  # its first and its last token
-        first, last = np.searchsorted(self.packed.starts, ends, side="right") - 1
-        return range(self.packed.first + int(first), self.packed.first + int(last) + 1)
+        first, last = np.searchsorted(self.packed.starts, ends, side="right") - 1 + self.packed.first
+        return range(int(first), int(last) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,26 +103,22 @@ class Turns:
 
     def __init__(self, units: Sequence[int]):
         self.units, self.period = units, sum(units)  # after `period` turns the sequence repeats
-        had = [0] * len(units)  # turns of each set so far
-        self.order = np.empty(self.period, dtype=np.int64)
+        self.order: list[int] = []  # the set that has each turn of a period
+        self.places: list[list[int]] = [[] for _ in units]  # the turns of each set
         for turn in range(self.period):
             best, most = 0, 0.0
             for i, unit in enumerate(units):
-                weight = unit / (had[i] + 1)
-                if weight > most and had[i] * self.period < unit * (turn + 1):  # below its share, this turn included
+                had = len(self.places[i])
+                weight = unit / (had + 1)
+                if weight > most and had * self.period < unit * (turn + 1):  # below its share, this turn included
                     best, most = i, weight
-            self.order[turn] = best
-            had[best] += 1
-        self.places = [np.flatnonzero(self.order == i) for i in range(len(units))]
-
-    def whose(self, turn: int) -> int:
-        """The set that has this turn."""
-        return int(self.order[turn % self.period])
+            self.order.append(best)
+            self.places[best].append(turn)
 
     def before(self, index: int, turn: int) -> int:
         """How many turns a set has before this turn."""
         rounds, rest = divmod(turn, self.period)  # whole periods, and turns of the current one
-        return rounds * self.units[index] + int(np.searchsorted(self.places[index], rest))
+        return rounds * self.units[index] + bisect.bisect_left(self.places[index], rest)
 
 
 class Mixture:
@@ -147,15 +143,13 @@ class Mixture:
         return rows
 
     def _phase(self, sample: int) -> tuple:
-        for phase in reversed(self.phases):
-            if phase[0] <= sample:
-                return phase
+        return next(phase for phase in reversed(self.phases) if phase[0] <= sample)
 
     def drawn(self, sample: int) -> tuple[str, int]:
         """The set and the window of a sample, counted from 0 over all batches."""
         first, names, turns, given = self._phase(sample)
         turn = sample - first
-        index = turns.whose(turn)
+        index = turns.order[turn % turns.period]
         name = names[index]
         number = given[name] + turns.before(index, turn)  # how many samples of this set came before
         return name, self.sets[name].drawn(number)
@@ -163,9 +157,9 @@ class Mixture:
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
         """A process's part of the global batch of a step, counted from 0: inputs and targets, (B, T) int64."""
         # The global batch is the same for any number of processes, so a run on one GPU can resume on eight.
-        start, rows = step * self.size, []
-        for sample in range(start + self.size * rank // ranks, start + self.size * (rank + 1) // ranks):
-            name, window = self.drawn(sample)
+        rows = []
+        for row in range(self.size * rank // ranks, self.size * (rank + 1) // ranks):
+            name, window = self.drawn(step * self.size + row)
             rows.append(self.sets[name].read([window]))
         return tuple(map(torch.cat, zip(*rows, strict=True)))
 
@@ -176,10 +170,7 @@ class Mixture:
             name, window = self.drawn(sample)
             windows = self.sets[name]
             numbers.setdefault((windows.file, windows.holds), set()).update(windows.documents(window))
-        lines = []
-        for (file, holds), documents in numbers.items():
-            lines.append(f"{file}: {holds} {ranges(documents)}")
-        return lines
+        return [f"{file}: {holds} {ranges(documents)}" for (file, holds), documents in numbers.items()]
 
 
 def ranges(numbers: Iterable[int], most: int = 20) -> str:

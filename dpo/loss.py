@@ -81,12 +81,11 @@ def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, 
     chosen = config.beta * ratios[:, 0]
     rejected = config.beta * ratios[:, 1]
     margin = chosen - rejected
-    right, tie = (margin > 0).double(), (margin == 0).double()
     return {
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "margin": margin,
-        "accuracy": right + tie / 2,  # a tie counts half: about 0.5 before the first step
+        "accuracy": (margin.sign().double() + 1) / 2,  # a tie counts half: about 0.5 before the first step
         # Watch logp_chosen: if it falls while the margin grows, chosen_weight can help.
         "logp_chosen": policy[:, 0].detach(),
         "logp_rejected": policy[:, 1].detach(),
@@ -105,13 +104,9 @@ def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
     # 2 to 1 tells the model that the second answer continues the prompt and does not see the first answer.
     inputs, targets, positions, lengths = [], [], [], []
     for row, (prompt, chosen, rejected) in zip(ids, bounds.tolist(), strict=True):
-        inputs.append(row[: chosen - 1])
-        inputs.append(row[prompt - 1 : prompt])
-        inputs.append(row[chosen : rejected - 1])
-        targets.append(torch.full((prompt - 1,), IGNORED))
-        targets.append(row[prompt:rejected])
-        positions.append(torch.arange(chosen - 1))
-        positions.append(torch.arange(rejected - chosen) + prompt - 1)
+        inputs += [row[: chosen - 1], row[prompt - 1 : prompt], row[chosen : rejected - 1]]
+        targets += [torch.full((prompt - 1,), IGNORED), row[prompt:rejected]]
+        positions += [torch.arange(chosen - 1), torch.arange(rejected - chosen) + prompt - 1]
         lengths += [chosen - prompt, rejected - chosen]
     return torch.cat(inputs)[None], torch.cat(targets)[None], torch.cat(positions)[None], lengths
 

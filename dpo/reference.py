@@ -1,10 +1,8 @@
-"""The reference model's log-probabilities of every pair, computed once and stored.
+"""The reference model's log-probabilities of every pair, computed once and stored."""
 
-    python pipeline.py configs/tiny.py dpo_reference   ->  runs/tiny/dpo_reference
-
-`train.logp` and `val.logp` hold two little-endian float64 numbers per pair, in the order of dpo_data: the
-log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training.
-"""
+#     python pipeline.py configs/tiny.py dpo_reference   ->  runs/tiny/dpo_reference
+# `train.logp` and `val.logp` hold two little-endian float64 numbers per pair, in the order of dpo_data: the
+# log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training.
 
 import math
 from contextlib import nullcontext
@@ -36,9 +34,8 @@ def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     batches = progress(pairs.batches(size), math.ceil(pairs.count / size), "batches", name)
     with torch.inference_mode():
         values = torch.cat([log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches])
-    wrong = (~values.isfinite()).any(dim=1).nonzero()
-    if len(wrong):
-        where = f"pair {int(wrong[0]):,} of {pairs.file}"
+    for number in (~values.isfinite()).any(dim=1).nonzero():
+        where = f"pair {int(number):,} of {pairs.file}"
         raise UserError(f"the log-probability of {where} is not finite; the weights are damaged or training diverged")
     return values
 
@@ -73,6 +70,6 @@ def load(directory: Path) -> dict[str, Tensor]:
     stage.finished(directory)
     stored = {}
     for split in SPLITS:
-        values = np.fromfile(directory / f"{split}.logp", dtype="<f8").reshape(-1, 2)
-        stored[split] = torch.from_numpy(values.astype(np.float64))
+        values = np.fromfile(directory / f"{split}.logp", dtype="<f8")
+        stored[split] = torch.from_numpy(values.astype(np.float64)).view(-1, 2)
     return stored

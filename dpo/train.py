@@ -1,10 +1,8 @@
-"""Direct preference optimisation (DPO): a fine-tuned model learns which of two answers is preferred.
+"""Direct preference optimisation (DPO): a fine-tuned model learns which of two answers is preferred."""
 
-    python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
-
-The reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers that
-dpo.reference computed before training. The losses are in dpo/loss.py.
-"""
+#     python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
+# The reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers
+# that dpo.reference computed before training. The losses are in dpo/loss.py.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -72,11 +70,9 @@ class DPOConfig:
 
 
 class PreferenceLearning(Tuning):
-    """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there.
+    """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there."""
 
-    stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
-    """
-
+    # stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
     noun, most_epochs = "pairs", 10
 
     def __init__(self, config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None):
@@ -84,8 +80,8 @@ class PreferenceLearning(Tuning):
         weights = dict(config.weights) or finetune.ALL
         sets = {name: PairRows(directory, "train", counts, config.train.seed, name) for name in weights}
         super().__init__(config.train, sets, weights)
-        length = sum(weight * sets[name].length for name, weight in weights.items()) / sum(weights.values())
-        self.row = ("pair", length)
+        lengths = [sets[name].length for name in weights]
+        self.row = ("pair", np.average(lengths, weights=list(weights.values())))
         self.held_out = PairRows(directory, "val", counts)
         count = min(config.train.eval_rows, self.held_out.count)
         # At random, not evenly spaced: a source may repeat its kinds of pairs in turn.
@@ -161,16 +157,9 @@ def job(
 
 
 def train(
-    job: Stage,
-    config: DPOConfig,
-    template: str,
-    base: Base,
-    pairs: Path,
-    reference: Path,
-    spm: Tokenizer,
-    force: bool = False,
-    resume: str = "auto",
-) -> None:
+    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, reference: Path, spm: Tokenizer,
+    force: bool = False, resume: str = "auto",
+) -> None:  # fmt: skip
     """Teaches the base, unless that is done. reference: the directory of dpo.reference, read only if it is "stored"."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
     must_be_taught(base.checkpoint, template)

@@ -1,10 +1,10 @@
 """A small experiment on real text, and the commands run as a user runs them."""
 
 import argparse
+import ctypes
 import functools
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -115,6 +115,11 @@ def fork_server() -> tuple[socket.socket, subprocess.Popen]:
     return ours, process
 
 
+def adopt_orphans(yes: bool) -> None:
+    """Says whether a descendant whose parent ends becomes a child of this process."""
+    ctypes.CDLL(None).prctl(36, int(yes), 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
 def pytest_sessionfinish() -> None:
     if fork_server.cache_info().currsize:
         requests, process = fork_server()
@@ -125,38 +130,20 @@ def pytest_sessionfinish() -> None:
 class Command(subprocess.Popen):
     """A Python command under way. The fork server starts it, unless its environment differs in more than DATA, RUNS."""
 
-    report = None
-
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         changed = {name for name in env.keys() | PRESENT.keys() if env.get(name) != PRESENT.get(name)}
         if preexec_fn or cwd != ROOT or changed - {"DATA", "RUNS"}:
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         pipes, start_new_session = rest[3:9], rest[14]
-        self.report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps([args[1:], dict(env), start_new_session]).encode()
-        descriptors = [pipes[0], pipes[3], pipes[5], theirs.fileno()]
-        socket.send_fds(fork_server()[0], [request], descriptors)
-        theirs.close()
-        self.pid = int(self.report.recv(99))
+        adopt_orphans(True)
+        socket.send_fds(fork_server()[0], [request], [pipes[0], pipes[3], pipes[5]])
+        self.pid = int(fork_server()[0].recv(99))
+        fork_server()[0].recv(99)  # now the command is our child
+        adopt_orphans(False)
         self._child_created = True
         self._close_pipe_fds(*pipes)
-
-    def _internal_poll(self, *arguments, **options):
-        if not self.report:
-            return super()._internal_poll(*arguments, **options)
-        if self.returncode is None and select.select([self.report], [], [], 0)[0]:
-            self._handle_exitstatus(self._try_wait(0)[1])
-        return self.returncode
-
-    def _try_wait(self, wait_flags):
-        if not self.report:
-            return super()._try_wait(wait_flags)
-        if wait_flags and not select.select([self.report], [], [], 0)[0]:
-            return 0, 0
-        status = int(self.report.recv(99))
-        self.report.close()
-        return self.pid, status
 
     def wait_for(self, text: str) -> None:
         """Reads its output until a line has the text."""
@@ -216,6 +203,10 @@ def text() -> list[str]:
     return [part for part in (ROOT / "tests/text.txt").read_text("utf-8").split("\n\n") if len(part) > 20]
 
 
+def copied(place: Place, path: Path) -> Place:
+    return Place(shutil.copytree(place.path, path, dirs_exist_ok=True))
+
+
 def furnish(path: Path, text: list[str]) -> Place:
     """Text and config in a directory, nothing made yet."""
     (path / "raw").mkdir()
@@ -251,14 +242,13 @@ def packed(made: Place, tmp_path: Path) -> Place:
 @pytest.fixture
 def trained(made: Place, tmp_path: Path) -> Place:
     """A copy of it with the trained model."""
-    shutil.copytree(made.path, tmp_path, dirs_exist_ok=True)
-    return Place(tmp_path)
+    return copied(made, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def fine_tuned(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """One whose model is fine-tuned too, without a disturbance."""
-    place = Place(shutil.copytree(made.path, tmp_path_factory.mktemp("tuned"), dirs_exist_ok=True))
+    place = copied(made, tmp_path_factory.mktemp("tuned"))
     place.output = place.run("pipeline.py", place.config, "sft").stdout
     return place
 
@@ -266,13 +256,12 @@ def fine_tuned(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture
 def tuned(fine_tuned: Place, tmp_path: Path) -> Place:
     """A copy of it."""
-    shutil.copytree(fine_tuned.path, tmp_path, dirs_exist_ok=True)
-    return Place(tmp_path)
+    return copied(fine_tuned, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def preferring(fine_tuned: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """One whose fine-tuned model has learnt preferences too, without a disturbance."""
-    place = Place(shutil.copytree(fine_tuned.path, tmp_path_factory.mktemp("preferring"), dirs_exist_ok=True))
+    place = copied(fine_tuned, tmp_path_factory.mktemp("preferring"))
     place.output = place.run("pipeline.py", place.config, "dpo").stdout
     return place

@@ -42,28 +42,13 @@ def assert_same(logits: torch.Tensor, plain: torch.Tensor) -> None:
     assert float((logits - plain).abs().max()) <= 2e-5 * float(plain.abs().max())
 
 
-def cuts(length: int) -> list[int]:
-    """Lengths that add up to a whole: single tokens, short and long parts."""
-    parts = [1, 1, 2, 5]
-    while sum(parts) < length:
-        parts.append(min(len(parts) * 7, length - sum(parts)))
-    return parts
-
-
 @torch.inference_mode()
 def test_cached_in_chunks(model, tokens, plain):
+    """Short and long parts; the last tokens one by one, where a window has moved on."""
+    parts = [1, 1, 2, 5, 30, tokens.shape[1] - 59, *[1] * 20]
     cache = KVCache(model, 1, tokens.shape[1])
-    parts = [model(part, cache=cache) for part in tokens.split(cuts(tokens.shape[1]), 1)]
-    assert_same(torch.cat(parts, 1), plain)
-
-
-@torch.inference_mode()
-def test_cached_token_by_token(model, tokens, plain):
-    start = tokens.shape[1] - 20  # the last tokens, where a window has moved on
-    cache = KVCache(model, 1, tokens.shape[1])
-    model(tokens[:, :start], cache=cache)
-    parts = [model(token, cache=cache) for token in tokens[:, start:].split(1, 1)]
-    assert_same(torch.cat(parts, 1), plain[:, start:])
+    logits = [model(part, cache=cache) for part in tokens.split(parts, 1)]
+    assert_same(torch.cat(logits, 1), plain)
 
 
 @torch.inference_mode()

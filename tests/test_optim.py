@@ -2,13 +2,10 @@
 
 import copy
 import dataclasses
-import io
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, nn
 
 from model import ModelConfig, Transformer
@@ -35,9 +32,6 @@ def set_gradients(params: list[nn.Parameter], step: int) -> None:
 
 def rms(x: Tensor) -> float:
     return float(x.detach().square().mean().sqrt())
-
-
-# ---------------------------------------------------------------------------------------------------------- schedules
 
 
 def rates(steps: int, **changes) -> list[float]:
@@ -69,9 +63,6 @@ def test_wsd_in_a_short_run_rises_to_the_peak_and_then_only_falls(steps, warmup_
         assert (fall[0], fall[-1]) == (1.0, pytest.approx(0.2))
 
 
-# ----------------------------------------------------------------------------------------------- orthogonalised updates
-
-
 @pytest.mark.parametrize(("rows", "cols"), [(24, 24), (40, 24), (24, 40)])
 def test_singular_values_follow_the_polynomial_and_singular_vectors_stay(rows, cols):
     """Values within a factor of 100 come near 1; tiny values rise and never pass 1.3."""
@@ -100,8 +91,6 @@ def test_orthogonalising_depends_on_neither_scale_nor_batch_nor_much_on_precisio
     torch.testing.assert_close(narrow.float(), y, rtol=0, atol=0.03)
 
 
-# ----------------------------------------------------------------------------------------------------------------- Muon
-
 SHAPES = [(16, 16), (48, 16), (16, 48), (48, 16), (1, 12), (12, 1)]
 
 
@@ -122,47 +111,6 @@ def test_muon_agrees_with_pytorchs(momentum):
             assert rms(p - q) < 0.02 * rms(p - old) * (step + 1)
             momentums = our_muon.state[p]["momentum"], their_muon.state[q]["momentum_buffer"]
             torch.testing.assert_close(*momentums, rtol=1e-6, atol=1e-7)
-
-
-def test_muon_updates_by_hand():
-    """The orthogonalised update of a 1×1 matrix is p⁵(±1) = ±s: only the sign counts."""
-    s = 1.0
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    (w,) = parameters((1, 1))
-    optimizer, expected = Muon([w], lr=0.1, momentum=0.5, weight_decay=0.2), w.item()
-    # The momentum is 2, 0.5, 0.25. In the second step it is positive, but the step ahead, 0.25 − 0.5, is negative.
-    for gradient, sign in ((4.0, 1), (-1.0, -1), (0.0, 1)):
-        w.grad = torch.tensor([[gradient]])
-        optimizer.step()
-        expected = (1 - 0.1 * 0.2) * expected - 0.1 * 0.2 * s * sign
-        assert w.item() == pytest.approx(expected, rel=1e-5)
-    assert optimizer.state[w]["momentum"].item() == 0.25
-
-
-def test_a_saved_and_loaded_muon_continues_exactly():
-    def train(params: list[nn.Parameter], optimizer: Muon, steps: range) -> None:
-        for step in steps:
-            set_gradients(params, step)
-            params[step % 3].grad = None
-            optimizer.step()
-
-    params = parameters(*SHAPES)
-    optimizer, file = Muon(params, lr=0.1), io.BytesIO()
-    train(params, optimizer, range(3))
-    torch.save([params, optimizer.state_dict()], file)
-    train(params, optimizer, range(3, 6))
-    file.seek(0)
-    again, state = torch.load(file, weights_only=True)
-    resumed = Muon(again, lr=9.0)
-    resumed.load_state_dict(state)
-    train(again, resumed, range(3, 6))
-    for p, q in zip(params, again, strict=True):
-        assert torch.equal(p, q)
-        assert torch.equal(optimizer.state[p]["momentum"], resumed.state[q]["momentum"])
-
-
-# ------------------------------------------------------------------------------------------ which parameter goes where
 
 
 def model_of(**changes) -> Transformer:
@@ -216,54 +164,3 @@ def test_frozen_parameters_are_left_out(optimizer):
     (only,) = make_optimizers(model, config)
     assert isinstance(only, Muon if optimizer == "muon" else torch.optim.AdamW)
     assert names(model, only) == [["blocks.1.mlp.up.weight"]]
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def train_counting(model: nn.Module, config: TrainConfig, steps: int, rows: slice = slice(None)):
-    """Learns to predict the next number, 0 1 2 … modulo 61, in four rows. Returns the last loss and the optimizers."""
-    optimizers, loss = make_optimizers(model, config), None
-    for step in range(steps):
-        draw = torch.Generator().manual_seed(step)
-        numbers = (torch.randint(61, (4, 1), generator=draw) + torch.arange(17)) % 61
-        loss = model(numbers[rows, :-1], numbers[rows, 1:])
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return loss.item(), optimizers
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_model_learns_counting(optimizer):
-    config = dataclasses.replace(CONFIG, optimizer=optimizer)
-    assert train_counting(model_of(n_layers=1), config, 40)[0] < 0.05  # from log 61 = 4.1
-
-
-def sharded_process(rank: int, directory: str) -> None:
-    """One of two: trains the sharded model on half of the rows, and the whole model on all of them; compares."""
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
-    whole = model_of()
-    sharded = copy.deepcopy(whole)
-    for module in (*sharded.blocks, sharded):
-        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-    _, (expected, _) = train_counting(whole, CONFIG, 3)
-    _, (muon, _) = train_counting(sharded, CONFIG, 3, slice(2 * rank, 2 * rank + 2))
-    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
-        torch.testing.assert_close(q.full_tensor(), p.data, rtol=1e-4, atol=1e-6)
-        if p in expected.state:
-            momentum = muon.state[q]["momentum"]
-            assert momentum.placements == q.placements
-            torch.testing.assert_close(momentum.full_tensor(), expected.state[p]["momentum"], rtol=1e-4, atol=1e-6)
-    Path(directory, f"agreed{rank}").touch()
-    torch.distributed.destroy_process_group()
-
-
-def test_muon_over_two_sharded_processes_makes_the_same_steps(tmp_path: Path):
-    """49 hidden units do not divide by two: the shards are uneven."""
-    torch.multiprocessing.start_processes(sharded_process, (str(tmp_path),), nprocs=2, start_method="fork")
-    assert sorted(p.name for p in tmp_path.glob("agreed*")) == ["agreed0", "agreed1"]

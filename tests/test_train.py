@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from cli import UserError
 from data.batches import mixture
 from model import ModelConfig, Transformer
 from stage import Stage
-from tests.conftest import Place
+from tests.conftest import Place, copied
 from trainer import TrainConfig
 
 CONFIG = TrainConfig(steps=10, batch_size=8, learning_rate=1e-2, compile=False, precision="float32")
@@ -113,18 +112,14 @@ def run_counting(directory: Path, config: TrainConfig, crash: int = -1, task=Non
 
 
 def saved(directory: Path) -> tuple[dict, dict]:
-    return tuple(checkpoint.read(directory / "final", file) for file in ("weights.pt", "state.pt"))
+    """The weights and the state at the end of a run."""
+    weights, state = (checkpoint.read(directory / "final", file) for file in ("weights.pt", "state.pt"))
+    return weights, {name: value for name, value in state.items() if not isinstance(value, str)}
 
 
-def assert_equal(ours, theirs) -> None:
+def assert_equal(ours: dict, theirs: dict) -> None:
     """Bit for bit, in nested containers."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, (dict, list, tuple)):
-        assert len(ours) == len(theirs)
-        for key in ours if isinstance(ours, dict) else range(len(ours)):
-            assert_equal(ours[key], theirs[key])
-    else:
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def not_a_number(*steps: int) -> Callable:
@@ -133,8 +128,9 @@ def not_a_number(*steps: int) -> Callable:
     return lambda model, tokens, targets: {"loss": model(tokens, targets) * (math.nan if next(calls) in steps else 1)}
 
 
-def test_a_model_trained_on_counting_predicts_the_next_number(tmp_path):
-    model, _ = run_counting(tmp_path, replace(CONFIG, steps=150, warmup_steps=10))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_model_trained_on_counting_predicts_the_next_number(tmp_path, optimizer):
+    model, _ = run_counting(tmp_path, replace(CONFIG, steps=150, warmup_steps=10, optimizer=optimizer))
     assert generate.generate(model, [59], 12, temperature=0) == [60, *range(11)]  # not 61, 63, …: shifted once
 
 
@@ -352,29 +348,10 @@ def test_killed_and_restarted_equals_undisturbed(packed: Place, made: Place, mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_random_moments(packed: Place, made: Place, seed):
-    """While it trains, evaluates and saves after every step. Whatever is found then is whole."""
-    packed.edit(("save_every=5", "save_every=1"))
-    chance = random.Random(seed)
-    for _ in range(3):
-        run = packed.start("train.py", packed.config)
-        run.wait_for("schedule")  # the last line before the first step
-        time.sleep(chance.uniform(0.0, 0.2))  # a step with its checkpoint takes about 0.04 s
-        run.kill()
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL, "trained to the end: the moments are badly chosen"
-        for _, directory in checkpoint.steps(packed.runs / "mini/pretrain"):
-            assert stage.damage(directory, stage.read_manifest(directory)["wrote"]) is None
-    packed.run("train.py", packed.config)
-    assert_same_run(packed, made)
-
-
-@pytest.mark.slow
 def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.TempPathFactory):
     """Stopped at a checkpoint, killed, and resumed."""
     packed.edit(("compile=False", "compile=True"))
-    disturbed = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("disturbed"), dirs_exist_ok=True))
+    disturbed = copied(packed, tmp_path_factory.mktemp("disturbed"))
     packed.run("train.py", packed.config)
     disturbed.edit(("steps=24", "steps=5"))
     disturbed.run("train.py", disturbed.config)
@@ -383,9 +360,8 @@ def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.
     disturbed.run("-c", code, disturbed.config, status=-signal.SIGKILL)
     disturbed.run("train.py", disturbed.config)
     for file in ("weights.pt", "state.pt"):
-        assert digest(disturbed.runs / "mini/pretrain/final" / file) == digest(
-            packed.runs / "mini/pretrain/final" / file
-        )
+        ours, theirs = (p.runs / "mini/pretrain/final" / file for p in (disturbed, packed))
+        assert digest(ours) == digest(theirs)
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -400,15 +376,6 @@ def test_signals_save_and_the_message_says_how_to_resume(packed: Place, signum, 
     packed.edit(("steps=100_000", f"steps={step + 3}"))
     assert f"resumed from step {step} " in packed.run("train.py", packed.config).stdout
     assert packed.metrics()[-1]["step"] == step + 3
-
-
-def test_two_runs_cannot_write_to_one_directory(packed: Place):
-    packed.edit(("steps=24", "steps=100_000"))
-    first = packed.start("train.py", packed.config)
-    first.wait_for("step 1 of")
-    assert "another process" in packed.run("train.py", packed.config, status=2).stderr
-    first.kill()
-    first.communicate()
 
 
 def test_force_trains_again_and_a_finished_run_is_up_to_date(trained: Place, made: Place):
@@ -552,7 +519,7 @@ def test_two_runs_give_the_same_bytes(packed: Place, threads, tmp_path_factory: 
     """A model wide enough that threads share its sums."""
     packed.edit(("d_model=32", "d_model=192"), ("steps=24", "steps=4"), ("micro_batch_size=4", "micro_batch_size=12"))
     packed.edit(('precision="float32", deterministic=True', "deterministic=True"))
-    again = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("again"), dirs_exist_ok=True))
+    again = copied(packed, tmp_path_factory.mktemp("again"))
     for place in (packed, again):
         place.env["OMP_NUM_THREADS"] = threads
         out = place.run("train.py", place.config).stdout

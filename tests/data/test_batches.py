@@ -55,7 +55,7 @@ def test_too_few_tokens_are_named():
 def test_every_beginning_meets_the_weights_within_one_turn(units):
     turns, had = Turns(units), Counter()
     for turn in range(2 * turns.period + 3):
-        index = turns.whose(turn)
+        index = turns.order[turn % turns.period]
         assert turns.before(index, turn) == had[index]
         had[index] += 1
         for i, unit in enumerate(units):

@@ -18,7 +18,8 @@ from dpo.loss import log_probs
 from dpo.reference import of_pairs
 from tests.conftest import PREFERENCES, Place, write_lines
 from tests.dpo.test_train import adapted, by_hand, done, held_out, prefer, ready, task_of  # noqa: F401
-from tests.test_train import digest, tree
+from tests.test_model import relative
+from tests.test_train import tree
 
 
 def stored(place: Place) -> dict[str, torch.Tensor]:
@@ -28,10 +29,6 @@ def stored(place: Place) -> dict[str, torch.Tensor]:
 def rows(place: Place, split: str) -> PairRows:
     directory = place.runs / "mini/dpo_data"
     return PairRows(directory, split, stage.read_manifest(directory)["counts"])
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def test_stored_numbers_are_those_of_the_fine_tuned_model_by_hand(preferring: Place):
@@ -81,18 +78,6 @@ def test_a_batch_takes_the_numbers_of_its_own_pairs(preferring: Place):
     with torch.no_grad():
         expected = 0.1 * (log_probs(model, *held_out(preferring)) - given["val"])
         assert task.evaluate(model)["val_reward_chosen"] == pytest.approx(expected[:, 0].mean().item())
-
-
-def test_made_again_it_is_the_same(ready: Place):  # noqa: F811
-    directory = ready.runs / "mini/dpo_reference"
-    before = {path.name: digest(path) for path in directory.glob("*.logp")}
-    assert set(before) == {"train.logp", "val.logp"}
-    shutil.rmtree(directory)
-    ready.make("dpo")  # makes it
-    assert {path.name: digest(path) for path in directory.glob("*.logp")} == before
-    after = tree(directory)
-    ready.make("dpo_reference")  # is up to date
-    assert tree(directory) == after
 
 
 def test_another_model_or_other_pairs_are_named_with_the_command(ready: Place):  # noqa: F811

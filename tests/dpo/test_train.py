@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ import dpo.data
 import dpo.train
 import lora
 import stage
+import tests.dpo.test_loss
 import tokenizer
 from cli import UserError
 from dpo.data import PairRows
@@ -23,8 +23,7 @@ from dpo.train import DPOConfig
 from finetune import Base
 from lora import LoRAConfig
 from model import Transformer
-from optim import learning_rate
-from tests.conftest import Place, write_lines
+from tests.conftest import Place, copied
 from tests.sft.test_train import Crash, assert_same_run, with_two
 from tests.sft.test_train import tuned as train
 from tests.test_train import tree
@@ -37,7 +36,7 @@ FULL = ("lora=LoRAConfig(rank=3, alpha=6.0, dropout=0.0)", "lora=None")
 @pytest.fixture
 def done(preferring: Place, tmp_path: Path) -> Place:
     """A copy of `preferring`."""
-    return Place(shutil.copytree(preferring.path, tmp_path, dirs_exist_ok=True))
+    return copied(preferring, tmp_path)
 
 
 @pytest.fixture
@@ -58,15 +57,7 @@ def held_out(place: Place, split: str = "val") -> tuple[torch.Tensor, torch.Tens
     return rows.read(range(rows.count))[:2]
 
 
-def by_hand(model: Transformer, ids: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """log π of the answers, (pairs, 2): answer by answer, from full logits, in float64."""
-    model, sums = model.double(), []
-    with torch.no_grad():
-        for row, (p, c, r) in zip(ids, bounds.tolist(), strict=True):
-            for text in (row[:c], torch.cat([row[:p], row[c:r]])):
-                logits = model(text[None, :-1])[0].log_softmax(-1)
-                sums.append(logits[p - 1 :].gather(1, text[p:, None]).sum())
-    return torch.stack(sums).view(-1, 2)
+by_hand = torch.no_grad()(tests.dpo.test_loss.by_hand)
 
 
 def kl(model: Transformer, reference: Transformer, ids: torch.Tensor, bounds: torch.Tensor) -> float:
@@ -87,17 +78,12 @@ def task_of(place: Place, stored: dict | None = None, **changes) -> dpo.train.Pr
     return dpo.train.PreferenceLearning(config, base, pairs, dpo.data.load(pairs, spm.sha256), stored)
 
 
-def adapted(place: Place, fill: bool = False) -> Transformer:
+def adapted(place: Place) -> Transformer:
     """The fine-tuned model with a new adapter."""
     torch.manual_seed(0)
     model = checkpoint.load_model(place.runs / "mini/sft/final")
     lora.attach(model, LoRAConfig(rank=3, alpha=6.0, dropout=0.0))
-    for layer in lora.layers(model).values() if fill else ():
-        torch.nn.init.normal_(layer.b["default"], std=0.3)
     return model
-
-
-# ------------------------------------------------------------------------------------------------------------- results
 
 
 def test_only_the_adapter_is_trained_and_saved(preferring: Place, fine_tuned: Place):
@@ -127,9 +113,6 @@ def test_the_run_logs_what_it_should_and_learns(preferring: Place):
     assert log[-1]["val_loss"] < log[3]["val_loss"] < math.log(2)
     assert log[-1]["val_accuracy"] > 0.75
     assert log[-1]["val_kl"] > log[3]["val_kl"] > 0
-    config = configs.load(preferring.config).dpo.train
-    config = replace(config, warmup_fraction=None, warmup_steps=2)
-    assert [m["lr"] for m in log] == pytest.approx([learning_rate(config, step, 9) for step in range(9)])
 
 
 def test_the_held_out_numbers_are_those_of_every_pair_by_hand(preferring: Place):
@@ -164,28 +147,13 @@ def test_before_training_nothing_diverges_and_nothing_is_preferred(preferring: P
     assert metrics["val_loss"] == pytest.approx(math.log(2), rel=1e-12)
 
 
-def test_the_divergence_of_a_model_far_from_its_reference(preferring: Place):
-    """Measured on MEASURED held-out pairs at most, spread over all of them."""
-    model, base = adapted(preferring, fill=True), checkpoint.load_model(preferring.runs / "mini/sft/final")
-    ids, bounds = held_out(preferring)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(dpo.train, "MEASURED", 4)
-        measured = task_of(preferring, reference="adapter_off").evaluate(model)["val_kl"]
-        assert dpo.train.divergence(base, ids, bounds, lambda: base) == 0
-    assert measured > 0.01
-    assert measured == pytest.approx(kl(model, base, ids[::3], bounds[::3]), rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------- killed and resumed
-
-
 # A step takes two forward passes, one per micro-batch; an evaluation more, for the loss and then for the divergence.
 @pytest.mark.parametrize(("reference", "crash"), [("stored", 2 * 3 + 2), ("stored", 2 * 4 + 12), ("adapter_off", 19)])
 def test_killed_and_restarted_equals_uninterrupted(ready: Place, preferring: Place, tmp_path_factory, reference, crash):
     """Also when the crash comes while the adapter is off."""
     if reference == "adapter_off":
         ready.edit(ADAPTER_OFF)
-        preferring = Place(shutil.copytree(ready.path, tmp_path_factory.mktemp("whole"), dirs_exist_ok=True))
+        preferring = copied(ready, tmp_path_factory.mktemp("whole"))
         prefer(preferring)
     with pytest.raises(Crash):
         prefer(ready, crash)
@@ -193,26 +161,13 @@ def test_killed_and_restarted_equals_uninterrupted(ready: Place, preferring: Pla
     assert_same_run(ready, preferring, "dpo", ("final", "best", "step_0000006"))
 
 
-# ------------------------------------------------------------------------------------------------------------ variants
-
-
-def assert_alike(ours: list[dict], theirs: list[dict]) -> None:
-    """The same numbers up to rounding."""
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
-
-
 def test_neither_reference_nor_micro_batches_change_the_run(ready: Place, preferring: Place):
     shutil.rmtree(ready.runs / "mini/dpo_reference")
     ready.edit(ADAPTER_OFF, ("micro_batch_size=3", "micro_batch_size=6"))
     prefer(ready)
     assert not (ready.runs / "mini/dpo_reference").exists()
-    assert_alike(ready.metrics("dpo"), preferring.metrics("dpo"))
-    first = ready.metrics("dpo")[0]
-    assert first["reward_chosen"] == first["reward_rejected"] == first["margin"] == 0
-    assert first["accuracy"] == 0.5
+    for ours, theirs in zip(ready.metrics("dpo"), preferring.metrics("dpo"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)  # up to rounding
 
 
 def test_training_every_weight_writes_the_weights(ready: Place):
@@ -228,28 +183,6 @@ def test_training_every_weight_writes_the_weights(ready: Place):
     margin = (0.1 * (by_hand(model, ids, bounds) - by_hand(base, ids, bounds))) @ torch.tensor([1.0, -1.0]).double()
     assert log[-1]["val_margin"] == pytest.approx(margin.mean().item(), rel=1e-4)
     assert log[-1]["val_kl"] == pytest.approx(kl(model, base, ids, bounds), rel=1e-3)
-
-
-def test_weights_over_two_sources(ready: Place):
-    """Three in four pairs are of the first source, however many there are of each; and the log counts them."""
-    others = [{"prompt": f"Spell {i}.", "chosen": "no " * 3 + str(i), "rejected": str(i)} for i in range(200)]
-    write_lines(ready.raw / "others.jsonl", others)
-    ready.edit(
-        ("sources=(Pairs(", 'sources=(Pairs(paths=("others.jsonl",), name="others"), Pairs('),
-        ("    dpo=DPOConfig(", '    dpo=DPOConfig(weights={"pairs": 3, "others": 1}, reference="adapter_off",'),
-        ("batch_size=6, micro_batch_size=3", "batch_size=16, micro_batch_size=8"),
-    )
-    shutil.rmtree(ready.runs / "mini/dpo_data")
-    prefer(ready)
-    directory, seen = ready.runs / "mini/dpo_data", {}
-    counts = stage.read_manifest(directory)["counts"]
-    for name, rows in (("pairs", 12), ("others", 4)):
-        of = PairRows(directory, "train", counts, source=name)
-        seen[name] = round(9 * rows * np.mean(np.ptp(of.bounds[of.first : of.first + of.count], 1)))
-    assert ready.metrics("dpo")[-1]["seen"] == seen
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
 
 
 def test_another_template_is_refused(ready: Place):
@@ -284,14 +217,6 @@ def test_another_base_or_config_is_refused_and_more_steps_continue(done: Place):
 def test_a_wrong_config_is_refused(wrong, error, message):
     with pytest.raises(error, match=f"^{message}"):
         DPOConfig(**wrong)
-
-
-def test_few_pairs_read_often_are_warned_of(preferring: Place, caplog):
-    config = configs.load(preferring.config).dpo.train
-    task_of(preferring, train=replace(config, steps=None, epochs=11))
-    assert re.search(r"training reads 3\d pairs 11 times, so the model learns them by heart", caplog.text)
-    with pytest.raises(UserError, match=r"batch_size is 64, but there are only 3\d pairs to train on; try batch_"):
-        task_of(preferring, train=replace(config, batch_size=64, micro_batch_size=None))
 
 
 @pytest.mark.slow
