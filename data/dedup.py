@@ -1,9 +1,9 @@
 """Near-duplicates: MinHash with locality-sensitive hashing finds candidates, and their Jaccard similarity decides."""
 
-# Broder 1997; Leskovec et al., "Mining of Massive Datasets", chapter 3. Two texts are as similar as their sets of word
-# n-grams ("shingles"): J = |A ∩ B| / |A ∪ B|. A random permutation of all shingles has the same minimum over A and over
-# B with probability J. The minima under `permutations` permutations are the signature of a text, cut into bands of
-# `rows`. Texts that agree in a whole band are compared: that happens with probability 1 - (1 - J^rows)^bands.
+# Leskovec et al., "Mining of Massive Datasets", chapter 3. Two texts are as similar as their sets of word n-grams
+# ("shingles"): J = |A ∩ B| / |A ∪ B|. A random permutation of all shingles has the same minimum over A and over B with
+# probability J. The minima under `permutations` permutations are the signature of a text, cut into bands of `rows`.
+# Texts that agree in a whole band are compared: that happens with probability 1 - (1 - J^rows)^bands.
 
 import json
 import sqlite3
@@ -39,22 +39,15 @@ class Deduplication:
                 return rows
         return 1
 
-    @property
-    def bands(self) -> int:
-        return self.permutations // self.rows
-
 
 class MinHash:
     """Signatures as band keys. The permutations are x -> a·x + b mod 2³² with odd a, the same in every run."""
 
-    BLOCK = 1024  # shingles at a time: permutations × BLOCK uint32 fit in the cache
-
     def __init__(self, config: Deduplication):
-        self.ngram, self.rows, self.bands = config.ngram, config.rows, config.bands
+        self.ngram, self.rows, self.bands = config.ngram, config.rows, config.permutations // config.rows
         rng = np.random.default_rng(0)
         a, self.b = rng.integers(0, 1 << 32, (2, self.bands * self.rows, 1), dtype=np.uint32)
         self.a = a | np.uint32(1)
-        self.buffer = np.empty(len(a) * self.BLOCK, np.uint32)
         powers = [pow(int(GOLDEN), i, 1 << 64) for i in range(1, self.rows + 1)]
         self.powers, self.numbers = np.array(powers, np.uint64), np.arange(self.bands, dtype=np.uint64)
 
@@ -65,14 +58,9 @@ class MinHash:
 
     def signature(self, shingles: np.ndarray) -> np.ndarray:
         """(bands * rows,) uint32: the minimum of the shingles under each permutation."""
-        minima = np.full(len(self.a), 0xFFFFFFFF, np.uint32)
-        for start in range(0, len(shingles), self.BLOCK):
-            block = shingles[start : start + self.BLOCK]
-            permuted = self.buffer[: len(self.a) * len(block)].reshape(len(self.a), len(block))
-            np.multiply(self.a, block, out=permuted)
-            permuted += self.b
-            np.minimum(minima, permuted.min(axis=1), out=minima)
-        return minima
+        permuted = self.a * shingles  # (bands * rows, s)
+        permuted += self.b
+        return permuted.min(axis=1, initial=0xFFFFFFFF)
 
     def keys(self, shingles: np.ndarray) -> np.ndarray:
         """(bands,) uint64: a number for each band, equal where the whole band is."""
@@ -91,17 +79,15 @@ class Index:
 
     def __init__(self, config: Deduplication | None, directory: Path):
         """config: None finds exact duplicates only. Continues from what the last `commit` has left in the directory."""
+        directory.mkdir(exist_ok=True)
         self.config, self.database = config, sqlite3.connect(directory / "index.db")
-        self.database.execute("PRAGMA cache_size = -65536")  # 64 MiB
-        self.database.execute("CREATE TABLE IF NOT EXISTS texts (text INTEGER PRIMARY KEY, shingles BLOB)")
-        self.database.execute("CREATE TABLE IF NOT EXISTS keys (key INTEGER PRIMARY KEY, text INTEGER)")
-        self.database.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT)")
-
-    def __enter__(self) -> "Index":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.database.close()
+        self.close = self.database.close
+        self.database.executescript(
+            """PRAGMA cache_size = -65536;  -- 64 MiB
+            CREATE TABLE IF NOT EXISTS texts (text INTEGER PRIMARY KEY, shingles BLOB);
+            CREATE TABLE IF NOT EXISTS keys (key INTEGER PRIMARY KEY, text INTEGER);
+            CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT)"""
+        )
 
     def commit(self, state: dict) -> None:
         """Saves the texts and a state in JSON together, or neither if the process is killed."""

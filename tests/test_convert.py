@@ -107,7 +107,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def documents() -> list[str]:
     """400 docstrings of the standard library."""
     found = PythonDocs(packages=()).documents(1)
-    texts = [document.text for document in itertools.islice(found, 400)]
+    texts = [document.value for document in itertools.islice(found, 400)]
     found.close()
     return texts
 
