@@ -133,7 +133,9 @@ def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: 
     run = cli.apart if apart else operator.call
     if name in BASES:  # a missing model stops here, before the minutes that making the data takes
         base = base_checkpoint(name, experiment, switches)
-        finetune.check_targets(experiment.model, experiment.sft.lora if name == "sft" else experiment.dpo.lora)
+        adapter = experiment.sft.lora if name == "sft" else experiment.dpo.lora
+        # Not in this process: a process that has computed has threads, and what is forked from it then hangs.
+        run(functools.partial(finetune.check_targets, experiment.model, adapter))
         if name == "dpo":
             dpo.train.must_be_taught(base, experiment.sft.data.template)
 

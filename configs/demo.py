@@ -78,8 +78,8 @@ experiment = Experiment(
         "pack.train.tokens": (3_500_000, 7_000_000),
         "pretrain.validation.bits_per_byte": (1.59, 1.72),
         "sft_data.train.conversations": (9_000, 20_000),
-        "sft.answers.loss": (3.5, 3.95),
+        "sft.answers.loss": (3.4, 3.8),
         "dpo_data.train.pairs": (27_000, 60_000),
-        "dpo.preference.win_rate": (0.86, 0.94),
+        "dpo.preference.win_rate": (0.87, 0.95),
     },
 )

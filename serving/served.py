@@ -37,7 +37,7 @@ class Served:
             raise Refused(f"{self.name} is a base model, which only continues texts; fine-tune it first (stage sft)")
         messages = [message._replace(content=cleaned(message.content)) for message in messages]
         if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
-            raise Refused("expected a last message that is the user's and not empty")
+            raise Refused("the last message is empty or not the user's; end with a question")
         return render(self.template, messages, self.tokenizer, ask=True)[0]
 
     def prompt(self, text: str) -> list[int]:

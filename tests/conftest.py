@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ if not torch.cuda.is_available():
 import configs
 import pipeline
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and the commands would too
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("suite")
 ROOT = Path(__file__).resolve().parent.parent

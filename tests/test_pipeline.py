@@ -170,6 +170,7 @@ def test_force_from_makes_a_stage_and_all_later_ones_again(everything: Place):
 
 def test_the_tokenizer_is_replaced_only_with_everything_that_was_made_with_it(trained: Place):
     before = times(trained)
+    trained.edit(('algorithm="bpe"', 'algorithm="unigram"'))
     refused = trained.run("pipeline.py", trained.config, "tokenizer", "--force", status=2).stderr
     assert "--force-from tokenizer" in refused
     trained.run("pipeline.py", trained.config, "corpus", "tokenizer", "pack", "pretrain", "--force-from", "corpus")

@@ -60,7 +60,7 @@ def test_another_config_or_input_stops(tmp_path):
     make(tmp_path / "mine/packed")
     with pytest.raises(UserError, match=r'size was 3, is now 4; names\[0\] was "a", is now "b"\. Give') as error:
         make(tmp_path / "mine/packed", Config(size=4, names=("b",)))
-    assert str(error.value).endswith("python pipeline.py configs/mine.py --force-from pack")
+    assert str(error.value).endswith("mine.py --force-from pack")
     with pytest.raises(UserError, match="limit was not set, is now 7"):
         make(tmp_path / "mine/packed", Config(limit=7))
     with pytest.raises(UserError, match=r'x was "1", is now "2"; y0 was .*; y2 .* and 4 more'):

@@ -27,7 +27,7 @@ def test_the_latest_model_answers_and_the_other_goes_on(fine_tuned: Place):
     plain = fine_tuned.runs / "mini/pretrain/final"
     text = fine_tuned.run("serve.py", fine_tuned.config, "--checkpoint", plain, "generate", "Say", *options).stdout
     assert text.startswith("Say")
-    assert "ask it something" in fine_tuned.run("serve.py", fine_tuned.config, "generate", " \n", status=2).stderr
+    assert "end with a question" in fine_tuned.run("serve.py", fine_tuned.config, "generate", " \n", status=2).stderr
 
 
 def test_exported_it_is_the_same_model_with_the_same_template(fine_tuned: Place, tmp_path):
