@@ -1,19 +1,14 @@
 """Checkpoints: saved whole or not at all, checked before they are read, and unable to run code.
 
-    runs/tiny/pretrain/step_0005000/
-        weights.pt       float32 weights by parameter name; if most are frozen, adapter.pt with the others instead
-        state.pt         what else resuming needs: optimizers, random generators, the step
-        manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
-
-A checkpoint is written to `.step_0005000.partial`, flushed to disk, and renamed: after a crash at any moment the
-directory is there with all its bytes, or not at all.
+weights.pt       float32 weights by parameter name; if most are frozen, adapter.pt with the others instead
+state.pt         what else resuming needs: optimizers, random generators, the step
+manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
 """
 
 import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,12 +25,9 @@ from model import ModelConfig, Transformer
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """Yields a temporary directory, which replaces `directory` at the end of the block, unless the block fails."""
-    temporary = directory.with_name(f".{directory.name}.partial")
+    temporary, old = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "old"))
     remove(temporary)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be made: {error.strerror}; name a place that can be written") from None
+    temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -45,14 +37,12 @@ def replacing(directory: Path) -> Iterator[Path]:
         raise
     # A directory cannot be renamed over another. The old one moves aside first; `recover` puts it back after a crash
     # between the two renames.
-    old = directory.with_name(f".{directory.name}.old")
-    if replaces := os.path.lexists(directory):
+    if os.path.lexists(directory):
         remove(old)
         os.rename(directory, old)
     os.rename(temporary, directory)
     stage.sync(directory.parent)
-    if replaces:
-        remove(old)
+    remove(old)
 
 
 def recover(parent: Path, name: str = "*") -> None:
@@ -77,27 +67,20 @@ def remove(path: Path) -> None:
 
 
 def save(directory: Path, files: dict[str, dict], about: dict) -> None:
-    """Writes a checkpoint directory, atomically. It replaces one of the same name.
-
-    files: by name, what `torch.load(weights_only=True)` can read: tensors, numbers, strings, and containers of them.
-    about: the rest of the manifest, from `Stage.about`.
-    """
+    """Writes a checkpoint directory, atomically: see `write`."""
     with replacing(directory) as temporary:
         write(temporary, files, about)
 
 
 def write(directory: Path, files: dict[str, dict], about: dict) -> None:
-    """Writes the files and the manifest of a checkpoint into a directory."""
+    """Writes tensors, numbers, strings and containers of them to files, by name. about: the rest of the manifest."""
     try:
         for name, content in files.items():
             with open(directory / name, "wb") as file:
                 torch.save(_interned(content), file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch hides "no space left" and the like behind its own error
-            raise error.__context__ from None
-        raise
-    wrote = stage.digests(directory, directory.glob("*.pt"))
-    stage.write_manifest(directory, about | {"wrote": wrote})
+        raise error.__context__ or error from None  # torch hides "no space left" behind an error of its own
+    stage.write_manifest(directory, about | {"wrote": stage.digests(directory, directory.glob("*.pt"))})
 
 
 def _interned(x):
@@ -111,10 +94,9 @@ def _interned(x):
 
 def read_manifest(directory: Path) -> dict:
     """A checkpoint's manifest. UserError if it is missing or damaged."""
-    manifest = stage.read_manifest(directory)
-    if manifest is None:
-        raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
-    return manifest
+    if manifest := stage.read_manifest(directory):
+        return manifest
+    raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
 
 
 def read(directory: Path, file: str) -> dict:
@@ -125,11 +107,10 @@ def read(directory: Path, file: str) -> dict:
     if wrong := stage.damage(directory, {file: wrote[file]}):
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(directory / file, map_location="cpu", weights_only=True)
+        return torch.load(directory / file, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious file can fail anywhere in the reader; torch's message suggests to trust it
-        problem = f"holds something other than tensors and numbers ({type(error).__name__})"
-        raise UserError(f"{directory / file} {problem}; use another checkpoint") from None
+        what = f"{directory / file} holds something other than tensors and numbers ({type(error).__name__})"
+        raise UserError(f"{what}; use another checkpoint") from None
 
 
 def steps(parent: Path) -> list[tuple[int, Path]]:
@@ -168,10 +149,8 @@ def must_match(directory: Path, tokenizer_sha256: str) -> None:
     read = read_manifest(directory)["read"]
     trained_with = next((digest for path, digest in read.items() if path.endswith("spm.model")), "none")
     if trained_with != tokenizer_sha256:
-        raise UserError(
-            f"{directory} was trained with tokenizer {trained_with[:12]}…, but the tokenizer here is "
-            f"{tokenizer_sha256[:12]}…; use the config that it was trained with, or train it again with this tokenizer"
-        )
+        what = f"{directory} was trained with tokenizer {trained_with[:12]}…, not with {tokenizer_sha256[:12]}…"
+        raise UserError(f"{what}; use the config that it was trained with, or train it again with this tokenizer")
 
 
 def template(directory: Path) -> str | None:
@@ -194,20 +173,16 @@ def load_weights(directory: Path, model: torch.nn.Module, name: str = "default")
     if file == "adapter.pt":
         tensors = {key.removesuffix("default") + name: tensor for key, tensor in tensors.items()}
     try:
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise RuntimeError(f"it has no {missing[0]}")
-        if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
-            raise RuntimeError(f"the model has no {unexpected[0]}")
+        if different := sorted(expected.keys() ^ tensors.keys()):
+            raise RuntimeError(f"only one of them has {different[0]}")
+        model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
 
 
 def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None) -> Transformer:
-    """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base.
-
-    UserError if a file is missing or damaged, if the base is not the one that the adapter was trained on, or if the
-    checkpoint's shape is not the given one, which an experiment's config describes.
-    """
+    """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base."""
+    # UserError: something is missing or damaged, the base is not the adapter's, or the shape is not the expected one.
     directory = Path(directory)
     identity = digest(directory)  # first: UserError if the directory is no checkpoint
     if adapts(directory):
@@ -220,9 +195,8 @@ def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | 
         saved = ModelConfig(**fields)
         shape = shape or saved
         # The names and shapes of tensors do not show rope_theta or rms_norm_eps: compare every field.
-        if different := list(stage.differences(full(saved), full(shape))):
-            names = "; ".join(different)
-            raise UserError(f"{directory} holds a model of another shape than the config describes: {names}")
+        if different := "; ".join(stage.differences(full(saved), full(shape))):
+            raise UserError(f"{directory} holds a model of another shape than the config describes: {different}")
         model = Transformer(shape)
         load_weights(directory, model)
     model.digest = identity
@@ -245,29 +219,21 @@ def base(directory: Path) -> Path:
     """The checkpoint that an adapter was trained on. UserError if it is missing or has changed."""
     manifest = read_manifest(directory)
     path = Path(os.path.normpath(directory.resolve() / manifest["config"]["base"]))  # relative or absolute
-    if stage.read_manifest(path) is None:
-        raise UserError(f"{directory} holds an adapter of the model in {path}, which is not there; put it back there")
-    if digest(path) not in manifest["read"].values():
-        raise UserError(
-            f"{directory} holds an adapter of another model than the one that is now in {path} "
-            f"({digest(path)[:12]}…); put the old one back, or train the adapter again"
-        )
+    if stage.read_manifest(path) is None or digest(path) not in manifest["read"].values():
+        what = f"{directory} holds an adapter of the model in {path}, which is not there or has changed"
+        raise UserError(f"{what}; put the old one back, or train the adapter again")
     return path
 
 
 def load_adapter(directory: Path | str, model: Transformer, name: str = "default") -> None:
-    """Adds the adapter in a checkpoint directory to its base model and activates it. UserError for another base.
-
-    model: from `load_model(base(directory))`. `lora.init_end_piece` may change a row of its output projection.
-    """
+    """Adds an adapter to its base, from `load_model(base(directory))`, and activates it. UserError for another base."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     if getattr(model, "digest", "none") not in manifest["read"].values():
         raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
     if pieces := manifest["config"].get("begin"):
-        lora.init_end_piece(model, **pieces)
+        lora.init_end_piece(model, **pieces)  # may change a row of its output projection
     fields = dict(manifest["config"]["lora"])
     del fields["type"]
-    fields["targets"] = tuple(fields["targets"])  # JSON has no tuples
-    lora.attach(model, lora.LoRAConfig(**fields), name)
+    lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}), name)
     load_weights(directory, model, name)

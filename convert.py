@@ -49,7 +49,6 @@ FIELDS = {  # field of ModelConfig: its name in config.json
     "rms_norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 SUPPORTED = {  # field of config.json that changes what a model computes: the only value that `Transformer` computes
     "hidden_act": "silu",
     "attention_bias": False,
@@ -59,7 +58,6 @@ SUPPORTED = {  # field of config.json that changes what a model computes: the on
     "partial_rotary_factor": 1,
     "quantization_config": None,
 }
-CHANGED = "convert.py knows plain LLaMAs only; was model.py changed, or is a weight not finite?"
 # --force replaces only a directory that holds nothing but these.
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
@@ -88,10 +86,10 @@ def must_be_free(out: Path, force: bool, source: Path) -> None:
             raise UserError(f"{out} is or holds {kept}, which is in use; name another directory to write")
     checkpoint.recover(out.parent, glob.escape(out.name))
     names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if strange := names - WRITTEN:
+        raise UserError(f"{out} holds {min(strange)}, which no conversion wrote; name another directory")
     if names and not force:
         raise UserError(f"{out} is not empty: it holds {min(names)}; name another directory, or replace it: --force")
-    if strange := names - WRITTEN if names & {"weights.pt", "model.safetensors"} else names:
-        raise UserError(f"{out} holds {min(strange)}, which no conversion wrote; name another directory")
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
@@ -103,11 +101,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
     must_be_free(out, arguments.force, directory)
     model = checkpoint.load_model(directory)
     weights = {theirs(name): weight.contiguous() for name, weight in model.state_dict().items()}
-    description = llama_config(model.config, spm)
-    library = extra("transformers")
+    description, library = llama_config(model.config, spm), extra("transformers")
     llama = library.LlamaForCausalLM(library.LlamaConfig(**description))
-    if missing := sorted(llama.state_dict().keys() - weights.keys()):
-        raise UserError(f"the model has no {missing[0]}; {CHANGED}")
     llama.load_state_dict(weights, strict=False)
     must_be_llama(model, llama)
     if model.config.tie_embeddings:
@@ -150,7 +145,8 @@ def must_be_llama(model: Transformer, llama: torch.nn.Module) -> None:
         expected = llama.eval()(tokens).logits
         difference = float((model.eval()(tokens) - expected).abs().max() / expected.abs().max())
     if not difference <= 1e-4:  # NaN, if a weight is not finite
-        raise UserError(f"a plain LLaMA with these weights gives other logits (by {difference:.1e}); {CHANGED}")
+        hint = "was model.py changed, or is a weight not finite?"
+        raise UserError(f"a plain LLaMA with these weights gives other logits (by {difference:.1e}); {hint}")
 
 
 def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
@@ -187,11 +183,12 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
             added.append({"id": i, "content": text} | plain)
         vocabulary.append((text, piece.score))
     places = [TEMPLATES[template].cut] if template else []
-    body = {"type": "BPE", "unk_token": vocabulary[spm.pieces.unk_id()][0], "fuse_unk": True, "byte_fallback": True}
+    unknown = spm.pieces.unk_id()
+    body = {"type": "BPE", "unk_token": vocabulary[unknown][0], "fuse_unk": True, "byte_fallback": True}
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
         body |= {"vocab": {text: i for i, (text, _) in enumerate(vocabulary)}, "merges": merges(scores)}
     else:
-        body = {"type": "Unigram", "unk_id": spm.pieces.unk_id(), "byte_fallback": True, "vocab": vocabulary}
+        body = {"type": "Unigram", "unk_id": unknown, "byte_fallback": True, "vocab": vocabulary}
         places.append(never_whole(scores, [text for text, _ in vocabulary if text not in scores]))
     cuts = []
     for place in places:
@@ -214,19 +211,16 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
 def must_be_exact(model) -> None:
     """UserError, naming the reasons, if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
-    types, reasons = [piece.type for piece in model.pieces], []
-    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
-        reasons.append("an algorithm that is neither unigram nor BPE")
-    if normalizer.precompiled_charsmap:
-        reasons.append("text normalisation")
-    if normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix:
-        reasons.append("white space that is not kept")
-    if types.count(kinds.BYTE) != 256:
-        reasons.append("no byte pieces")
-    if kinds.USER_DEFINED in types or kinds.UNUSED in types:
-        reasons.append("user-defined or unused pieces")
-    if reasons:
-        raise UserError(f"the tokenizer has {', '.join(reasons)}, which tokenizer.json cannot reproduce exactly")
+    types = [piece.type for piece in model.pieces]
+    reasons = {
+        "an algorithm that is neither unigram nor BPE": trainer.model_type not in (trainer.UNIGRAM, trainer.BPE),
+        "text normalisation": normalizer.precompiled_charsmap,
+        "white space that is not kept": normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix,
+        "no byte pieces": types.count(kinds.BYTE) != 256,
+        "user-defined or unused pieces": {kinds.USER_DEFINED, kinds.UNUSED} & set(types),
+    }
+    if present := ", ".join(filter(reasons.get, reasons)):
+        raise UserError(f"the tokenizer has {present}, which tokenizer.json cannot reproduce exactly")
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -257,8 +251,12 @@ def from_hf(arguments: argparse.Namespace) -> None:
     source, out = Path(arguments.source), Path(arguments.out)
     must_be_free(out, arguments.force, source)
     model = read_model(source)
-    config, spm = model.config, read_tokenizer(source / "tokenizer.model", model.config)
-    template = read_template(source, spm) if spm else None
+    config, pieces, spm, template = model.config, source / "tokenizer.model", None, None
+    if pieces.is_file():
+        spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
+        template = read_template(source, spm)
+        if spm.vocab_size > config.vocab_size:
+            raise UserError(f"{pieces} has {spm.vocab_size} pieces, but the embedding only {config.vocab_size} rows")
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"  # in paths and manifests
     about = {
         "config": {"model": stage.describe(config), "template": template},
@@ -285,17 +283,16 @@ def read_model(source: Path) -> Transformer:
     library = extra("transformers")
     try:
         described = library.AutoConfig.from_pretrained(source)
-        shape = read_config(described)
+        shape = read_config(described.to_dict())
         options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         llama, report = library.AutoModelForCausalLM.from_pretrained(source, config=described, **options)
-    except UserError as error:
-        raise UserError(f"{source / 'config.json'} describes a model that is not supported: {error}") from None
+    except UserError:
+        raise
     except Exception as error:  # each file format has its own errors
         raise UserError(f"{source} cannot be read ({type(error).__name__}: {error}); get it again") from None
     wrong = []
-    for problem in ("missing", "unexpected", "mismatched"):
-        for key in sorted(report[f"{problem}_keys"]):
-            wrong.append(f"{problem} {key if isinstance(key, str) else key[0]}")
+    for problem, keys in report.items():  # such as missing_keys
+        wrong += [f"{problem} {key}" for key in sorted(keys)]
     if wrong:
         raise UserError(f"the weights do not fit config.json, {len(wrong)} tensors: {', '.join(wrong[:8])}")
     model, weights = Transformer(shape), llama.state_dict()
@@ -304,43 +301,31 @@ def read_model(source: Path) -> Transformer:
     return model
 
 
-def read_config(described) -> ModelConfig:
-    """The shape of a model that transformers describes. UserError, naming every field that is not supported."""
-    given = described.to_dict()
-    architecture = (given.get("architectures") or ["unknown"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{architecture}; supported are {' and '.join(ARCHITECTURES)}")
+def read_config(given: dict) -> ModelConfig:
+    """The shape of the model in a config.json. UserError, naming every field that is not supported."""
     for name in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
-        given |= given.get(name) or {}
+        given = given | (given.get(name) or {})
+    supported = SUPPORTED | {"head_dim": given.get("hidden_size", 0) // given.get("num_attention_heads", 1)}
     problems = []
-    for name, supported in SUPPORTED.items():
-        if given.get(name) not in (None, supported):
-            problems.append(f"{name} is {given[name]!r}, supported is {supported!r}")
-    if given.get("head_dim") not in (None, given["hidden_size"] / given["num_attention_heads"]):
-        problems.append(f"head_dim is {given['head_dim']}, supported is hidden_size / num_attention_heads")
-    if problems:
-        raise UserError("; ".join(problems))
+    if given["architectures"] not in (["LlamaForCausalLM"], ["MistralForCausalLM"]):
+        problems.append(f"{given['architectures']}, supported are LlamaForCausalLM and MistralForCausalLM")
+    for name, value in supported.items():
+        if given.get(name) not in (None, value):
+            problems.append(f"{name} is {given[name]!r}, supported is {value!r}")
     try:
-        return ModelConfig(**{field: given[name] for field, name in FIELDS.items()})
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
-
-
-def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer of a tokenizer.model; None without the file. UserError if it does not fit the embedding."""
-    if not path.is_file():
-        return None
-    spm = Tokenizer(path.read_bytes(), stage.sha256(path))
-    if spm.vocab_size > config.vocab_size:
-        raise UserError(f"{path} has {spm.vocab_size:,} pieces, but the embedding only {config.vocab_size:,} rows")
-    return spm
+        shape = ModelConfig(**{field: given[name] for field, name in FIELDS.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError(f"config.json describes a model that is not supported: {'; '.join(problems)}")
+    return shape
 
 
 def read_template(source: Path, spm: Tokenizer) -> str | None:
     """The template of ours in which the model learnt to answer, if it did."""
-    names, texts = ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"), []
-    for name in names:
-        texts.append((source / name).read_text(encoding="utf-8") if (source / name).is_file() else "")
+    texts = []
+    for path in (source / "tokenizer_config.json", source / "chat_template.jinja", source / "tokenizer.json"):
+        texts.append(path.read_text(encoding="utf-8") if path.is_file() else "")
     settings, jinja, fast = texts
     jinja = jinja or json.loads(settings or "{}").get("chat_template")  # transformers 5 saves it in a file of its own
     # to-hf gives chatml to a model that was only pretrained too, but then tokenizer.json does not cut before answers.

@@ -19,41 +19,28 @@ from cli import UserError, log
 from model import ModelConfig, Transformer
 
 CHINCHILLA = 20  # tokens per parameter that give the best model for its training FLOPs (arXiv:2203.15556)
-
-# TFLOP/s by the vendors' data sheets, under the name that CUDA gives the card: in bfloat16, in float16, and in float32
-# (TF32 where the card has it). Tensor cores without sparsity, accumulating in float32.
-DATASHEET = {
-    "NVIDIA H200": (989.4, 989.4, 494.7),
-    "NVIDIA H200 NVL": (835.5, 835.5, 417.5),
-    "NVIDIA H100 80GB HBM3": (989.4, 989.4, 494.7),
-    "NVIDIA H100 NVL": (835.5, 835.5, 417.5),
-    "NVIDIA H100 PCIe": (756.0, 756.0, 378.0),
-    "NVIDIA A100-SXM4-80GB": (312.0, 312.0, 156.0),
-    "NVIDIA A100-SXM4-40GB": (312.0, 312.0, 156.0),
-    "NVIDIA A100 80GB PCIe": (312.0, 312.0, 156.0),
-    "NVIDIA A100-PCIE-40GB": (312.0, 312.0, 156.0),
-    "NVIDIA A30": (165.0, 165.0, 82.0),
-    "NVIDIA A40": (149.7, 149.7, 74.8),
-    "NVIDIA A10": (125.0, 125.0, 62.5),
-    "NVIDIA A10G": (70.0, 70.0, 35.0),
-    "NVIDIA L40S": (362.05, 362.05, 183.0),
-    "NVIDIA L40": (181.05, 181.05, 90.5),
-    "NVIDIA L4": (121.0, 121.0, 60.0),
-    "NVIDIA RTX A6000": (154.8, 154.8, 77.4),
-    "NVIDIA RTX 6000 Ada Generation": (364.2, 364.2, 182.1),
-    "NVIDIA GeForce RTX 4090": (165.2, 165.2, 82.6),
-    "NVIDIA GeForce RTX 3090": (71.0, 71.0, 35.6),
-    "Tesla V100-SXM2-16GB": (None, 125.0, 15.7),
-    "Tesla V100-SXM2-32GB": (None, 125.0, 15.7),
-    "Tesla V100-PCIE-16GB": (None, 112.0, 14.0),
-    "Tesla V100-PCIE-32GB": (None, 112.0, 14.0),
-    "Tesla T4": (None, 65.0, 8.1),
-}
-# Where a control group's limit, use and cached files stand, by controller: version 2 has no name, version 1 several.
-GROUPS = {
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
+# TFLOP/s by the vendors' data sheets: the name that CUDA gives the card; 16-bit floats; float32 (TF32 where the card
+# has it). Tensor cores without sparsity, accumulating in float32. Cards called Tesla have no bfloat16.
+DATASHEET = (
+    ("NVIDIA (H200|H100 80GB HBM3)", 989.4, 494.7),
+    ("NVIDIA H[12]00 NVL", 835.5, 417.5),
+    ("NVIDIA H100 PCIe", 756.0, 378.0),
+    ("NVIDIA A100(-SXM4-[48]0GB|-PCIE-40GB| 80GB PCIe)", 312.0, 156.0),
+    ("NVIDIA A30", 165.0, 82.0),
+    ("NVIDIA A40", 149.7, 74.8),
+    ("NVIDIA A10", 125.0, 62.5),
+    ("NVIDIA A10G", 70.0, 35.0),
+    ("NVIDIA L40S", 362.05, 183.0),
+    ("NVIDIA L40", 181.05, 90.5),
+    ("NVIDIA L4", 121.0, 60.0),
+    ("NVIDIA RTX A6000", 154.8, 77.4),
+    ("NVIDIA RTX 6000 Ada Generation", 364.2, 182.1),
+    ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    ("NVIDIA GeForce RTX 3090", 71.0, 35.6),
+    ("Tesla V100-SXM2-(16|32)GB", 125.0, 15.7),
+    ("Tesla V100-PCIE-(16|32)GB", 112.0, 14.0),
+    ("Tesla T4", 65.0, 8.1),
+)
 
 
 def pick_device() -> torch.device:
@@ -64,26 +51,18 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """The dtype of matrix products. "auto" is the fastest in hardware: bfloat16, or float16 on a GPU, or float32."""
-    if precision == "auto":
-        if native(device, torch.bfloat16):
-            return torch.bfloat16
-        half = device.type == "cuda" and native(device, torch.float16)
-        return torch.float16 if half else torch.float32
-    dtype = getattr(torch, precision)
-    if dtype != torch.float32 and not native(device, dtype):
-        log.warning(
-            f"precision is {precision!r}, which this {device.type.upper()} does not have in hardware: matrix products "
-            f'take {slowdown(device, dtype):.1f} times as long as in float32; set precision="auto"'
-        )
-    return dtype
-
-
 def training_dtype(device: torch.device, config) -> torch.dtype:
-    """As `pick_dtype`. But "auto" is float32 on a CPU if `deterministic`: in bfloat16, results depend on the CPU."""
-    exact = config.deterministic and device.type == "cpu" and config.precision == "auto"
-    return pick_dtype(device, "float32" if exact else config.precision)
+    """The dtype of matrix products. "auto" is the fastest in hardware: bfloat16, or float16 on a GPU, or float32."""
+    if config.precision == "auto":
+        halves = [torch.bfloat16, torch.float16]
+        if device.type == "cpu":  # in bfloat16, results depend on the CPU
+            halves = [] if config.deterministic else [torch.bfloat16]
+        return next((half for half in halves if native(device, half)), torch.float32)
+    dtype = getattr(torch, config.precision)
+    if dtype != torch.float32 and not native(device, dtype):
+        slower = f"takes {slowdown(device, dtype):.1f} times as long as float32 on this {device.type.upper()}"
+        log.warning(f'precision {config.precision!r} {slower}, which lacks it in hardware; set precision="auto"')
+    return dtype
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -102,29 +81,29 @@ def native(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def slowdown(device: torch.device, dtype: torch.dtype, patience: float = 0.5) -> float:
+def slowdown(device: torch.device, dtype: torch.dtype) -> float:
     """The time of a matrix product in dtype, divided by its time in float32: the least of eight, measured in turn."""
-    # Stop early after `patience` seconds in dtype, but never after one call: something may have disturbed that one.
+    # Stop early after half a second, but never after one call: something may have disturbed that one.
     size = 512 if device.type == "cpu" else 4096
-    matrices = [torch.ones(size, size, dtype=d, device=device) for d in (torch.float32, dtype)]
-    seconds = [[], []]
-    while len(seconds[1]) < 2 or (len(seconds[1]) < 8 and sum(seconds[1]) < patience):
-        for matrix, times in zip(matrices, seconds, strict=True):
+    seconds = {torch.float32: [], dtype: []}
+    while len(seconds[dtype]) < 2 or (len(seconds[dtype]) < 8 and sum(seconds[dtype]) < 0.5):
+        for tried, times in seconds.items():
+            matrix = torch.ones(size, size, dtype=tried, device=device)
             started = time.perf_counter()
             matrix @ matrix
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)
-    return min(seconds[1]) / min(seconds[0])
+    return min(seconds[dtype]) / min(seconds[torch.float32])
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of dense matrix products by the vendor's data sheet; None for a device that is not in the table."""
-    if device.type != "cuda" or torch.cuda.get_device_name(device) not in DATASHEET:
-        return None
-    column = (torch.bfloat16, torch.float16, torch.float32).index(dtype)
-    teraflops = DATASHEET[torch.cuda.get_device_name(device)][column]
-    return teraflops and teraflops * 1e12
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for pattern, half, single in DATASHEET:
+        if re.fullmatch(pattern, card) and not (dtype == torch.bfloat16 and "Tesla" in card):
+            return 1e12 * (single if dtype == torch.float32 else half)
+    return None
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
@@ -144,9 +123,8 @@ def keep_freed_memory() -> None:
     """Makes the C library keep freed memory for the next step."""
     # Returning it and getting it again costs a step of tiny on a CPU 37,000 page faults, a twelfth of its time.
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc has it
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def rows_held(config, processes: int) -> int:
@@ -165,34 +143,26 @@ def memory_available(device: torch.device, root: Path = Path("/")) -> int:
     if not (root / "proc/meminfo").is_file():  # not Linux: the whole memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        controller = "memory" if "memory" in controllers.split(",") else controllers
-        folder, limit, used, cached = GROUPS.get(controller, GROUPS[""])
-        group = root / folder / path.strip("/")
-        while group != root:  # the limit of every group above holds too
-            if (group / limit).is_file() and (total := (group / limit).read_text().strip()) != "max":
-                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                taken = int((group / used).read_text()) - int(statistics[cached])  # the system drops cached files
-                free = min(free, int(total) - taken)
-            group = group.parent
+    inner = root / "sys/fs/cgroup" / (root / "proc/self/cgroup").read_text().partition("0::/")[2].strip()
+    for group in (inner, *inner.parents):  # the limit of every group above holds too
+        if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+            files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+            free = min(free, int(limit) - int((group / "memory.current").read_text()) + int(files[1]))
     return max(0, free)
 
 
 def must_fit(model: Transformer, config, processes: int) -> None:
     """UserError if weights, gradients and optimizer alone do not fit. model: on "meta", before its weights exist."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    needed = 4 * model.num_parameters() + 4 * numbers(trained) + 8 * numbers(trained)  # AdamW keeps two averages
+    total, trained = model.num_parameters(), numbers(p for p in model.parameters() if p.requires_grad)
+    needed = 4 * total + 12 * trained  # gradients, and AdamW's two averages
     if config.optimizer == "muon":  # keeps one, of the matrices of the blocks
         needed -= 4 * numbers(p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
     if config.parallel == "fsdp":
         needed //= processes
-    available = memory_available(pick_device())
-    if needed > available:
-        size, free = _bytes(needed), _bytes(available)
+    if needed > (available := memory_available(pick_device())):
         raise UserError(
-            f"{model.num_parameters():,} parameters take {size} for weights, gradients and optimizer, and {free} are "
-            'available; choose a smaller model (d_model, n_layers, vocab_size), or parallel="fsdp" on several GPUs'
+            f"{total:,} parameters take {_bytes(needed)} for weights, gradients and optimizer, and {_bytes(available)} "
+            'are available; choose a smaller model (d_model, n_layers, vocab_size), or parallel="fsdp" on several GPUs'
         )
 
 
@@ -211,23 +181,16 @@ def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
     """Turns running out of memory inside the block into a UserError that says what to change, the mildest first."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:  # PyTorch has no exception type for the machine's memory
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "DefaultCPUAllocator: can't allocate memory" not in str(error):
             raise
         held, length = rows_held(config, processes), model.context_length
-        fewer = held // 2 or 1
-        while held % fewer:
-            fewer -= 1
+        fewer = next(rows for rows in range(held // 2 or 1, 0, -1) if held % rows == 0)
         raise UserError(
             f"out of memory; set micro_batch_size={fewer} (now {held}), then gradient_checkpointing=True (now "
             f"{config.gradient_checkpointing}), then context_length={max(1, length // 2)} (now {length})"
         ) from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True if an error says that the memory of the GPU or of the machine ran out."""
-    words = "DefaultCPUAllocator: can't allocate memory"  # PyTorch has no exception type for the machine's memory
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or words in str(error)
 
 
 def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:
@@ -240,26 +203,24 @@ def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -
         log.warning(f"warmup_steps is {config.warmup_steps:,} of {steps:,} steps: the learning rate never peaks")
     held = rows_held(config, processes)
     at_a_time = f", {held:,} at a time" if held * processes < batch else ""
-    per_parameter = f"{tokens / total:.2f} per parameter"
-    if trained == total:
-        per_parameter += f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}"
+    partly = f", {trained:,} of them trained" if trained < total else ""
+    ratio = "" if partly else f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}"
     rates = f"{config.schedule} from {config.learning_rate:g} to {config.min_lr:g}"
-    lines = {
-        "parameters": f"{total:,}" + (f", {trained:,} of them trained" if trained < total else ""),
-        "steps": f"{steps:,} of {batch:,} {row}s × {length:,.0f} tokens{at_a_time}",
-        "tokens": f"{tokens:,} in {steps / task.epoch:.2f} epochs; {per_parameter}",
-        "FLOPs": f"{task.flops * steps / tokens:.1e} per token, {task.flops * steps:.1e} in all",
-        "device": devices(config, processes),
-        "precision": f"{_name(dtype)}; weights and optimizer in float32",
-        "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}",
-        "schedule": f"{rates}, {config.warmup_steps:,} steps of warm-up",
-    }
-    return [label.ljust(12) + value for label, value in lines.items()]
+    return [
+        f"parameters  {total:,}{partly}",
+        f"steps       {steps:,} of {batch:,} {row}s × {length:,.0f} tokens{at_a_time}",
+        f"tokens      {tokens:,} in {steps / task.epoch:.2f} epochs; {tokens / total:.2f} per parameter{ratio}",
+        f"FLOPs       {task.flops * steps / tokens:.1e} per token, {task.flops * steps:.1e} in all",
+        f"device      {devices(config, processes)}",
+        f"precision   {str(dtype)[6:]}; weights and optimizer in float32",
+        f"optimizer   {config.optimizer}, weight decay {config.weight_decay:g}",
+        f"schedule    {rates}, {config.warmup_steps:,} steps of warm-up",
+    ]
 
 
 def used(config, dtype: torch.dtype, processes: int) -> str:
     """The machine of a run, in one line for its manifest. config.compile: True if compiling worked."""
-    return f"{devices(config, processes)}; {_name(dtype)}, {'compiled' if config.compile else 'not compiled'}"
+    return f"{devices(config, processes)}; {str(dtype)[6:]}, {'compiled' if config.compile else 'not compiled'}"
 
 
 def devices(config, processes: int) -> str:
@@ -274,10 +235,6 @@ def name(device: torch.device) -> str:
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     threads = torch.get_num_threads()
     return f"{model[1] if model else platform.machine()}, {threads} thread" + ("s" if threads > 1 else "")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(n: float) -> str:

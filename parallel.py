@@ -27,12 +27,10 @@ DAY = 86_400.0
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks() -> int:
-    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -51,16 +49,15 @@ def joined(timeout: float) -> Iterator[None]:
             log.setLevel("ERROR")
         yield
         dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, Stopped) as error:
         if rank() == 0:
             raise
-        raise Stopped(2, f"process {rank()}: error: {error}") from None
-    except Stopped as stop:
-        raise Stopped(stop.status, str(stop) if rank() == 0 else "") from None
+        message = f"process {rank()}: error: {error}" if isinstance(error, UserError) else ""
+        raise Stopped(getattr(error, "status", 2), message) from None
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(error)):
             raise
+        reason = str(error).strip().splitlines()[0]
         what = f"has not answered for {timeout:g} s" if re.search("[Tt]imed out|[Tt]imeout", reason) else "has ended"
         message = f"another process {what}, so this one stops; run the same command again ({reason})"
         raise Stopped(1, f"process {rank()}: {message}") from None
@@ -88,8 +85,7 @@ def connect(timeout: datetime.timedelta) -> None:
 class Signals:
     """Remembers a signal that stops the command: the loop finishes its step and saves. A second one exits at once."""
 
-    def __init__(self):
-        self.caught, self.when = 0, 0.0
+    caught, when = 0, 0.0
 
     def __enter__(self) -> "Signals":
         self.before = cli.handle(self._handle)
@@ -102,13 +98,12 @@ class Signals:
     def _handle(self, signum, frame):
         # One Ctrl-C can arrive twice: the terminal sends it to all processes, and the parent (pipeline.py, or
         # torchrun, which takes longer) passes it on.
-        patience = 1 if ranks() == 1 else 5
         if not self.caught:
             self.caught, self.when = signum, time.monotonic()
             if rank() == 0:
                 with suppress(OSError):  # the terminal is closed
                     os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
-        elif time.monotonic() - self.when > patience:
+        elif time.monotonic() - self.when > (1 if ranks() == 1 else 5):
             os._exit(128 + signum)
 
 
@@ -118,15 +113,14 @@ def lead(function: Callable, timeout: float | None = None):
     if ranks() == 1:
         return function()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)) if timeout else None
-    cpu, message = torch.device("cpu"), [None, None]  # the result, and the exit status of an error
-    if rank() == 0:
-        try:
-            message[0] = function()
-        except BaseException as error:  # even Ctrl-C: the others wait for an answer
-            message[1] = getattr(error, "status", 2)
-            dist.broadcast_object_list(message, 0, group, cpu)
-            raise
-    dist.broadcast_object_list(message, 0, group, cpu)
+    message = [None, None]  # the result, and the exit status of an error
+    try:
+        message[0] = function() if rank() == 0 else None
+    except BaseException as error:  # even Ctrl-C: the others wait for an answer
+        message[1] = getattr(error, "status", 2)
+        raise
+    finally:
+        dist.broadcast_object_list(message, 0, group, torch.device("cpu"))
     result, status = message
     if status is not None:
         raise Stopped(status, "")
@@ -138,31 +132,25 @@ def refuse(message: str) -> NoReturn:
     raise UserError(message) if rank() == 0 else Stopped(2, "")
 
 
-def add_up(x: Tensor) -> Tensor:
-    """Replaces x by its sum over all processes."""
+def add_up(x: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
+    """Replaces x by its sum over all processes, or by their maximum."""
     if ranks() > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, how)
     return x
 
 
 def total(number: int) -> int:
-    """The sum of a number over all processes."""
     return int(add_up(torch.tensor(number)))
 
 
 def largest(number: int) -> int:
-    """The largest of a number over all processes."""
-    x = torch.tensor(number)
-    if ranks() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return int(x)
+    return int(add_up(torch.tensor(number), dist.ReduceOp.MAX))
 
 
 def command(remake: str) -> str:
     """The user's command, with torchrun if it started this process. Several machines need more switches."""
-    if ranks() == 1:
-        return remake
-    return remake.replace("python", f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}", 1)
+    torchrun = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}"
+    return remake.replace("python", torchrun, 1) if ranks() > 1 else remake
 
 
 class Exchange:
@@ -172,10 +160,8 @@ class Exchange:
     # resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        # The backward pass reaches the last layer first. The order is fixed: gradients that a process sends in
-        # another order than the others would be added to the wrong ones.
-        self.parameters = [p for p in parameters if p.requires_grad][::-1]
-        self.ready, self.sent, self.active = set(), [], False
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.waiting, self.ready, self.sent = [], set(), []
         for p in self.parameters:
             dist.broadcast(p.data, 0)
             p.register_post_accumulate_grad_hook(self._arrived)
@@ -183,30 +169,26 @@ class Exchange:
     @contextmanager
     def exchanging(self) -> Iterator[None]:
         """Around the last backward pass of a step. After it, every gradient is the sum over all processes."""
-        self.ready, self.sent, self.active = set(), [], True
+        self.waiting, self.ready, self.sent = self.parameters.copy(), set(), []
         yield
-        self.active = False
-        for p in self.parameters[len(self.sent) :]:  # parameters that had no part in this process's loss
-            if p.grad is None:
+        for p in self.parameters:
+            if p.grad is None:  # it had no part in this process's loss
                 p.grad = torch.zeros_like(p)
-            self.sent.append(dist.all_reduce(p.grad, async_op=True))
+            self._arrived(p)
         for work in self.sent:
             work.wait()
 
     def _arrived(self, p: nn.Parameter) -> None:
+        # The backward pass reaches the last layer first. The order is fixed: gradients that a process sends in
+        # another order than the others would be added to the wrong ones.
         self.ready.add(p)
-        for following in self.parameters[len(self.sent) :]:
-            if not self.active or following not in self.ready:
-                break
-            self.sent.append(dist.all_reduce(following.grad, async_op=True))
+        while self.waiting and self.waiting[-1] in self.ready:
+            self.sent.append(dist.all_reduce(self.waiting.pop().grad, async_op=True))
 
 
 def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange:
-    """Moves a model, or this process's share of it, to the device. Returns what adds up its gradients.
-
-    how: "ddp" or "fsdp", which adds up gradients by itself wherever the model is called as a function.
-    dtype: of matrix products; with "fsdp" the blocks travel in it, and gradients in float32.
-    """
+    """Moves a model, or this process's share of it, to the device. Returns what adds up its gradients."""
+    # dtype: of matrix products; with "fsdp" the blocks travel in it, and gradients in float32.
     if how == "ddp" or ranks() == 1:
         model.to(device)
         return Exchange(model.parameters() if ranks() > 1 else [])

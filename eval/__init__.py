@@ -10,25 +10,17 @@ from stage import check_types
 class EvalConfig:
     """What the evaluation measures and generates. Raises TypeError or ValueError that names the field."""
 
+    # The task `validation` reads all held-out documents. If they have more tokens, it reads every k-th document, so
+    # that about as many tokens are left.
     validation_tokens: int = 1_000_000
-    """The task `validation` reads all held-out documents. If they have more tokens, it reads every k-th document, so
-    that about as many tokens are left."""
-    continuations: int = 3
-    """Held-out documents whose beginning the model continues."""
-    prompt_tokens: int = 48
-    """Length of the beginning."""
-    new_tokens: int = 64
-    """Length of the continuation."""
-    answer_tokens: int = 128
-    """Greatest length of an answer to a prompt."""
-    answers: int = 16
-    """Held-out conversations whose question the model answers."""
-    temperature: float = 0.7
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 0.9
-    """Nucleus sampling."""
-    seed: int = 0
-    """Seed of the first sample; later samples count up."""
+    continuations: int = 3  # held-out documents whose beginning the model continues
+    prompt_tokens: int = 48  # length of the beginning
+    new_tokens: int = 64  # length of the continuation
+    answer_tokens: int = 128  # greatest length of an answer to a prompt
+    answers: int = 16  # held-out conversations whose question the model answers
+    temperature: float = 0.7  # of sampling; 0 is greedy
+    top_p: float = 0.9  # nucleus sampling
+    seed: int = 0  # of the first sample; later samples count up
 
     def __post_init__(self):
         check_types(self)

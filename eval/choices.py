@@ -1,8 +1,6 @@
 """Multiple choice by log-likelihood: the model chooses the ending that it finds likeliest."""
 
-# Choices share beginnings, and so do questions. A row of tokens holds many texts as a tree, in which a token sees the
-# tokens before it in its own text: each shared beginning is read once.
-
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,11 +9,11 @@ import torch
 
 from cli import progress
 from eval.language import Subject, token_losses, token_nats
-from eval.statistics import p_value, standard_error
+from eval.statistics import mean_and_error, p_value
+from sft.data import IGNORED
 from tokenizer import Tokenizer
 
-ROW_TOKENS = 256  # a row of this length takes no text that shares little with the text before
-BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # tokens read at once, padding included
+BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # tokens read at once
 
 
 class Question(NamedTuple):
@@ -50,95 +48,72 @@ def fit(text: Scored, context_length: int) -> Scored:
 def score(subject: Subject, questions: Sequence[Question], what: str = "choices") -> tuple[list[np.ndarray], int]:
     """log p in nats of every ending, per question; and how many questions lost the beginning of a context."""
     length = subject.model.config.context_length
-    texts, owners = [], []
-    for number, question in enumerate(questions):
+    texts, fitted, ends = [], [], []
+    for question in questions:
         for context, ending in question.choices:
             texts.append(encode(subject.tokenizer, context, ending))
-            owners.append(number)
-    fitted = [fit(text, length) for text in texts]
+            fitted.append(fit(texts[-1], length))
+        ends.append(len(texts))
     log_p = log_likelihoods(subject, fitted, what)
     truncated = set()
     for i, (ids, start) in enumerate(texts):
         if len(ids) - start > length:  # the ending alone does not fit: score all of it, in windows
             log_p[i] = -token_nats(subject, np.array(ids[1:]))[start - 1 :].sum()
         elif fitted[i] != texts[i]:
-            truncated.add(owners[i])
-    ends = np.cumsum([len(question.choices) for question in questions])
+            truncated.add(np.searchsorted(ends, i, side="right"))
     return np.split(log_p, ends[:-1]), len(truncated)
 
 
 def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> np.ndarray:
     """log p in nats of the scored ids of each text, (texts,) float64. A text has at most context_length inputs."""
-    rows, before = [Tree()], []
-    for i in sorted(range(len(texts)), key=lambda i: texts[i].ids):  # equal beginnings become neighbours
-        shared = 0
-        while shared < min(len(before), len(texts[i].ids)) and before[shared] == texts[i].ids[shared]:
-            shared += 1
-        if len(rows[-1].tokens) >= ROW_TOKENS + 2 * shared:
-            rows.append(Tree())
-        rows[-1].add(i, texts[i])
-        before = texts[i].ids
-    rows.sort(key=lambda row: len(row.tokens))
-    budget, batches = BATCH_TOKENS[subject.device.type], [[]]
-    for row in rows:  # at least as long as the rows before it
-        if batches[-1] and (len(batches[-1]) + 1) * len(row.tokens) > budget:
+    # Sorted, texts with equal beginnings are neighbours. A base is read whole. A text that shares its beginning with
+    # the base before it is read from `first` on, the input that predicts the first id in which they differ.
+    base, before, batches, size = Scored([], 0), 0, [[]], 0
+    budget = BATCH_TOKENS[subject.device.type]
+    for i in sorted(range(len(texts)), key=lambda i: texts[i].ids):
+        ids, start = texts[i]
+        shared = len(os.path.commonprefix((base.ids, ids)))  # noqa: RUF071 - not paths: lists of ids
+        first = max(0, shared - 1)
+        if start < base.start:
+            first = min(first, start - 1)  # the base does not score these ids
+        follows = first == before - 1 < len(ids) - 1  # positions that count on would join the two texts
+        if follows or 3 * shared < len(ids):
+            first = 0
+        if batches[-1] and size + len(ids) - first > budget:
             batches.append([])
-        batches[-1].append(row)
+            size, first = 0, 0
+        if first == 0:
+            base = texts[i]
+        batches[-1].append((i, first))
+        size += len(ids) - first
+        before = len(ids)
     log_p = np.zeros(len(texts))
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what):
-            read(subject, batch, log_p)
+            read(subject, texts, batch, log_p)
     return log_p
 
 
-class Tree:
-    """Texts as one row of tokens, each with its depth and the index of the token above it (-1: none)."""
-
-    def __init__(self):
-        self.nodes: dict[tuple[int, int], int] = {}
-        self.tokens: list[int] = []
-        self.above: list[int] = []
-        self.depths: list[int] = []
-        self.scored: list[tuple[int, int, int]] = []  # (text, node before the scored id, the id)
-
-    def add(self, owner: int, text: Scored) -> None:
-        node = -1
-        for depth, token in enumerate(text.ids):
-            if depth >= text.start:
-                self.scored.append((owner, node, token))
-            if depth == len(text.ids) - 1:
-                break  # nothing follows the last token, so nothing reads it
-            if (node, token) not in self.nodes:
-                self.nodes[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.above.append(node)
-                self.depths.append(depth)
-            node = self.nodes[node, token]
-
-
-def read(subject: Subject, rows: Sequence[Tree], log_p: np.ndarray) -> None:
-    """Adds log p of what is scored in the rows to their texts."""
-    T = len(rows[-1].tokens)
-    tokens, depths = torch.zeros(2, len(rows), T, dtype=torch.long)
-    mask = np.tile(np.eye(T, dtype=bool), (len(rows), 1, 1, 1))  # (B, 1, queries, keys): a token sees itself
-    owners, places = [], []
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        depths[i, : len(row.tokens)] = torch.tensor(row.depths)
-        for node, above in enumerate(row.above):
-            if above >= 0:
-                mask[i, 0, node, :node] = mask[i, 0, above, :node]  # and all that the token above it sees
-        for owner, node, token in row.scored:
-            owners.append(owner)
-            places.append((i * T + node, token))
-    device = subject.device
-    hidden = subject.model.hidden(
-        tokens.to(device), positions=depths.to(device), mask=torch.from_numpy(mask).to(device)
-    )
-    needed, indices = np.unique(places, axis=0, return_inverse=True)  # what texts share is scored once
-    needed = torch.from_numpy(needed).to(device)
-    losses = token_losses(subject, hidden.flatten(0, 1)[needed[:, 0]], needed[:, 1])
-    np.subtract.at(log_p, owners, losses[indices])
+def read(subject: Subject, texts: Sequence[Scored], batch: list[tuple[int, int]], log_p: np.ndarray) -> None:
+    """Writes log p of a batch of texts, each with its first input that is read. An input of 0 makes it a base."""
+    tokens, targets, positions, places, base = [], [], [], [], 0
+    for i, first in batch:
+        ids, start = texts[i]
+        base = base if first else len(tokens)
+        places.append((base, len(tokens)))
+        tokens += ids[first:-1]
+        targets += [IGNORED] * (start - 1 - first) + ids[max(start, first + 1) :]
+        positions += range(first, len(ids) - 1)
+    inputs = torch.tensor([tokens]).to(subject.device)
+    hidden = subject.model.hidden(inputs, positions=torch.tensor([positions]))[0]  # packed: no text sees another
+    targets = torch.tensor(targets)
+    scored = targets != IGNORED
+    losses = np.zeros(len(tokens))
+    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device))
+    for (i, first), (base, at) in zip(batch, places, strict=True):
+        ids, start = texts[i]
+        shared = losses[base + start - 1 : base + first].sum()
+        log_p[i] = -shared - losses[at : at + len(ids) - 1 - first].sum()
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -159,17 +134,19 @@ def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> tuple[np.nda
 def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majority: bool) -> dict:
     """The numbers of a task. majority: always giving the commonest answer is the baseline, if it beats chance."""
     answers = np.array([question.answer for question in questions])
-    per_character = []
-    for question, log_p in zip(questions, scores, strict=True):
+    per_character, chances, kinds = [], [], {}
+    right, ties = credit(scores, answers)
+    for question, log_p, earned in zip(questions, scores, right, strict=True):
         lengths = [len(ending.removeprefix(" ")) for _, ending in question.choices]
         per_character.append(log_p / lengths)
-    right, ties = credit(scores, answers)
-    right_norm, _ = credit(per_character, answers)
-    chances = np.array([1 / len(question.choices) for question in questions])
-    chance = baseline = float(chances.mean())
-    p = p_value(right.sum(), chances)
-    numbers = {"accuracy": float(right.mean()), "accuracy_norm": float(right_norm.mean())}
-    numbers |= {"stderr": standard_error(right), "stderr_norm": standard_error(right_norm)}
+        chances.append(1 / len(lengths))
+        for name, kind in question.kind.items():
+            kinds.setdefault(f"by_{name}", {}).setdefault(kind, []).append(earned)
+    accuracy, stderr = mean_and_error(right)
+    accuracy_norm, stderr_norm = mean_and_error(credit(per_character, answers)[0])
+    numbers = {"accuracy": accuracy, "accuracy_norm": accuracy_norm, "stderr": stderr, "stderr_norm": stderr_norm}
+    chance = baseline = float(np.mean(chances))
+    p = p_value(right.sum(), np.array(chances))
     if majority:
         always = answers == np.bincount(answers).argmax()
         numbers["majority"] = float(always.mean())
@@ -178,10 +155,9 @@ def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majorit
             better, differ = (right > always).sum(), (right != always).sum()
             baseline, p = numbers["majority"], p_value(better, np.full(differ, 0.5))
     numbers |= {"baseline": baseline, "chance": chance, "p_value": p, "ties": ties, "n": len(questions)}
-    for name in questions[0].kind:
-        kinds = np.array([question.kind[name] for question in questions])
-        parts = numbers[f"by_{name}"] = {}
-        for kind in sorted(set(kinds)):
-            own = right[kinds == kind]
-            parts[str(kind)] = {"accuracy": float(own.mean()), "stderr": standard_error(own), "n": len(own)}
+    for name, parts in kinds.items():
+        numbers[name] = {}
+        for kind, earned in sorted(parts.items()):
+            mean, error = mean_and_error(np.array(earned))
+            numbers[name][kind] = {"accuracy": mean, "stderr": error, "n": len(earned)}
     return numbers

@@ -8,7 +8,6 @@ Needs: pip install datasets
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import cli
@@ -28,34 +27,27 @@ def main(arguments: argparse.Namespace) -> None:
 
 def download(published: Published) -> Path:
     """Writes a task's file, whole or not at all."""
+    datasets, name = extra("datasets", "datasets", "the Hub"), published.dataset
     path = data.sources.raw() / (published.file + (".raw" if published.question is None else ".jsonl"))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        subsets = [published.subset]
+        if published.subset == "*":
+            subsets = sorted(datasets.get_dataset_config_names(name))
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(lines(published))
+            for subset in subsets:
+                for record in datasets.load_dataset(name, subset, split=published.split):
+                    line = json.dumps(record, ensure_ascii=False) + "\n"
+                    # A record of WikiText is a line, and "" a blank line.
+                    file.write(line if published.question else record["text"] or " \n")
         published.load(temporary)  # UserError if the dataset is not what it was
         temporary.replace(path)
+    except (OSError, ValueError) as error:  # no network, or no such dataset, subset or split
+        raise UserError(f"cannot load the dataset {name}: {type(error).__name__}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def lines(published: Published) -> Iterator[str]:
-    """The lines of a task's file. A record of WikiText is one line, and "" a blank line."""
-    datasets = extra("datasets", "datasets", "the Hub")
-    try:
-        subsets = [published.subset]
-        if published.subset == "*":
-            subsets = sorted(datasets.get_dataset_config_names(published.dataset))
-        for subset in subsets:
-            for record in datasets.load_dataset(published.dataset, subset, split=published.split):
-                if published.question is None:
-                    yield record["text"] or " \n"
-                else:
-                    yield json.dumps(record, ensure_ascii=False) + "\n"
-    except (OSError, ValueError) as error:  # no network, or no such dataset, subset or split
-        raise UserError(f"cannot load the dataset {published.dataset}: {type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

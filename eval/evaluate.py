@@ -3,14 +3,13 @@
 # Every task whose data exists is measured on every stage that is trained, and saved at once: an interrupted run
 # continues with the next task, and data and stages that come later are added.
 
-import functools
 import hashlib
-import itertools
 import json
-import math
 import os
 import shlex
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,101 +18,24 @@ import checkpoint
 import data.pack
 import data.sources
 import dpo.data
+import dpo.reference
 import machine
 import sft.data
 import stage
 from cli import UserError, log
 from configs import Experiment
-from data.pack import SPLITS, Packed
-from dpo.data import PairRows
-from dpo.reference import of_pairs
-from eval.answers import answers
-from eval.generation import continuations, prompts, smoke
+from eval import generation
 from eval.language import Subject, validation
-from eval.markdown import main_metric, show, with_error
 from eval.preference import preference
 from eval.prompts import TEXTS
-from eval.summary import skipped
+from eval.summary import main_metric, skipped, with_error
 from eval.tasks import PUBLISHED, TASKS
 from finetune import Base
-from sft.data import Rows
 from sft.templates import unseen
 from stage import Stage, Step
+from tokenizer import Tokenizer
 
 READS = {"validation": "pack", "continuations": "pack", "answers": "sft_data", "preference": "dpo_data"}
-
-
-class Tasks:
-    """What can be measured on trained models. `missing` says why the other tasks cannot be."""
-
-    def __init__(self, experiment: Experiment, trained: dict[str, Path]):
-        self.experiment, self.trained, self.final = experiment, trained, list(trained.values())[-1]
-        self.tokenizer = experiment.load_tokenizer(self.final)
-        self.digests: dict[str, str] = {}  # of all that a task's numbers depend on, but for the model
-        self.missing: dict[str, str] = {}
-        self.loaded: dict[str, object] = {}  # data of published tasks
-        settings = stage.describe(experiment.eval)
-        for name, published in PUBLISHED.items():
-            if path := published.find():
-                self.digests[name] = stage.sha256(path)
-            else:
-                where = data.sources.raw() / published.file
-                self.missing[name] = f"no {where}.*; get it with: python -m eval.download {name}"
-        for name in ("smoke", "prompts", "everyday"):
-            self.digests[name] = digest(settings, TEXTS)
-        for name, source in READS.items():
-            manifest = stage.read_manifest(experiment.directory(source))
-            if manifest is None:
-                self.missing[name] = f"no {source}; make it with: {experiment.command(source)}"
-            elif self.tokenizer.sha256 not in manifest["read"].values():
-                self.missing[name] = f"{source} was made with another tokenizer than this model's"
-            elif name == "preference" and trained.keys() == {"pretrain"}:
-                self.missing[name] = f"no fine-tuned model to compare with; train it with: {experiment.command('sft')}"
-            else:
-                self.digests[name] = digest(settings, manifest["wrote"])
-        if "preference" in self.digests:  # the reference is one of the trained models
-            self.digests["preference"] += digest([checkpoint.digest(final) for final in trained.values()])
-
-    @functools.cached_property
-    def packed(self) -> Packed:
-        return data.pack.load(self.experiment.directory("pack"), self.tokenizer.sha256)["val"]
-
-    @functools.cached_property
-    def pairs(self) -> tuple[PairRows, torch.Tensor, float]:
-        """The held-out pairs, log-probabilities of the model that DPO started or would start from, and DPO's beta."""
-        experiment, config = self.experiment, checkpoint.read_manifest(self.final)["config"]
-        directory = experiment.directory("dpo_data")
-        rows = PairRows(directory, "val", dpo.data.load(directory, self.tokenizer.sha256))
-        base, beta = self.trained.get("sft", self.final), experiment.dpo.loss.beta
-        if "dpo" in config:
-            base, beta = checkpoint.base(self.final), config["loss"]["beta"]
-        pieces = unseen(base, experiment.sft.data.template, self.tokenizer, experiment.imported is not None)
-        model = Base(base, experiment.model, pieces).load().to(machine.pick_device())
-        return rows, of_pairs(model.eval(), rows, "reference"), beta
-
-    def measure(self, task: str, subject: Subject) -> dict:
-        """A task's numbers, with `texts` if the model writes any."""
-        if task in PUBLISHED:
-            return PUBLISHED[task].measure(subject, self.loaded[task], task)
-        if task == "validation":
-            return validation(subject, self.packed)
-        if task == "continuations":
-            return continuations(subject, self.packed)
-        if task == "preference":
-            return preference(subject, *self.pairs)
-        if task == "answers":
-            directory, context = self.experiment.directory("sft_data"), self.experiment.model.context_length
-            counts = sft.data.load(directory, self.tokenizer.sha256)
-            train, held_out = (Rows(directory, split, counts, context) for split in SPLITS)
-            return answers(subject, train, held_out, sft.data.template(directory))
-        return smoke(subject) if task == "smoke" else prompts(subject, TEXTS[task])
-
-
-def digest(*values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------- the stage
 
 
 def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
@@ -146,64 +68,130 @@ def step(experiment: Experiment, given: str | None, where: str | None, force: bo
 
 
 def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read: dict[str, str], force: bool) -> None:
-    """Measures what has not been measured yet. read: digests of all that may be read."""
-    tasks, identity = Tasks(experiment, trained), {}
+    """Measures each task that has not been measured yet. read: digests of all that may be read."""
+    spm = experiment.load_tokenizer(list(trained.values())[-1])
+    digests, missing = available(experiment, trained, spm, read)
+    results, texts, identity, waiting, prepared = {}, {}, {}, {}, {}
     for name, final in trained.items():
-        checkpoint.must_match(final, tasks.tokenizer.sha256)
-        identity[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": tasks.tokenizer.sha256}
+        checkpoint.must_match(final, spm.sha256)
+        identity[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
+        results[name], texts[name] = {}, {}
+        if not force:
+            keep(job.directory, name, identity[name], digests, results[name], texts[name])
+        for task, why in missing.items():
+            results[name].setdefault(task, {"skipped": why})
+        waiting[name] = [task for task in TASKS if task in digests and task not in results[name]]
     finished = job.is_finished(force)
     job.read |= read
-    results, texts = left(job.directory, identity, tasks, force)
-    possible = [task for task in TASKS if task in tasks.digests]
-    waiting = {name: [task for task in possible if task not in results[name]] for name in trained}
     if line := skipped(results):
         log.info(line)
     if finished and not any(waiting.values()):
         job.log_up_to_date()
         return
-    for task in set(itertools.chain(*waiting.values())) & PUBLISHED.keys():
-        tasks.loaded[task] = PUBLISHED[task].load(PUBLISHED[task].find())  # damaged data stops before the long work
+    torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
+    for task in set().union(*waiting.values()):  # damaged data stops before the long work
+        prepared[task] = prepare(task, experiment, trained, spm)
     with job.making(keep=not force):
         (job.directory / "manifest.json").unlink(missing_ok=True)  # a finished evaluation is added to
         job.earlier = sum(stage.read_seconds(job.directory).values())
-        torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
         device = machine.pick_device()
         for name, final in trained.items():
             if not waiting[name]:
                 continue
             log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
             model = checkpoint.load_model(final, str(device))
-            subject = Subject(model, tasks.tokenizer, checkpoint.template(final), experiment.eval)
+            subject = Subject(model, spm, checkpoint.template(final), experiment.eval)
             for task in waiting[name]:
                 started = time.perf_counter()
-                numbers = finite(tasks.measure(task, subject))
+                numbers = prepared[task](subject)
                 seconds = time.perf_counter() - started
                 if "texts" in numbers:
                     texts[name][task] = numbers.pop("texts")
-                results[name][task] = numbers | identity[name] | {"data": tasks.digests[task]}
+                numbers = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # not finite: null
+                results[name][task] = numbers | identity[name] | {"data": digests[task]}
                 save(job.directory, results, texts)
                 stage.record_seconds(job.directory / f"{name}-{task}", seconds)
-                log.info(f"{task}: {in_words(numbers, main_metric(task))}{seconds:.1f} s")
+                metric = main_metric(task)
+                number = with_error(numbers, metric, metric) if metric in numbers else "skipped"
+                log.info(f"{task}: {metric.replace('_', ' ')} {number}, {seconds:.1f} s")
         save(job.directory, results, texts)
-        measured = {name: sum("n" in entry for entry in entries.values()) for name, entries in results.items()}
+        measured = {}
+        for name, entries in results.items():
+            measured[name] = sum("n" in entry for entry in entries.values())
         counts = {"measured": measured, "machine": machine.name(device), "command": job.command}
         job.finish(counts, [job.directory / "results.json", job.directory / "generations.json"])
         log.info(f"evaluated: {job.directory / 'results.json'}")
 
 
-def left(directory: Path, identity: dict[str, dict], tasks: Tasks, force: bool) -> tuple[dict, dict]:
-    """Results and texts of earlier runs, if model, tokenizer and data are the same; and why tasks are skipped."""
-    results, texts = {}, {}
-    before = {} if force else stage.read_json(directory / "results.json") or {}
-    written = {} if force else stage.read_json(directory / "generations.json") or {}
-    for name, digests in identity.items():
-        results[name] = {task: {"skipped": why} for task, why in tasks.missing.items()}
-        for task, entry in before.get(name, {}).items():
-            # A result stands, too, if its data is gone.
-            if entry | digests == entry and entry["data"] == tasks.digests.get(task, entry["data"]):
-                results[name][task] = entry
-        texts[name] = {task: text for task, text in written.get(name, {}).items() if "n" in results[name].get(task, {})}
-    return results, texts
+def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict[str, str], dict]:
+    """{task: digest of all that its numbers depend on, but for the model}, and {task: why it cannot be measured}."""
+    digests, missing, settings = {}, {}, stage.describe(experiment.eval)
+    for task, published in PUBLISHED.items():
+        if published.file in read:
+            digests[task] = read[published.file]
+        else:
+            where = data.sources.raw() / published.file
+            missing[task] = f"no {where}.*; get it with: python -m eval.download {task}"
+    for task in TEXTS:
+        digests[task] = digest(settings, TEXTS)
+    for task, source in READS.items():
+        manifest = stage.read_manifest(experiment.directory(source))
+        if manifest is None:
+            missing[task] = f"no {source}; make it with: {experiment.command(source)}"
+        elif spm.sha256 not in manifest["read"].values():
+            missing[task] = f"{source} was made with another tokenizer than this model's"
+        elif task == "preference" and trained.keys() == {"pretrain"}:
+            missing[task] = f"no fine-tuned model to compare with; train it with: {experiment.command('sft')}"
+        else:
+            digests[task] = digest(settings, manifest["wrote"])
+    if "preference" in digests:  # the reference is one of the trained models
+        digests["preference"] += digest(list(map(checkpoint.digest, trained.values())))
+    return digests, missing
+
+
+def digest(*values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def keep(directory: Path, name: str, identity: dict, digests: dict, results: dict, texts: dict) -> None:
+    """Takes over the results and texts of earlier runs with the same model, tokenizer and data."""
+    earlier = stage.read_json(directory / "results.json") or {}
+    written = stage.read_json(directory / "generations.json") or {}
+    for task, entry in earlier.get(name, {}).items():
+        # A result also stands if its data is gone.
+        if entry | identity == entry and entry["data"] == digests.get(task, entry["data"]):
+            results[task] = entry
+            if task in written.get(name, {}):
+                texts[task] = written[name][task]
+
+
+def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: Tokenizer) -> Callable[[Subject], dict]:
+    """Reads a task's data. Returns the function that measures a model: the task's numbers, and "texts" if it writes."""
+    if task in PUBLISHED:
+        published = PUBLISHED[task]
+        return partial(published.measure, loaded=published.load(published.find()), name=task)
+    if task == "smoke":
+        return generation.smoke
+    if task in TEXTS:
+        return partial(generation.prompts, asked=TEXTS[task])
+    directory = experiment.directory(READS[task])
+    if READS[task] == "pack":
+        measure = validation if task == "validation" else generation.continuations
+        return partial(measure, held_out=data.pack.load(directory, spm.sha256)["val"])
+    if task == "answers":
+        counts, context = sft.data.load(directory, spm.sha256), experiment.model.context_length
+        train, held_out = (sft.data.Rows(directory, split, counts, context) for split in data.pack.SPLITS)
+        return partial(generation.answers, train=train, held_out=held_out, template=sft.data.template(directory))
+    # The reference is the model that DPO started or would start from.
+    pairs = dpo.data.PairRows(directory, "val", dpo.data.load(directory, spm.sha256))
+    final = list(trained.values())[-1]
+    base, beta, config = trained.get("sft", final), experiment.dpo.loss.beta, checkpoint.read_manifest(final)["config"]
+    if "dpo" in config:
+        base, beta = checkpoint.base(final), config["loss"]["beta"]
+    pieces = unseen(base, experiment.sft.data.template, spm, experiment.imported is not None)
+    model = Base(base, experiment.model, pieces).load().to(machine.pick_device())
+    reference = dpo.reference.of_pairs(model.eval(), pairs, "reference")
+    return partial(preference, pairs=pairs, reference=reference, beta=beta)
 
 
 def save(directory: Path, results: dict, texts: dict) -> None:
@@ -213,18 +201,3 @@ def save(directory: Path, results: dict, texts: dict) -> None:
         for owner, entries in content.items():
             ordered[owner] = {task: entries[task] for task in TASKS if task in entries}
         stage.write_json(directory / f"{name}.json", ordered)
-
-
-def finite(numbers):
-    """Numbers as JSON holds them, in nested tables too: null for a number that is not finite."""
-    if isinstance(numbers, dict):
-        return {key: finite(value) for key, value in numbers.items()}
-    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
-
-
-def in_words(numbers: dict, metric: str) -> str:
-    """A task's main number for the log."""
-    if metric not in numbers:
-        return ""
-    baseline = f" (baseline {show(numbers['baseline'])})" if "baseline" in numbers else ""
-    return f"{metric.replace('_', ' ')} {with_error(numbers, metric, metric)}{baseline}, "

@@ -1,112 +1,188 @@
 """What a model writes, from prompts, documents and seeds that are fixed beforehand: nothing is selected."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 import generate
+from cli import progress
 from data.pack import Packed
-from eval.language import Subject
+from eval.language import Subject, perplexity, token_losses
 from eval.prompts import SMOKE, distinct, judge, repetition, words
-from eval.statistics import standard_error
+from eval.statistics import mean_and_error, ratio
 from sft.conversations import Message, cleaned
-from sft.templates import ends, render
+from sft.data import IGNORED, Rows
+from sft.templates import ends, marked, render, shown
+
+BATCH = 8  # rows of conversations per forward pass
 
 
-def write(subject: Subject, prompts: list[list[int]], new_tokens: int, template: str | None = None) -> list[dict]:
-    """For each prompt {"seed", "new": the new ids, "ended": whether the model ended them}."""
-    config, seed = subject.config, subject.config.seed
-    seeds = list(range(seed, seed + len(prompts)))
+def write(subject: Subject, prompts: list[list[int]], new_tokens: int, template: str | None) -> list[tuple]:
+    """(seed, new ids, True if the model ended them) for each prompt."""
+    config = subject.config
+    seeds = range(config.seed, config.seed + len(prompts))
     stop = ends(template, subject.tokenizer) if template else (subject.tokenizer.eos,)
     options = {"temperature": config.temperature, "top_p": config.top_p, "seed": seeds, "stop": stop}
     samples = []
     for seed, new in zip(seeds, generate.generate(subject.model, prompts, new_tokens, **options), strict=True):
-        samples.append({"seed": seed, "new": new, "ended": len(new) < new_tokens})
+        samples.append((seed, new, len(new) < new_tokens))
     return samples
 
 
 def answer(subject: Subject, prompts: Sequence[str]) -> list[dict]:
     """{"prompt", "seed", "answer", "ended"} for each prompt, in the template in which the model learnt to answer."""
-    spm, ids = subject.tokenizer, []
+    spm, template, asked, texts = subject.tokenizer, subject.template, [], []
     for prompt in prompts:
-        if subject.template:
-            message = Message("user", cleaned(prompt))
-            ids.append(render(subject.template, [message], spm, ask=True)[0])
+        if template:
+            asked.append(render(template, [Message("user", cleaned(prompt))], spm, ask=True)[0])
         else:
-            ids.append([spm.bos, *spm.encode(prompt)])
-    texts = []
-    for prompt, sample in zip(
-        prompts, write(subject, ids, subject.config.answer_tokens, subject.template), strict=True
-    ):
-        text = spm.decode(sample["new"], begins=False)
-        texts.append({"prompt": prompt, "seed": sample["seed"], "answer": text, "ended": sample["ended"]})
+            asked.append([spm.bos, *spm.encode(prompt)])
+    samples = write(subject, asked, subject.config.answer_tokens, template)
+    for prompt, (seed, new, ended) in zip(prompts, samples, strict=True):
+        text = spm.decode(new, begins=False)
+        texts.append({"prompt": prompt, "seed": seed, "answer": text, "ended": ended})
     return texts
 
 
 def smoke(subject: Subject) -> dict:
     """The task `smoke`: the share of short prompts whose answer passes every rule, and each rule; and the answers."""
     texts = answer(subject, [prompt.text for prompt in SMOKE])
-    passed, categories = np.zeros(len(SMOKE)), {}
-    for i, (prompt, text) in enumerate(zip(SMOKE, texts, strict=True)):
+    passed, categories = {"passed": []}, {}
+    for prompt, text in zip(SMOKE, texts, strict=True):
         text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
+        for name, rule in text["rules"].items():
+            passed.setdefault(name, []).append(rule["passed"])
         text["passed"] = all(rule["passed"] for rule in text["rules"].values())
-        passed[i] = text["passed"]
+        passed["passed"].append(text["passed"])
         categories.setdefault(prompt.category, []).append(text["passed"])
-    numbers = {"passed": float(passed.mean())}
-    for rule in texts[0]["rules"]:
-        numbers[rule] = sum(text["rules"][rule]["passed"] for text in texts) / len(texts)
-    numbers["by_category"] = {category: float(np.mean(own)) for category, own in categories.items()}
+    _, stderr = mean_and_error(np.array(passed["passed"], float))
+    numbers = means(passed) | {"by_category": means(categories)}
     # The baseline is an empty answer, which passes no prompt.
-    return numbers | {"stderr": standard_error(passed), "baseline": 0.0, "n": len(texts), "texts": texts}
+    return numbers | {"stderr": stderr, "baseline": 0.0, "n": len(texts), "texts": texts}
+
+
+def means(lists: dict[str, list]) -> dict[str, float]:
+    return {name: float(np.mean(values)) for name, values in lists.items()}
 
 
 def prompts(subject: Subject, asked: Sequence[str]) -> dict:
     """The tasks `prompts` and `everyday`: how much the answers repeat themselves; and the answers."""
     texts = answer(subject, asked)
-    tokens = [words(text["answer"]) for text in texts]
-    for text, own in zip(texts, tokens, strict=True):
-        for n in (1, 2, 3):
-            text[f"distinct_{n}"] = distinct([own], n)
-        text["repetition"] = repetition(own)
-    ended = sum(text["ended"] for text in texts) / len(texts)
-    return variety(tokens) | {"ended": ended, "texts": texts}
+    for text in texts:
+        tokens = words(text["answer"])
+        text |= distinct_runs([tokens]) | {"repetition": repetition(tokens)}
+    return variety(texts, "answer") | {"ended": share(texts, "ended"), "texts": texts}
 
 
 def continuations(subject: Subject, held_out: Packed) -> dict:
     """The task `continuations`: continuations of held-out documents, and how much they repeat themselves."""
-    config, decode = subject.config, subject.tokenizer.decode
-    cut, texts, length = config.prompt_tokens, [], config.prompt_tokens + config.new_tokens
-    chosen = documents(held_out, length, config.continuations)
-    if not chosen:
+    config, spm, cut = subject.config, subject.tokenizer, subject.config.prompt_tokens
+    length = cut + config.new_tokens
+    documents = [ids for ids in held_out.documents() if len(ids) > length]
+    if not documents:
         return {"skipped": f"no held-out document has over {length:,} tokens; lower prompt_tokens of EvalConfig"}
-    begun = [[subject.tokenizer.bos, *ids[:cut]] for ids in chosen]
-    for ids, sample in zip(chosen, write(subject, begun, config.new_tokens), strict=True):
-        text = {"seed": sample["seed"], "prompt": decode(ids[:cut])}
-        text["continuation"] = decode(sample["new"], begins=False)
-        text["truth"] = decode(ids[cut:], begins=False)  # how the document continues
-        texts.append(text)
-    numbers = variety([words(text["continuation"]) for text in texts])
-    truth = variety([words(text["truth"]) for text in texts])
-    numbers["baseline"] = truth["repetition"]
+    begun, texts = [], []
+    for ids in evenly(documents, config.continuations):
+        ids = ids[:length].tolist()
+        begun.append([spm.bos, *ids[:cut]])
+        truth = spm.decode(ids[cut:], begins=False)  # how the document continues
+        texts.append({"seed": 0, "prompt": spm.decode(ids[:cut]), "continuation": "", "truth": truth})
+    for text, (seed, new, _) in zip(texts, write(subject, begun, config.new_tokens, None), strict=True):
+        text |= {"seed": seed, "continuation": spm.decode(new, begins=False)}
+    truth = variety(texts, "truth")
+    numbers = variety(texts, "continuation") | {"baseline": truth["repetition"]}
     for n in (1, 2, 3):
         numbers[f"baseline_distinct_{n}"] = truth[f"distinct_{n}"]
     return numbers | {"texts": texts}
 
 
-def variety(texts: list[list[str]]) -> dict[str, float]:
+def share(texts: list[dict], key: str) -> float:
+    """The share of the texts for which a key is True."""
+    return sum(text[key] for text in texts) / len(texts)
+
+
+def evenly(items: Sequence, most: int) -> list:
+    """At most so many of the items, evenly spaced."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def variety(texts: list[dict], key: str) -> dict[str, float]:
     """How much texts repeat themselves: the mean share of four-word runs that repeat, and distinct-n of all."""
-    shares = np.array([repetition(tokens) for tokens in texts])
-    numbers = {"repetition": float(shares.mean()), "stderr": standard_error(shares)}
-    for n in (1, 2, 3):
-        numbers[f"distinct_{n}"] = distinct(texts, n)
-    return numbers | {"n": len(texts)}
+    tokens = [words(text[key]) for text in texts]
+    mean, stderr = mean_and_error(np.array(list(map(repetition, tokens))))
+    return {"repetition": mean, "stderr": stderr} | distinct_runs(tokens) | {"n": len(texts)}
 
 
-def documents(held_out: Packed, length: int, wanted: int) -> list[list[int]]:
-    """The first `length` ids of held-out documents, evenly spaced among those that are longer."""
-    starts = held_out.starts
-    lengths = np.diff(np.append(starts, len(held_out.tokens)))
-    long = np.flatnonzero(lengths > length)
-    if len(long) > wanted:
-        long = long[np.arange(wanted) * len(long) // wanted]
-    return [held_out.tokens[start : start + length].tolist() for start in starts[long]]
+def distinct_runs(texts: list[list[str]]) -> dict[str, float]:
+    return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def answers(subject: Subject, train: Rows, held_out: Rows, template: str) -> dict:
+    """The task `answers`: the loss of held-out answers in nats per token, and some answers of the model."""
+    # The standard errors are over conversations.
+    nats, counts = nats_by_conversation(subject, held_out, ends(template, subject.tokenizer))
+    loss, stderr = ratio(nats.sum(1), counts.sum(1))
+    loss_words, stderr_words = ratio(nats[:, 0], counts[:, 0])
+    # The baseline: each piece is as likely as it is frequent in the training answers, plus 1.
+    learnt = train.tokens[np.flatnonzero(train.trained)]
+    frequency = 1 + np.bincount(learnt, minlength=subject.tokenizer.vocab_size)
+    wanted = held_out.tokens[np.flatnonzero(held_out.trained)]
+    texts = written(subject, held_out, template)
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "stderr": stderr,
+        "loss_words": loss_words,
+        "stderr_words": stderr_words,
+        "loss_ends": float(nats[:, 1].sum() / max(1, counts[:, 1].sum())),  # of the piece that ends an answer
+        "baseline": float(math.log(frequency.sum()) - np.log(frequency[wanted]).mean()),
+        "marked": share(texts, "marked"),
+        "ended": share(texts, "ended"),
+        "conversations": len(counts),
+        "n": int(counts.sum()),
+        "texts": texts,
+    }
+
+
+def nats_by_conversation(subject: Subject, rows: Rows, ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of −log p in nats over a conversation's words, and over the ends of its answers, (conversations, 2)."""
+    # The second array counts these tokens. Only trained tokens count.
+    device, nats, counts = subject.device, [], []
+    batches = range(0, rows.count, BATCH)
+    with torch.inference_mode():
+        for start in progress(batches, len(batches), "batches", "answers"):
+            tokens, targets, positions = rows.read(range(start, min(start + BATCH, rows.count)))
+            trained = targets.flatten() != IGNORED
+            wanted = targets.flatten()[trained]
+            hidden = subject.model.hidden(tokens.to(device), positions=positions.to(device)).flatten(0, 1)
+            losses = token_losses(subject, hidden[trained.to(device)], wanted.to(device))
+            number = (positions.flatten() == 0).cumsum(0)[trained]  # position 0 opens a conversation
+            place = (2 * number + torch.isin(wanted, torch.tensor(ends))).numpy()
+            size = 2 * int(number[-1]) + 2
+            nats.append(np.bincount(place, losses, size).reshape(-1, 2))
+            counts.append(np.bincount(place, minlength=size).reshape(-1, 2))
+    nats, counts = np.concatenate(nats), np.concatenate(counts)
+    known = counts.sum(1) > 0  # not the padding behind a row
+    return nats[known], counts[known]
+
+
+def written(subject: Subject, held_out: Rows, template: str) -> list[dict]:
+    """The model's answers to the first question of some conversations, evenly spaced, beside the true answers."""
+    spm, asked, texts = subject.tokenizer, [], []
+    for number in evenly(range(len(held_out.starts) - 1), subject.config.answers):
+        ids, trained = held_out.conversation(number)
+        first = int(trained.argmax())
+        length = int(np.append(trained[first:], False).argmin())
+        asked.append(ids[:first].tolist())
+        truth = spm.decode(ids[first : first + length].tolist(), begins=False)
+        texts.append({"prompt": shown(asked[-1][1:], spm), "seed": 0, "answer": "", "truth": truth})
+    samples = write(subject, asked, subject.config.answer_tokens, template)
+    for text, (seed, new, ended) in zip(texts, samples, strict=True):
+        text |= {"seed": seed, "answer": shown(new, spm), "ended": ended, "marked": marked(template, new, spm)}
+    return texts

@@ -44,18 +44,17 @@ def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, wh
     if n > T:
         starts = [0, *range(step, n - T, step), n - T]  # the last window ends where the stream ends
     stream = torch.from_numpy(np.insert(tokens.astype(np.int64), 0, subject.tokenizer.bos)).to(subject.device)
-    batches = [starts[i : i + WINDOWS] for i in range(0, len(starts), WINDOWS)]
-    nats, scored = np.empty(n), 0
+    batches = torch.tensor(starts).split(WINDOWS)
+    nats, scored = [], 0
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what) if what else batches:
             windows = torch.stack([stream[start : start + T + 1] for start in batch])  # (B, T + 1)
             hidden = model.hidden(windows[:, :-1])  # (B, T, D)
-            for start, window, x in zip(batch, windows, hidden, strict=True):
+            for start, window, x in zip(batch.tolist(), windows, hidden, strict=True):
                 new = scored - start  # earlier windows have scored the positions before it
-                losses = token_losses(subject, x[new:], window[new + 1 :])
-                nats[scored : scored + len(losses)] = losses
-                scored += len(losses)
-    return nats
+                nats.append(token_losses(subject, x[new:], window[new + 1 :]))
+                scored += len(nats[-1])
+    return np.concatenate(nats)
 
 
 def token_losses(subject: Subject, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -69,15 +68,18 @@ def token_losses(subject: Subject, hidden: torch.Tensor, targets: torch.Tensor) 
     return nats
 
 
-def validation(subject: Subject, packed: Packed) -> dict[str, float]:
+def validation(subject: Subject, held_out: Packed) -> dict[str, float]:
     """The task `validation`: bits per byte of the held-out documents, their end tokens included."""
-    most = subject.config.validation_tokens
-    documents = list(packed.documents())[:: math.ceil(len(packed.tokens) / most)]
+    every = math.ceil(len(held_out.tokens) / subject.config.validation_tokens)
+    documents = list(held_out.documents())[::every]
     nats = token_nats(subject, np.concatenate(documents), what="validation")
-    texts = [subject.tokenizer.decode(ids.tolist()).encode() for ids in documents]
-    starts = np.cumsum([0, *map(len, documents[:-1])])
-    bits = np.add.reduceat(nats, starts) / math.log(2)  # per document
-    bits_per_byte, stderr = ratio(bits, np.array([len(text) for text in texts]))
+    texts, sizes, starts = [], [], [0]
+    for ids in documents:
+        texts.append(subject.tokenizer.decode(ids.tolist()).encode())
+        sizes.append(len(texts[-1]))
+        starts.append(starts[-1] + len(ids))
+    bits = np.add.reduceat(nats, starts[:-1]) / math.log(2)  # per document
+    bits_per_byte, stderr = ratio(bits, np.array(sizes))
     xz = xz_bits_per_byte(b"\n".join(texts))
     return {
         "loss": float(nats.mean()),
@@ -107,22 +109,21 @@ def xz_bits_per_byte(text: bytes) -> float:
 # Windows do not overlap; for `strided_…` they overlap by half.
 def wikitext2(subject: Subject, text: str) -> dict[str, float]:
     """The task `wikitext2`, on the raw test set."""
-    pages = articles(text)
-    words = sum(len(re.split(r"\s+", page)) for page in pages)
-    sizes = np.array([len(page.encode()) for page in pages])
-    ids = [subject.tokenizer.encode_array(detokenized(page).encode()) for page in pages]
-    tokens, numbers = sum(map(len, ids)), {}
+    ids, sizes, words = [], [], 0
+    for page in articles(text):
+        ids.append(subject.tokenizer.encode_array(detokenized(page).encode()))
+        sizes.append(len(page.encode()))
+        words += len(re.split(r"\s+", page))
+    tokens, sizes, numbers = sum(map(len, ids)), np.array(sizes), {}
     for prefix, step in (("", subject.model.config.context_length), ("strided_", None)):
-        nats = np.zeros(len(pages))
+        nats = np.zeros(len(ids))
         for i, page in enumerate(progress(ids, len(ids), "articles", f"{prefix}wikitext2")):
             nats[i] = token_nats(subject, page, step).sum()
         total = nats.sum()
+        for unit, count in (("token", tokens), ("word", words), ("byte", sizes.sum())):
+            numbers[f"{prefix}{unit}_perplexity"] = perplexity(total / count)
         bits_per_byte, stderr = ratio(nats / math.log(2), sizes)
-        numbers[f"{prefix}token_perplexity"] = perplexity(total / tokens)
-        numbers[f"{prefix}word_perplexity"] = perplexity(total / words)
-        numbers[f"{prefix}byte_perplexity"] = perplexity(total / sizes.sum())
-        numbers[f"{prefix}bits_per_byte"] = bits_per_byte
-        numbers[f"{prefix}stderr"] = stderr
+        numbers |= {f"{prefix}bits_per_byte": bits_per_byte, f"{prefix}stderr": stderr}
     return numbers | {"baseline": xz_bits_per_byte(text.encode()), "n": tokens}
 
 

@@ -3,8 +3,8 @@
 # Anyone can check a rule with the answer in hand. Rules find failures: nothing that was asked for, loops, marks of a
 # chat template, a few words, no end. They do not find quality. An answer passes if it passes every rule.
 
+import fnmatch
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,47 +35,40 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
-def runs(tokens: Sequence[str], n: int) -> Counter:
-    """How often each run of n words occurs."""
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-
-
-def repetition(tokens: Sequence[str], n: int = 4) -> float:
-    """The share of runs of n words that have occurred in the text before; 0 if there are none."""
-    counts = runs(tokens, n)
-    return 1 - len(counts) / counts.total() if counts else 0.0
-
-
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Distinct runs of n words over all runs, in several texts together (distinct-n, arXiv:1510.03055)."""
-    counts = Counter()
+    """Distinct runs of n words over all runs, in several texts together (distinct-n, arXiv:1510.03055); 0 if none."""
+    seen, total = set(), 0
     for tokens in texts:
-        counts += runs(tokens, n)
-    return len(counts) / counts.total() if counts else 0.0
+        for i in range(len(tokens) - n + 1):
+            seen.add(tuple(tokens[i : i + n]))
+            total += 1
+    return len(seen) / max(1, total)
+
+
+def repetition(tokens: Sequence[str]) -> float:
+    """The share of runs of four words that have occurred in the text before; 0 if there are none."""
+    return 1 - distinct([tokens], 4) if len(tokens) >= 4 else 0.0
 
 
 def judge(prompt: Prompt, answer: str) -> dict[str, dict]:
     """{rule: {"rule": in words, "found": in the answer, "passed": bool}}"""
-    tokens, expected = words(answer), []
-    for word in prompt.expected:
-        pattern = re.escape(word).replace(r"\*", r"\w*")
-        if any(re.fullmatch(pattern, token) for token in tokens):
-            expected.append(word)
-    marks = [ascii(mark)[1:-1] for mark in MARKS if mark in answer]
-    fewest, most = prompt.words
-    share = repetition(tokens)
+    tokens = words(answer)
+    share, (fewest, most) = repetition(tokens), prompt.words
+    expected = [word for word in prompt.expected if fnmatch.filter(tokens, word)]
+    marks = [mark for mark in MARKS if mark in answer]
+    content = f"at least {prompt.least} of {', '.join(prompt.expected)}", ", ".join(expected)
+    leakage = f"none of {escaped(MARKS)}", escaped(marks)
     rules = {
-        "content": (
-            f"at least {prompt.least} of {', '.join(prompt.expected)}",
-            ", ".join(expected) or "none",
-            len(expected) >= prompt.least,
-        ),
+        "content": (*content, len(expected) >= prompt.least),
         "repetition": (f"at most {REPEATED:.0%} of four-word runs repeat", f"{share:.0%}", share <= REPEATED),
-        "leakage": (
-            f"none of {' '.join(ascii(mark)[1:-1] for mark in MARKS)}",
-            " ".join(marks) or "none",
-            not marks,
-        ),
+        "leakage": (*leakage, not marks),
         "length": (f"{fewest} to {most} words", str(len(tokens)), fewest <= len(tokens) <= most),
     }
-    return {name: dict(zip(("rule", "found", "passed"), rule, strict=True)) for name, rule in rules.items()}
+    verdicts = {}
+    for name, (rule, found, passed) in rules.items():
+        verdicts[name] = {"rule": rule, "found": found or "none", "passed": passed}
+    return verdicts
+
+
+def escaped(marks: Sequence[str]) -> str:
+    return " ".join(marks).encode("unicode_escape").decode()

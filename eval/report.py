@@ -1,27 +1,26 @@
 """A run as a page: `python pipeline.py CONFIG report` writes runs/NAME/REPORT.md and plots/. It measures nothing."""
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 
+import cli
 import stage
 from cli import UserError, log
 from configs import TRAINED, Experiment
 from eval import summary
-from eval.markdown import block, main_metric, show, table, with_error
-from eval.summary import Run
+from eval.summary import Run, main_metric, show, visible, with_error
 from eval.tasks import TASKS
 
 LOGGED = ("step", "epoch", "loss", "val_loss", "val_bits_per_byte", "val_accuracy", "val_kl", "lr", "tokens_per_second")
+NUMBER = re.compile(r"[-−]?[\d.,]+(e[-+]?\d+)?( ± \S+)?( [↑↓=])?|inf|not finite|")
 READING = """\
 ± is one standard error over the items of a task: questions, documents, conversations or prompts. Another
 training run differs by more. A baseline needs no model: `xz -9` for bits per byte, chance or always the
 commonest answer for accuracy, the frequency of pieces for answers, a tie for preference, how documents
 really continue for continuations. An accuracy is above (↑) or below (↓) its baseline at p < 0.05, or the
 difference may be chance (=). Perplexity compares models of one tokenizer only."""
-ROWS = """\
-Training reads {} rows of the held-out text, and a row may open in the middle of a document. The
-evaluation reads all of the text, with at least half a context before each token, so its bits per byte
-are lower."""
 
 
 def write(experiment: Experiment) -> None:
@@ -44,32 +43,23 @@ def draw(run: Run) -> dict[str, bytes]:
         from eval import plots
     except ImportError:
         return {}
-    pictures, panels = {}, {}
+    pictures = {}
     for name in TRAINED:
         if records := run.metrics(name):
             pictures[name] = plots.curves(records, f"{run.experiment.name}: {name}")
-    for task in TASKS:
-        entries = measured(run, task)
-        if entries and main_metric(task) != "repetition":
-            panels.setdefault(main_metric(task), {})[task] = entries
-    if panels:
-        pictures["evaluation"] = plots.bars(panels)
+    if measured := {task: run.measured(task) for task in TASKS if run.measured(task)}:
+        pictures["evaluation"] = plots.bars(measured)
     return pictures
-
-
-def measured(run: Run, task: str) -> dict[str, dict]:
-    """The numbers of a task by stage."""
-    return {name: entries[task] for name, entries in run.results.items() if "n" in entries.get(task, {})}
 
 
 def page(run: Run, pictures: dict[str, bytes]) -> str:
     """The report in Markdown that a terminal shows well, too."""
     parts = [f"# {run.experiment.name}", table(["stage", "result", "usual", "meaning"], run.rows())]
-    parts += ["    " + line.replace("\n", "\n    ") for line in summary.sample(run)]
+    parts.append(textwrap.indent("\n\n".join(summary.sample(run)), "    "))
     parts += summary.notes(run)
     for name in TRAINED:
         if records := run.metrics(name):
-            parts += [f"## Training: {name}", *training(run, name, records)]
+            parts += [f"## Training: {name}", f"![Curves of {name}](plots/{name}.png)", training(records)]
     if run.results:
         parts += ["## Evaluation", *evaluation(run)]
     if run.texts:
@@ -78,33 +68,31 @@ def page(run: Run, pictures: dict[str, bytes]) -> str:
     if not pictures:
         parts = [part for part in parts if not part.startswith("![")]
         parts.append("No plots: matplotlib is not installed. `pip install matplotlib`, then the same command again.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def training(run: Run, name: str, records: list[dict]) -> list[str]:
-    """Facts, the picture, and a table of the points where validation ran."""
-    lines = [f"![Curves of {name}](plots/{name}.png)"]
-    if name == "pretrain" and "pretrain" in run.results:
-        lines.append(ROWS.format(run.finals["pretrain"]["config"]["pretrain"]["eval_rows"]))
+def training(records: list[dict]) -> str:
+    """A table of the last points where validation ran."""
     points = [record for record in records if "val_loss" in record] or records[-1:]
     keys = [key for key in LOGGED if key in points[-1]]
-    rows = [[show(record.get(key, "")) for key in keys] for record in points[-12:]]
-    return [*lines, table([key.replace("_", " ") for key in keys], rows)]
+    rows = []
+    for record in points[-12:]:
+        rows.append([show(record.get(key, "")) for key in keys])
+    return table(keys, rows)
 
 
 def evaluation(run: Run) -> list[str]:
     """The main number of each task with error and baseline, then all numbers."""
     stages, rows, details = list(run.results), [], []
     for task in TASKS:
-        main, entries, cells = main_metric(task), measured(run, task), {}
-        for name, entry in entries.items():
+        main, cells, baseline = main_metric(task), {}, ""
+        for name, entry in run.measured(task).items():
+            baseline, n = show(entry.get("baseline", "")), show(entry["n"])
             for label, text in labelled(entry, main).items():
                 cells.setdefault(label, dict.fromkeys(stages, ""))[name] = text
-        if entries:
-            first = next(iter(entries.values()))
-            baseline = show(first["baseline"]) if "baseline" in first else ""
-            rows.append([task, main.replace("_", " "), *cells.pop(main).values(), baseline, show(first["n"])])
-        details += [[task, label.replace("_", " "), *texts.values()] for label, texts in cells.items()]
+        for label, texts in cells.items():
+            row = [task, label.replace("_", " "), *texts.values()]
+            rows.append([*row, baseline, n]) if label == main else details.append(row)
     lines = [table(["task", "metric", *stages, "baseline", "n"], rows), READING]
     lines.append("![The same beside the baselines](plots/evaluation.png)")
     return [*lines, "### All other numbers", table(["task", "metric", *stages], details)]
@@ -127,12 +115,13 @@ def samples(run: Run) -> list[str]:
     lines = ["All that was generated, none of it selected. The prompts are in `eval/prompts.json`."]
     for task in TASKS:
         texts = {name: tasks[task] for name, tasks in run.texts.items() if task in tasks}
-        lines += [f"### {task}"] if texts else []
-        for i, first in enumerate(next(iter(texts.values()), [])):
-            lines += [f"{i + 1}, seed {first['seed']}:", block(first["prompt"].rstrip("\n"))]
-            for name, answers in texts.items():
-                answer = answers[i].get("answer", answers[i].get("continuation"))
-                lines += [f"{name}{remarks(answers[i])}:", block(answer)]
+        if texts:
+            lines.append(f"### {task}")
+        for number, answers in enumerate(zip(*texts.values(), strict=True), start=1):
+            first = answers[0]
+            lines += [f"{number}, seed {first['seed']}:", block(first["prompt"].rstrip("\n"))]
+            for name, text in zip(texts, answers, strict=True):
+                lines += [f"{name}{remarks(text)}:", block(text.get("answer", text.get("continuation")))]
             if "truth" in first:
                 lines += ["truth:", block(first["truth"])]
     return lines
@@ -148,32 +137,45 @@ def remarks(text: dict) -> str:
 
 
 def provenance(run: Run) -> list[str]:
-    """Commands, seconds, machines, data, versions and digests."""
-    made, sources, versions = [], [], {}
+    """Commands, seconds, machines, digests and versions."""
+    rows, versions = [], {}
     for name, manifest in run.manifests.items():
         counts, directory = manifest["counts"], run.experiment.directory(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name, 0.0)
         command = counts.get("command", run.experiment.command(name))
-        made.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), manifest["sha256"][:16]])
-        for source, numbers in counts.get("sources", {}).items():
-            if "read" in numbers:
-                dropped = ", ".join(f"{n:,} {rule}" for rule, n in numbers["dropped"].items())
-                kept = numbers.get("kept", numbers.get("documents"))
-                sources.append([name, source, show(numbers["read"]), show(kept), dropped])
-        versions[", ".join(f"{package} {version}" for package, version in manifest["versions"].items())] = None
-    lines = [table(["stage", "command", "seconds", "machine", "manifest"], made)]
-    lines.append("The last column opens the SHA-256 of manifest.json, which holds that of every file read and written.")
-    if sources:
-        lines.append(table(["stage", "source", "read", "kept", "dropped"], sources))
-    return [*lines, summary.wrapped(f"Versions: {'; '.join(versions)}.")]
+        rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), manifest["sha256"][:16]])
+        versions |= manifest["versions"]
+    used = ", ".join(map(" ".join, versions.items()))
+    return [
+        table(["stage", "command", "seconds", "machine", "manifest"], rows),
+        "The last column opens the SHA-256 of manifest.json, which holds that of every file read and written.",
+        summary.wrapped(f"Versions of the latest stage: {used}."),
+    ]
 
 
 def following(run: Run) -> str:
     """Commands to try."""
-    taught, here = "sft" in run.finals, Path(sys.executable)
+    here = Path(sys.executable)
     python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"
-    use = "chat" if taught else 'generate "Return the"'
-    return f"""    {python} serve.py {run.experiment.path} {use}
-    {python} serve.py {run.experiment.path} api   # a page to {"chat" if taught else "write"} on, and an HTTP API
+    serve = f"    {python} serve.py {run.experiment.path}"
+    use = "chat" if "sft" in run.finals else 'generate "Return the"'
+    return f"""{serve} {use}
+{serve} api   # a page to write on, and an HTTP API
     {python} train.py configs/tiny.py   # 23 million parameters; Ctrl-C saves, the same command continues
     {python} train.py configs/mine.py   # your own text: README.md shows the ten lines of that config"""
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns of numbers aligned to the right."""
+    cells, right = [], []
+    for row in [[name.replace("_", " ") for name in head], *rows]:
+        cells.append([" ".join(visible(text).split()).replace("|", "\\|") for text in row])
+    for i, column in enumerate(zip(*cells[1:], strict=True)):
+        if all(map(NUMBER.fullmatch, column)):
+            right.append(i)
+    return cli.table(cells, right, markdown=True)
+
+
+def block(text: str) -> str:
+    """Text of a model or a user, unchanged: indented, so that Markdown leaves it alone."""
+    return textwrap.indent(visible(text if text.strip() else "(nothing)"), "    ")

@@ -1,15 +1,18 @@
-"""Standard errors and p-values that also hold for few items, and where all of them are right or all wrong."""
+"""Means with standard errors, and p-values, that also hold for few items and where all items score alike."""
 
 import math
 
 import numpy as np
+import torch
+from torch.distributions import Binomial
 
 
-def standard_error(values: np.ndarray) -> float:
-    """The standard error of the mean of independent values between 0 and 1."""
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of independent values between 0 and 1, and its standard error."""
+    mean, n = float(values.mean()), len(values)
     if values.min() == values.max():
-        return error_if_alike(float(values.mean()), len(values))
-    return float(values.std(ddof=1)) / math.sqrt(len(values))
+        return mean, error_if_alike(mean, n)
+    return mean, float(values.std(ddof=1)) / math.sqrt(n)
 
 
 def error_if_alike(share: float, n: int) -> float:
@@ -35,17 +38,11 @@ def p_value(right: float, chances: np.ndarray) -> float:
     # chances: (n,), how likely each item succeeds by chance. Their number has a Poisson binomial distribution.
     probabilities = np.ones(1)
     for chance, n in zip(*np.unique(chances, return_counts=True), strict=True):
-        probabilities = np.convolve(probabilities, binomial(n, chance))
+        successes = Binomial(int(n), torch.tensor(chance))
+        logs = successes.log_prob(successes.enumerate_support())
+        probabilities = np.convolve(probabilities, logs.exp().numpy())
     right = round(right, 6)  # ties give thirds, whose sum is not quite whole
     # Half a success, from a tie, is rounded towards the mean: ties add no evidence.
     lower = probabilities[: math.ceil(right) + 1].sum()
     upper = probabilities[math.floor(right) :].sum()
     return float(min(1.0, 2 * lower, 2 * upper))
-
-
-def binomial(n: int, chance: float) -> np.ndarray:
-    """Probabilities of 0 to n successes, (n + 1,)."""
-    log_factorials = np.concatenate([[0.0], np.log(np.arange(1, n + 1)).cumsum()])
-    log_ways = log_factorials[n] - log_factorials - log_factorials[::-1]
-    successes = np.arange(n + 1)
-    return np.exp(log_ways + successes * np.log(chance) + successes[::-1] * np.log1p(-chance))

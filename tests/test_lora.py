@@ -415,7 +415,7 @@ def test_another_base_or_none_is_refused(saved):
         with pytest.raises(UserError, match=r"adapter holds an adapter of another model; load the one in .*base"):
             checkpoint.load_adapter(place / "adapter", model)
     save(place / "base", base(7))
-    with pytest.raises(UserError, match=rf"{place}/adapter holds .* another model than .* {place}/base"):
+    with pytest.raises(UserError, match=rf"{place}/adapter holds .* in {place}/base, which .* or has changed"):
         checkpoint.load_model(place / "adapter")
     shutil.rmtree(place / "base")
     with pytest.raises(UserError, match=f"{place}/adapter holds .* in {place}/base, which is not there"):

@@ -70,13 +70,8 @@ def test_all_tasks(trained: Place):
         assert "baseline" in entry or name in ("prompts", "everyday")
         assert entry["checkpoint"] == manifest["wrote"]["weights.pt"]["sha256"]
         assert entry["tokenizer"] == spm
-    last = trained.metrics()[-1]
-    assert found["validation"]["loss"] == pytest.approx(last["val_loss"], rel=0.1)  # there: 8 windows, and no overlap
-    again = evaluate(trained)
-    assert "is up to date" in again
+    assert "is up to date" in evaluate(trained)
     assert f"boolq: accuracy {found['boolq']['accuracy']:.4f} ± {found['boolq']['stderr']:.2g}" in out
-    seconds = json.loads((trained.runs / "mini/eval/seconds.json").read_text())
-    assert seconds.keys() == {f"pretrain-{name}" for name in found}
     said = json.loads((trained.runs / "mini/eval/generations.json").read_text())["pretrain"]
     expected = {"answers": 8, "smoke": 24, "prompts": 5, "everyday": 15, "continuations": 2}
     assert {name: len(texts) for name, texts in said.items()} == expected
@@ -87,7 +82,6 @@ def test_what_is_missing_is_one_line_and_added_when_it_comes(trained: Place):
     out = evaluate(trained)
     [line] = [line for line in out.splitlines() if line.startswith("Skipped: ")]
     assert "wikitext2, boolq, blimp, arc_easy, piqa, hellaswag, winogrande (" in line
-    assert "python -m eval.download" in line
     assert f"validation, continuations (no pack; make it with: python pipeline.py {trained.config} pack)" in line
     before = results(trained)
     assert before["boolq"] == {"skipped": f"no {trained.raw}/boolq_val.*; get it with: python -m eval.download boolq"}
@@ -120,12 +114,6 @@ def test_other_data_and_other_weights_are_noticed(trained: Place):
     trained.make("pretrain")
     assert "pretrain/final/weights.pt was" in evaluate(trained, status=2)
     assert "are of an earlier checkpoint" in trained.run("pipeline.py", trained.config, "report").stdout
-
-
-def test_damaged_data_is_said_before_anything_is_measured(trained: Place):
-    (trained.raw / "boolq_val.jsonl").write_text("{}\n")
-    assert "boolq_val.jsonl, line 1: not the data" in evaluate(trained, status=2)
-    assert not (trained.runs / "mini/eval/results.json").exists()
 
 
 @pytest.mark.slow
@@ -166,24 +154,23 @@ def test_an_unfinished_run_keeps_nothing_of_another_config(trained: Place):
 
 def test_another_tokenizer(trained: Place):
     trained.edit(('algorithm="bpe"', 'algorithm="unigram"'))
+    shutil.move(trained.runs / "mini/pretrain", trained.path)  # while it is there, no other tokenizer is made
     shutil.rmtree(trained.runs / "mini/tokenizer")
     shutil.rmtree(trained.runs / "mini/packed")
-    shutil.move(trained.runs / "mini/pretrain", trained.path)  # while it is there, no other tokenizer is made
     trained.make("tokenizer")
     shutil.move(trained.path / "pretrain", trained.runs / "mini")
     assert "was trained with tokenizer" in evaluate(trained, status=2)
     assert not (trained.runs / "mini/eval").exists()
 
 
-@pytest.mark.parametrize("name", ["pretrain", "nowhere", ""])
-def test_what_is_no_checkpoint(trained: Place, name):
-    where = trained.runs / "mini" / name if name else ""
-    assert "is not a checkpoint" in evaluate(trained, "--checkpoint", where, status=2)
-
-
-def test_an_untrained_experiment_says_how_to_train_it(packed: Place):
-    assert f"train it with: python train.py {packed.config}" in evaluate(packed, status=2)
-    assert not (packed.runs / "mini/eval").exists()
+def test_no_checkpoint_no_model_and_damaged_data_stop_before_anything_is_measured(trained: Place):
+    for where in (trained.runs / "mini/pretrain", trained.runs / "nowhere", ""):
+        assert "is not a checkpoint" in evaluate(trained, "--checkpoint", where, status=2)
+    (trained.raw / "boolq_val.jsonl").write_text("{}\n")
+    assert "boolq_val.jsonl, line 1: not the data" in evaluate(trained, status=2)
+    shutil.rmtree(trained.runs / "mini/pretrain")
+    assert f"train it with: python train.py {trained.config}" in evaluate(trained, status=2)
+    assert not (trained.runs / "mini/eval").exists()
 
 
 def test_every_task_is_in_the_readme():

@@ -29,18 +29,13 @@ RECORDS = {
     "winogrande": {"sentence": "Ann met Bea and _ smiled .", "option1": "Ann", "option2": "Bea", "answer": "2"},
 }  # fmt: skip
 ICE = "Ice is frozen water.\nQuestion: is ice cold?\nAnswer:"
+BREAD, BAKES = "Question: cut bread\nAnswer:", "Baking: A man bakes. He The oven"
 ASKED = {
     "boolq": (((ICE, " no"), (ICE, " yes")), 1),
     "blimp": ((("", "Cats sleep."), ("", "Cats sleeps.")), 0),
     "arc_easy": ((("Question: What falls?\nAnswer:", " rain"), ("Question: What falls?\nAnswer:", " sun")), 0),
-    "piqa": (
-        (("Question: cut bread\nAnswer:", " use a knife"), ("Question: cut bread\nAnswer:", " use a spoon")),
-        0,
-    ),
-    "hellaswag": (
-        (("Baking: A man bakes. He The oven", " opens. it"), ("Baking: A man bakes. He The oven", " sings")),
-        1,
-    ),
+    "piqa": (((BREAD, " use a knife"), (BREAD, " use a spoon")), 0),
+    "hellaswag": (((BAKES, " opens. it"), (BAKES, " sings")), 1),
     "winogrande": ((("Ann met Bea and Ann", " smiled ."), ("Ann met Bea and Bea", " smiled .")), 1),
 }
 
@@ -57,18 +52,14 @@ def test_what_is_asked(raw, name):
     path.write_text(json.dumps(RECORDS[name]) + "\n\n")
     [question] = PUBLISHED[name].load(path)
     assert (question.choices, question.answer) == ASKED[name]
+    if name == "blimp":
+        assert question.kind == {"field": "syntax_semantics", "term": "agreement"}
+    if name == "hellaswag":  # some files have its parts joined
+        record = {"ctx": "Baking: A man bakes.  He", "endings": ["a", "b"], "label": 0}
+        assert tasks.hellaswag(record).choices[0] == ("Baking: A man bakes. He", " a")
 
 
-def test_blimp_is_told_apart_by_field_and_term():
-    assert tasks.blimp(RECORDS["blimp"]).kind == {"field": "syntax_semantics", "term": "agreement"}
-
-
-def test_hellaswag_without_its_parts_has_them_joined():
-    record = {"ctx": "Baking: A man bakes.  He", "endings": ["a", "b"], "label": 0}
-    assert tasks.hellaswag(record).choices[0] == ("Baking: A man bakes. He", " a")
-
-
-@pytest.mark.parametrize("end", ["jsonl", "jsonl.xz", "jsonl.gz", "jsonl.bz2"])
+@pytest.mark.parametrize("end", ["jsonl", "jsonl.xz"])
 def test_data_is_found_by_name(raw, end):
     assert PUBLISHED["piqa"].find() is None
     (raw / f"piqa_val.{end}").touch()
@@ -88,9 +79,7 @@ def test_data_is_found_by_name(raw, end):
         ("piqa", "{", "line 1: not the data of baber/piqa"),
         ("piqa", '{"goal": "x"}', "line 1: .*'sol1'"),
         ("piqa", json.dumps(RECORDS["piqa"]) + '\n{"goal": "x", "sol1": "a", "sol2": "b", "label": 3}', "line 2"),
-        ("piqa", json.dumps(RECORDS["piqa"] | {"sol1": 5}), "line 1"),
         ("arc_easy", json.dumps(RECORDS["arc_easy"] | {"answerKey": "E"}), "line 1"),
-        ("winogrande", json.dumps(RECORDS["winogrande"] | {"sentence": "No blank."}), "line 1"),
         ("boolq", json.dumps(RECORDS["boolq"] | {"answer": "yes"}), "line 1"),
         ("wikitext2", "= Ice =\nIce is frozen .\n", "no title line"),
     ],
@@ -103,13 +92,10 @@ def test_data_that_is_not_what_it_should_be(raw, name, content, message):
     assert str(path) in str(error.value)
 
 
-def test_running_text_as_it_should_be(raw):
+def test_text_with_other_line_ends_and_a_damaged_archive(raw):
     path = raw / "wiki.test.raw"
     path.write_bytes(b" \r\n = Ice = \r\n \r\n Ice is frozen . \r\n")
     assert PUBLISHED["wikitext2"].load(path) == " \n = Ice = \n \n Ice is frozen . \n"
-
-
-def test_a_damaged_archive(raw):
     path = raw / "piqa_val.jsonl.xz"
     path.write_bytes(lzma.compress(json.dumps(RECORDS["piqa"]).encode())[:-8])
     with pytest.raises(UserError, match=r"piqa_val.jsonl.xz: not the data"):
@@ -142,6 +128,8 @@ def test_download_of_running_text(raw, monkeypatch):
 
 
 def test_a_download_that_fails_leaves_nothing(raw, monkeypatch):
+    with pytest.raises(UserError, match="no task boolqq has data of its own; there are wikitext2, boolq"):
+        download.main(argparse.Namespace(tasks=["boolqq"]))
     monkeypatch.setitem(PUBLISHED, "piqa", dataclasses.replace(PUBLISHED["piqa"], dataset=str(raw / "nowhere")))
     with pytest.raises(UserError, match="cannot load the dataset"):
         download.download(PUBLISHED["piqa"])
@@ -149,8 +137,3 @@ def test_a_download_that_fails_leaves_nothing(raw, monkeypatch):
     with pytest.raises(UserError, match="not the data"):
         download.download(PUBLISHED["boolq"])
     assert not list(raw.glob("*.jsonl")) + list(raw.glob(".*"))
-
-
-def test_an_unknown_task(raw):
-    with pytest.raises(UserError, match="no task boolqq has data of its own; there are wikitext2, boolq"):
-        download.main(argparse.Namespace(tasks=["boolqq"]))

@@ -226,7 +226,7 @@ def test_a_base_that_was_trained_again_is_refused(tuned: Place):
     before = tree(directory)
     tuned.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
     tuned.make("pretrain", force=True)
-    with pytest.raises(UserError, match="holds an adapter of another model than the one that is now in"):
+    with pytest.raises(UserError, match="pretrain/final, which is not there or has changed"):
         checkpoint.load_model(directory / "final")
     with pytest.raises(UserError, match=r"was made from something else: .*pretrain/final/weights\.pt was .*--force"):
         tuned.make("sft")
