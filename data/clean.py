@@ -28,7 +28,7 @@ class Cleaning:
 
 BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-# U+0080 to U+009F in UTF-8, decoded as Latin-1. No text has the second character.
+# U+0080 to U+009F in UTF-8, decoded as Latin-1
 MISREAD = re.compile("Â[\x80-\x84\x86-\x9f]")
 # Control characters, characters without width, writing directions, private use, non-characters. The joiners U+200C and
 # U+200D stay: Persian and emoji need them.
@@ -74,22 +74,24 @@ def clean(text: str, config: Cleaning = Cleaning()) -> str:
         text = URL.sub("<url>" if config.urls == "replace" else "", text)
     text = TRAILING.sub("", text)
     if config.repeated_line_chars:
-        text = _without_repeated_lines(text, config.repeated_line_chars)
+        seen, kept = set(), []
+        for line in text.split("\n"):
+            if len(line) < config.repeated_line_chars or line not in seen:
+                kept.append(line)
+                seen.add(line)
+        text = "\n".join(kept)
     return EMPTY_LINES.sub("\n\n\n", text).strip("\n")
 
 
 def _without_html(text: str) -> str:
-    if "<" in text:
-        for opening, closing in HIDDEN:
-            ends = [match.end() for match in re.finditer(closing, text, re.IGNORECASE)]
-            if ends:  # search only before the last closing: an opening that is never closed would cost quadratic time
-                before, after = text[: ends[-1]], text[ends[-1] :]
-                text = re.sub(f"{opening}.*?{closing}", "", before, flags=re.IGNORECASE | re.DOTALL) + after
-        closed = set(CLOSING.findall(text))
-        text = TAG.sub(lambda match: _tag(match, closed), text)
-    if "&" in text:
-        text = BREAKS.sub("\n", ENTITY.sub(_entity, AMPERSANDS.sub("&", text)))
-    return text
+    for opening, closing in HIDDEN:
+        # Only before the last closing: an opening that is never closed would cost quadratic time.
+        ends = [match.end() for match in re.finditer(closing, text, re.IGNORECASE)]
+        before, after = text[: max(ends, default=0)], text[max(ends, default=0) :]
+        text = re.sub(f"{opening}.*?{closing}", "", before, flags=re.IGNORECASE | re.DOTALL) + after
+    closed = set(CLOSING.findall(text))
+    text = TAG.sub(lambda match: _tag(match, closed), text)
+    return BREAKS.sub("\n", ENTITY.sub(_entity, AMPERSANDS.sub("&", text)))
 
 
 def _tag(match: re.Match, closed: set[str]) -> str:
@@ -106,12 +108,3 @@ def _tag(match: re.Match, closed: set[str]) -> str:
 def _entity(match: re.Match) -> str:
     known = match[1].startswith("#") or f"{match[1]};" in html5
     return html.unescape(match[0]) if known else match[0]
-
-
-def _without_repeated_lines(text: str, length: int) -> str:
-    seen, kept = set(), []
-    for line in text.split("\n"):
-        if len(line) < length or line not in seen:
-            kept.append(line)
-            seen.add(line)
-    return "\n".join(kept)

@@ -1,11 +1,10 @@
 """Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a data card."""
 
-#     python pipeline.py configs/tiny.py corpus   ->  runs/tiny/corpus
-#
-# The same inputs give the same bytes for any number of workers. An interrupted build continues after its last finished
-# shard. Workers clean and judge. This process finds duplicates, text after text: they depend on the texts kept before.
+# Workers clean and judge. This process finds duplicates, text after text: they depend on the texts kept before. So the
+# same inputs give the same bytes for any number of workers. An interrupted build continues after its last shard.
 # Long documents are judged by section: a bad chapter is dropped, the book stays.
 
+import contextlib
 import functools
 import itertools
 import json
@@ -14,7 +13,7 @@ import shutil
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,20 +24,18 @@ import cli
 import stage
 from cli import UserError, log, progress
 from data.clean import clean
-from data.decontaminate import Contamination
 from data.dedup import Deduplication, Index, MinHash
 from data.holdout import Holdout, split_hash, threshold
-from data.holdout import held_out as held_out
-from data.quality import Quality, judge, select_lines
+from data.quality import judge, select_lines
 from data.sections import SECTION_CHARS, sections
-from data.sources import Document, Source, Unreadable, inputs, log_kept
-from data.words import fingerprint, hashes, words
+from data.sources import Record, Source, Unreadable, inputs, log_kept
+from data.words import fingerprint, hashes, ngrams, words
 from stage import Stage, check_types
 
 SHARD_BYTES = 64 << 20
 BATCH_CHARS = 1 << 19  # of documents that one worker takes at a time
 BYTES_PER_TOKEN = 4.25  # of English prose with 32,768 pieces: token budgets count before there is a tokenizer
-SAMPLES, EXAMPLES = 10, 2  # in the card: documents, and rejected texts per source and rule
+EXAMPLES = 2  # in the card: rejected texts per source and rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +72,35 @@ def holdout(directory: Path, fraction: float) -> Holdout:
     return Holdout(fraction, threshold(numbers, fraction))
 
 
-# --------------------------------------------------------------------------------------------------------- the workers
+class Contamination:
+    """The n-grams of words of some evaluation sets. Memory: 9 bytes per n-gram."""
+
+    def __init__(self, sources: Sequence[Source], n: int):
+        self.n, self.names = n, [source.name for source in sources]
+        runs, owners = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
+        for number, source in enumerate(sources):
+            for document in itertools.islice(source.documents(1), source.max_documents):
+                # Training text is compared once it is clean; the set may be clean already.
+                for version in {document.value, clean(document.value, source.cleaning)}:
+                    runs.append(ngrams(hashes(words(version)), n))
+                    owners.append(np.full(len(runs[-1]), number, np.uint8))
+        self.runs, first = np.unique(np.concatenate(runs), return_index=True)
+        self.owners = np.concatenate(owners)[first]
+
+    def find(self, hashes: np.ndarray) -> str | None:
+        """The name of an evaluation set that shares an n-gram with a text, or None. hashes: of its words."""
+        runs = ngrams(hashes, self.n)
+        at = np.searchsorted(self.runs[1:], runs, side="right")  # the last run of the sets that is not greater
+        shared = at[self.runs[at] == runs] if len(self.runs) else at[:0]
+        return self.names[self.owners[shared].min()] if len(shared) else None
 
 
 class Piece(NamedTuple):
-    """A document, or a section of one."""
+    """A document, or a section of one, and the rule that rejects it or the numbers that find its duplicates."""
 
     text: str
     words: int
-    rule: str | None  # the name of the rule that rejects it
+    rule: str | None = None
     keys: np.ndarray | None = None  # for Index.duplicate
     shingles: np.ndarray | None = None
 
@@ -97,7 +114,7 @@ class Preparation:
         self.contamination = Contamination(config.decontaminate, config.decontaminate_ngram)
 
     def pieces(self, text: str, source: Source) -> list[Piece]:
-        """The pieces of a document. Each has the rule that rejects it, or the numbers that find its duplicates."""
+        """The pieces of a document, dropped ones included."""
         if isinstance(text, Unreadable):
             return [Piece(text, 0, "unreadable")]
         text, pieces = clean(text, source.cleaning), []
@@ -105,21 +122,21 @@ class Preparation:
             text, dropped = select_lines(text, source.quality.c4)
             if dropped:
                 pieces.append(Piece(dropped, len(words(dropped)), "c4_lines"))
-        if len(text) < source.min_chars or len(text) > (source.max_chars or math.inf):
-            rule = "too_short" if len(text) < source.min_chars else "too_long"
-            return [*pieces, Piece(text, len(words(text)), rule)]
+        short = len(text) < source.min_chars
+        if short or len(text) > (source.max_chars or math.inf):
+            return [*pieces, Piece(text, len(words(text)), "too_short" if short else "too_long")]
         parts = [part for part in sections(text) if part.strip()]
         listed = [words(part) for part in parts] + [[]]
-        for i, part in enumerate(parts):
-            following = listed[i + 1][: self.config.decontaminate_ngram - 1]  # no run hides across a cut
-            pieces.append(self._piece(part, listed[i], following, source.quality))
+        for part, spelled, following in zip(parts, listed, listed[1:], strict=False):
+            pieces.append(self._piece(part, spelled, following, source))
         return pieces
 
-    def _piece(self, text: str, words: list[bytes], following: list[bytes], quality: Quality | None) -> Piece:
+    def _piece(self, text: str, words: list[bytes], following: list[bytes], source: Source) -> Piece:
         numbers, count = hashes(words), len(words)
-        if quality and (rule := judge(text, words, numbers, quality)):
+        if source.quality and (rule := judge(text, words, numbers, source.quality)):
             return Piece(text, count, rule)
-        if name := self.contamination.find(np.concatenate([numbers, hashes(following)])):
+        following = hashes(following[: self.contamination.n - 1])  # no run hides across a cut
+        if name := self.contamination.find(np.concatenate([numbers, following])):
             return Piece(text, count, f"contaminated: {name}")
         keys, shingles = fingerprint(words or [text.strip().encode()]), np.empty(0, np.uint32)
         if self.minhash:
@@ -128,50 +145,47 @@ class Preparation:
         return Piece(text, count, None, keys, shingles)
 
 
-def _start_worker(preparation: Preparation) -> None:
-    global _worker
-    _worker = preparation
+def _prepare(number: int, documents: list[Record]) -> list[tuple[Record, list[Piece]]]:
+    """Each document of a batch of a source, without its text, and its pieces. Runs in a worker."""
+    source = _preparation.config.sources[number]
+    return [(document._replace(value=""), _preparation.pieces(document.value, source)) for document in documents]
 
 
-def _prepare(number: int, documents: list[Document]) -> list[tuple[Document, list[Piece]]]:
-    """Each document of a batch, without its text, and its pieces. number: of the source."""
-    source = _worker.config.sources[number]
-    return [(document._replace(text=""), _worker.pieces(document.text, source)) for document in documents]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document.text) + 100  # memory of a document without text
+        size += len(document.value) + 100  # memory of a document without text
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-# ----------------------------------------------------------------------------------------------------------- the stage
-
-
 class Tally:
-    """What was read, kept and dropped, with examples. JSON types only, so that it can be saved."""
+    """How far a build has come: what was read, kept and dropped, with examples. JSON types only: `Index` saves it."""
 
-    def __init__(self, config: CorpusConfig):
+    def __init__(self, config: CorpusConfig, made: dict):
+        self.made, self.source, self.shards = made, 0, {}  # source: the number of the source that is read
         empty = {"read": 0, "documents": 0, "bytes": 0, "words_read": 0, "words": 0}
         self.sources = {source.name: empty | {"dropped": {}, "dropped_words": {}} for source in config.sources}
-        self.samples: list[list] = []
-        self.examples: dict[str, list] = {}
+        self.examples: dict[str, list] = {}  # by "source, rule"; of kept documents by ""
 
-    def drop(self, source: str, id: str, piece: Piece, rule: str) -> None:
-        for column, amount in (("dropped", 1), ("dropped_words", piece.words)):
-            table = self.sources[source][column]
-            table[rule] = table.get(rule, 0) + amount
-        _sample(self.examples.setdefault(f"{source}, {rule}", []), EXAMPLES, source, id, piece.text)
-
-    def keep(self, source: str, id: str, text: str, words: int) -> None:
-        for column, amount in (("documents", 1), ("bytes", len(text.encode())), ("words", words)):
-            self.sources[source][column] += amount
-        _sample(self.samples, SAMPLES, source, id, text)
+    def add(self, source: str, id: str, text: str, words: int, rule: str = "") -> None:
+        """Counts a text that is kept, or dropped by a rule."""
+        table = self.sources[source]
+        if rule:
+            table["dropped"][rule] = table["dropped"].get(rule, 0) + 1
+            table["dropped_words"][rule] = table["dropped_words"].get(rule, 0) + words
+        else:
+            table["documents"] += 1
+            table["bytes"] += len(text.encode())
+            table["words"] += words
+        # The texts with the smallest hashes are a random sample, the same in every run.
+        sample = self.examples.setdefault(rule and f"{source}, {rule}", [])
+        sample.append([zlib.crc32(f"{source}\n{id}".encode()), id, source, text[:400]])
+        sample.sort()
+        del sample[EXAMPLES if rule else 10 :]
 
     def counts(self) -> dict:
         """For the manifest."""
@@ -180,13 +194,6 @@ class Tally:
             sums.update({key: table[key] for key in ("read", "documents", "bytes", "words")})
             dropped.update(table["dropped"])
         return {**sums, "dropped": dict(sorted(dropped.items())), "sources": self.sources}
-
-
-def _sample(sample: list, size: int, source: str, id: str, text: str) -> None:
-    """Keeps the texts with the smallest hashes: a random sample, the same in every run."""
-    sample.append([zlib.crc32(f"{source}\n{id}".encode()), id, source, text[:400]])
-    sample.sort()
-    del sample[size:]
 
 
 def job(config: CorpusConfig, directory: Path, command: str) -> Stage:
@@ -203,14 +210,23 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
         source.inputs()  # UserError if a file is missing, before --force removes the old corpus
     with job.making(keep=True):
         made = {"config": job.config, "read": job.read}
-        if force or not _continues(directory, made):
+        with contextlib.closing(Index(None, directory / "partial")) as index:
+            continues = (index.state() or {}).get("made") == made
+        if force or not continues:
             job.clear()
         try:
             tally = gather(config, directory, workers, made)
         except sqlite3.OperationalError as error:  # a full disk
             raise UserError(f"{directory}: {error}; fix that and run the same command again") from None
         counts = tally.counts()
-        _report(config, tally)
+        for source in config.sources:
+            table = counts["sources"][source.name]
+            log_kept(source.name, table["words"], table["words_read"], "words", table["dropped_words"])
+            if bad := table["dropped"].get("unreadable"):
+                log.warning(f"{source.name}: {bad:,} of {table['read']:,} records could not be read; see the card")
+            tokens, asked = table["bytes"] / BYTES_PER_TOKEN, source.max_tokens
+            if asked and tokens < asked and not source.max_documents:
+                log.warning(f"{source.name} has only about {tokens:,.0f} of the {asked:,} tokens of max_tokens")
         if not counts["documents"]:
             none = f"the corpus is empty: none of {counts['read']:,} documents was kept"
             raise UserError(f"{none}; add sources, or change their min_chars and quality")
@@ -220,65 +236,41 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
         log.info(f"corpus: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB -> {directory}")
 
 
-def _report(config: CorpusConfig, tally: Tally) -> None:
-    for source in config.sources:
-        table = tally.sources[source.name]
-        log_kept(source.name, table["words"], table["words_read"], "words", table["dropped_words"])
-        if unreadable := table["dropped"].get("unreadable"):
-            log.warning(f"{source.name}: {unreadable:,} of {table['read']:,} records could not be read; see the card")
-        tokens, asked = table["bytes"] / BYTES_PER_TOKEN, source.max_tokens
-        if asked and tokens < asked and not source.max_documents:
-            log.warning(f"{source.name} has only about {tokens:,.0f} of the {asked:,} tokens of max_tokens")
-
-
-def _continues(directory: Path, made: dict) -> bool:
-    """True if an interrupted build of the same corpus has left finished shards."""
-    if not (directory / "partial/index.db").is_file():
-        return False
-    with Index(None, directory / "partial") as index:
-        state = index.state() or {"made": None}
-    return state["made"] == made and not stage.damage(directory, state["shards"], contents=False)
-
-
 def gather(config: CorpusConfig, directory: Path, workers: int, made: dict) -> Tally:
-    """Writes the shards, each closed once it holds SHARD_BYTES, and after each the state to continue from."""
-    tally, preparation = Tally(config), Preparation(config)
-    (directory / "partial").mkdir(exist_ok=True)
-    with (
-        Index(config.dedup, directory / "partial") as index,
-        cli.pool(workers, _start_worker, preparation) as pool,
-    ):
-        state = index.state() or {"made": made, "source": 0, "read": 0, "shards": {}, "tally": vars(tally)}
-        vars(tally).update(state["tally"])
-        shards = state["shards"]
-        if shards:
-            log.info(f"corpus: continuing after {len(shards)} finished shards")
-        lines = _kept(pool, config, workers, state, tally, index)
+    """Writes the shards, each closed once it holds SHARD_BYTES, and after each the tally to continue from."""
+    global _preparation  # the workers inherit it
+    _preparation, tally = Preparation(config), Tally(config, made)
+    with contextlib.closing(Index(config.dedup, directory / "partial")) as index, cli.pool(workers) as pool:
+        vars(tally).update(index.state() or {})
+        if tally.shards:
+            log.info(f"corpus: continuing after {len(tally.shards)} finished shards")
+        lines = _lines(pool, config, workers, tally, index)
         for first in lines:
-            path = directory / f"shard_{len(shards):05d}.jsonl"
+            path = directory / f"shard_{len(tally.shards):05d}.jsonl"
             with open(path, "wb") as shard:
                 for line in itertools.chain([first], lines):
                     shard.write(line)
                     if shard.tell() >= SHARD_BYTES:
                         break
-            shards |= stage.digests(directory, [path])
-            index.commit(state | {"tally": vars(tally)})
+            tally.shards |= stage.digests(directory, [path])
+            index.commit(vars(tally))
     return tally
 
 
-def _kept(pool, config: CorpusConfig, workers: int, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
-    """The lines of the shards. Updates `source` and `read` of the state: the position after each line."""
-    for number in range(state["source"], len(config.sources)):
+def _lines(pool, config: CorpusConfig, workers: int, tally: Tally, index: Index) -> Iterator[bytes]:
+    """The lines of the shards that follow those of the tally."""
+    for number in range(tally.source, len(config.sources)):
         source = config.sources[number]
-        rest = source.max_documents and source.max_documents - state["read"]
-        batches = _batches(itertools.islice(source.documents(workers, state["read"]), rest))
-        prepared = cli.ordered(pool, functools.partial(_prepare, number), batches, 2 * workers)
-        yield from _kept_of(source, itertools.chain.from_iterable(prepared), state, tally, index)
-        state |= {"source": number + 1, "read": 0}
+        counts = tally.sources[source.name]
+        documents = source.documents(workers, counts["read"])
+        if source.max_documents:
+            documents = itertools.islice(documents, source.max_documents - counts["read"])
+        prepared = cli.ordered(pool, functools.partial(_prepare, number), _batches(documents), 2 * workers)
+        yield from _kept(source, itertools.chain.from_iterable(prepared), tally, index)
+        tally.source += 1
 
 
-def _kept_of(source: Source, prepared: Iterator, state: dict, tally: Tally, index: Index) -> Iterator[bytes]:
-    """The lines that a source adds to the shards."""
+def _kept(source: Source, prepared: Iterable, tally: Tally, index: Index) -> Iterator[bytes]:
     counts, budget, share = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN, 0.0
 
     def done() -> tuple[float, float]:
@@ -288,39 +280,39 @@ def _kept_of(source: Source, prepared: Iterator, state: dict, tally: Tally, inde
         if counts["bytes"] >= budget:
             return
         share = max(document.read, counts["bytes"] / budget)
-        state["read"] += 1
         counts["read"] += 1
-        kept = []
+        text, kept_words = "", 0
         for piece in pieces:
             counts["words_read"] += piece.words
             if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
-                tally.drop(source.name, document.id, piece, rule)
+                tally.add(source.name, document.id, piece.text, piece.words, rule)
             else:
-                kept.append(piece)
-        if text := "".join(piece.text for piece in kept).strip("\n"):
-            tally.keep(source.name, document.id, text, sum(piece.words for piece in kept))
+                text += piece.text
+                kept_words += piece.words
+        if text := text.strip("\n"):
+            tally.add(source.name, document.id, text, kept_words)
             record = {"text": text, "source": source.name, "id": document.id}
             yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def card(name: str, config: CorpusConfig, tally: Tally) -> str:
     """DATA_CARD.md: what the corpus holds, where it comes from, what was left out and why."""
-    counts, examples = tally.counts(), []
+    counts = tally.counts()
     columns = ("documents read", "kept", "bytes kept", "words kept", "share of the words read")
     rows, dropped = [("source", "licence", *columns)], [("source", "rule", "dropped", "words")]
     for source in config.sources:
         table = tally.sources[source.name]
         numbers = [f"{table[key]:,}" for key in ("read", "documents", "bytes", "words")]
-        share = table["words"] / max(1, table["words_read"])
-        rows.append((source.name, source.licence, *numbers, f"{share:.1%}"))
+        rows.append((source.name, source.licence, *numbers, f"{table['words'] / max(1, table['words_read']):.1%}"))
         for rule, number in sorted(table["dropped"].items()):
             dropped.append((source.name, rule, f"{number:,}", f"{table['dropped_words'][rule]:,}"))
-            for _, id, _, text in tally.examples[f"{source.name}, {rule}"]:
-                examples.append(f"- {source.name}, {rule}, `{id}`: {_line(text)}")
-    samples = [f"- {source}, `{id}`: {_line(text)}" for _, id, source, text in tally.samples]
-    near = "have the same words"
-    if config.dedup:
-        near += f" or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words"
+    examples = []
+    for rule, sample in sorted(tally.examples.items()):  # the documents that are kept come first, under ""
+        for _, id, source, text in sample:
+            text = " ".join(text[:300].split()).replace("`", "'")
+            examples.append(f"- {rule or source}, `{id}`: " + (f"`{text}`" if text else "(empty)"))
+    kept = len(tally.examples[""])
+    near = f"or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words " if config.dedup else ""
     sets = ", ".join(source.name for source in config.decontaminate) or "no evaluation set: none is named"
     lines = [
         f"# Corpus of {name}\n",
@@ -329,18 +321,12 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
         cli.table(rows, range(2, 7), markdown=True),
         "\n## Left out\n",
         f"Documents, and sections of documents over {2 * SECTION_CHARS:,} characters, by the first rule that each",
-        "fails; `c4_lines` counts documents that lost lines. Duplicates of a text kept before",
+        "fails; `c4_lines` counts documents that lost lines. Duplicates have the same words as a text kept before",
         f"{near}. Contaminated text shares {config.decontaminate_ngram} words in a row with {sets}.\n",
         cli.table(dropped, (2, 3), markdown=True),
         "\n## Examples of what was left out\n",
-        *(examples or ["Nothing was."]),
+        *(examples[kept:] or ["Nothing was."]),
         "\n## Ten documents at random\n",
-        *samples,
+        *examples[:kept],
     ]
     return "\n".join(lines) + "\n"
-
-
-def _line(text: str) -> str:
-    """The beginning of a text, on one line of Markdown."""
-    text = " ".join(text[:300].split())
-    return f"`{text.replace('`', chr(39))}`" if text else "(empty)"

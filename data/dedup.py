@@ -1,9 +1,9 @@
 """Near-duplicates: MinHash with locality-sensitive hashing finds candidates, and their Jaccard similarity decides."""
 
-# Broder 1997; Leskovec et al., "Mining of Massive Datasets", chapter 3. Two texts are as similar as their sets of word
-# n-grams ("shingles"): J = |A ∩ B| / |A ∪ B|. A random permutation of all shingles has the same minimum over A and over
-# B with probability J. The minima under `permutations` permutations are the signature of a text, cut into bands of
-# `rows`. Texts that agree in a whole band are compared: that happens with probability 1 - (1 - J^rows)^bands.
+# Leskovec et al., "Mining of Massive Datasets", chapter 3. Two texts are as similar as their sets of word n-grams
+# ("shingles"): J = |A ∩ B| / |A ∪ B|. A random permutation of all shingles has the same minimum over A and over B with
+# probability J. The minima under `permutations` permutations are the signature of a text, cut into bands of `rows`.
+# Texts that agree in a whole band are compared: that happens with probability 1 - (1 - J^rows)^bands.
 
 import json
 import sqlite3
@@ -39,22 +39,15 @@ class Deduplication:
                 return rows
         return 1
 
-    @property
-    def bands(self) -> int:
-        return self.permutations // self.rows
-
 
 class MinHash:
     """Signatures as band keys. The permutations are x -> a·x + b mod 2³² with odd a, the same in every run."""
 
-    BLOCK = 1024  # shingles at a time: permutations × BLOCK uint32 fit in the cache
-
     def __init__(self, config: Deduplication):
-        self.ngram, self.rows, self.bands = config.ngram, config.rows, config.bands
+        self.ngram, self.rows, self.bands = config.ngram, config.rows, config.permutations // config.rows
         rng = np.random.default_rng(0)
         a, self.b = rng.integers(0, 1 << 32, (2, self.bands * self.rows, 1), dtype=np.uint32)
         self.a = a | np.uint32(1)
-        self.buffer = np.empty(len(a) * self.BLOCK, np.uint32)
         powers = [pow(int(GOLDEN), i, 1 << 64) for i in range(1, self.rows + 1)]
         self.powers, self.numbers = np.array(powers, np.uint64), np.arange(self.bands, dtype=np.uint64)
 
@@ -65,14 +58,9 @@ class MinHash:
 
     def signature(self, shingles: np.ndarray) -> np.ndarray:
         """(bands * rows,) uint32: the minimum of the shingles under each permutation."""
-        minima = np.full(len(self.a), 0xFFFFFFFF, np.uint32)
-        for start in range(0, len(shingles), self.BLOCK):
-            block = shingles[start : start + self.BLOCK]
-            permuted = self.buffer[: len(self.a) * len(block)].reshape(len(self.a), len(block))
-            np.multiply(self.a, block, out=permuted)
-            permuted += self.b
-            np.minimum(minima, permuted.min(axis=1), out=minima)
-        return minima
+        permuted = self.a * shingles  # (bands * rows, s)
+        permuted += self.b
+        return permuted.min(axis=1, initial=0xFFFFFFFF)
 
     def keys(self, shingles: np.ndarray) -> np.ndarray:
         """(bands,) uint64: a number for each band, equal where the whole band is."""
@@ -87,21 +75,30 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Index:
-    """The texts kept so far, in an SQLite database; finds the text that a new one repeats."""
+    """The texts kept so far, their keys in memory and all else in an SQLite database. Finds repeated texts."""
 
     def __init__(self, config: Deduplication | None, directory: Path):
         """config: None finds exact duplicates only. Continues from what the last `commit` has left in the directory."""
+        directory.mkdir(exist_ok=True)
         self.config, self.database = config, sqlite3.connect(directory / "index.db")
-        self.database.execute("PRAGMA cache_size = -65536")  # 64 MiB
-        self.database.execute("CREATE TABLE IF NOT EXISTS texts (text INTEGER PRIMARY KEY, shingles BLOB)")
-        self.database.execute("CREATE TABLE IF NOT EXISTS keys (key INTEGER PRIMARY KEY, text INTEGER)")
+        self.close = self.database.close
+        self.database.execute("CREATE TABLE IF NOT EXISTS texts (text INTEGER PRIMARY KEY, keys BLOB, shingles BLOB)")
         self.database.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT)")
+        self.keys, self.texts = np.empty(0, np.uint64), np.empty(0, np.uint32)  # sorted keys, and a text of each
+        self.recent: dict[int, int] = {}  # {key: text}, not yet among the sorted keys
+        for text, keys in self.database.execute("SELECT text, keys FROM texts ORDER BY text"):
+            self._add(text, np.frombuffer(keys, np.uint64).tolist())
 
-    def __enter__(self) -> "Index":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.database.close()
+    def _add(self, text: int, keys: list[int]) -> None:
+        for key in keys:
+            self.recent.setdefault(key, text)
+        if len(self.recent) > 1 << 19:
+            size = len(self.recent)
+            keys = np.concatenate([self.keys, np.fromiter(self.recent.keys(), np.uint64, size)])
+            texts = np.concatenate([self.texts, np.fromiter(self.recent.values(), np.uint32, size)])
+            self.keys, first = np.unique(keys, return_index=True)
+            self.texts = texts[first]
+            self.recent.clear()
 
     def commit(self, state: dict) -> None:
         """Saves the texts and a state in JSON together, or neither if the process is killed."""
@@ -116,14 +113,19 @@ class Index:
     def duplicate(self, keys: np.ndarray, shingles: np.ndarray) -> str | None:
         """ "duplicate" or "near_duplicate" if a text repeats an earlier one; None if it does not, and adds it."""
         # keys: (1 + bands,) uint64, first the fingerprint of the text. shingles: (s,) uint32, sorted.
-        first, *others = numbers = keys.view(np.int64).tolist()
-        if self.database.execute("SELECT text FROM keys WHERE key = ?", [first]).fetchone():
+        numbers = keys.tolist()
+        earlier = {number: self.recent[number] for number in numbers if number in self.recent}
+        if len(self.keys):
+            at = np.searchsorted(self.keys[1:], keys, side="right")  # the last key that is not greater
+            same = self.keys[at] == keys
+            earlier |= zip(keys[same].tolist(), self.texts[at[same]].tolist(), strict=True)
+        if numbers[0] in earlier:
             return "duplicate"
-        listed = ", ".join("?" * len(others))
-        query = f"SELECT shingles FROM texts WHERE text IN (SELECT text FROM keys WHERE key IN ({listed}))"
-        for (candidate,) in self.database.execute(query, others):
-            if jaccard(shingles, np.frombuffer(candidate, np.uint32)) >= self.config.threshold:
-                return "near_duplicate"
-        text = self.database.execute("INSERT INTO texts (shingles) VALUES (?)", [shingles.tobytes()]).lastrowid
-        self.database.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?)", [(number, text) for number in numbers])
+        if earlier:
+            listed = ", ".join(map(str, set(earlier.values())))
+            for (candidate,) in self.database.execute(f"SELECT shingles FROM texts WHERE text IN ({listed})"):
+                if jaccard(shingles, np.frombuffer(candidate, np.uint32)) >= self.config.threshold:
+                    return "near_duplicate"
+        values = [keys.tobytes(), shingles.tobytes()]
+        self._add(self.database.execute("INSERT INTO texts (keys, shingles) VALUES (?, ?)", values).lastrowid, numbers)
         return None

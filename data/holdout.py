@@ -23,11 +23,9 @@ def held_out(text: bytes, fraction: float) -> bool:
 
 
 def threshold(hashes: Iterable[int], fraction: float) -> int | None:
-    """The threshold below which documents are held out: about `fraction` of them, but at least one and not all."""
-    # None if no threshold separates the documents: there is only one, or all begin alike. Stops reading the hashes as
-    # soon as both sides have a document.
-    usual = math.ceil(fraction * 2**64)
-    lowest, highest = 2**64, -1
+    """The threshold below which about `fraction` of the documents are held out, at least one and not all."""
+    # None if no threshold separates the documents: there is only one, or all begin alike.
+    usual, lowest, highest = math.ceil(fraction * 2**64), 2**64, -1
     for number in hashes:
         lowest, highest = min(lowest, number), max(highest, number)
         if lowest < usual <= highest:

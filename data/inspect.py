@@ -16,30 +16,27 @@ from cli import UserError
 from data.batches import mixture
 from tokenizer import Tokenizer
 
-END = "⟨end⟩"  # where a document ends
-
 
 def show(ids: np.ndarray, spm: Tokenizer, chars: int) -> str:
-    """The text of ids on one line, cut to `chars`."""
+    """The text of ids on one line, cut to `chars`; ⟨end⟩ where a document ends."""
     text = ""
     for part in np.split(ids, np.flatnonzero(ids == spm.eos) + 1):
         text += spm.decode(part.tolist()).replace("\n", "⏎")
-        if len(part) and part[-1] == spm.eos:
-            text += END
+        if spm.eos in part:
+            text += "⟨end⟩"
     return text if len(text) <= chars else f"{text[:chars]}… ({len(text):,} characters)"
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    spm = experiment.load_tokenizer()
+    spm, first = experiment.load_tokenizer(), arguments.first
     splits = data.pack.load(experiment.directory("pack"), spm.sha256)
-    for packed in splits.values():
-        print(f"{packed.name}: {len(packed.tokens):,} tokens, {len(packed.starts):,} documents, {packed.bytes:,} bytes")
-        for name, counts in packed.counts["sources"].items():
-            numbers = f"{counts['tokens']:,} tokens, {counts['documents']:,} documents"
-            print(f"  {name}: {numbers} from {counts['start']:,}")
+    for split in splits.values():
+        print(f"{split.name}: {len(split.tokens):,} tokens, {len(split.starts):,} documents, {split.bytes:,} bytes")
+        for name, counts in split.counts["sources"].items():
+            print(f"  {name}:", "{tokens:,} tokens, {documents:,} documents from {start:,}".format(**counts))
 
-    packed, first = splits[arguments.split], arguments.first
+    packed = splits[arguments.split]
     if first >= len(packed.starts):
         raise UserError(f"{packed.name} has documents 0 to {len(packed.starts) - 1:,}; found --first {first:,}")
     print(f"\ndocuments of {packed.name}")
@@ -50,10 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
     others = {}
     for other in experiment.beside:
         others[other.name] = data.pack.load(other.directory("pack"), spm.sha256)["train"]
-    config, length = experiment.pretrain, experiment.model.context_length
-    batches = mixture(
-        experiment.name, experiment.mixture, splits["train"], others, length, config.batch_size, config.seed
-    )
+    config, length, phases = experiment.pretrain, experiment.model.context_length, experiment.mixture
+    batches = mixture(experiment.name, phases, splits["train"], others, length, config.batch_size, config.seed)
     print(f"\nbatch of step {arguments.step:,} (counted from 0), {batches.size} rows")
     for row in range(min(arguments.rows, batches.size)):
         name, window = batches.drawn(arguments.step * batches.size + row)

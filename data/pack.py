@@ -1,7 +1,5 @@
 """Corpus and tokenizer to packed tokens: two flat files per split that training maps into memory."""
 
-#     python pipeline.py configs/tiny.py pack   ->  runs/tiny/packed
-#
 # `train.bin` and `val.bin` hold the ids of one document after another, each followed by the end token, as little-endian
 # uint16 (uint32 past 65,536 pieces). `train.idx` and `val.idx` hold the start of each document, in tokens, as int64.
 
@@ -46,15 +44,12 @@ def token_dtype(vocab_size: int) -> str:
 class Packed:
     """Packed tokens: `tokens`, a memory map of ids, and `starts`, where the documents in it begin."""
 
-    # name: for messages. counts: from the manifest, among them the `bytes` of UTF-8 text that the tokens encode.
+    # counts: from the manifest, among them the `bytes` of UTF-8 text that the tokens encode.
     # file, first: the file that holds the tokens, and the number of the first document in that file.
 
-    def __init__(
-        self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict, file: str | None = None, first: int = 0
-    ):
+    def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, counts: dict, file: str = "", first: int = 0):
         self.name, self.tokens, self.starts, self.counts = name, tokens, starts, counts
-        self.bytes = counts["bytes"]
-        self.file, self.first = file or name, first
+        self.bytes, self.file, self.first = counts["bytes"], file or name, first
 
     def of(self, source: str) -> "Packed":
         """The tokens of one source of the corpus: the corpus has one source after another."""
@@ -62,10 +57,9 @@ class Packed:
             raise UserError(f"{self.name} has nothing of {source}; there are {', '.join(self.counts['sources'])}")
         counts = self.counts["sources"][source]
         start, end = counts["start"], counts["start"] + counts["tokens"]
-        first, last = np.searchsorted(self.starts, (start, end))
-        starts = self.starts[first:last] - start
-        name = f"{source} in {self.name}"
-        return Packed(name, self.tokens[start:end], starts, counts, self.file, self.first + int(first))
+        first, last = np.searchsorted(self.starts, (start, end)).tolist()
+        starts, name = self.starts[first:last] - start, f"{source} in {self.name}"
+        return Packed(name, self.tokens[start:end], starts, counts, self.file, self.first + first)
 
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of each document with its end token."""
@@ -84,22 +78,16 @@ def load(directory: Path, tokenizer_sha256: str) -> dict[str, Packed]:
         )
     splits, counts = {}, manifest["counts"]
     for split in SPLITS:
-        tokens = np.memmap(directory / f"{split}.bin", dtype=counts["dtype"], mode="r")
-        starts = np.fromfile(directory / f"{split}.idx", dtype="<i8")
-        splits[split] = Packed(str(directory / f"{split}.bin"), tokens, starts, counts[split])
+        file = directory / f"{split}.bin"
+        tokens = np.memmap(file, dtype=counts["dtype"], mode="r")
+        splits[split] = Packed(str(file), tokens, np.fromfile(file.with_suffix(".idx"), "<i8"), counts[split])
     return splits
-
-
-def _start_worker(*state) -> None:
-    global _worker
-    _worker = state
 
 
 def _encode(chunk: tuple[Path, int]) -> list[tuple[str, str, np.ndarray, int]]:
     """(split, source, ids with the end token, bytes of text) of each document that begins in a chunk of a shard."""
-    spm, rule, dtype = _worker
-    shard, start = chunk
-    encoded = []
+    spm, rule, dtype = _settings
+    (shard, start), encoded = chunk, []
     with open(shard, "rb") as file:
         if start:
             file.seek(start - 1)
@@ -116,10 +104,9 @@ def _encode(chunk: tuple[Path, int]) -> list[tuple[str, str, np.ndarray, int]]:
 
 def job(config: PackConfig, corpus: Path, spm: Path, directory: Path, command: str) -> Stage:
     """The stage that packs a corpus. corpus, spm: directories. command: what the user types."""
-    read = {}
-    if stage.read_manifest(corpus) and stage.read_manifest(spm):  # else an input is gone: packed tokens stay valid
-        model = {path: digest for path, digest in stage.outputs(spm).items() if path.endswith("spm.model")}
-        read = stage.outputs(corpus) | model
+    shards, model = stage.outputs(corpus), stage.outputs(spm)
+    name = f"{spm.parent.name}/{spm.name}/spm.model"
+    read = shards | {name: model[name]} if shards and model else {}  # an input is gone: packed tokens stay valid
     return Stage(directory, config, read, command, __file__)
 
 
@@ -133,14 +120,16 @@ def build(job: Stage, config: PackConfig, corpus: Path, spm: Path, workers: int 
         counts = pack(corpus, spm, config.val_fraction, job.directory, workers)
         job.finish(counts)
         train, val = counts["train"], counts["val"]
-        if missing := ", ".join(source for source in train["sources"] if source not in val["sources"]):
+        if missing := ", ".join(sorted(train["sources"].keys() - val["sources"].keys())):
             log.warning(f"no document of {missing} is held out: validation does not measure it")
         log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {job.directory}")
 
 
 def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory: Path, workers: int) -> dict:
     """Writes the four files and returns their counts. The order of documents does not depend on the workers."""
+    global _settings  # the workers inherit it
     dtype, rule = token_dtype(spm.vocab_size), holdout(corpus, val_fraction)
+    _settings = spm, rule, dtype
     if rule.threshold is None:
         log.info(f"packed: no whole document can be held out: the last {val_fraction:.1%} of each is")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
@@ -148,9 +137,10 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     for shard in sorted(corpus.glob("shard_*.jsonl")):
         chunks += [(shard, start) for start in range(0, shard.stat().st_size, CHUNK)]
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(cli.pool(workers, _start_worker, spm, rule, dtype))
-        names = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")]
-        files = {name: stack.enter_context(open(directory / name, "wb")) for name in names}
+        pool = stack.enter_context(cli.pool(workers))
+        files = {}
+        for name in ("train.bin", "train.idx", "val.bin", "val.idx"):
+            files[name] = stack.enter_context(open(directory / name, "wb"))
         encoded = cli.ordered(pool, _encode, chunks, 4 * workers)
         for documents in progress(encoded, len(chunks), "MB", "packing"):
             for split, source, ids, size in documents:

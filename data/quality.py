@@ -1,7 +1,4 @@
-"""Which text is worth learning from: the published rules of C4 and Gopher, and a test for English.
-
-Every rule has a name. The corpus counts rejected text under it.
-"""
+"""Which text is worth learning from: the published rules of C4 and Gopher, and a test for English."""
 
 import re
 from dataclasses import dataclass
@@ -72,7 +69,7 @@ class Quality:
 
 PROSE = Quality(c4=None)  # for books and other text with line breaks inside paragraphs
 
-STOP_WORDS = {b"the", b"be", b"to", b"of", b"and", b"that", b"have", b"with"}
+STOP_WORDS = set(b"the be to of and that have with".split())
 ENGLISH = frozenset(
     b"""the of and to that is it for was with his he they be at this have from or had by but not what all were we when
     your can said there use each which she how their if would up other about out many then them these some her make
@@ -90,33 +87,33 @@ LETTER = re.compile(r"[^\W\d_]\S*")  # from the first letter of a word to its en
 
 def select_lines(text: str, c4: C4) -> tuple[str, str]:
     """Splits a text into the lines that C4 keeps and the lines that it drops. Keeps empty lines."""
-    boilerplate = [phrase.lower() for phrase in c4.boilerplate]
     kept, dropped = [], []
     for line in CITATION.sub("", text).split("\n"):
         ends = not c4.terminal_punctuation or (line.endswith(TERMINAL) and not line.endswith(ELLIPSES))
-        lower = line.lower()
-        good = ends and len(line.split()) >= c4.min_line_words and not any(phrase in lower for phrase in boilerplate)
+        good = ends and len(line.split()) >= c4.min_line_words and not _phrase(line, c4.boilerplate)
         (kept if good or not line.strip() else dropped).append(line)
     text = "\n".join(kept)
     return re.sub(r"\n{3,}", "\n\n", text) if dropped else text, "\n".join(dropped)
+
+
+def _phrase(text: str, phrases: tuple[str, ...]) -> str | None:
+    """The first phrase that a text contains in any case, or None."""
+    lower = text.lower()
+    return next((phrase for phrase in phrases if phrase.lower() in lower), None)
 
 
 def judge(text: str, words: list[bytes], hashes: np.ndarray, quality: Quality) -> str | None:
     """The name of the first rule that a text fails, or None. words, hashes: of the text, from `data.words`."""
     if sum(map(ENGLISH.__contains__, words)) < (quality.min_english or 0) * len(words):
         return "not_english"
-    rule = _c4(text, quality.c4) if quality.c4 else None
-    if rule is None and quality.gopher:
-        rule = _gopher(text, words, quality.gopher) or _gopher_ngrams(words, hashes, quality.gopher)
-    return rule
-
-
-def _c4(text: str, c4: C4) -> str | None:
-    lower = text.lower()
-    for phrase in c4.banned:
-        if phrase.lower() in lower:
-            return f"c4_banned: {phrase}"
-    return "c4_sentences" if len(SENTENCE_END.findall(text)) < c4.min_sentences else None
+    if c4 := quality.c4:
+        if banned := _phrase(text, c4.banned):
+            return f"c4_banned: {banned}"
+        if len(SENTENCE_END.findall(text)) < c4.min_sentences:
+            return "c4_sentences"
+    if gopher := quality.gopher:
+        return _gopher(text, words, gopher) or _gopher_ngrams(words, hashes, gopher)
+    return None
 
 
 def _gopher(text: str, words: list[bytes], gopher: Gopher) -> str | None:
@@ -164,20 +161,14 @@ def _top_share(runs: np.ndarray, ends: np.ndarray, n: int) -> float:
     _, first, counts = np.unique(runs, return_index=True, return_counts=True)
     if not len(counts) or counts.max() == 1:
         return 0.0
-    top = counts.argmax()
-    start = first[top]
-    return float(counts[top] * (ends[start + n] - ends[start]) / ends[-1])
+    start = first[counts.argmax()]
+    return float(counts.max() * (ends[start + n] - ends[start]) / ends[-1])
 
 
 def _duplicate_share(runs: np.ndarray, ends: np.ndarray, n: int) -> float:
     """Share of characters in runs of n words that occur more than once. Each character counts once."""
-    order = np.argsort(runs, kind="stable")
-    equal = runs[order[1:]] == runs[order[:-1]]
-    if not equal.any():
+    _, kinds, counts = np.unique(runs, return_inverse=True, return_counts=True)
+    if not len(counts) or counts.max() == 1:
         return 0.0
-    repeated = np.zeros(len(runs), dtype=np.int64)
-    repeated[order[1:][equal]] = repeated[order[:-1][equal]] = 1
-    # A word is covered if one of the n runs that contain it is repeated.
-    before = np.concatenate([np.zeros(n, dtype=np.int64), np.cumsum(repeated), np.full(n - 1, repeated.sum())])
-    covered = before[n:] > before[:-n]
+    covered = np.convolve(counts[kinds] > 1, np.ones(n)) > 0.5  # words in a run that is repeated
     return float(np.diff(ends)[covered].sum() / ends[-1])

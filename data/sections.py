@@ -5,8 +5,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 SECTION_CHARS = 6_000  # a longer document is judged in sections of this to twice this length
-PARAGRAPH, LINE, SENTENCE, WORD = map(re.compile, (r"\n{2,}", r"\n", r"(?<=[.!?]) +", r" +"))
-GAPS = (PARAGRAPH, LINE, SENTENCE, WORD)
+GAPS = [re.compile(gap) for gap in (r"\n{2,}", r"\n", r"(?<=[.!?]) +", " +")]
 
 
 def sections(text: str) -> list[str]:
@@ -45,15 +44,12 @@ def _gaps(text: str, start: int, end: int, kinds: Sequence[re.Pattern]) -> Itera
 
 def cut(text: str, fraction: float) -> tuple[str, str]:
     """Cuts off about the last `fraction` of a text, at the best gap: a paragraph, else a line, a sentence, a word."""
-    goal = len(text) * (1 - fraction)
-    first, last = (
-        max(1, round(len(text) * (1 - 2 * fraction))),
-        min(len(text) - 1, round(len(text) * (1 - fraction / 2))),
-    )
+    goal = place = len(text) * (1 - fraction)
+    first = max(1, round(len(text) * (1 - 2 * fraction)))
+    last = min(len(text) - 1, round(len(text) * (1 - fraction / 2)))
     for kind in GAPS:
-        ends = [match.end() for match in kind.finditer(text, first, last)]
-        if ends:
-            goal = min(ends, key=lambda end: abs(end - goal))
+        if ends := [match.end() for match in kind.finditer(text, first, last)]:
+            place = min(ends, key=lambda end: abs(end - goal))
             break
-    place = min(max(1, round(goal)), len(text) - 1)
+    place = min(max(1, round(place)), len(text) - 1)
     return text[:place].rstrip("\n"), text[place:]

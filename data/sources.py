@@ -1,15 +1,11 @@
 """Where text comes from: files, datasets on the Hugging Face Hub, the documentation that Python carries."""
 
-# A source reads records in an order that depends on nothing but the input. A record becomes a document here; it becomes
-# a conversation or a pair in `sft` and `dpo`.
-
 import ast
 import bz2
 import glob
 import gzip
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -20,7 +16,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +38,7 @@ class Unreadable(str):
 
 
 class Record(NamedTuple):
-    """A line of JSON, an element of a JSON list, a row of a table, or a whole text file."""
+    """A line of JSON, an element of a JSON list, a row of a table, or a whole text file. In a document it is text."""
 
     id: str
     file: str  # path of its file, "" in a dataset
@@ -51,17 +47,12 @@ class Record(NamedTuple):
     read: float = 0.0  # share of the source that has been read with it, if known
 
 
-class Document(NamedTuple):
-    """One text of a source."""
-
-    id: str
-    text: str | Unreadable
-    read: float = 0.0  # share of the source that has been read with it, if known
-
-
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """A source of records. Raises TypeError or ValueError, naming the field, for an impossible setting."""
+
+    # A subclass has `inputs()`, {input: SHA-256} for the manifest, and `records(workers, skip=0)`, which yields the
+    # records after the first `skip`, in an order that depends on nothing but the input.
 
     name: str = ""  # unique among the sources of a stage
     licence: str = "not stated"  # for the data card
@@ -70,20 +61,11 @@ class Records:
 
     def __post_init__(self):
         check_types(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.startswith(("max_", "min_")) and value is not None and value < 1:
-                raise ValueError(f"{field.name} is {value}; expected at least 1")
+        for field, value in vars(self).items():
+            if field.startswith(("max_", "min_")) and value is not None and value < 1:
+                raise ValueError(f"{field} is {value}; expected at least 1")
         if self.unreadable not in ("stop", "skip"):
             raise ValueError(f'unreadable is {self.unreadable!r}; expected "stop" or "skip"')
-
-    def inputs(self) -> dict[str, str]:
-        """{input: SHA-256}, for the manifest."""
-        raise NotImplementedError
-
-    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        """The records without the first `skip`."""
-        raise NotImplementedError
 
     def refuse(self, message: str) -> Unreadable:
         """Takes the place of a record that cannot be read. UserError if `unreadable` is "stop"."""
@@ -102,24 +84,19 @@ class Source(Records):
     cleaning: Cleaning = Cleaning()
     quality: Quality | None = None  # the rules its texts must pass; None takes all
 
-    def documents(self, workers: int, skip: int = 0) -> Iterator[Document]:
-        """The documents without the first `skip`."""
+    def documents(self, workers: int, skip: int = 0) -> Iterator[Record]:
+        """The records after the first `skip`, each with its text, or Unreadable, as value."""
         for record in self.records(workers, skip):
-            yield Document(record.id, self._text(record), record.read)
-
-    def _text(self, record: Record) -> str:
-        value, field = record.value, self.field
-        if isinstance(value, Unreadable):
-            return value
-        if field == "*":
-            value = "\n".join(_strings(value))
-        elif isinstance(value, dict):
-            value = value.get(field)
-        if isinstance(value, str):
-            return value
-        found = ", ".join(record.value) if isinstance(record.value, dict) else type(record.value).__name__
-        expected = f"expected an object whose {field!r} is a string"
-        return self.refuse(f"{record.where}: {expected}, found {found}; set field=…")
+            text = value = record.value
+            if self.field == "*" and not isinstance(value, str):
+                text = "\n".join(_strings(value))
+            elif isinstance(value, dict):
+                text = value.get(self.field)
+            if not isinstance(text, str):
+                found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+                expected = f"expected an object whose {self.field!r} is a string"
+                text = self.refuse(f"{record.where}: {expected}, found {found}; set field=…")
+            yield record._replace(value=text)
 
 
 def _strings(value) -> Iterator[str]:
@@ -150,47 +127,17 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
             log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is its setting too strict?")
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-class Streams(io.RawIOBase):
-    """Decompresses one or more .xz or .bz2 streams. `lzma.open` and `bz2.open` ignore damage in a later stream."""
-
-    def __init__(self, file, decompressor):
-        self.file, self.decompressor, self.stream, self.rest = file, decompressor, decompressor(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = b""
-        while not data:
-            self.rest = self.rest or self.file.read(1 << 16)
-            if self.stream.eof:
-                if not self.rest:
-                    return 0
-                self.rest = self.rest.lstrip(b"\0")  # streams may be padded
-                self.stream = self.decompressor() if self.rest else self.stream
-                continue
-            if not self.rest and self.stream.needs_input:
-                raise EOFError("it is truncated")
-            data = self.stream.decompress(self.rest, len(buffer))
-            self.rest = self.stream.unused_data
-        buffer[: len(data)] = data
-        return len(data)
-
-
-OPEN = {
-    ".gz": gzip.open,
-    ".bz2": lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
-    ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
-}
-BOM = b"\xef\xbb\xbf"
+OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BROKEN = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)  # pyarrow's errors are among these
 
 
 def _format(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in OPEN else path.suffix
+
+
+def _glob(pattern: str) -> list[Path]:
+    paths = [raw() / name for name in sorted(glob.glob(pattern, root_dir=raw(), recursive=True))]
+    return [path for path in paths if path.is_file()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +158,10 @@ class FileRecords(Records):
         """The files, sorted within each pattern. UserError for a pattern without a file, or for another format."""
         files: dict[Path, Path] = {}  # by the path behind links: reads each file once
         for pattern in self.paths:
-            literal = pattern.replace("[", "[[]")  # brackets may be part of a name
-            names = [pattern] if (raw() / pattern).is_file() else []
-            names = names or sorted(_glob(literal)) or sorted(_glob(pattern))
-            paths = [raw() / name for name in names if (raw() / name).is_file()]
+            place = raw() / pattern
+            paths = [place] if place.is_file() else _glob(pattern.replace("[", "[[]"))  # brackets may be part of a name
+            paths = paths or _glob(pattern)
             if not paths:
-                place = raw() / pattern
                 raise UserError(f"no file at {place}; correct the path, or set DATA to where relative paths are found")
             for path in paths:
                 if _format(path) not in self.formats:
@@ -232,8 +177,8 @@ class FileRecords(Records):
         return digests
 
     def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        files = self.files()
-        total, before, number = sum(path.stat().st_size for path in files) or 1, 0, 0
+        files, before, number = self.files(), 0, 0
+        total = sum(path.stat().st_size for path in files) or 1
         for path in files:
             name = path.name.encode(errors="backslashreplace").decode()  # a name may not be UTF-8
             with open(path, "rb") as file:
@@ -253,9 +198,9 @@ class FileRecords(Records):
         if _format(path) == ".jsonl":
             for number, line in enumerate(content, start=1):
                 if line.strip():
-                    yield "line", number, self._parse(line, f"{path}, line {number}")
+                    yield "line", number, self._decode(line, f"{path}, line {number}", json.loads)
         elif _format(path) == ".json":
-            value = self._parse(content.read(), str(path))
+            value = self._decode(content.read(), str(path), json.loads)
             for number, element in enumerate(value if isinstance(value, list) else [value], start=1):
                 yield "element", number, element
         elif _format(path) == ".parquet":
@@ -264,25 +209,18 @@ class FileRecords(Records):
             for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
                 yield "row", number, row
         else:
-            yield "", 0, self._decode(content.read(), str(path))
+            yield "", 0, self._decode(content.read(), str(path), str)
+        if content is not file and file.read(1):  # bz2 and lzma ignore what follows a stream if it is damaged
+            raise EOFError("it is damaged after its first part")
 
-    def _decode(self, content: bytes, where: str) -> str:
+    def _decode(self, content: bytes, where: str, parse: Callable):
         try:
-            return content.removeprefix(BOM).decode()
+            return parse(content.removeprefix(b"\xef\xbb\xbf").decode())
         except UnicodeDecodeError as error:
             byte = f"byte {error.object[error.start]:#04x} at {error.start:,}"
             return self.refuse(f"{where} is not UTF-8 ({byte}); convert it, or leave it out if it is not text")
-
-    def _parse(self, content: bytes, where: str):
-        text = self._decode(content, where)
-        try:
-            return text if isinstance(text, Unreadable) else json.loads(text)
         except (ValueError, RecursionError) as error:
             return self.refuse(f"{where}: not JSON ({error}); correct or remove it")
-
-
-def _glob(pattern: str) -> list[str]:
-    return glob.glob(pattern, root_dir=raw(), recursive=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +235,6 @@ class Files(FileRecords, Source):
     @property
     def columns(self) -> list[str] | None:
         return None if self.field == "*" else [self.field]
-
-
-# --------------------------------------------------------------------------------------------------------------- Hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,51 +262,35 @@ class HubRecords(Records):
         datasets.utils.logging.set_verbosity(logging.CRITICAL)  # failed reads are logged here
         try:
             builder = datasets.load_dataset_builder(self.dataset, self.subset, revision=self.revision)
-            splits = builder.config.data_files
-            if splits and self.split not in splits:
+            splits = builder.config.data_files or [self.split]
+            if self.split not in splits:
                 raise ValueError(f"its splits are {', '.join(map(str, splits))}")
             return builder
-        except (FileNotFoundError, ValueError) as error:  # no such dataset, subset, split or revision
+        except Exception as error:  # no such dataset, subset, split or revision; no network
             raise UserError(f"{self}: {error}") from None
-
-    def _retry(self, read: Callable[[], Iterator]) -> Iterator:
-        """Yields from `read()`. Calls it again after a failure, until `retries` calls in a row have failed."""
-        failures = 0
-        while True:
-            try:
-                for item in read():
-                    failures = 0
-                    yield item
-                return
-            except UserError:
-                raise
-            except Exception as error:  # of the network, the file system or a library below `datasets`
-                reason = f"{type(error).__name__}: {error}"
-            failures += 1
-            if failures > self.retries:
-                again = "the same command continues after the last finished shard"
-                raise UserError(f"{self} cannot be read, tried {failures} times ({reason}); {again}")
-            log.warning(f"{self.name}: {reason}; trying again")
-            time.sleep(2 ** (failures - 1))
 
     def inputs(self) -> dict[str, str]:
         """The digest of the addresses of its files, which contain the commit; of a directory, of the files."""
-        (builder,) = self._retry(lambda: iter([self._builder()]))
-        files = [str(file) for file in (builder.config.data_files or {}).get(self.split, ())]
+        files = [str(file) for file in (self._builder().config.data_files or {}).get(self.split, ())]
         local = [sha256(Path(file)) for file in files if Path(file).is_file()]
         digest = hashlib.sha256("\n".join(local or files).encode()).hexdigest()
         return {f"{self.dataset}/{self.subset or 'default'}/{self.split}": digest}
 
     def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        done = skip
-
-        def read() -> Iterator[Record]:
-            nonlocal done
-            for value in self._builder().as_streaming_dataset(split=self.split).skip(done):
-                done += 1
-                yield Record(f"{self.name}:{done}", "", f"record {done}", value)
-
-        return self._retry(read)
+        done, failures = skip, 0
+        while True:
+            try:
+                for value in self._builder().as_streaming_dataset(split=self.split).skip(done):
+                    done, failures = done + 1, 0
+                    yield Record(f"{self.name}:{done}", "", f"record {done}", value)
+                return
+            except Exception as error:  # of the network, the file system or a library below `datasets`
+                reason, failures = f"{type(error).__name__}: {error}", failures + 1
+            if failures > self.retries:
+                again = "the same command continues after the last finished shard"
+                raise UserError(f"{self} cannot be read, tried {failures} times ({reason}); {again}")
+            log.warning(f"{self.name}: {reason}; trying again")
+            time.sleep(2 ** (failures - 1))
 
     def refuse(self, message: str) -> Unreadable:
         return super().refuse(f"{self}, {message}" if self.unreadable == "stop" else message)
@@ -381,18 +300,12 @@ class HubRecords(Records):
 class Hub(HubRecords, Source):
     """Documents in a dataset: each record that HubRecords reads."""
 
-    field: str = "text"  # the field of a record that is the text; "*" joins every string inside the record
-
-
-# ------------------------------------------------------------------------------------------------------- Python's own
+    field: str = "text"  # as in Files
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocs(Source):
     """The documentation in every installation: docstrings, parsed and never imported, and the topics of `pydoc`."""
-
-    # A document is a docstring of the standard library or of a package that comes with torch or numpy. Its id is the
-    # full name of what it documents. The text depends on the versions of Python and of the packages.
 
     name: str = "python_docs"
     licence: str = "those of Python (PSF-2.0) and of the packages"
@@ -402,32 +315,32 @@ class PythonDocs(Source):
 
     field = "text"
 
-    def files(self) -> list[tuple[str, Path]]:
-        """(module name, path) of every module except tests."""
-        roots = [("", Path(sysconfig.get_path("stdlib")))]
-        for package in self.packages:
-            spec = importlib.util.find_spec(package)
-            if spec and spec.submodule_search_locations:
-                roots.append((package, Path(spec.submodule_search_locations[0])))
-        modules = []
-        for package, root in roots:
-            for path in sorted(root.rglob("*.py")):
-                parts = path.relative_to(root).with_suffix("").parts
-                if {"site-packages", "dist-packages", "test", "tests", "idle_test"}.isdisjoint(parts):
-                    modules.append((".".join(filter(None, (package, *parts))).removesuffix(".__init__"), path))
-        return modules
-
     def inputs(self) -> dict[str, str]:
         return {}  # the environment: its versions are in the manifest
 
     def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        modules, number = self.files(), 0
+        modules, number = self._modules(), 0
         with cli.pool(workers) as pool:
             for done, docstrings in enumerate(cli.ordered(pool, _docstrings, modules, 16 * workers), start=1):
                 for name, text in docstrings:
                     number += 1
                     if number > skip:
                         yield Record(name, "", name, text, done / len(modules))
+
+    def _modules(self) -> list[tuple[str, Path]]:
+        """(name, path) of every module except tests."""
+        roots, modules = {"": sysconfig.get_path("stdlib")}, []
+        for package in self.packages:
+            spec = importlib.util.find_spec(package)
+            if spec and spec.submodule_search_locations:
+                roots[package] = spec.submodule_search_locations[0]
+        for package, root in roots.items():
+            for path in sorted(Path(root).rglob("*.py")):
+                parts = path.relative_to(root).with_suffix("").parts
+                if {"site-packages", "dist-packages", "test", "tests", "idle_test"}.isdisjoint(parts):
+                    name = ".".join([package, *parts]).removeprefix(".").removesuffix(".__init__")
+                    modules.append((name, path))
+        return modules
 
 
 def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
@@ -441,14 +354,13 @@ def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
         return []
     if name == "pydoc_data.topics":
         return [(f"{name}.{topic}", text) for topic, text in ast.literal_eval(tree.body[-1].value).items()]
-    docstrings, documented = [], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return list(_documented(tree, name))
 
-    def visit(node: ast.AST, name: str) -> None:
-        if isinstance(node, documented) and (text := ast.get_docstring(node)):
-            docstrings.append((name, text.encode(errors="replace").decode()))  # may hold half a surrogate pair
-        for child in ast.iter_child_nodes(node):
-            if not isinstance(child, ast.expr):
-                visit(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
 
-    visit(tree, name)
-    return docstrings
+def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, documented) and (text := ast.get_docstring(node)):
+        yield name, text.encode(errors="replace").decode()  # may hold half a surrogate pair
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _documented(child, f"{name}.{child.name}" if hasattr(child, "name") else name)

@@ -14,9 +14,7 @@ GOLDEN, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 def words(text: str) -> list[bytes]:
     """Runs of letters, digits and _, in lower case, as UTF-8."""
-    text = text.lower()
-    if not text.isascii():
-        text = OTHER.sub(" ", text)
+    text = text.lower() if text.isascii() else OTHER.sub(" ", text.lower())
     return text.encode(errors="replace").translate(SPACED).split()
 
 
@@ -32,10 +30,9 @@ def hashes(words: list[bytes]) -> np.ndarray:
 
 def mix(x: np.ndarray) -> np.ndarray:
     """Spreads every bit of each uint64 over all the others, in place."""
-    x ^= x >> np.uint64(32)
-    x *= MIX
-    x ^= x >> np.uint64(29)
-    x *= MIX
+    for shift in (32, 29):
+        x ^= x >> np.uint64(shift)
+        x *= MIX
     x ^= x >> np.uint64(32)
     return x
 

@@ -96,7 +96,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
     """400 docstrings of the standard library."""
-    return [document.text for document in itertools.islice(PythonDocs(packages=()).documents(1), 400)]
+    return [document.value for document in itertools.islice(PythonDocs(packages=()).documents(1), 400)]
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,7 @@ class Tokenizer:
         if self._prefix and not self._whole:
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
         self.pieces, self.model, self.sha256 = pieces, model, sha256
-        self.vocab_size = pieces.get_piece_size()
-        self.eos = pieces.eos_id()
+        self.vocab_size, self.eos = pieces.get_piece_size(), pieces.eos_id()
         if self.eos < 0:
             raise UserError("the SentencePiece model has no end-of-text piece; expected one, usually </s>")
         self.bos = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
@@ -91,16 +90,13 @@ class Tokenizer:
         yield text[start:]
 
     def decode(self, ids: Sequence[int], begins: bool = True) -> str:
-        """The text of ids. Control pieces have no text, nor have ids past the vocabulary, which an embedding may have.
-
-        Broken byte sequences give U+FFFD. begins: False if the ids continue a text.
-        """
+        """The text of ids; broken byte sequences give U+FFFD. begins: False if the ids continue a text."""
+        # Control pieces have no text, nor have ids past the vocabulary, which an embedding may have.
         text = self.pieces.decode([id for id in ids if id < self.vocab_size])
         return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 
 
 def load(directory: Path | str, command: str | None = None) -> Tokenizer:
     """The tokenizer in a finished directory. UserError, naming the command, if it is missing or damaged."""
-    directory = Path(directory)
-    manifest = stage.finished(directory, command)
-    return Tokenizer((directory / "spm.model").read_bytes(), manifest["wrote"]["spm.model"]["sha256"])
+    manifest = stage.finished(Path(directory), command)
+    return Tokenizer((Path(directory) / "spm.model").read_bytes(), manifest["wrote"]["spm.model"]["sha256"])

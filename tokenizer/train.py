@@ -1,9 +1,5 @@
 """Corpus to tokenizer: a SentencePiece model that can encode any text."""
 
-#     python pipeline.py configs/tiny.py tokenizer   ->  runs/tiny/tokenizer
-#
-# Its SHA-256 is its identity: packed tokens and checkpoints record it and refuse another.
-
 import hashlib
 import io
 import itertools
@@ -47,10 +43,9 @@ class TokenizerConfig:
         check_types(self)
         if not SMALLEST <= self.vocab_size <= 1 << 20:
             raise ValueError(f"vocab_size is {self.vocab_size}; expected {SMALLEST} to {1 << 20}")
-        if self.algorithm not in ("unigram", "bpe"):
-            raise ValueError(f'algorithm is {self.algorithm!r}; expected "unigram" or "bpe"')
-        if self.normalization not in ("identity", "nfkc"):
-            raise ValueError(f'normalization is {self.normalization!r}; expected "identity" or "nfkc"')
+        for field, *choices in (("algorithm", "unigram", "bpe"), ("normalization", "identity", "nfkc")):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected {' or '.join(choices)}")
 
 
 def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:
@@ -98,19 +93,15 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_advice(config.vocab_size, str(error))) from None
+        size, setting = f"vocab_size = {config.vocab_size:,}", "set it in the tokenizer and in the model to"
+        message = f"SentencePiece cannot make a tokenizer with {size} of this corpus ({error})"
+        if most := re.search(r"too high .* <= (\d+)", str(error)):
+            smaller = f", or {setting} {int(most[1]):,} or less" if int(most[1]) >= SMALLEST else ""
+            message = f"too little text for {size}: add text{smaller}"
+        elif least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
+            message = f"the text has more different characters than {size}: {setting} {int(least[1]):,} or more"
+        raise UserError(message) from None
     return model.getvalue()
-
-
-def _advice(vocab_size: int, error: str) -> str:
-    """The message for an error of SentencePiece."""
-    size, setting = f"vocab_size = {vocab_size:,}", "set it in the tokenizer and in the model to"
-    if most := re.search(r"too high .* <= (\d+)", error):
-        smaller = f", or {setting} {int(most[1]):,} or less" if int(most[1]) >= SMALLEST else ""
-        return f"too little text for {size}: add text{smaller}"
-    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
-        return f"the text has more different characters than {size}: {setting} {int(least[1]):,} or more"
-    return f"SentencePiece cannot make {vocab_size:,} pieces of this corpus ({error})"
 
 
 def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: Path, command: str) -> Stage:
@@ -129,90 +120,78 @@ def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float
         log.info(f"tokenizer: training {config.vocab_size:,} pieces")
         with cli.pool(1) as pool:  # SentencePiece does not react to Ctrl-C; this process does
             model = pool.submit(train, corpus, total, config, val_fraction).result()
-        others = [path for path in made_with_another(directory, model) if not {path, path.parent} & set(replaced)]
+        name, sha256 = f"{directory.parent.name}/{directory.name}/spm.model", hashlib.sha256(model).hexdigest()
+        others = []
+        for path in sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")]):
+            read = stage.read_manifest(path.parent)["read"]
+            if read.get(name, sha256) != sha256 and not set(path.parents) & set(replaced):
+                others.append(str(path.parent))
         if others:
             raise UserError(
-                f"{', '.join(map(str, others))} was made with another tokenizer in {directory}, and the new one would "
-                "not fit. Make it all again with --force-from tokenizer, or give the experiment another name"
+                f"{', '.join(others)} was made with another tokenizer in {directory}, and the new one would not fit. "
+                "Make it all again with --force-from tokenizer, or give the experiment another name"
             )
         job.clear()
-        tokenizer, settings = write(directory, model)
-        numbers = measure(tokenizer, sample(corpus, total, MEASURED), config.normalization == "identity")
-        text = card(directory.parent.name, config, settings, numbers)
+        spm = write(directory, model)
+        numbers = measure(spm, sample(corpus, total, MEASURED))
+        text = card(directory.parent.name, config, spm, numbers)
         (directory / "TOKENIZER_CARD.md").write_text(text, encoding="utf-8")
         job.finish(numbers)
         log.info(f"tokenizer: {numbers['bytes_per_token']:.2f} bytes a token -> {directory}")
 
 
-def made_with_another(directory: Path, model: bytes) -> list[Path]:
-    """Directories of packed tokens and models that were made with another model in a tokenizer's directory."""
-    name, sha256 = f"{directory.parent.name}/{directory.name}/spm.model", hashlib.sha256(model).hexdigest()
-    paths = []
-    for path in sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")]):
-        if stage.read_manifest(path.parent)["read"].get(name, sha256) != sha256:
-            paths.append(path.parent)
-    return paths
-
-
-def write(directory: Path, model: bytes) -> tuple[Tokenizer, dict]:
-    """Writes a SentencePiece model, its vocabulary to read, and its settings. Returns tokenizer and settings."""
+def write(directory: Path, model: bytes) -> Tokenizer:
+    """Writes a SentencePiece model, its vocabulary to read, and its settings."""
     (directory / "spm.model").write_bytes(model)
-    tokenizer = Tokenizer(model, stage.sha256(directory / "spm.model"))
-    pieces = tokenizer.pieces
-    vocabulary = [f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(tokenizer.vocab_size)]
-    (directory / "spm.vocab").write_text("".join(vocabulary), encoding="utf-8", newline="\n")
-    settings = {"vocab_size": tokenizer.vocab_size, "unk": pieces.unk_id(), "bos": tokenizer.bos, "eos": tokenizer.eos}
-    settings |= {"control": tokenizer.control, "sha256": tokenizer.sha256}
-    stage.write_json(directory / "tokenizer_config.json", settings)
-    return tokenizer, settings
+    spm = Tokenizer(model, hashlib.sha256(model).hexdigest())
+    pieces = [f"{spm.pieces.id_to_piece(i)}\t{spm.pieces.get_score(i):g}\n" for i in range(spm.vocab_size)]
+    (directory / "spm.vocab").write_text("".join(pieces), encoding="utf-8", newline="\n")
+    settings = {"vocab_size": spm.vocab_size, "unk": spm.pieces.unk_id(), "bos": spm.bos, "eos": spm.eos}
+    stage.write_json(directory / "tokenizer_config.json", settings | {"control": spm.control, "sha256": spm.sha256})
+    return spm
 
 
-def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], lossless: bool) -> dict:
-    """Measures the tokenizer on (source, text) pairs. AssertionError if `lossless` and a text does not come back."""
+def measure(spm: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict:
+    """Measures the tokenizer on (source, text) pairs: rates of all texts, and of each source in `sources`."""
     # fertility: tokens per word. score: bits of text per bit of an id, 8 · bytes per token / log2(vocab_size).
     sums: dict[str, Counter] = {}
     for source, text in texts:
-        ids = tokenizer.encode(text)
-        same = tokenizer.decode(ids) == text
-        if lossless and not same:
-            raise AssertionError(f"the tokenizer does not give back {text[:80]!r}")
+        ids = spm.encode(text)
         counts = Counter(documents=1, tokens=len(ids), bytes=len(text.encode()), characters=len(text))
-        counts.update(words=len(text.split()), unknown=ids.count(0), same=int(same))
-        for name in (source, "all"):
+        counts.update(words=len(text.split()), unknown=ids.count(0), same=int(spm.decode(ids) == text))
+        for name in ("", source):
             sums.setdefault(name, Counter()).update(counts)
     rates = {}
     for name, counts in sums.items():
+        tokens = counts["tokens"]
         rates[name] = {
             "documents": counts["documents"],
-            "bytes_per_token": round(counts["bytes"] / counts["tokens"], 4),
-            "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
-            "fertility": round(counts["tokens"] / max(1, counts["words"]), 4),
-            "unknown_rate": counts["unknown"] / counts["tokens"],
+            "bytes_per_token": round(counts["bytes"] / tokens, 4),
+            "characters_per_token": round(counts["characters"] / tokens, 4),
+            "fertility": round(tokens / max(1, counts["words"]), 4),
+            "unknown_rate": counts["unknown"] / tokens,
             "round_trips": counts["same"],
         }
-    total = rates.pop("all")
-    score = 8 * total["bytes_per_token"] / math.log2(tokenizer.vocab_size)
+    total = rates.pop("")
+    score = 8 * total["bytes_per_token"] / math.log2(spm.vocab_size)
     return {**total, "score": round(score, 4), "sources": rates}
 
 
-def card(name: str, config: TokenizerConfig, settings: dict, numbers: dict) -> str:
+def card(name: str, config: TokenizerConfig, spm: Tokenizer, numbers: dict) -> str:
     """TOKENIZER_CARD.md: what the tokenizer is and how well it compresses its corpus."""
-    columns = ("bytes a token", "characters a token", "tokens a word", "unknown", "came back the same")
-    rows = [("source", "documents", *columns)]
+    columns = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
+    rows = [("source", *(column.replace("_", " ") for column in columns))]
     for source, rates in [*numbers["sources"].items(), ("all", numbers)]:
-        keys = ("documents", "bytes_per_token", "characters_per_token", "fertility", "unknown_rate", "round_trips")
-        rows.append((source, *(f"{rates[key]:g}" for key in keys)))
-    lossless = "Lossless: it does not normalise text."
-    if config.normalization != "identity":
-        lossless = f"It normalises text ({config.normalization}): a text does not always come back."
+        rows.append((source, *(f"{rates[column]:g}" for column in columns)))
+    lossless = "is lossless" if config.normalization == "identity" else f"normalises text ({config.normalization})"
     lines = [
         f"# Tokenizer of {name}\n",
-        f"SentencePiece {config.algorithm}, {settings['vocab_size']:,} pieces, SHA-256 `{settings['sha256']}`.",
-        f"{lossless} It keeps white space, separates digits, and encodes text without a piece in bytes.",
-        f"Piece {settings['eos']} ends a document. It was not trained on held-out text. Control pieces, which no text",
+        f"SentencePiece {config.algorithm}, {spm.vocab_size:,} pieces, SHA-256 `{spm.sha256}`.",
+        f"It {lossless}, keeps white space, separates digits, and encodes text without a piece in bytes.",
+        f"Piece {spm.eos} ends a document. It was not trained on held-out text. Control pieces, which no text",
         f"is encoded to: {', '.join(f'`{piece}`' for piece in config.control) or 'none'}.\n",
-        "Measured on documents taken evenly from its corpus, most of which it was trained on:\n",
+        "Measured on documents taken evenly from its corpus, most of which it was trained on. Fertility is tokens per",
+        f"word. The score is {numbers['score']}: 8 · bytes per token / log2(pieces); more is better.\n",
         cli.table(rows, range(1, 7), markdown=True),
-        f"\nScore: {numbers['score']} bits of text per bit of id, 8 · bytes a token / log2(pieces). More is better",
     ]
     return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ import stage
 import tokenizer
 from cli import UserError
 from data.batches import mixture
-from data.corpus import held_out, records
+from data.corpus import records
+from data.holdout import held_out
 from tests.conftest import Place, write_lines
 
 
@@ -24,17 +24,23 @@ def spm(made: Place) -> tokenizer.Tokenizer:
 
 
 def test_documents_come_back(made: Place, spm):
-    splits = data.pack.load(made.runs / "mini/packed", spm.sha256)
+    directory = made.runs / "mini/packed"
     corpus = [record["text"] for record in records(made.runs / "mini/corpus")]
-    for split, packed in splits.items():
+    for split, packed in data.pack.load(directory, spm.sha256).items():
         texts = [text for text in corpus if held_out(text.encode(), 0.1) == (split == "val")]
         documents = [ids.tolist() for ids in packed.documents()]
         assert [spm.decode(ids) for ids in documents] == texts
         assert all(ids[-1] == spm.eos and spm.eos not in ids[:-1] for ids in documents)
         assert packed.bytes == sum(len(text.encode()) for text in texts)
-    assert sum(len(p.starts) for p in splits.values()) == len(corpus)
+        assert np.fromfile(directory / f"{split}.bin", "<u2").tolist() == [id for ids in documents for id in ids]
+        assert np.fromfile(directory / f"{split}.idx", "<i8").tolist() == packed.starts.tolist()
+        counts = stage.read_manifest(directory)["counts"][split]
+        assert (counts["tokens"], counts["documents"]) == (len(packed.tokens), len(texts))
     with pytest.raises(UserError, match=r"was packed with tokenizer .*, but the tokenizer here is 0{12}…; pack again"):
-        data.pack.load(made.runs / "mini/packed", "0" * 64)
+        data.pack.load(directory, "0" * 64)
+    assert [data.pack.token_dtype(size) for size in (65_536, 65_537)] == ["<u2", "<u4"]
+    with pytest.raises(ValueError, match="val_fraction is 1; expected more than 0 and less than 1"):
+        data.pack.PackConfig(val_fraction=1)
 
 
 @pytest.mark.parametrize(("chunk", "workers"), [(97, 1), (0, 3), (4096, 4)])
@@ -46,43 +52,6 @@ def test_bytes_do_not_depend_on_workers_or_chunks(made: Place, spm, tmp_path, mo
         assert (tmp_path / name).read_bytes() == (made.runs / "mini/packed" / name).read_bytes()
 
 
-def test_format_on_disk(made: Place):
-    directory = made.runs / "mini/packed"
-    tokens, starts = np.fromfile(directory / "train.bin", "<u2"), np.fromfile(directory / "train.idx", "<i8")
-    counts = stage.read_manifest(directory)["counts"]["train"]
-    assert (counts["tokens"], counts["documents"]) == (len(tokens), len(starts))
-    assert starts[0] == 0
-    assert (tokens[starts[1:] - 1] == 1).all()
-    assert [data.pack.token_dtype(size) for size in (65_536, 65_537)] == ["<u2", "<u4"]
-
-
-@pytest.fixture
-def two_sources(place: Place) -> Place:
-    """A second source of 40 kB and a mixture of both."""
-    texts = [f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40)) for i in range(150)]
-    write_lines(place.raw / "more.jsonl", [{"text": text} for text in texts])
-    phases = 'Phase(start=0, weights={"files": 1, "more": 3}), Phase(start=10, weights={"files": 1})'
-    place.edit(
-        ("min_chars=20),)", 'min_chars=20), Files(name="more", paths=("more.jsonl",)))'),
-        ("    pretrain=", f"    mixture=({phases}),\n    pretrain="),
-        ("from data.corpus", "from data.batches import Phase\nfrom data.corpus"),
-        ("steps=24", "steps=12"),
-    )
-    place.make("pack")
-    return place
-
-
-def test_each_source_is_a_part(two_sources: Place):
-    spm = tokenizer.load(two_sources.runs / "mini/tokenizer")
-    packed = data.pack.load(two_sources.runs / "mini/packed", spm.sha256)["train"]
-    files, more = packed.of("files"), packed.of("more")
-    assert np.concatenate([files.tokens, more.tokens]).tolist() == packed.tokens.tolist()
-    assert (len(files.starts) + len(more.starts), files.bytes + more.bytes) == (len(packed.starts), packed.bytes)
-    assert all(spm.decode(ids.tolist()).split()[1].startswith("word") for ids in more.documents())
-    with pytest.raises(UserError, match="has nothing of x; there are files, more"):
-        packed.of("x")
-
-
 def inspect(place: Place, **options) -> None:
     """python -m data.inspect in this process."""
     defaults = {"split": "train", "first": 0, "documents": 3, "step": 0, "rows": 2, "chars": 500}
@@ -91,18 +60,40 @@ def inspect(place: Place, **options) -> None:
         data.inspect.main(argparse.Namespace(config=place.config, **defaults | options))
 
 
-def test_a_mixture_is_trained_on_and_shown(two_sources: Place, capsys):
-    two_sources.make("pretrain")
-    seen = [line["seen"] for line in two_sources.metrics()]
+def test_a_mixture_of_two_sources_is_trained_on_and_shown(place: Place, capsys, caplog):
+    """A source of 40 kB beside the first, and one of a single document, which is not held out."""
+    texts = [f"{i} " + " ".join(f"word{(i * 31 + k) % 997}" for k in range(40)) for i in range(150)]
+    write_lines(place.raw / "more.jsonl", [{"text": text} for text in texts])
+    (place.raw / "one.txt").write_text("One text, number 3. " * 9)
+    phases = 'Phase(start=0, weights={"files": 1, "more": 3}), Phase(start=10, weights={"files": 1})'
+    more = 'Files(name="more", paths=("more.jsonl",)), Files(name="one", paths=("one.txt",))'
+    place.edit(
+        ("min_chars=20),)", f"min_chars=20), {more})"),
+        ("    pretrain=", f"    mixture=({phases}),\n    pretrain="),
+        ("from data.corpus", "from data.batches import Phase\nfrom data.corpus"),
+        ("steps=24", "steps=12"),
+    )
+    place.make("pretrain")
+    spm = tokenizer.load(place.runs / "mini/tokenizer")
+    packed = data.pack.load(place.runs / "mini/packed", spm.sha256)["train"]
+    parts = [packed.of(name) for name in ("files", "more", "one")]
+    assert np.concatenate([part.tokens for part in parts]).tolist() == packed.tokens.tolist()
+    assert sum(len(part.starts) for part in parts) == len(packed.starts)
+    assert sum(part.bytes for part in parts) == packed.bytes
+    assert all(spm.decode(ids.tolist()).split()[1].startswith("word") for ids in parts[1].documents())
+    with pytest.raises(UserError, match="has nothing of x; there are files, more, one"):
+        packed.of("x")
+    assert "no document of one is held out" in caplog.text
+    seen = [line["seen"] for line in place.metrics()]
     assert seen[9] == {"files": 10 * 3 * 64, "more": 10 * 9 * 64}
     assert seen[11] == {"files": (10 * 3 + 2 * 12) * 64, "more": 10 * 9 * 64}
     for step, counts in {9: (3, 9), 10: (12, 0)}.items():
-        inspect(two_sources, rows=12, step=step)
+        inspect(place, rows=12, step=step)
         shown = capsys.readouterr().out
         assert (shown.count(": files, window"), shown.count(": more, window")) == counts
-    two_sources.edit(("start=10", "start=11"))
+    place.edit(("start=10", "start=11"))
     with pytest.raises(UserError, match="mixture"):
-        two_sources.make("pretrain")
+        place.make("pretrain")
 
 
 def test_experiments_beside_each_other(place: Place):
@@ -142,16 +133,3 @@ def test_inspect_shows_documents_and_batches(made: Place, spm, capsys):
     assert f"{len(packed.tokens):,} tokens" in shown
     assert shown.count("the last target") == 3
     assert "found --first 999" in made.run("-m", "data.inspect", made.config, "--first", 999, status=2).stderr
-
-
-def test_a_source_without_held_out_text_is_named(place: Place, caplog):
-    texts = [f"One document, number {i}. " * 20 for i in range(9)]
-    (place.raw / "one.txt").write_text(next(text for text in texts if not held_out(text.strip().encode(), 0.1)))
-    place.edit(("min_chars=20),)", 'min_chars=20), Files(name="one", paths=("one.txt",)))'))
-    place.make("pack")
-    assert "no document of one is held out" in caplog.text
-
-
-def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="val_fraction is 1; expected more than 0 and less than 1"):
-        replace(data.pack.PackConfig(), val_fraction=1)
