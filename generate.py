@@ -6,7 +6,7 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -107,33 +107,44 @@ class Sampling:
 # ----------------------------------------------------------------------------------------------------- the short way in
 
 
-def generate(
-    model: Transformer, ids: Sequence, max_new_tokens: int, *, seed=None, stop: Collection[int] = (), **options
-) -> list:
-    """The new ids after a prompt, or for several prompts a list of them for each."""
-    # seed: None draws differently each time. stop: ids that end a text; they are not returned. options: fields of
-    # `Sampling`. Raises ValueError for impossible arguments.
+def generate(model: Transformer, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int, **options) -> list:
+    """The new ids after a prompt, or a list of them for each of several prompts. options: see `stream`."""
     if isinstance(ids, (Tensor, np.ndarray)):
         ids = ids.tolist()
     single = not ids or isinstance(ids[0], Integral)
     prompts = [ids] if single else ids
+    new = [[] for _ in prompts]
+    for step in stream(model, prompts, max_new_tokens, **options):
+        for text, token in step:
+            new[text].append(token)
+    return new[0] if single else new
+
+
+def stream(
+    model: Transformer, prompts: Sequence, max_new_tokens: int, *, seed=None, stop: Collection[int] = (), **options
+) -> Iterator[list[tuple[int, int]]]:
+    """Continues several prompts together. Yields each step's pairs (number of the prompt, new id) until all end."""
+    # seed: one for all texts, or one for each; None draws differently each time. stop: ids that end a text; they are
+    # not yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
     sampling = Sampling(**options)
+    seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seed is {seed}; expected one for all or one for each of {len(prompts)}")
     longest = max(map(len, prompts), default=0)
     decoder = Decoder(model, len(prompts), min(model.config.context_length, longest + max_new_tokens))
-    texts = []
-    for prompt in prompts:
-        text = Continuation(prompt, max_new_tokens, sampling, seed, stop)
+    number: dict[Continuation, int] = {}
+    for prompt, text_seed in zip(prompts, seeds, strict=True):
+        text = Continuation(prompt, max_new_tokens, sampling, text_seed, stop)
+        number[text] = len(number)
         decoder.add(text)
-        texts.append(text)
     while decoder:
-        decoder.step()
-    new = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        if text.error:
-            raise text.error
-        end = -1 if text.ended == "stop" else None
-        new.append(text.ids[len(prompt) : end])
-    return new[0] if single else new
+        pairs = []
+        for text, token in decoder.step():
+            if text.error:
+                raise text.error
+            if token not in stop:
+                pairs.append((number[text], token))
+        yield pairs
 
 
 # ----------------------------------------------------------------------------------------------------- many at once

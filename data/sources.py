@@ -6,6 +6,7 @@ import glob
 import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -127,7 +128,38 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
             log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is its setting too strict?")
 
 
-OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+class Streams(io.RawIOBase):
+    """Decompresses one or more .xz or .bz2 streams. `lzma.open` and `bz2.open` ignore damage in a later stream."""
+
+    def __init__(self, file, decompressor):
+        self.file, self.decompressor, self.stream, self.rest = file, decompressor, decompressor(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = b""
+        while not data:
+            self.rest = self.rest or self.file.read(1 << 16)
+            if self.stream.eof:
+                if not self.rest:
+                    return 0
+                self.rest = self.rest.lstrip(b"\0")  # streams may be padded
+                self.stream = self.decompressor() if self.rest else self.stream
+                continue
+            if not self.rest and self.stream.needs_input:
+                raise EOFError("it is truncated")
+            data = self.stream.decompress(self.rest, len(buffer))
+            self.rest = self.stream.unused_data
+        buffer[: len(data)] = data
+        return len(data)
+
+
+OPEN = {
+    ".gz": gzip.open,
+    ".bz2": lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
+    ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
+}
 BROKEN = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)  # pyarrow's errors are among these
 
 
@@ -210,8 +242,6 @@ class FileRecords(Records):
                 yield "row", number, row
         else:
             yield "", 0, self._decode(content.read(), str(path), str)
-        if content is not file and file.read(1):  # bz2 and lzma ignore what follows a stream if it is damaged
-            raise EOFError("it is damaged after its first part")
 
     def _decode(self, content: bytes, where: str, parse: Callable):
         try:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate import Continuation, Decoder, Sampling, generate
+from generate import Continuation, Decoder, Sampling, generate, stream
 from tests.test_model import SMALL, TIED, build, random_tokens, to_transformers
 
 GREEDY = Sampling(temperature=0)
@@ -19,6 +19,13 @@ def frequencies(sampling: Sampling, logits: torch.Tensor, draws: int = 3000) -> 
     generator = torch.Generator().manual_seed(0)
     drawn = [sampling.draw(logits, [0], generator) for _ in range(draws)]
     return torch.bincount(torch.tensor(drawn), minlength=len(logits)) / draws
+
+
+def test_a_stream_yields_each_step():
+    model = build()
+    a, b = generate(model, [[1], [2, 3]], 9, temperature=0)
+    steps = stream(model, [[1], [2, 3]], 9, temperature=0)
+    assert [next(steps) for _ in range(4)] == [[(0, a[i]), (1, b[i])] for i in range(4)]
 
 
 @pytest.mark.parametrize(

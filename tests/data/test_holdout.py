@@ -1,16 +1,19 @@
 """Held-out text: a share of many documents, at least one of few, the end of a single one. Sections of long ones."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import configs
 import data.pack
+import stage
 import tokenizer
 from data.holdout import Holdout, held_out, split_hash, threshold
 from data.sections import SECTION_CHARS, cut, sections
-from tests.conftest import Place
+from tests.conftest import Place, build
 from tests.data.test_corpus import varied
 
 
@@ -79,3 +82,32 @@ def test_few_text_files_are_packed(place: Place, count, fraction):
     if count == 1:
         assert texts["val"].endswith("Zyzzyva")
         assert "yzz" not in (place.runs / "mini/tokenizer/spm.vocab").read_text()
+
+
+def test_the_tokenizer_does_not_learn_what_is_held_out(place: Place):
+    """One document: its end has a word that would become a piece."""
+    (place.raw / "input.txt").write_text("\n\n".join([*varied(300, words=2_000), *["Zyzzyva"] * 60]))
+    place.edit(("text.jsonl", "input.txt"))
+    place.make("pack")
+    spm = tokenizer.load(place.runs / "mini/tokenizer")
+    ids = data.pack.load(place.runs / "mini/packed", spm.sha256)["val"].tokens
+    assert spm.decode(ids.tolist()[:-1]).endswith("Zyzzyva")
+    pieces = (place.runs / "mini/tokenizer/spm.vocab").read_text()
+    assert "yzz" not in pieces
+
+
+def test_a_text_file_of_a_megabyte_goes_through_the_config_of_the_readme(place: Place):
+    """With a smaller vocabulary, because the text is simple, and two steps."""
+    (place.raw / "input.txt").write_text("\n\n".join(varied(2_500, words=4_000)))
+    readme = (stage.ROOT / "README.md").read_text()
+    place.config.write_text(readme.split("# configs/mine.py\n")[1].split("```")[0])
+    mine = configs.load(place.config)
+    train = replace(mine.pretrain, steps=2, warmup_steps=1, eval_rows=8)
+    sizes = {"model": replace(mine.model, vocab_size=1_000), "tokenizer": replace(mine.tokenizer, vocab_size=1_000)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA", str(place.raw))
+        patch.setenv("RUNS", str(place.runs))
+        build("pretrain", replace(mine, pretrain=train, **sizes))
+    counts = stage.read_manifest(place.runs / "mine/packed")["counts"]
+    assert 0.04 < counts["val"]["bytes"] / counts["train"]["bytes"] < 0.07
+    assert stage.read_manifest(place.runs / "mine/pretrain/final")

@@ -96,9 +96,13 @@ def test_damaged_files_are_named_whatever_the_policy(raw, name, content):
 
 @pytest.mark.parametrize(("end", "compress"), [("xz", lzma.compress), ("bz2", bz2.compress), ("gz", gzip.compress)])
 def test_streams_one_after_another(raw, end, compress):
-    """As `cat a.xz b.xz > c.xz` makes them."""
-    (raw / f"a.txt.{end}").write_bytes(compress(NOISE) + compress(b"two") + compress(NOISE))
+    """As `cat a.xz b.xz > c.xz` makes them, padded as xz allows; damage in the last is seen, however short."""
+    pad = b"\0" * 8 * (end == "xz")
+    (raw / f"a.txt.{end}").write_bytes(pad.join(compress(part) for part in (NOISE, b"two", NOISE)) + pad)
     assert read(f"a.txt.{end}") == [(f"a.txt.{end}", (NOISE + b"two" + NOISE).decode())]
+    (raw / f"b.txt.{end}").write_bytes(compress(NOISE) + compress(b"two")[:-3])
+    with pytest.raises(UserError, match=f"b.txt.{end} cannot be read"):
+        read(f"b.txt.{end}")
 
 
 def test_parquet_with_a_fault_is_named(raw, monkeypatch):

@@ -1,17 +1,20 @@
-"""The losses of DPO against the equations in float64."""
+"""The losses of DPO against the equations in float64 and against trl."""
 
 import math
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import convert
 from dpo.loss import LossConfig, log_probs, pack_pairs, preference_loss, rewards
 from model import ModelConfig, Transformer
 from sft.data import IGNORED
-from tests.test_model import build, relative
+from tests.test_model import build, relative, to_transformers
 
 SHAPE = ModelConfig(vocab_size=61, context_length=24, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40)
 LOSSES = [
@@ -135,6 +138,59 @@ def test_a_pair_is_pack_pairs_by_hand():
     assert targets.tolist() == [[IGNORED, IGNORED, 4, 5, 6, 7, 8, 10, 11]]
     assert positions.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 0]]
     assert lengths == [2, 3, 1, 1]
+
+
+def padded(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen texts, then the rejected ones, (2 · pairs, T), padded; what is text in them, and what is answer."""
+    texts = [(row[:c], p) for row, (p, c, _) in zip(ids, bounds.tolist(), strict=True)]
+    texts += [(torch.cat([row[:p], row[c:r]]), p) for row, (p, c, r) in zip(ids, bounds.tolist(), strict=True)]
+    tokens, text_mask, answer_mask = torch.zeros(3, len(texts), max(len(text) for text, _ in texts), dtype=torch.int64)
+    for i, (text, p) in enumerate(texts):
+        tokens[i, : len(text)], text_mask[i, : len(text)], answer_mask[i, p : len(text)] = text, 1, 1
+    return tokens, text_mask, answer_mask
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """trl's trainer over transformers' own LLaMA with our weights, and as its reference another."""
+    import datasets
+    import trl
+
+    words = {str(i): i for i in range(59)} | {"<pad>": 59, "</s>": 60}
+    spm = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    spm.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    about = {"output_dir": str(tmp_path_factory.mktemp("trl")), "report_to": "none", "use_cpu": True, "bf16": False}
+    return trl.DPOTrainer(
+        model=to_transformers(build(SHAPE)).double(),
+        ref_model=to_transformers(build(SHAPE, 1)).double(),
+        args=trl.DPOConfig(**about, disable_dropout=True, gradient_checkpointing=False, beta=0.1),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "1 2", "chosen": " 3", "rejected": " 4"}]),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=spm, pad_token="<pad>", eos_token="</s>"
+        ),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other libraries
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_trl_computes_the_same(trainer, loss):
+    model, reference, (ids, bounds) = build(SHAPE).double(), build(SHAPE, 1).double(), pairs()
+    tokens, text, answer = padded(ids, bounds)
+    trainer.loss_types, trainer.beta = [loss], 0.7
+    trainer.model.train().zero_grad()
+    theirs = trainer.compute_loss(
+        trainer.model, {"input_ids": tokens, "attention_mask": text, "completion_mask": answer}
+    )
+    theirs.backward()
+    with torch.no_grad():
+        of_reference = log_probs(reference, ids, bounds)
+    config = LossConfig(loss=loss, beta=0.7)
+    found = preference_loss(log_probs(model, ids, bounds), of_reference, bounds.diff(dim=1), config).mean()
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert theirs.item() > 0.01
+    others = dict(trainer.model.named_parameters())
+    for name, gradient in gradients(found, model).items():
+        assert relative(gradient, others[convert.theirs(name)].grad.double()) < 1e-5, name
 
 
 def test_one_answer_does_not_see_the_other():

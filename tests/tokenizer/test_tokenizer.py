@@ -8,6 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stage
 import tokenizer
 from cli import UserError
 from tests.conftest import Place, write_lines
@@ -151,3 +152,16 @@ def test_only_the_same_tokenizer_replaces_one_in_use(trained: Place):
     assert model.read_bytes() == before
     trained.make("tokenizer", force=True)
     assert model.read_bytes() != before
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_text_file_of_five_megabytes_has_numbers(place: Place, text, count):
+    (place.raw / "long.txt").write_text("\n\n".join(f"{i} {part}" for i in range(320) for part in text))
+    for i in range(1, count):
+        (place.raw / f"{i}.txt").write_text(f"Another document, number {i}, which is short. " * 9)
+    place.edit(
+        ('paths=("text.jsonl",)', 'paths=("*.txt",)'),
+        ("vocab_size=512, alg", "sample_bytes=60_000, vocab_size=512, alg"),
+    )
+    numbers = stage.read_manifest(place.make("tokenizer"))["counts"]
+    assert numbers["documents"] == numbers["round_trips"] >= 20
