@@ -131,7 +131,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     dtype, rule = token_dtype(spm.vocab_size), holdout(corpus, val_fraction)
     _settings = spm, rule, dtype
     if rule.threshold is None:
-        log.info(f"packed: no whole document can be held out: the last {val_fraction:.1%} of each is")
+        log.info(f"packed: too few documents to hold one out: the last {val_fraction:.1%} of each is held out")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
     chunks = []
     for shard in sorted(corpus.glob("shard_*.jsonl")):
