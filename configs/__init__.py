@@ -109,6 +109,9 @@ class Experiment:
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
+        for key in self.expected:
+            if key.partition(".")[0] not in DIRECTORIES or "." not in key:
+                raise ValueError(f"expected names {key!r}; expected a stage and a number, such as 'sft.answers.loss'")
 
     @property
     def path(self) -> str:

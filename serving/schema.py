@@ -59,7 +59,9 @@ class Sampled(Body):
     temperature: float | None = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token.")
     top_p: float | None = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that reach this share.")
     n: int | None = Field(1, ge=1, le=CHOICES, description="Number of answers to each prompt.")
-    seed: Seed | None = Field(None, description="The same seed gives the same answer. Answer i of n uses seed + i.")
+    seed: Seed | None = Field(
+        None, description="The same seed gives the same answer. -1 means no seed. Answer i of n uses seed + i."
+    )
     stop: Text | Stops | None = Field(None, description="Strings that end the answer. The answer leaves them out.")
     stream: bool | None = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream.")

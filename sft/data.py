@@ -115,9 +115,10 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
             log.info(f"{name}: {count['cut']:,} {config.unit} were cut to the context")
     log.info(f"{len(splits['train']):,} {config.unit} to train on, {len(splits['val']):,} held out")
     if not splits["train"] or not splits["val"]:
+        read = sum(count["read"] for count in counts.values())
         raise UserError(
-            f"{len(items):,} {config.unit} passed the filters; training and validation take at least one each, better "
-            "hundreds: add some, or change the filters"
+            f"{len(items):,} of {read:,} {config.unit} passed the filters; training and validation take at least one "
+            "each, better hundreds: add some, or change the filters"
         )
     return splits, counts
 

@@ -57,6 +57,7 @@ def test_shipped_config_loads(name):
         ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'x': 1}),)", "mixture names x; there are files"),
         ('name="mini"', "name='m', mixture=(Phase(start=5, weights={'files': 1}),)", "phases from steps [5]"),
         ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
+        ('name="mini"', "name='m', expected={'loss': (1.0, 2.0)}", "expected names 'loss'"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, before, after, message):
