@@ -487,7 +487,7 @@ def test_a_converted_model_is_evaluated_on_text_packed_with_its_tokenizer(traine
     out = trained.path / "llama"
     command("from-hf", foreign, out)
     skipped = trained.run("pipeline.py", trained.config, "eval", "--checkpoint", out).stdout
-    assert "was packed with another tokenizer" in skipped
+    assert "another tokenizer" in skipped
     config = out / "config.py"
     text = config.read_text().replace("PythonDocs()", 'Files(paths=("text.jsonl",), min_chars=20)')
     config.write_text(text.replace("PackConfig()", "PackConfig(val_fraction=0.1)"))
