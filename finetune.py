@@ -69,7 +69,8 @@ def job(
 def check_targets(shape: ModelConfig, adapter: LoRAConfig | None) -> None:
     """UserError if an adapter names layers that the model does not have."""
     with torch.device("meta"):
-        adapt(Transformer(replace(shape, n_layers=1)), adapter)
+        # So small that PyTorch starts no threads: with threads, a process that is forked from this one would hang.
+        adapt(Transformer(replace(shape, n_layers=1, context_length=2)), adapter)
 
 
 def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
