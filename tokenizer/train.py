@@ -190,7 +190,7 @@ def card(name: str, config: TokenizerConfig, spm: Tokenizer, numbers: dict) -> s
         f"It {lossless}, keeps white space, separates digits, and encodes text without a piece in bytes.",
         f"Piece {spm.eos} ends a document. It was not trained on held-out text. Control pieces, which no text",
         f"is encoded to: {', '.join(f'`{piece}`' for piece in config.control) or 'none'}.\n",
-        "Measured on documents taken evenly from its corpus, most of which it was trained on. Fertility is tokens per",
+        "Measured on documents taken evenly from its corpus; it was trained on most of them. Fertility is tokens per",
         f"word. The score is {numbers['score']}: 8 · bytes per token / log2(pieces); more is better.\n",
         cli.table(rows, range(1, 7), markdown=True),
     ]
