@@ -37,9 +37,8 @@ from benchmarks.cpu import ratio
 from benchmarks.sft import timed
 from dpo.data import PairRows
 from dpo.loss import log_probs, preference_loss
-from model import Transformer
+from model import IGNORED, Transformer
 from optim import make_optimizers
-from sft.data import IGNORED
 
 RESULT = Path(__file__).parent / "results/dpo.json"
 PAIRS, ROUNDS = 8, 3

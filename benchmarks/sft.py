@@ -32,9 +32,9 @@ import pipeline
 import sft.data
 import stage
 from benchmarks.cpu import ratio
-from model import Transformer, linear_cross_entropy
+from model import IGNORED, Transformer, linear_cross_entropy
 from optim import make_optimizers
-from sft.data import IGNORED, Rows
+from sft.data import Rows
 from sft.filters import Judge
 
 RESULT = Path(__file__).parent / "results/sft.json"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft.data import IGNORED
+from model import IGNORED
 from stage import check_types
 
 

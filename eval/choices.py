@@ -10,7 +10,7 @@ import torch
 from cli import progress
 from eval.language import Subject, token_losses, token_nats
 from eval.statistics import mean_and_error, p_value
-from sft.data import IGNORED
+from model import IGNORED
 from tokenizer import Tokenizer
 
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # tokens read at once

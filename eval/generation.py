@@ -12,8 +12,9 @@ from data.pack import Packed
 from eval.language import Subject, perplexity, token_losses
 from eval.prompts import SMOKE, distinct, judge, repetition, words
 from eval.statistics import mean_and_error, ratio
+from model import IGNORED
 from sft.conversations import Message, cleaned
-from sft.data import IGNORED, Rows
+from sft.data import Rows
 from sft.templates import ends, marked, render, shown
 
 BATCH = 8  # rows of conversations per forward pass

@@ -25,13 +25,12 @@ from data.batches import Shuffled
 from data.holdout import split_hash, threshold
 from data.pack import token_dtype
 from data.sources import Records, Unreadable, inputs, log_kept
+from model import IGNORED
 from sft.conversations import FORMATS, Conversation, DocQuestions
 from sft.filters import Filters, Judge
 from sft.templates import TEMPLATES, render
 from stage import Stage, check_types
 from tokenizer import Tokenizer
-
-IGNORED = -100  # the target of a position that is not trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ import sft.data
 from cli import log
 from finetune import Base, Tuning, check_weights, device_of
 from lora import LoRAConfig
-from model import ModelConfig, Transformer
-from sft.data import IGNORED, ConversationConfig, Rows
+from model import IGNORED, ModelConfig, Transformer
+from sft.data import ConversationConfig, Rows
 from sft.templates import shown
 from stage import Stage, check_types
 from tokenizer import Tokenizer

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import convert
 from dpo.loss import LossConfig, log_probs, pack_pairs, preference_loss, rewards
-from model import ModelConfig, Transformer
-from sft.data import IGNORED
+from model import IGNORED, ModelConfig, Transformer
 from tests.test_model import build, relative, to_transformers
 
 SHAPE = ModelConfig(vocab_size=61, context_length=24, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40)
