@@ -54,11 +54,12 @@ def test_made_once(tmp_path):
     assert stage.outputs(tmp_path / "run/a") == {"run/a/out": digest}
 
 
-def test_another_config_or_input_stops(tmp_path):
+def test_another_config_or_input_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "CONFIGS", {})  # other tests have loaded configs of the name "mine" too
     make(tmp_path / "mine/packed")
     with pytest.raises(UserError, match=r'size was 3, is now 4; names\[0\] was "a", is now "b"\. Give') as error:
         make(tmp_path / "mine/packed", Config(size=4, names=("b",)))
-    assert str(error.value).endswith("mine.py --force-from pack")
+    assert str(error.value).endswith("python pipeline.py configs/mine.py --force-from pack")
     with pytest.raises(UserError, match=r'limit was not set, is now 7; x was "1", is now "2"; y0 .*; y1 .* and 5 more'):
         make(tmp_path / "mine/packed", Config(limit=7), {"x": "2"} | {f"y{i}": str(i) for i in range(7)})
     assert not make(tmp_path / "mine/packed", read={})  # inputs gone: what was made from them stands
