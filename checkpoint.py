@@ -18,8 +18,9 @@ import torch
 
 import lora
 import stage
+import tokenizer
 from cli import UserError, log
-from model import ModelConfig, Transformer
+from model import ModelConfig, RopeScaling, Transformer
 
 
 @contextmanager
@@ -147,7 +148,7 @@ def digest(directory: Path) -> str:
 def must_match(directory: Path, tokenizer_sha256: str) -> None:
     """UserError if a checkpoint was not trained with this tokenizer."""
     read = read_manifest(directory)["read"]
-    trained_with = next((digest for path, digest in read.items() if path.endswith("spm.model")), "none")
+    trained_with = next((digest for path, digest in read.items() if path.endswith(tokenizer.FILES)), "none")
     if trained_with != tokenizer_sha256:
         what = f"{directory} was trained with tokenizer {trained_with[:12]}…, not with {tokenizer_sha256[:12]}…"
         raise UserError(f"{what}; use the config that it was trained with, or train it again with this tokenizer")
@@ -192,6 +193,9 @@ def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | 
     else:
         fields = dict(read_manifest(directory)["config"]["model"])
         del fields["type"], fields["kernels"]  # this machine chooses its own kernels
+        if scaling := fields.get("rope_scaling"):
+            del scaling["type"]
+            fields["rope_scaling"] = RopeScaling(**scaling)
         saved = ModelConfig(**fields)
         shape = shape or saved
         # The names and shapes of tensors do not show rope_theta or rms_norm_eps: compare every field.

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -40,6 +42,16 @@ class Stopped(BaseException):
     def __init__(self, status: int, message: str = "stopped; run the same command again to continue"):
         super().__init__(message)
         self.status = status
+
+
+def extra(module: str, package: str, why: str) -> types.ModuleType:
+    """Imports an optional package. UserError, with the command that installs it, if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != module.partition(".")[0]:
+            raise  # a package that this one needs
+        raise UserError(f"{why} needs {package}; install it with: pip install {package}") from None
 
 
 class _Console(logging.Handler):

@@ -23,9 +23,10 @@ import configs
 import stage
 import tokenizer.train
 from cli import UserError, log
-from model import ModelConfig, Transformer
-from sft.templates import TEMPLATES, ends
+from model import ModelConfig, RopeScaling, Transformer
+from sft.templates import IMPORTED, TEMPLATES, ends
 from tokenizer import Tokenizer
+from tokenizer.huggingface import HuggingFace
 
 TENSORS = {  # part of a parameter's name in `Transformer`: the same part in the Hugging Face layout
     r"^embed\.": "model.embed_tokens.",
@@ -54,9 +55,14 @@ SUPPORTED = {  # field of config.json that changes what a model computes: the on
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
-    "rope_type": "default",
     "partial_rotary_factor": 1,
     "quantization_config": None,
+}
+SCALING = {  # field of RopeScaling: its name in config.json
+    "factor": "factor",
+    "original_context": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
 }
 # --force replaces only a directory that holds nothing but these.
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -107,12 +113,16 @@ def to_hf(arguments: argparse.Namespace) -> None:
     must_be_llama(model, llama)
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
-    files = {"config.json": description} | tokenizer_files(spm, checkpoint.template(directory))
+    description_files = tokenizer_files if isinstance(spm, Tokenizer) else imported_files
+    files = {"config.json": description} | description_files(spm, checkpoint.template(directory))
     files["tokenizer_config.json"]["model_max_length"] = model.config.context_length
     with checkpoint.replacing(out) as temporary:
         content = extra("safetensors.torch").save(weights, {"format": "pt"})
         (temporary / "model.safetensors").write_bytes(content)
-        (temporary / "tokenizer.model").write_bytes(spm.model)
+        if isinstance(spm, Tokenizer):
+            (temporary / "tokenizer.model").write_bytes(spm.model)
+        else:
+            (temporary / "tokenizer.json").write_bytes(spm.content)
         for name, value in files.items():
             stage.write_json(temporary / name, value)
     log.info(f"converted: {model.num_parameters():,} parameters, {spm.vocab_size:,} pieces -> {out}")
@@ -120,14 +130,18 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 def llama_config(config: ModelConfig, spm: Tokenizer) -> dict:
     """config.json of a LlamaForCausalLM. transformers 4 reads `rope_theta`, 5 `rope_parameters`."""
-    shape = checkpoint.full(config)
+    shape, scaling = checkpoint.full(config), config.rope_scaling
+    rotary = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if scaling:
+        rotary |= {name: getattr(scaling, field) for field, name in SCALING.items()}
+        rotary["rope_type"] = "llama3" if scaling.original_context else "linear"
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{name: shape[field] for field, name in FIELDS.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rotary,
         "attention_bias": False,
         "mlp_bias": False,
         "initializer_range": 0.02,
@@ -147,6 +161,18 @@ def must_be_llama(model: Transformer, llama: torch.nn.Module) -> None:
     if not difference <= 1e-4:  # NaN, if a weight is not finite
         hint = "was model.py changed, or is a weight not finite?"
         raise UserError(f"a plain LLaMA with these weights gives other logits (by {difference:.1e}); {hint}")
+
+
+def imported_files(spm: HuggingFace, taught: str | None) -> dict[str, dict]:
+    """As `tokenizer_files`, for a tokenizer that came as tokenizer.json: that file is copied."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    marks = {mark: spm.settings[mark] for mark in ("bos_token", "eos_token")}
+    jinja = TEMPLATES[taught].jinja if taught in TEMPLATES else spm.settings["chat_template"]
+    return {
+        "generation_config.json": {"bos_token_id": spm.bos, "eos_token_id": list(spm.ends)},
+        "tokenizer_config.json": settings | marks | {"chat_template": jinja},
+        "special_tokens_map.json": marks,
+    }
 
 
 def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
@@ -248,19 +274,18 @@ def never_whole(normal: dict[str, float], others: list[str]) -> str:
 
 def from_hf(arguments: argparse.Namespace) -> None:
     """Writes a LLaMA in the Hugging Face layout as a checkpoint, with its tokenizer and a config to use it by."""
-    source, out = Path(arguments.source), Path(arguments.out)
+    out, source = Path(arguments.out), Path(arguments.source)
     must_be_free(out, arguments.force, source)
-    model = read_model(source)
-    config, pieces, spm, template = model.config, source / "tokenizer.model", None, None
-    if pieces.is_file():
-        spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
-        template = read_template(source, spm)
-        if spm.vocab_size > config.vocab_size:
-            raise UserError(f"{pieces} has {spm.vocab_size} pieces, but the embedding only {config.vocab_size} rows")
+    if not source.is_dir():
+        source = download(arguments.source, arguments.revision)
+    model = read_model(source, arguments.context_length)
+    config, (spm, template) = model.config, read_tokenizer(source)
+    if spm and spm.vocab_size > config.vocab_size:
+        raise UserError(f"the tokenizer has {spm.vocab_size} pieces, but the embedding only {config.vocab_size} rows")
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"  # in paths and manifests
     about = {
         "config": {"model": stage.describe(config), "template": template},
-        "read": {f"{name}/tokenizer/spm.model": spm.sha256} if spm else {},
+        "read": {f"{name}/tokenizer/{spm.file}": spm.sha256} if spm else {},
         "counts": {"step": 0},
         "versions": stage.versions(),
     }
@@ -273,10 +298,25 @@ def from_hf(arguments: argparse.Namespace) -> None:
     if spm:
         log.info(f"try: python serve.py {out}/config.py " + ("chat" if template else 'generate "The"'))
     else:
-        log.warning(f"{source} has no tokenizer.model: only checkpoint.load_model opens {out}, not serve.py or eval")
+        missing = f"{source} has no tokenizer.model and no tokenizer.json"
+        log.warning(f"{missing}: only checkpoint.load_model opens {out}, not serve.py or eval")
 
 
-def read_model(source: Path) -> Transformer:
+def download(name: str, revision: str | None) -> Path:
+    """The directory of a model from the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M-Instruct"."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"no directory {name}; expected one, or a model's name on the Hub, such as owner/name")
+    hub = extra("huggingface_hub")
+    try:
+        config = hub.hf_hub_download(name, "config.json", revision=revision)
+        read_config(json.loads(Path(config).read_text()))  # refuses an unsupported model before its weights arrive
+        files = ["*.json", "tokenizer.model", "*.safetensors", "*.jinja"]
+        return Path(hub.snapshot_download(name, revision=Path(config).parent.name, allow_patterns=files))
+    except (OSError, ValueError) as error:  # no network, no such model or revision, a model behind a licence
+        raise UserError(f"cannot download {name}: {type(error).__name__}: {error}") from None
+
+
+def read_model(source: Path, context_length: int | None) -> Transformer:
     """The LLaMA in a directory. UserError, naming all of it, for what is missing, damaged or not supported."""
     if not (source / "config.json").is_file():
         raise UserError(f"no {source / 'config.json'}; expected the directory of a model in the Hugging Face layout")
@@ -284,6 +324,8 @@ def read_model(source: Path) -> Transformer:
     try:
         described = library.AutoConfig.from_pretrained(source)
         shape = read_config(described.to_dict())
+        if context_length:
+            shape = dataclasses.replace(shape, context_length=min(context_length, shape.context_length))
         options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         llama, report = library.AutoModelForCausalLM.from_pretrained(source, config=described, **options)
     except UserError:
@@ -312,8 +354,14 @@ def read_config(given: dict) -> ModelConfig:
     for name, value in supported.items():
         if given.get(name) not in (None, value):
             problems.append(f"{name} is {given[name]!r}, supported is {value!r}")
+    kind, scaling = given.get("rope_type") or "default", None
+    if kind not in ("default", "linear", "llama3"):
+        problems.append(f"rope_type is {kind!r}, supported are 'default', 'linear' and 'llama3'")
+    elif kind != "default":
+        used = SCALING if kind == "llama3" else ("factor",)
+        scaling = RopeScaling(**{field: given[SCALING[field]] for field in used})
     try:
-        shape = ModelConfig(**{field: given[name] for field, name in FIELDS.items()})
+        shape = ModelConfig(rope_scaling=scaling, **{field: given[name] for field, name in FIELDS.items()})
     except (KeyError, TypeError, ValueError) as error:
         problems.append(str(error))
     if problems:
@@ -321,26 +369,45 @@ def read_config(given: dict) -> ModelConfig:
     return shape
 
 
-def read_template(source: Path, spm: Tokenizer) -> str | None:
-    """The template of ours in which the model learnt to answer, if it did."""
-    texts = []
-    for path in (source / "tokenizer_config.json", source / "chat_template.jinja", source / "tokenizer.json"):
-        texts.append(path.read_text(encoding="utf-8") if path.is_file() else "")
-    settings, jinja, fast = texts
-    jinja = jinja or json.loads(settings or "{}").get("chat_template")  # transformers 5 saves it in a file of its own
-    # to-hf gives chatml to a model that was only pretrained too, but then tokenizer.json does not cut before answers.
-    for name, form in TEMPLATES.items():
-        taught = not fast or json.dumps(form.cut) in fast
-        if jinja == form.jinja and taught and set(form.needs) <= spm.control.keys():
-            return name
-    return None
+def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | None]:
+    """The tokenizer in a directory, and the template in which the model learnt to answer, if it did."""
+    texts = {}
+    for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
+        texts[name] = (source / name).read_text(encoding="utf-8") if (source / name).is_file() else ""
+    settings, generation = (json.loads(texts[f"{name}_config.json"] or "{}") for name in ("tokenizer", "generation"))
+    jinja = texts["chat_template.jinja"] or settings.get("chat_template")  # transformers 5 has a file for it
+    if isinstance(jinja, list):  # several by name
+        jinja = {form["name"]: form["template"] for form in jinja}.get("default")
+    fast, pieces = texts["tokenizer.json"], source / "tokenizer.model"
+    if pieces.is_file():
+        spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
+        # to-hf gives chatml to a model that was only pretrained too: then tokenizer.json does not cut before answers.
+        for name, form in TEMPLATES.items():
+            taught = not fast or json.dumps(form.cut) in fast
+            if jinja == form.jinja and set(form.needs) <= spm.control.keys():
+                return spm, name if taught else None
+        if not (jinja and fast):
+            return spm, None
+    if not fast:
+        return None, None
+    kept = {"chat_template": jinja}
+    for mark in ("bos_token", "eos_token"):
+        token = settings.get(mark)
+        kept[mark] = token["content"] if isinstance(token, dict) else token
+    ends = generation.get("eos_token_id") or []
+    kept["ends"] = ends if isinstance(ends, list) else [ends]
+    return HuggingFace(fast.encode(), stage.sha256(source / "tokenizer.json"), kept), IMPORTED if jinja else None
 
 
-def write_tokenizer(directory: Path, spm: Tokenizer, name: str) -> None:
+def write_tokenizer(directory: Path, spm: Tokenizer | HuggingFace, name: str) -> None:
     """A finished tokenizer directory, as the stage `tokenizer` leaves it."""
     directory.mkdir()
-    tokenizer.train.write(directory, spm.model)
-    card = f"# Tokenizer of {name}\n\nSentencePiece, {spm.vocab_size:,} pieces, SHA-256 `{spm.sha256}`.\n\n"
+    if isinstance(spm, Tokenizer):
+        tokenizer.train.write(directory, spm.model)
+    else:
+        (directory / spm.file).write_bytes(spm.content)
+        stage.write_json(directory / "tokenizer_config.json", spm.settings)
+    card = f"# Tokenizer of {name}\n\n{spm.file}, {spm.vocab_size:,} pieces, SHA-256 `{spm.sha256}`.\n\n"
     card += "It came with a model in the Hugging Face layout, which does not say what it was trained on.\n"
     (directory / "TOKENIZER_CARD.md").write_text(card, encoding="utf-8")
     manifest = {"config": {}, "read": {}, "wrote": stage.digests(directory, directory.iterdir())}
@@ -392,7 +459,9 @@ def arguments() -> argparse.ArgumentParser:
             c.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
             c.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
         else:
-            c.add_argument("source", metavar="DIR", help="config.json, weights, and tokenizer.model if there is one")
+            c.add_argument("source", metavar="DIR", help="a directory, or a model's name on the Hub: owner/name")
+            c.add_argument("--revision", help="of a model on the Hub: a branch, tag or commit")
+            c.add_argument("--context-length", type=cli.positive, metavar="N", help="use a shorter context")
         c.add_argument("out", metavar="OUT", help="the directory to write")
         c.add_argument("--force", action="store_true", help="replace a model that is in OUT")
     return p

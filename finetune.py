@@ -62,7 +62,7 @@ def job(
     inside = start.is_relative_to(stage.runs().resolve())
     settings["base"] = os.path.relpath(start, final) if inside else str(start)
     # Digests of everything that is read: if one changes, the stage is out of date.
-    read = stage.outputs(data) | {"tokenizer/spm.model": spm.sha256} | stage.outputs(base.checkpoint)
+    read = stage.outputs(data) | {f"tokenizer/{spm.file}": spm.sha256} | stage.outputs(base.checkpoint)
     return Stage(directory, settings, read, command, code, free=FREE)
 
 

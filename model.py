@@ -28,6 +28,28 @@ except ImportError:  # no Triton for this system: use the plain PyTorch function
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How a model that was trained on short texts turns its positions in longer ones."""
+
+    # Without original_context every pair of dimensions turns `factor` times as slowly (arXiv:2306.15595). With it, as
+    # in Llama 3.1 and later, only pairs that make few turns in the original context do. Pairs with at least
+    # high_freq_factor turns stay as they are; below low_freq_factor the whole factor counts; between, a part of it.
+    factor: float
+    original_context: int | None = None  # tokens
+    low_freq_factor: float = 1.0  # turns
+    high_freq_factor: float = 4.0
+
+    def slowed(self, frequency: Tensor) -> Tensor:
+        """The scaled frequencies. frequency: (E/2,), in radians for each position."""
+        kept = torch.zeros_like(frequency)  # the share of a pair that is not slowed
+        if self.original_context is not None:
+            turns = self.original_context * frequency / (2 * math.pi)
+            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a model. Raises TypeError or ValueError, naming the field, for an impossible shape."""
 
@@ -39,6 +61,7 @@ class ModelConfig:
     n_kv_heads: int | None = None  # key-value heads, shared by the query heads (arXiv:2305.13245); None: n_heads
     d_ff: int | None = None  # width of the feed-forward network; None: 4 × d_model
     rope_theta: float = 10_000.0  # base of the rotary wavelengths (arXiv:2104.09864)
+    rope_scaling: RopeScaling | None = None  # of imported models whose context was extended
     rms_norm_eps: float = 1e-5  # added to the mean square, so that a row of zeros is not divided by 0
     tie_embeddings: bool = False  # use the embedding matrix as the output projection too
     # What computes RMSNorm, SwiGLU and cross-entropy: "triton" or "torch"; "auto" is Triton on a GPU, else PyTorch.
@@ -97,6 +120,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     # over the whole context. Fast pairs measure near distances, slow pairs far ones.
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     frequency = config.rope_theta ** (-even / config.head_dim)  # (E/2,)
+    if config.rope_scaling:
+        frequency = config.rope_scaling.slowed(frequency)
     position = torch.arange(config.context_length, dtype=torch.float64)  # in float32 large angles are inexact
     angle = torch.outer(position, frequency)[:, None]  # (T, 1, E/2)
     cos, sin = angle.cos(), angle.sin()

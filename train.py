@@ -113,7 +113,7 @@ def pretrain(experiment: Experiment, switches: argparse.Namespace) -> Step:
     if experiment.mixture:
         settings["mixture"] = experiment.mixture
     # Weights need their tokenizer, so the tokenizer's digest is an input too.
-    read = {f"{experiment.owner('tokenizer').name}/tokenizer/spm.model": spm.sha256}
+    read = {f"{experiment.owner('tokenizer').name}/tokenizer/{spm.file}": spm.sha256}
     for owner in (experiment, *experiment.beside):
         read |= stage.outputs(owner.directory("pack"))
     if experiment.imported:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from html.entities import html5
 
-from data import extra
+from cli import extra
 from stage import check_types
 
 

@@ -70,7 +70,7 @@ class Packed:
 def load(directory: Path, tokenizer_sha256: str) -> dict[str, Packed]:
     """The splits of a finished packed directory. UserError if it is missing, damaged, or of another tokenizer."""
     manifest = stage.finished(directory)
-    (made_with,) = (digest for path, digest in manifest["read"].items() if path.endswith("spm.model"))
+    (made_with,) = (digest for path, digest in manifest["read"].items() if path.endswith(tokenizer.FILES))
     if made_with != tokenizer_sha256:
         raise UserError(
             f"{directory} was packed with tokenizer {made_with[:12]}…, but the tokenizer here is "
@@ -104,9 +104,8 @@ def _encode(chunk: tuple[Path, int]) -> list[tuple[str, str, np.ndarray, int]]:
 
 def job(config: PackConfig, corpus: Path, spm: Path, directory: Path, command: str) -> Stage:
     """The stage that packs a corpus. corpus, spm: directories. command: what the user types."""
-    shards, model = stage.outputs(corpus), stage.outputs(spm)
-    name = f"{spm.parent.name}/{spm.name}/spm.model"
-    read = shards | {name: model[name]} if shards and model else {}  # an input is gone: packed tokens stay valid
+    shards, model = stage.outputs(corpus), tokenizer.identity(spm)
+    read = shards | model if shards and model else {}  # an input is gone: packed tokens stay valid
     return Stage(directory, config, read, command, __file__)
 
 

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from cli import UserError, log
-from data import extra as extra
+from cli import UserError, extra, log
 from data.clean import Cleaning
 from data.quality import Quality
 from stage import check_types, read_manifest, sha256

@@ -36,7 +36,8 @@ def encode(tokenizer: Tokenizer, context: str, ending: str) -> Scored:
     # White space between them belongs to the ending, because a piece holds the space before its word.
     whole = tokenizer.encode(context + ending)
     before = len(tokenizer.encode(context.rstrip()))
-    return Scored([tokenizer.bos, *whole], 1 + max(0, min(before, len(whole) - 1)))
+    opening = tokenizer.opening if context else [tokenizer.bos]  # the first id of a bare ending is scored too
+    return Scored([*opening, *whole], len(opening) + max(0, min(before, len(whole) - 1)))
 
 
 def fit(text: Scored, context_length: int) -> Scored:

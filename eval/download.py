@@ -12,8 +12,7 @@ from pathlib import Path
 
 import cli
 import data.sources
-from cli import UserError, log
-from data.sources import extra
+from cli import UserError, extra, log
 from eval.tasks import PUBLISHED, Published
 
 

@@ -39,7 +39,7 @@ def answer(subject: Subject, prompts: Sequence[str]) -> list[dict]:
         if template:
             asked.append(render(template, [Message("user", cleaned(prompt))], spm, ask=True)[0])
         else:
-            asked.append([spm.bos, *spm.encode(prompt)])
+            asked.append([*spm.opening, *spm.encode(prompt)])
     samples = write(subject, asked, subject.config.answer_tokens, template)
     for prompt, (seed, new, ended) in zip(prompts, samples, strict=True):
         text = spm.decode(new, begins=False)
@@ -87,7 +87,7 @@ def continuations(subject: Subject, held_out: Packed) -> dict:
     begun, texts = [], []
     for ids in evenly(documents, config.continuations):
         ids = ids[:length].tolist()
-        begun.append([spm.bos, *ids[:cut]])
+        begun.append([*spm.opening, *ids[:cut]])
         truth = spm.decode(ids[cut:], begins=False)  # how the document continues
         texts.append({"seed": 0, "prompt": spm.decode(ids[:cut]), "continuation": "", "truth": truth})
     for text, (seed, new, _) in zip(texts, write(subject, begun, config.new_tokens, None), strict=True):

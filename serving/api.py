@@ -39,7 +39,7 @@ class Answers:
     """The answers to a completion or chat request."""
 
     def __init__(self, served: Served, body: Sampled, generations: Sequence[Generation], request: Request):
-        self.pieces, self.body, self.generations, self.request = served.tokenizer.pieces, body, generations, request
+        self.tokenizer, self.body, self.generations, self.request = served.tokenizer, body, generations, request
         self.chat = isinstance(body, ChatRequest)
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         fingerprint = served.model.digest[:12]
@@ -140,13 +140,12 @@ class Answers:
 
     def spelling(self, id: int) -> tuple[str, bytes]:
         """A token's text and bytes. OpenAI writes a byte token, which is a part of a character, as "bytes:\\xe2"."""
-        if id >= len(self.pieces):  # the embedding may have more rows than the tokenizer pieces
+        if id >= self.tokenizer.vocab_size:  # the embedding may have more rows than the tokenizer pieces
             return f"<row {id}>", b""
-        name = self.pieces.id_to_piece(id)
-        if self.pieces.is_byte(id):  # <0xE2>
-            return f"bytes:\\x{name[3:5].lower()}", bytes.fromhex(name[3:5])
-        text = name.replace("\u2581", " ")
-        return text, text.encode()
+        text, content = self.tokenizer.spelling(id)
+        if text.encode() != content:
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+        return text, content
 
 
 class Metrics:

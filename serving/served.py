@@ -45,7 +45,7 @@ class Served:
         return self.conversation([Message("user", text)]) if self.template else self.text(text)
 
     def text(self, text: str) -> list[int]:
-        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        return [*self.tokenizer.opening, *self.tokenizer.encode(text)] or [self.tokenizer.bos]
 
     def room(self, ids: Sequence[int]) -> int:
         """How many tokens the answer to a prompt may have. Raises Refused if there is none."""

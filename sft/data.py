@@ -28,7 +28,7 @@ from data.sources import Records, Unreadable, inputs, log_kept
 from model import IGNORED
 from sft.conversations import FORMATS, Conversation, DocQuestions
 from sft.filters import Filters, Judge
-from sft.templates import TEMPLATES, render
+from sft.templates import IMPORTED, TEMPLATES, render
 from stage import Stage, check_types
 from tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources are called {', '.join(names)}; expected at least one, with unique names")
-        for name, choices in (("too_long", ("cut", "drop")), ("template", TEMPLATES)):
+        for name, choices in (("too_long", ("cut", "drop")), ("template", (*TEMPLATES, IMPORTED))):
             value = getattr(self, name, None)
             if value not in (None, *choices):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
@@ -152,8 +152,7 @@ def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
 
 def digests(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
     """The digests of sources and tokenizer; {} if the directory is finished and the sources have been moved away."""
-    model = {path: digest for path, digest in stage.outputs(spm).items() if path.endswith("spm.model")}
-    return inputs([*sources, SimpleNamespace(inputs=lambda: model)], directory)
+    return inputs([*sources, SimpleNamespace(inputs=lambda: tokenizer.identity(spm))], directory)
 
 
 def load(directory: Path, tokenizer_sha256: str) -> dict:

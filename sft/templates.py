@@ -138,10 +138,18 @@ TEMPLATES = {
 }
 
 
+IMPORTED = "imported"  # the template that an imported tokenizer brings
+
+
 def render(
     template: str, messages: Sequence[Message], tokenizer: Tokenizer, ask: bool = False
 ) -> tuple[list[int], list[bool]]:
     """The ids of a conversation, bos first, and for each id True if it is trained. ask: end where an answer begins."""
+    # Chat programs send an empty system message when the user sets none: treat it as none.
+    messages = [message for message in messages if message.role != "system" or message.content.strip()]
+    if template == IMPORTED:
+        contents = [{"role": message.role, "content": with_input(message)} for message in messages]
+        return tokenizer.render(contents, ask)
     form = TEMPLATES[template]
     missing = [piece for piece in form.needs if piece not in tokenizer.control]
     if missing:
@@ -149,8 +157,6 @@ def render(
             f"the tokenizer has no {' and no '.join(missing)}, which the template {template!r} needs; set template to "
             '"instruct", which needs none'
         )
-    # Chat programs send an empty system message when the user sets none: treat it as none.
-    messages = [message for message in messages if message.role != "system" or message.content.strip()]
     # Start like a document: our tokenizers' bos is eos, which stands before the next document in the corpus.
     ids, trained = [tokenizer.bos], [False]
     text = ""  # since the last control piece, where transformers starts a new text; `cut` looks back that far
@@ -176,7 +182,7 @@ def render(
 def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> dict[str, int] | None:
     """The ids for `lora.init_end_piece`; None if the template has no control pieces, or `base` may know them."""
     # Pretraining shows a model no control pieces. Fine-tuning shows it those of its template.
-    if END not in TEMPLATES[template].needs or imported:  # what an imported model has seen is not known
+    if imported or END not in TEMPLATES[template].needs:  # what an imported model has seen is not known
         return None
     taught = checkpoint.template(base)
     # An adapter that learnt a template without control pieces saw none, but its base may have seen them.
@@ -192,6 +198,8 @@ def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> d
 
 def ends(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer."""
+    if template == IMPORTED:
+        return tokenizer.ends
     # eos ends answers in every template: a chatml model may still end a text as in pretraining.
     return (tokenizer.eos, tokenizer.control[END]) if END in TEMPLATES[template].needs else (tokenizer.eos,)
 
@@ -202,7 +210,7 @@ def marked(template: str, ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     if not set(tokenizer.control.values()).isdisjoint(ids):
         return True
     text = tokenizer.decode(list(ids), begins=False)
-    return any(mark in text for mark in TEMPLATES[template].marks)
+    return template != IMPORTED and any(mark in text for mark in TEMPLATES[template].marks)
 
 
 def shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -16,11 +16,17 @@ CUT = re.compile(rb"[^ ](?= )")
 NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: its normalizer_spec (field 3) with add_dummy_prefix (3) false
 
 
+FILES = ("spm.model", "tokenizer.json")  # a tokenizer is one of these; its SHA-256 is the tokenizer's identity
+
+
 class Tokenizer:
     """A SentencePiece model. `decode(encode(text)) == text` for every text, if the model is ours or LLaMA's."""
 
     # sha256: the digest of the model, its identity. eos: the id after a document. bos: the id before a text; eos in a
-    # model without one. control: {piece: id} of the pieces for chat templates, which no text is encoded to.
+    # model without one. opening: the ids before every text.
+    # control: {piece: id} of the pieces for chat templates, which no text is encoded to.
+
+    file = FILES[0]
 
     def __init__(self, model: bytes, sha256: str):
         """model: the bytes of spm.model. UserError if they are no SentencePiece model, or one without eos."""
@@ -40,6 +46,7 @@ class Tokenizer:
         if self.eos < 0:
             raise UserError("the SentencePiece model has no end-of-text piece; expected one, usually </s>")
         self.bos = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
+        self.opening = [self.bos]
         # SentencePiece would decode U+2581 in a text to a space: it is encoded in bytes.
         space_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_bytes = np.array(space_bytes, np.int32)
@@ -95,8 +102,27 @@ class Tokenizer:
         text = self.pieces.decode([id for id in ids if id < self.vocab_size])
         return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 
+    def spelling(self, id: int) -> tuple[str, bytes]:
+        """A token's text, U+FFFD if it is a part of a character, and its bytes."""
+        name = self.pieces.id_to_piece(id)
+        if self.pieces.is_byte(id):  # <0xE2>
+            content = bytes.fromhex(name[3:5])
+            return content.decode(errors="replace"), content
+        text = name.replace(SPACE, " ")
+        return text, text.encode()
 
-def load(directory: Path | str, command: str | None = None) -> Tokenizer:
+
+def load(directory: Path | str, command: str | None = None) -> "Tokenizer":
     """The tokenizer in a finished directory. UserError, naming the command, if it is missing or damaged."""
-    manifest = stage.finished(Path(directory), command)
-    return Tokenizer((Path(directory) / "spm.model").read_bytes(), manifest["wrote"]["spm.model"]["sha256"])
+    wrote, directory = stage.finished(Path(directory), command)["wrote"], Path(directory)
+    if FILES[0] in wrote:
+        return Tokenizer((directory / FILES[0]).read_bytes(), wrote[FILES[0]]["sha256"])
+    from tokenizer.huggingface import HuggingFace
+
+    settings = stage.read_json(directory / "tokenizer_config.json")
+    return HuggingFace((directory / FILES[1]).read_bytes(), wrote[FILES[1]]["sha256"], settings)
+
+
+def identity(directory: Path) -> dict[str, str]:
+    """{path: SHA-256} of the tokenizer in a directory, for a manifest; {} if there is none."""
+    return {path: digest for path, digest in stage.outputs(directory).items() if path.endswith(FILES)}
