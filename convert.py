@@ -1,9 +1,11 @@
-"""To and from the Hugging Face LLaMA layout.
+"""To and from the Hugging Face LLaMA layout, and to GGUF.
 
     python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
-    python convert.py from-hf DIR OUT              # a LLaMA in that layout becomes a checkpoint of ours
+    python convert.py from-hf DIR OUT              # a LLaMA in that layout, or on the Hub, becomes a checkpoint of ours
+    python convert.py to-gguf configs/tiny.py OUT.gguf    # what llama.cpp and Ollama open. Needs: pip install gguf
 
-Both keep every bit of weights and tokenizer, and compare both models' logits. Needs: pip install transformers protobuf
+The first two keep every bit of weights and tokenizer, and compare both models' logits; they need transformers and
+protobuf.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 import checkpoint
 import cli
 import configs
+import convert_gguf
 import stage
 import tokenizer.train
 from cli import UserError, log
@@ -128,6 +131,27 @@ def to_hf(arguments: argparse.Namespace) -> None:
     log.info(f"converted: {model.num_parameters():,} parameters, {spm.vocab_size:,} pieces -> {out}")
 
 
+def to_gguf(arguments: argparse.Namespace) -> None:
+    """Writes a trained model and its tokenizer as one file for llama.cpp, and prints a Modelfile for Ollama."""
+    experiment, out = configs.load(arguments.config), Path(arguments.out)
+    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
+    spm, template = experiment.load_tokenizer(directory), checkpoint.template(directory)
+    checkpoint.must_match(directory, spm.sha256)
+    if out.exists() and not arguments.force:
+        raise UserError(f"{out} exists; name another file, or replace it: --force")
+    if isinstance(spm, Tokenizer):
+        must_be_exact(spm.proto())
+    temporary = out.with_name(f".{out.name}.partial")
+    try:
+        convert_gguf.write(temporary, checkpoint.load_model(directory), spm, template, arguments.type)
+        stage.sync(temporary)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    log.info(f"converted: {out.stat().st_size:,} bytes -> {out}; a Modelfile for `ollama create`:")
+    print(convert_gguf.modelfile(out, spm, template))
+
+
 def llama_config(config: ModelConfig, spm: Tokenizer) -> dict:
     """config.json of a LlamaForCausalLM. transformers 4 reads `rope_theta`, 5 `rope_parameters`."""
     shape, scaling = checkpoint.full(config), config.rope_scaling
@@ -196,7 +220,7 @@ def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
 
 def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     """tokenizer.json, which gives the ids of SentencePiece. template: cut a text where an answer in it begins."""
-    model = extra("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(spm.model)
+    model = spm.proto()
     must_be_exact(model)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     scores, added, vocabulary = {}, [], []
@@ -246,7 +270,7 @@ def must_be_exact(model) -> None:
         "user-defined or unused pieces": {kinds.USER_DEFINED, kinds.UNUSED} & set(types),
     }
     if present := ", ".join(filter(reasons.get, reasons)):
-        raise UserError(f"the tokenizer has {present}, which tokenizer.json cannot reproduce exactly")
+        raise UserError(f"the tokenizer has {present}, which a converted tokenizer cannot reproduce exactly")
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -452,17 +476,21 @@ experiment = Experiment(
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, config=False)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in (("to-hf", to_hf), ("from-hf", from_hf)):
+    for name, command in (("to-hf", to_hf), ("from-hf", from_hf), ("to-gguf", to_gguf)):
         c = commands.add_parser(name, description=command.__doc__, help=command.__doc__, allow_abbrev=False)
         c.set_defaults(command=command)
-        if command is to_hf:
+        if command is not from_hf:
             c.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
             c.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
         else:
             c.add_argument("source", metavar="DIR", help="a directory, or a model's name on the Hub: owner/name")
             c.add_argument("--revision", help="of a model on the Hub: a branch, tag or commit")
             c.add_argument("--context-length", type=cli.positive, metavar="N", help="use a shorter context")
-        c.add_argument("out", metavar="OUT", help="the directory to write")
+        if command is to_gguf:
+            c.add_argument("--type", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices (f32)")
+        c.add_argument(
+            "out", metavar="OUT", help="the file to write" if command is to_gguf else "the directory to write"
+        )
         c.add_argument("--force", action="store_true", help="replace a model that is in OUT")
     return p
 

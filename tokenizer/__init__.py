@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 
 import stage
-from cli import UserError
+from cli import UserError, extra
 
 SPACE = "▁"  # U+2581: SentencePiece writes a space like this inside its pieces
 PART = 1 << 13  # about so many bytes are encoded at a time
@@ -101,6 +101,11 @@ class Tokenizer:
         # Control pieces have no text, nor have ids past the vocabulary, which an embedding may have.
         text = self.pieces.decode([id for id in ids if id < self.vocab_size])
         return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
+
+    def proto(self):
+        """The model as SentencePiece's ModelProto."""
+        module = extra("sentencepiece.sentencepiece_model_pb2", "protobuf", "the conversion of a SentencePiece model")
+        return module.ModelProto.FromString(self.model)
 
     def spelling(self, id: int) -> tuple[str, bytes]:
         """A token's text, U+FFFD if it is a part of a character, and its bytes."""
