@@ -14,7 +14,12 @@ from sft.train import SFTConfig
 
 SOURCES = (
     OASST1,
-    HubChats(name="wizardlm", dataset="WizardLMTeam/WizardLM_evol_instruct_70k", format="wizardlm"),
+    HubChats(
+        name="wizardlm",
+        dataset="WizardLMTeam/WizardLM_evol_instruct_70k",
+        format="wizardlm",
+        licence="MIT",
+    ),
     HubChats(name="openorca", dataset="Open-Orca/OpenOrca", format="openorca", licence="MIT"),
 )
 

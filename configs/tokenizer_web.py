@@ -40,7 +40,7 @@ EVALUATION = (
     Hub(name="wikitext2", dataset="Salesforce/wikitext", subset="wikitext-2-raw-v1", split="test"),
     Hub(name="boolq", dataset="google/boolq", split="validation", field="*"),
     Hub(name="arc_easy", dataset="allenai/ai2_arc", subset="ARC-Easy", split="validation", field="*"),
-    Hub(name="piqa", dataset="ybisk/piqa", revision="refs/convert/parquet", split="validation", field="*"),
+    Hub(name="piqa", dataset="baber/piqa", split="validation", field="*"),
     Hub(name="hellaswag", dataset="Rowan/hellaswag", split="validation", field="*"),
     Hub(name="winogrande", dataset="allenai/winogrande", subset="winogrande_xl", split="validation", field="*"),
 )

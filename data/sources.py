@@ -266,6 +266,10 @@ class Files(FileRecords, Source):
         return None if self.field == "*" else [self.field]
 
 
+# (dataset, revision): the commit that this process reads. A newer commit must not come in between inputs and records.
+COMMITS: dict[tuple[str, str | None], str] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubRecords(Records):
     """The records of a dataset on the Hugging Face Hub, or of a directory laid out like one, streamed by `datasets`."""
@@ -289,14 +293,20 @@ class HubRecords(Records):
         datasets = extra("datasets", "datasets", f"the source {self.name}")
         datasets.utils.logging.disable_progress_bar()
         datasets.utils.logging.set_verbosity(logging.CRITICAL)  # failed reads are logged here
-        try:
-            builder = datasets.load_dataset_builder(self.dataset, self.subset, revision=self.revision)
-            splits = builder.config.data_files or [self.split]
-            if self.split not in splits:
-                raise ValueError(f"its splits are {', '.join(map(str, splits))}")
-            return builder
-        except Exception as error:  # no such dataset, subset, split or revision; no network
-            raise UserError(f"{self}: {error}") from None
+        key = self.dataset, self.revision
+        for wait in (1, 4, 16, None):
+            try:
+                builder = datasets.load_dataset_builder(self.dataset, self.subset, revision=COMMITS.get(key, key[1]))
+                splits = builder.config.data_files or [self.split]
+                if self.split not in splits:
+                    raise ValueError(f"its splits are {', '.join(map(str, splits))}")
+                COMMITS[key] = builder.hash
+                return builder
+            except Exception as error:  # no such dataset, subset, split or revision; no network
+                if wait is None or isinstance(error, (FileNotFoundError, RuntimeError, ValueError)):
+                    raise UserError(f"{self}: {error}") from None
+                log.warning(f"{self.name}: {type(error).__name__}: {error}; trying again")
+                time.sleep(wait)
 
     def inputs(self) -> dict[str, str]:
         """The digest of the addresses of its files, which contain the commit; of a directory, of the files."""

@@ -1,0 +1,209 @@
+"""The recipes that read the Hugging Face Hub, by the real clients, against a Hub on loopback: see tests/hub.py."""
+
+import json
+import os
+import shutil
+import signal
+
+import huggingface_hub
+import pytest
+
+import stage
+from eval.tasks import PUBLISHED
+from tests import hub_datasets
+from tests.conftest import Place
+from tests.hub import serving
+
+RECIPES = ["tokenizer_web", "micro_web", "tiny_web", "small_web", "base_web"]
+DATASETS = ["allenai/c4", "HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia", "sedthh/gutenberg_english"]
+SMALL = """
+from dataclasses import replace
+
+import data.corpus
+from configs.{name} import experiment as shipped
+
+data.corpus.SHARD_BYTES = 20_000  # so that a corpus has several, after each of which it can continue
+TRAIN = {{
+    "steps": 10, "epochs": None, "batch_size": 4, "micro_batch_size": 2, "eval_every": 5, "eval_rows": 8,
+    "save_every": 4, "log_every": 1, "compile": False, "precision": "float32", "deterministic": True,
+}}
+
+
+def small(e):
+    sources = tuple(replace(source, max_tokens=10_000) for source in e.corpus.sources)
+    shape = {{"vocab_size": 512, "context_length": 128, "n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 2}}
+    return replace(
+        e,
+        model=replace(e.model, **shape),
+        corpus=replace(e.corpus, sources=sources),
+        tokenizer=replace(e.tokenizer, vocab_size=512),
+        pretrain=replace(e.pretrain, warmup_steps=2, **TRAIN),
+        mixture=tuple(replace(phase, start=min(phase.start, 5)) for phase in e.mixture),
+        sft=replace(e.sft, train=replace(e.sft.train, **TRAIN)),
+        dpo=replace(e.dpo, train=replace(e.dpo.train, **TRAIN)),
+        shared={{name: small(other) for name, other in e.shared.items()}},
+    )
+
+
+experiment = small(shipped)
+"""
+
+
+class Web(Place):
+    """A directory whose commands read a Hub on loopback."""
+
+    def __init__(self, path, hub):
+        super().__init__(path)
+        self.hub = hub
+        self.raw.mkdir(exist_ok=True)
+        self.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(path / "hf"), "NO_PROXY": "127.0.0.1,localhost"}
+        self.env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def small(self, name: str, *pairs: tuple[str, str]):
+        """A config: a shipped one at a small budget, changed text by text."""
+        self.config = self.path / f"{name}.py"
+        self.config.write_text(SMALL.format(name=name))
+        return self.edit(*pairs)
+
+    def counts(self, name: str) -> dict:
+        return stage.read_manifest(self.runs / name)["counts"]
+
+    def content(self, name: str) -> dict[str, bytes]:
+        """What a stage wrote that does not tell the time."""
+        files = [path for path in (self.runs / name).rglob("*") if path.suffix in (".jsonl", ".bin", ".txt", ".pt")]
+        return {str(path.relative_to(self.runs)): path.read_bytes() for path in files if path.name not in TIMED}
+
+
+TIMED = ("log.txt", "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def repositories():
+    return hub_datasets.all_of_them()
+
+
+@pytest.fixture
+def web(repositories, tmp_path):
+    with serving(repositories) as hub:
+        yield Web(tmp_path, hub)
+
+
+@pytest.fixture(scope="module")
+def pretrained(repositories, tmp_path_factory):
+    """With all that tiny_web makes."""
+    with serving(repositories) as hub:
+        web = Web(tmp_path_factory.mktemp("web"), hub)
+        web.output = web.run("pipeline.py", web.small("tiny_web"), "corpus", "tokenizer", "pack", "pretrain").stdout
+        yield web
+
+
+def test_the_clients_read_the_hub_through_faults(tmp_path):
+    files = {"README.md": b"# A", "data/train-0.parquet": bytes(range(256)) * 40, "data/a/b.json": b"{}"}
+    with serving({"a/b": files}) as hub:
+        api = huggingface_hub.HfApi(endpoint=hub.url)
+        first = api.dataset_info("a/b").sha
+        listed = {entry.path for entry in api.list_repo_tree("a/b", recursive=True, repo_type="dataset")}
+        assert listed == {"data", "data/a", *files}
+        second = hub.push("a/b", files | {"README.md": b"# B"})
+        for revision, text in ((None, "# B"), ("main", "# B"), (first, "# A"), (second, "# B")):
+            options = {"revision": revision, "repo_type": "dataset", "cache_dir": tmp_path}
+            path = api.hf_hub_download("a/b", "README.md", **options)
+            with open(path) as file:
+                assert file.read() == text
+        with pytest.raises(huggingface_hub.errors.RevisionNotFoundError):
+            api.dataset_info("a/b", revision="x")
+        with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
+            api.dataset_info("a/c")
+        hub.fault("GET .*/resolve/.*parquet", 429)
+        hub.fault("GET /lfs/", "cut")
+        system = huggingface_hub.HfFileSystem(endpoint=hub.url, skip_instance_cache=True)
+        with system.open(f"datasets/a/b@{first}/data/train-0.parquet", block_size=1_000) as file:
+            file.seek(5_000)
+            assert file.read(100) == files["data/train-0.parquet"][5_000:5_100]
+        assert sum("GET /lfs/" in request for request in hub.requests) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_web_recipe_runs(pretrained, name):
+    stages = ("tokenizer",) if name == "tokenizer_web" else ("corpus", "tokenizer", "pack", "pretrain")
+    pretrained.run("pipeline.py", pretrained.small(name), *stages)
+    for source in pretrained.counts(f"{name}/corpus")["sources"].values():
+        assert source["documents"] > 5
+        assert "unreadable" not in source["dropped"]
+    if name != "tokenizer_web":
+        steps = (pretrained.runs / name / "pretrain/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in steps][-1] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sources"), [("oasst1", ["oasst1"]), ("chat_mix", ["oasst1", "wizardlm", "openorca"])])
+def test_a_chat_recipe_runs(pretrained, name, sources):
+    pretrained.run("pipeline.py", pretrained.small(name), "sft_data", "sft")
+    counts = pretrained.counts(f"{name}/sft_data")["sources"]
+    assert list(counts) == sources
+    for source in counts.values():
+        assert source["kept"] > 40
+        assert "unreadable" not in source["dropped"]
+    assert counts["oasst1"]["dropped"] == {"other_language": 6}  # the trees whose `lang` is "de"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "unreadable", "kept"), [("hh_rlhf", 8, 152), ("orca_dpo", 0, 120)])
+def test_a_preference_recipe_runs(pretrained, name, unreadable, kept):
+    pretrained.run("pipeline.py", pretrained.small("oasst1"), "sft")
+    pretrained.run("pipeline.py", pretrained.small(name), "dpo_data", "dpo")
+    [counts] = pretrained.counts(f"{name}/dpo_data")["sources"].values()
+    assert counts["read"] == 160 - 40 * (name == "orca_dpo")
+    assert counts["dropped"].get("unreadable", 0) == unreadable
+    assert counts["kept"] == kept
+
+
+@pytest.mark.slow
+def test_download_brings_the_evaluation_sets(web, monkeypatch):
+    web.hub.fault("GET .*/tree/", 500)
+    web.hub.fault("HEAD .*boolq/resolve/.*parquet", 429)
+    web.hub.fault("GET /lfs/.*hellaswag", "cut")
+    web.hub.fault("GET /lfs/.*piqa", "slow", seconds=3)
+    monkeypatch.setenv("DATA", str(web.raw))
+    web.run("-m", "eval.download")
+    assert [fault.pattern for fault in web.hub.faults if fault.times] == []
+    counts = {name: len(published.load(published.find())) for name, published in PUBLISHED.items()}
+    assert counts.pop("wikitext2") > 100
+    assert counts == dict.fromkeys(("boolq", "arc_easy", "piqa", "hellaswag", "winogrande"), 1) | {"blimp": 2}
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+ONCE = ["HEAD .*/resolve/main/README", "GET .*/revision/", "GET .*/tree/", "GET .*fineweb-edu/resolve/.*parquet", "GET /lfs/.*c4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [429, 500, "cut", "slow"])
+def test_a_passing_fault_changes_nothing(pretrained, web, kind):
+    for pattern in ONCE:
+        web.hub.fault(pattern, kind, seconds=3 * (kind == "slow"))
+    web.run("pipeline.py", web.small("tiny_web"), "corpus")
+    assert [fault.pattern for fault in web.hub.faults if fault.times] == []
+    assert web.content("tiny_web/corpus") == pretrained.content("tiny_web/corpus")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [429, 500, "cut"])
+def test_a_lasting_fault_is_named(web, kind):
+    web.hub.fault("GET /lfs/.*fineweb", kind, times=1_000)
+    one_try = ("max_tokens=10_000", "max_tokens=10_000, retries=1")
+    err = web.run("pipeline.py", web.small("tiny_web", one_try), "corpus", status=2).stderr
+    assert "fineweb-edu" in err
+    assert "the same command continues" in err
+
+
+@pytest.mark.slow
+def test_a_commit_that_comes_while_a_dataset_is_read_waits_for_the_next_run(repositories, pretrained, web):
+    """Between the manifest's inputs and the first record, and before a retry, main moves to other texts."""
+    other = hub_datasets.fineweb_edu(hub_datasets.random.Random("other"))
+    name = "HuggingFaceFW/fineweb-edu"
+    fault = web.hub.fault(f"GET .*{name}/resolve/.*parquet", 404, action=lambda: web.hub.push(name, other))
+    web.run("pipeline.py", web.small("tiny_web"), "corpus")
+    assert fault.hit.is_set()
+    assert web.content("tiny_web/corpus") == pretrained.content("tiny_web/corpus")
