@@ -268,6 +268,7 @@ class Files(FileRecords, Source):
 
 # (dataset, revision): the commit that this process reads. A newer commit must not come in between inputs and records.
 COMMITS: dict[tuple[str, str | None], str] = {}
+PASSING = ("HfHubHTTPError", "ReadTimeout", "RemoteProtocolError")  # errors of requests that the client makes only once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +278,7 @@ class HubRecords(Records):
     dataset: str  # such as "allenai/c4"; also the name, unless `name` is set
     subset: str | None = None
     split: str = "train"
-    revision: str | None = None  # commit or tag; None takes the newest and records it in the manifest
+    revision: str | None = None  # commit or tag; None takes the newest: if its files are others, the stage is stale
     retries: int = 5  # reads that may fail in a row, with 1, 2, 4, … seconds between them
     unreadable: str = "skip"
 
@@ -303,16 +304,24 @@ class HubRecords(Records):
                 COMMITS[key] = builder.hash
                 return builder
             except Exception as error:  # no such dataset, subset, split or revision; no network
-                if wait is None or isinstance(error, (FileNotFoundError, RuntimeError, ValueError)):
+                if wait is None or type(error).__name__ not in PASSING:
                     raise UserError(f"{self}: {error}") from None
                 log.warning(f"{self.name}: {type(error).__name__}: {error}; trying again")
                 time.sleep(wait)
 
     def inputs(self) -> dict[str, str]:
-        """The digest of the addresses of its files, which contain the commit; of a directory, of the files."""
+        """The digest of its files: of their content, or of the ids that they have on the Hub in whatever commit."""
         files = [str(file) for file in (self._builder().config.data_files or {}).get(self.split, ())]
-        local = [sha256(Path(file)) for file in files if Path(file).is_file()]
-        digest = hashlib.sha256("\n".join(local or files).encode()).hexdigest()
+        ids = {file: sha256(Path(file)) for file in files if Path(file).is_file()}
+        system, folders = extra("huggingface_hub", "datasets", "the Hub").HfFileSystem(), set()
+        if not ids:
+            folders = {file.rpartition("/")[0] for file in files}
+        try:
+            for folder in folders:
+                ids |= {f"hf://{entry['name']}": entry.get("blob_id") for entry in system.ls(folder)}
+        except Exception as error:  # of the network
+            raise UserError(f"{self}: {error}") from None
+        digest = hashlib.sha256("\n".join(ids[file] for file in files).encode()).hexdigest()
         return {f"{self.dataset}/{self.subset or 'default'}/{self.split}": digest}
 
     def records(self, workers: int, skip: int = 0) -> Iterator[Record]:

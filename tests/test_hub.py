@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -15,7 +16,6 @@ from tests.conftest import Place
 from tests.hub import serving
 
 RECIPES = ["tokenizer_web", "micro_web", "tiny_web", "small_web", "base_web"]
-DATASETS = ["allenai/c4", "HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia", "sedthh/gutenberg_english"]
 SMALL = """
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ class Web(Place):
     def __init__(self, path, hub):
         super().__init__(path)
         self.hub = hub
-        self.raw.mkdir(exist_ok=True)
+        self.raw.mkdir(parents=True)
         self.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(path / "hf"), "NO_PROXY": "127.0.0.1,localhost"}
         self.env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -64,6 +64,15 @@ class Web(Place):
         self.config = self.path / f"{name}.py"
         self.config.write_text(SMALL.format(name=name))
         return self.edit(*pairs)
+
+    def refused(self, *stages: str) -> str:
+        """Runs stages of the config and expects a refusal: warnings, and then one line. Returns the line."""
+        process = self.start("pipeline.py", self.config, *stages)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 2, f"{out}\n{err}"
+        *_, line = err.splitlines()
+        assert line.startswith("error: "), err
+        return line
 
     def counts(self, name: str) -> dict:
         return stage.read_manifest(self.runs / name)["counts"]
@@ -189,13 +198,35 @@ def test_a_passing_fault_changes_nothing(pretrained, web, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [429, 500, "cut"])
+@pytest.mark.parametrize("kind", [429, 500])
 def test_a_lasting_fault_is_named(web, kind):
+    sooner = "import datasets\ndatasets.config.STREAMING_READ_MAX_RETRIES = 1\n"  # not 20, with a minute between them
+    sooner += "datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1\n"
+    web.small("tiny_web", ("import data.corpus", f"{sooner}import data.corpus"), ("=10_000)", "=10_000, retries=1)"))
     web.hub.fault("GET /lfs/.*fineweb", kind, times=1_000)
-    one_try = ("max_tokens=10_000", "max_tokens=10_000, retries=1")
-    err = web.run("pipeline.py", web.small("tiny_web", one_try), "corpus", status=2).stderr
-    assert "fineweb-edu" in err
-    assert "the same command continues" in err
+    assert re.search(r"fineweb-edu.* cannot be read, tried 2 times \(.*the same command continues", web.refused("corpus"))
+
+
+@pytest.mark.slow
+def test_a_hub_out_of_reach_is_named_once_and_finished_data_stands_without_it(repositories, tmp_path):
+    with serving(repositories) as hub:
+        web = Web(tmp_path, hub)
+        web.run("pipeline.py", web.small("tiny_web"), "corpus")
+    assert "up to date" in web.run("pipeline.py", web.config, "corpus").stdout
+    shutil.rmtree(web.runs)
+    assert "dataset HuggingFaceFW/fineweb-edu, subset sample-10BT" in web.refused("corpus")
+
+
+@pytest.mark.slow
+def test_what_the_hub_lacks_is_named(web):
+    web.small("tiny_web")
+    for pair, message in (
+        (("max_tokens=10_000", 'max_tokens=10_000, revision="v1"'), "Revision 'v1' doesn't exist for dataset"),
+        (('revision="v1"', 'subset="sample-1BT"'), "BuilderConfig 'sample-1BT' not found. Available: .*sample-10BT"),
+        (('subset="sample-1BT"', 'dataset="a/b"'), "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed"),
+    ):
+        web.edit(pair)
+        assert re.search(message, web.refused("corpus"))
 
 
 @pytest.mark.slow
@@ -207,3 +238,60 @@ def test_a_commit_that_comes_while_a_dataset_is_read_waits_for_the_next_run(repo
     web.run("pipeline.py", web.small("tiny_web"), "corpus")
     assert fault.hit.is_set()
     assert web.content("tiny_web/corpus") == pretrained.content("tiny_web/corpus")
+
+
+@pytest.mark.slow
+def test_only_a_commit_that_changes_the_files_read_makes_a_finished_corpus_stale(repositories, web):
+    c4 = repositories["allenai/c4"]
+    web.run("pipeline.py", web.small("tiny_web"), "corpus")
+    first = web.content("tiny_web/corpus")
+    web.hub.push("allenai/c4", c4 | {"README.md": c4["README.md"] + b"News\n", "realnewslike/a": b""})
+    assert "up to date" in web.run("pipeline.py", web.config, "corpus").stdout
+    name = "en/c4-train.00001-of-01024.json.gz"
+    web.hub.push("allenai/c4", c4 | {name: c4["en/c4-validation.00000-of-00008.json.gz"]})
+    assert "corpus was made from something else: allenai/c4/en/train was" in web.refused("corpus")
+    web.run("pipeline.py", web.config, "corpus", "--force")
+    assert web.content("tiny_web/corpus").keys() == first.keys()
+
+
+def killed(web: Web, fault, *stages: str) -> None:
+    """Kills a command that waits for an answer of the Hub."""
+    process = web.start("pipeline.py", web.config, *stages, start_new_session=True)
+    assert fault.hit.wait(100), process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    fault.times = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_killed_corpus_is_continued_and_after_a_new_commit_begun_again(repositories, pretrained, web, moves):
+    web.small("tiny_web")
+    killed(web, web.hub.fault("GET /lfs/.*gutenberg", "slow", 1_000, seconds=600), "corpus")
+    done = sorted((web.runs / "tiny_web/corpus").glob("shard_*"))
+    assert len(done) > 2
+    if moves:
+        wikipedia = hub_datasets.wikipedia(hub_datasets.random.Random("other"))
+        web.hub.push("wikimedia/wikipedia", wikipedia)
+    out = web.run("pipeline.py", web.config, "corpus").stdout
+    assert ("continuing after" in out) != moves
+    expected = pretrained
+    if moves:
+        expected = Web(web.path / "fresh", web.hub)
+        expected.run("pipeline.py", expected.small("tiny_web"), "corpus")
+    assert web.content("tiny_web/corpus") == expected.content("tiny_web/corpus")
+
+
+@pytest.mark.slow
+def test_a_killed_recipe_ends_with_the_same_bytes(pretrained, web):
+    """Killed while conversations are read, and while pairs are."""
+    for name, stages in (("oasst1", ("sft_data", "sft")), ("hh_rlhf", ("dpo_data", "dpo"))):
+        pretrained.run("pipeline.py", pretrained.small(name), *stages)
+    shutil.copytree(pretrained.runs / "tiny_web", web.runs / "tiny_web")
+    shutil.copytree(pretrained.runs / "tokenizer_web", web.runs / "tokenizer_web")
+    for name, pattern, stages in (("oasst1", "oasst1", ("sft_data", "sft")), ("hh_rlhf", "online", ("dpo_data", "dpo"))):
+        web.small(name)
+        killed(web, web.hub.fault(f"GET /lfs/.*{pattern}", "slow", 1_000, seconds=600), *stages)
+        web.run("pipeline.py", web.config, *stages)
+        for stage_name in stages:
+            assert web.content(f"{name}/{stage_name}") == pretrained.content(f"{name}/{stage_name}")
