@@ -336,7 +336,9 @@ def download(name: str, revision: str | None) -> Path:
         read_config(json.loads(Path(config).read_text()))  # refuses an unsupported model before its weights arrive
         files = ["*.json", "tokenizer.model", "*.safetensors", "*.jinja"]
         return Path(hub.snapshot_download(name, revision=Path(config).parent.name, allow_patterns=files))
-    except (OSError, ValueError) as error:  # no network, no such model or revision, a model behind a licence
+    except UserError:
+        raise
+    except Exception as error:  # no network, no such model or revision, a model behind a licence
         raise UserError(f"cannot download {name}: {type(error).__name__}: {error}") from None
 
 

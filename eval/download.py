@@ -42,7 +42,9 @@ def download(published: Published) -> Path:
                     file.write(line if published.question else record["text"] or " \n")
         published.load(temporary)  # UserError if the dataset is not what it was
         temporary.replace(path)
-    except (OSError, ValueError) as error:  # no network, or no such dataset, subset or split
+    except UserError:
+        raise
+    except Exception as error:  # no network, or no such dataset, subset or split
         raise UserError(f"cannot load the dataset {name}: {type(error).__name__}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

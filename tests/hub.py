@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LARGE = (".parquet", ".gz", ".jsonl", ".safetensors")  # suffixes of files that redirect to another host
@@ -152,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2] if self.cut else content)
             self.close_connection |= self.cut
 
-    def answer_json(self, value, headers: Mapping[str, str] = {}) -> None:  # noqa: B006
+    def answer_json(self, value, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         self.answer(200, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
 
     def entry(self, path: str) -> dict:

@@ -1,6 +1,7 @@
 """Small copies of the public datasets that the configs name: layout, subsets, splits and columns as on the Hub.
 
-Their cards and file lists were read in September to November 2026. The texts are made here.
+They follow the cards and file lists of the originals, as far as those could be read in November 2026. The texts are
+made here.
 """
 
 import gzip
@@ -14,24 +15,24 @@ import pyarrow.parquet
 
 from tests.eval.test_tasks import RECORDS
 
-NOUNS = """river house garden winter letter captain village teacher morning market engine harbour mountain window picture
-question journey neighbour doctor farmer kitchen bridge forest station summer island lamp paper story machine""".split()
-VERBS = "found carried remembered followed described watched built opened crossed repaired painted studied".split()
-KINDS = "quiet old narrow bright distant heavy careful broken famous early wooden small empty pleasant strange".split()
+NOUNS = """river house garden winter letter captain village teacher morning market engine harbour mountain window
+picture question journey neighbour doctor farmer kitchen bridge forest station summer island lamp paper story machine"""
+VERBS = "found carried remembered followed described watched built opened crossed repaired painted studied"
+KINDS = "quiet old narrow bright distant heavy careful broken famous early wooden small empty pleasant strange"
+PEOPLE = "they we people he she it I you"
 LINKS = ["and then", "but", "because", "while", "so that", "after that", "before", "although"]
-PEOPLE = "they we people he she it I you".split()
 
 
 def prose(source: random.Random, sentences: int) -> str:
     """English of a kind: it passes the rules of C4 and Gopher."""
-    lines = []
+    nouns, verbs, kinds, people, lines = NOUNS.split(), VERBS.split(), KINDS.split(), PEOPLE.split(), []
     for _ in range(sentences):
         parts = []
-        for person in source.sample(PEOPLE, 2):
-            kind, other = source.sample(KINDS, 2)
-            first, second = source.sample(NOUNS, 2)
-            parts.append(f"{person} {source.choice(VERBS)} the {kind} {first} of the {other} {second}")
-        parts.append(f"{source.choice(PEOPLE)} {source.choice(VERBS)} that {source.choice(NOUNS)} with them")
+        for person in source.sample(people, 2):
+            kind, other = source.sample(kinds, 2)
+            first, second = source.sample(nouns, 2)
+            parts.append(f"{person} {source.choice(verbs)} the {kind} {first} of the {other} {second}")
+        parts.append(f"{source.choice(people)} {source.choice(verbs)} that {source.choice(nouns)} with them")
         sentence = f"{parts[0]} {source.choice(LINKS)} {parts[1]} {source.choice(LINKS)} {parts[2]}."
         lines.append(sentence[0].upper() + sentence[1:])
     return " ".join(lines)
@@ -101,7 +102,7 @@ def fineweb_edu(source: random.Random) -> dict[str, bytes]:
     for path in [*paths, "data/CC-MAIN-2013-20/train-00000-of-00014"]:
         records = []
         for number, text in enumerate(texts(source, 60)):
-            record = {"text": text, "id": f"<urn:uuid:{number}>", "dump": "CC-MAIN-2013-20", "url": "http://example.com"}
+            record = {"text": text, "id": f"<urn:uuid:{number}>", "dump": "CC-MAIN-2013-20", "url": "http://a.com"}
             record |= {"file_path": "s3://commoncrawl/a.warc.gz", "language": "en", "language_score": 0.97}
             records.append(record | {"token_count": 120, "score": 3.1, "int_score": 3})
         files[f"{path}.parquet"] = parquet(records)
@@ -117,7 +118,7 @@ def wikipedia(source: random.Random) -> dict[str, bytes]:
             records = []
             for number, text in enumerate(texts(source, 60)):
                 url = f"https://en.wikipedia.org/wiki/{number}"
-                records.append({"id": str(number), "url": url, "title": source.choice(NOUNS), "text": text})
+                records.append({"id": str(number), "url": url, "title": source.choice(NOUNS.split()), "text": text})
             files[f"{name}/train-{shard:05d}-of-{shards:05d}.parquet"] = parquet(records)
     return files | {"README.md": card(configs)}
 
@@ -128,7 +129,7 @@ def gutenberg(source: random.Random) -> dict[str, bytes]:
         records = []
         for number in range(8):
             text = "\r\n\r\n".join(texts(source, 8))
-            about = json.dumps({"text_id": number, "title": source.choice(NOUNS), "language": "en"})
+            about = json.dumps({"text_id": number, "title": source.choice(NOUNS.split()), "language": "en"})
             records.append({"TEXT": text, "SOURCE": "Project Gutenberg", "METADATA": about})
         files[f"data/train-{shard:05d}-of-00002-{digest}.parquet"] = parquet(records)
     return files

@@ -106,7 +106,7 @@ def pretrained(repositories, tmp_path_factory):
         yield web
 
 
-def test_the_clients_read_the_hub_through_faults(tmp_path):
+def test_the_clients_read_the_hub_through_a_fault(tmp_path):
     files = {"README.md": b"# A", "data/train-0.parquet": bytes(range(256)) * 40, "data/a/b.json": b"{}"}
     with serving({"a/b": files}) as hub:
         api = huggingface_hub.HfApi(endpoint=hub.url)
@@ -123,7 +123,6 @@ def test_the_clients_read_the_hub_through_faults(tmp_path):
             api.dataset_info("a/b", revision="x")
         with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
             api.dataset_info("a/c")
-        hub.fault("GET .*/resolve/.*parquet", 429)
         hub.fault("GET /lfs/", "cut")
         system = huggingface_hub.HfFileSystem(endpoint=hub.url, skip_instance_cache=True)
         with system.open(f"datasets/a/b@{first}/data/train-0.parquet", block_size=1_000) as file:
@@ -146,8 +145,9 @@ def test_a_web_recipe_runs(pretrained, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sources"), [("oasst1", ["oasst1"]), ("chat_mix", ["oasst1", "wizardlm", "openorca"])])
-def test_a_chat_recipe_runs(pretrained, name, sources):
+@pytest.mark.parametrize("name", ["oasst1", "chat_mix"])
+def test_a_chat_recipe_runs(pretrained, name):
+    sources = {"oasst1": ["oasst1"], "chat_mix": ["oasst1", "wizardlm", "openorca"]}[name]
     pretrained.run("pipeline.py", pretrained.small(name), "sft_data", "sft")
     counts = pretrained.counts(f"{name}/sft_data")["sources"]
     assert list(counts) == sources
@@ -182,9 +182,27 @@ def test_download_brings_the_evaluation_sets(web, monkeypatch):
     assert counts == dict.fromkeys(("boolq", "arc_easy", "piqa", "hellaswag", "winogrande"), 1) | {"blimp": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [500, "cut", "slow"])
+def test_an_evaluation_set_that_does_not_arrive_is_named(web, kind):
+    web.hub.fault("GET /lfs/.*piqa", kind, times=1_000, seconds=3 * (kind == "slow"))
+    process = web.start("-m", "eval.download", "boolq", "piqa")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert "error: cannot load the dataset baber/piqa" in err
+    assert "boolq" in out
+    assert [path.name for path in web.raw.iterdir()] == ["boolq_val.jsonl"]
+
+
 # --------------------------------------------------------------------------------------------------------------- faults
 
-ONCE = ["HEAD .*/resolve/main/README", "GET .*/revision/", "GET .*/tree/", "GET .*fineweb-edu/resolve/.*parquet", "GET /lfs/.*c4"]
+ONCE = [
+    "HEAD .*/resolve/main/README",
+    "GET .*/revision/",
+    "GET .*/tree/",
+    "GET .*edu/resolve/.*parquet",
+    "GET /lfs/.*c4",
+]
 
 
 @pytest.mark.slow
@@ -204,7 +222,7 @@ def test_a_lasting_fault_is_named(web, kind):
     sooner += "datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1\n"
     web.small("tiny_web", ("import data.corpus", f"{sooner}import data.corpus"), ("=10_000)", "=10_000, retries=1)"))
     web.hub.fault("GET /lfs/.*fineweb", kind, times=1_000)
-    assert re.search(r"fineweb-edu.* cannot be read, tried 2 times \(.*the same command continues", web.refused("corpus"))
+    assert re.search("fineweb-edu.*, tried 2 times .*; the same command continues", web.refused("corpus"))
 
 
 @pytest.mark.slow
@@ -284,14 +302,89 @@ def test_a_killed_corpus_is_continued_and_after_a_new_commit_begun_again(reposit
 
 @pytest.mark.slow
 def test_a_killed_recipe_ends_with_the_same_bytes(pretrained, web):
-    """Killed while conversations are read, and while pairs are."""
-    for name, stages in (("oasst1", ("sft_data", "sft")), ("hh_rlhf", ("dpo_data", "dpo"))):
-        pretrained.run("pipeline.py", pretrained.small(name), *stages)
+    """Killed while conversations are read, and while pairs are; then faults that pass."""
     shutil.copytree(pretrained.runs / "tiny_web", web.runs / "tiny_web")
     shutil.copytree(pretrained.runs / "tokenizer_web", web.runs / "tokenizer_web")
-    for name, pattern, stages in (("oasst1", "oasst1", ("sft_data", "sft")), ("hh_rlhf", "online", ("dpo_data", "dpo"))):
+    for name, file, stages in (
+        ("oasst1", "data/train", ["sft_data", "sft"]),
+        ("hh_rlhf", "online", ["dpo_data", "dpo"]),
+    ):
+        pretrained.run("pipeline.py", pretrained.small(name), *stages)
         web.small(name)
-        killed(web, web.hub.fault(f"GET /lfs/.*{pattern}", "slow", 1_000, seconds=600), *stages)
+        killed(web, web.hub.fault(f"GET /lfs/.*{file}", "slow", 1_000, seconds=600), *stages)
+        for pattern, kind in (
+            ("GET .*/revision/", 500),
+            (f"GET .*/resolve/.*{file}", 429),
+            (f"GET /lfs/.*{file}", "cut"),
+        ):
+            web.hub.fault(pattern, kind)
         web.run("pipeline.py", web.config, *stages)
-        for stage_name in stages:
-            assert web.content(f"{name}/{stage_name}") == pretrained.content(f"{name}/{stage_name}")
+        assert [fault.pattern for fault in web.hub.faults if fault.times] == []
+        for made in stages:
+            assert web.content(f"{name}/{made}") == pretrained.content(f"{name}/{made}")
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.fixture(scope="module")
+def exported(made, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a small model as transformers reads them."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    made.run("convert.py", "to-hf", made.config, out)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def imported(directory) -> dict[str, bytes]:
+    """What from-hf wrote that does not tell where."""
+    names = ("weights.pt", "tokenizer/spm.model", "tokenizer/tokenizer.json")
+    return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+
+
+@pytest.mark.slow
+def test_a_model_is_imported_by_name(exported, web):
+    directory = web.path / "model"
+    directory.mkdir()
+    for name, content in exported.items():
+        (directory / name).write_bytes(content)
+    web.run("convert.py", "from-hf", directory, web.path / "local")
+    web.hub.push("acme/tiny", exported | {"model.gguf": b"not fetched"}, kind="models", ref="v1")
+    for pattern, kind in (("HEAD .*config.json", 500), ("GET .*/api/models", 429), ("GET /lfs/", "cut")):
+        web.hub.fault(pattern, kind)
+    web.hub.fault("GET /lfs/", "slow", seconds=3)
+    web.run("convert.py", "from-hf", "acme/tiny", web.path / "remote", "--revision", "v1")
+    assert [fault.pattern for fault in web.hub.faults if fault.times] == []
+    assert imported(web.path / "remote") == imported(web.path / "local")
+    assert len(imported(web.path / "local")) == 2
+    assert not any("gguf" in request for request in web.hub.requests if "/api/" not in request)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_imported_is_refused_before_its_weights_are_fetched(exported, web):
+    config = json.loads(exported["config.json"])
+    for name, changes in (("moe", {"architectures": ["MixtralForCausalLM"]}), ("bias", {"attention_bias": True})):
+        changed = exported | {"config.json": json.dumps(config | changes).encode()}
+        web.hub.push(f"acme/{name}", changed, kind="models")
+    for name, message in (
+        ("acme/moe", r"\['MixtralForCausalLM'\], supported are LlamaForCausalLM"),
+        ("acme/bias", "attention_bias is True, supported is False"),
+        ("acme/none", "cannot download acme/none: RepositoryNotFoundError"),
+        ("acme/bias --revision v2", "cannot download acme/bias: RevisionNotFoundError"),
+        ("nowhere", "no directory nowhere; expected one, or a model's name on the Hub"),
+    ):
+        arguments = name.split()
+        process = web.run("convert.py", "from-hf", arguments[0], web.path / "out", *arguments[1:], status=2)
+        assert re.search(message, process.stderr)
+    assert not any("safetensors" in request for request in web.hub.requests)
+    assert not (web.path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [500, "cut", "slow"])
+def test_weights_that_do_not_arrive_are_named(exported, web, kind):
+    web.hub.push("acme/tiny", exported, kind="models")
+    web.hub.fault("GET /lfs/", kind, times=1_000, seconds=3 * (kind == "slow"))
+    process = web.start("convert.py", "from-hf", "acme/tiny", web.path / "out")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert "error: cannot download acme/tiny" in err
