@@ -453,7 +453,7 @@ from configs import Experiment
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import Files, PythonDocs
-from model import ModelConfig
+from model import ModelConfig, RopeScaling
 from sft.data import ConversationConfig
 from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig

@@ -3,7 +3,7 @@
 import data.corpus
 import data.pack
 import tokenizer.train
-from stage import Step
+from stage import Stage, Step
 
 # owner: the `configs.Experiment` that owns the stage. switches: of the command line, with `workers` and `force`.
 
@@ -14,10 +14,11 @@ def corpus(owner, switches) -> Step:
 
 
 def tokenizer_(owner, switches) -> Step:
-    inputs = owner.tokenizer, owner.directory("corpus"), owner.pack.val_fraction
-    job = tokenizer.train.job(*inputs, owner.directory("tokenizer"), owner.command("tokenizer"))
+    directory, command = owner.directory("tokenizer"), owner.command("tokenizer")
     if owner.imported:  # the tokenizer came with the imported model
-        return Step(job, owner.load_tokenizer)
+        return Step(Stage(directory, {}, {}, command, __file__), owner.load_tokenizer)
+    inputs = owner.tokenizer, owner.directory("corpus"), owner.pack.val_fraction
+    job = tokenizer.train.job(*inputs, directory, command)
     return Step(job, lambda: tokenizer.train.build(job, *inputs, switches.force, switches.replaced))
 
 
