@@ -8,14 +8,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,7 +21,7 @@ from starlette.requests import Request
 from cli import UserError, log
 from generate import Continuation
 from serving import schema
-from serving.engine import Engine, Generation, Piece, Refused, Token
+from serving.engine import Engine, Generation, Piece, Refused, Token, seed_of
 from serving.schema import ChatRequest, CompletionRequest, GenerateRequest, Sampled
 from serving.served import Served
 
@@ -36,15 +34,18 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 1
 
 
 class Answers:
-    """The answers to a completion or chat request."""
+    """The answers to a completion or chat request, in OpenAI's form."""
 
     def __init__(self, served: Served, body: Sampled, generations: Sequence[Generation], request: Request):
         self.pieces, self.body, self.generations, self.request = served.tokenizer.pieces, body, generations, request
         self.chat = isinstance(body, ChatRequest)
-        id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        fingerprint = served.model.digest[:12]
-        self.head = {"id": id, "created": int(time.time()), "model": served.name, "system_fingerprint": fingerprint}
-        self.head["object"] = "chat.completion" if self.chat else "text_completion"
+        self.head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+            "system_fingerprint": served.model.digest[:12],
+        }
 
     async def response(self) -> Response:
         if not self.body.stream:
@@ -72,14 +73,13 @@ class Answers:
 
     async def events(self) -> AsyncIterator[dict]:
         options = self.body.stream_options
-        counted = bool(options and options.include_usage)
+        counted = options and options.include_usage
         if counted:
             self.head["usage"] = None
         if self.chat:
             self.head["object"] = "chat.completion.chunk"
             for number in range(len(self.generations)):
-                start = {"delta": {"role": "assistant", "content": ""}}
-                yield {"choices": [self.choice(number, start, None, None)]}
+                yield {"choices": [self.choice(number, {"delta": {"role": "assistant", "content": ""}}, None, None)]}
         async for number, piece in self.arriving():
             text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
             yield {"choices": [self.choice(number, text, piece.tokens, piece.finish)]}
@@ -90,21 +90,18 @@ class Answers:
         """Yields (number of the generation, piece) until all have ended. Raises Refused."""
         # Look from time to time: sending an event takes longer than drawing a small model's token. The pause grows, so
         # the first tokens arrive quickly, and later ones together.
-        pause = FIRST_PAUSE
-        unfinished = list(range(len(self.generations)))
-        while True:
-            for number in list(unfinished):
-                piece = self.generations[number].read()
-                if piece.finish:
-                    unfinished.remove(number)
-                if piece.finish or piece.text or piece.tokens:
-                    yield number, piece
-            if not unfinished:
-                return
-            if await self.request.is_disconnected():
-                raise Refused("the client has left", 499)
+        pause, unfinished = FIRST_PAUSE, dict(enumerate(self.generations))
+        while unfinished:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+            if await self.request.is_disconnected():
+                raise Refused("the client has left", 499)
+            for number, generation in list(unfinished.items()):
+                piece = generation.read()
+                if piece.finish:
+                    del unfinished[number]
+                if piece.finish or piece.text or piece.tokens:
+                    yield number, piece
 
     def usage(self) -> dict[str, int]:
         """Counts tokens. The prompt of several answers counts once."""
@@ -166,98 +163,91 @@ class Metrics:
         self.seconds = Histogram("lumi_request_seconds", "Seconds from a request to the end of its answer.", **common)
         self.first = Histogram("lumi_first_token_seconds", "Seconds from a request to its first token.", **common)
 
-
-async def under_way(request: Request) -> AsyncIterator[list[Generation]]:
-    """The generations of a request. They end when it ends, also if the client leaves."""
-    generations, metrics = [], request.app.state.metrics
-    try:
-        yield generations
-    finally:
-        for generation in generations:
-            generation.cancelled = True
-            metrics.prompt_tokens.inc(generation.prompt_tokens)
-            metrics.generated_tokens.inc(len(generation.tokens))
-            if generation.first:
-                metrics.first.observe(generation.first - generation.asked)
-
-
-UnderWay = Annotated[list[Generation], Depends(under_way)]
+    def count(self, generation: Generation) -> None:
+        self.prompt_tokens.inc(generation.prompt_tokens)
+        self.generated_tokens.inc(len(generation.tokens))
+        if generation.first:
+            self.first.observe(generation.first - generation.asked)
 
 
 class Api:
     """The routes."""
 
     def __init__(self, served: Served, engine: Engine):
-        self.served, self.engine = served, engine
-        model, tokenizer = served.model, served.tokenizer
-        created = int((served.directory / "manifest.json").stat().st_mtime)
-        self.about = {"id": served.name, "object": "model", "created": created, "owned_by": "lumi"}
-        self.about |= {"stage": served.stage, "template": served.template, "parameters": model.num_parameters()}
-        self.about |= {"context_length": model.config.context_length, "max_tokens": schema.MAX_TOKENS}
-        self.about |= {"checkpoint": model.digest, "tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+        self.served, self.engine, self.counts = served, engine, Metrics(engine)
+        self.about = {
+            "id": served.name,
+            "object": "model",
+            "created": int((served.directory / "manifest.json").stat().st_mtime),
+            "owned_by": "lumi",
+            "template": served.template,
+            "parameters": served.model.num_parameters(),
+            "context_length": served.model.config.context_length,
+            "checkpoint": served.model.digest,
+            "tokenizer": served.tokenizer.sha256,
+        }
 
     async def health(self) -> Response:
         """Status 200 while the engine runs, and 503 when it has stopped."""
-        status = "ok" if self.engine.running else "the engine has stopped"
-        return JSONResponse({"status": status, "model": self.served.name}, 200 if status == "ok" else 503)
+        status, code = ("ok", 200) if self.engine.running else ("the engine has stopped", 503)
+        return JSONResponse({"status": status, "model": self.served.name}, code)
 
-    async def metrics(self, request: Request) -> Response:
+    async def metrics(self) -> Response:
         """Counts and times in Prometheus' text format."""
-        return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.counts.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> dict:
         """The server has one model."""
         return {"object": "list", "data": [self.about]}
 
     async def model(self, name: str) -> dict:
-        """Its stage, size, limits and template, and the SHA-256 of its checkpoint and tokenizer."""
+        """Its size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
         self.check_name(name, 404)
         return self.about
 
-    async def generate(self, body: GenerateRequest, request: Request, generations: UnderWay) -> dict:
+    async def generate(self, body: GenerateRequest, request: Request) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
         ids = await asyncio.to_thread(self.served.prompt, body.prompt)
-        options = body.model_dump(exclude={"prompt", "max_length"})
-        body = CompletionRequest(prompt=ids, max_tokens=body.max_length, **options)
-        answer = await self.start(body, request, generations, [ids], body.max_tokens).whole()
+        max_tokens = body.max_tokens or body.max_length
+        options = body.model_dump(exclude={"prompt", "max_length", "max_tokens"})
+        answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], max_tokens).whole()
         [choice] = answer["choices"]
         kept = {"model": answer["model"], "text": choice["text"], "finish_reason": choice["finish_reason"]}
         return kept | {"usage": answer["usage"]}
 
-    async def completions(self, body: CompletionRequest, request: Request, generations: UnderWay) -> Response:
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one text or several."""
         prompts = []
         for prompt in body.prompts():
             ids = await asyncio.to_thread(self.served.text, prompt) if isinstance(prompt, str) else prompt
             prompts.append(ids)
-        answers = self.start(body, request, generations, prompts, body.max_tokens or 16, body.logprobs)
-        return await answers.response()
+        return await self.start(body, request, prompts, body.max_tokens or 16, body.logprobs).response()
 
-    async def chat(self, body: ChatRequest, request: Request, generations: UnderWay) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Writes the next message of a conversation. The model must be fine-tuned."""
         if body.top_logprobs and not body.logprobs:
             raise Refused("top_logprobs: expected logprobs true beside it", param="top_logprobs")
         ids = await asyncio.to_thread(self.served.conversation, [message.message() for message in body.messages])
         max_tokens = body.max_completion_tokens or body.max_tokens or min(self.served.room(ids), schema.MAX_TOKENS)
         candidates = (body.top_logprobs or 0) if body.logprobs else None
-        return await self.start(body, request, generations, [ids], max_tokens, candidates).response()
+        return await self.start(body, request, [ids], max_tokens, candidates).response()
 
-    def start(self, body: Sampled, request, generations: list, prompts, max_tokens: int, candidates=None) -> Answers:
+    def start(self, body: Sampled, request: Request, prompts, max_tokens: int, candidates=None) -> Answers:
         """Submits the texts that a request asks for. prompts: a list of ids for each. Their seeds count up."""
         if body.model:
             self.check_name(body.model, 400)
-        prompts = [ids for ids in prompts for _ in range(body.n)]
-        if len(prompts) > schema.CHOICES:
-            raise Refused(f"n: {len(prompts)} answers in one request; expected at most {schema.CHOICES}", param="n")
+        count = len(prompts) * body.n
+        if count > schema.CHOICES:
+            raise Refused(f"n: {count} answers in one request; expected at most {schema.CHOICES}", param="n")
         stop_ids = () if body.ignore_eos else self.served.stop
-        new = []
-        for number, ids in enumerate(prompts):
+        generations = []
+        for number in range(count):
+            ids, seed = prompts[number // body.n], seed_of(body.seed, number)
             self.served.room(ids)  # raises Refused if there is none
-            seed = None if body.seed is None else (body.seed + number) % 2**63
             continuation = Continuation(ids, max_tokens, body.sampling(), seed, stop_ids, candidates)
-            new.append(Generation(self.served.tokenizer, continuation, body.stops()))
-        self.engine.submit(new)
-        generations += new
+            generations.append(Generation(self.served.tokenizer, continuation, body.stops()))
+        self.engine.submit(generations)
+        request.state.generations.extend(generations)
         return Answers(self.served, body, generations, request)
 
     def check_name(self, name: str, status: int) -> None:
@@ -275,7 +265,6 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     failed = {"model": schema.ErrorBody, "description": "The server failed."}
     options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "max_body_size": schema.BODY}
     app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
-    app.state.metrics = Metrics(engine)
     api = Api(served, engine)
     app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
     app.get("/favicon.ico", include_in_schema=False)(lambda: Response(status_code=204))
@@ -291,7 +280,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     app.post("/v1/chat/completions", **stream, **guard)(api.chat)
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, respond)
-    app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=app.state.metrics)
+    app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=api.counts)
     if origins:
         methods, headers = ["GET", "POST"], ["*"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
@@ -300,11 +289,10 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
 
 def key_check(key: str) -> Callable:
     """A dependency that refuses requests without the key."""
-    bearer = HTTPBearer(auto_error=False, description="The server's LUMI_API_KEY.")
 
-    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        sent = given.credentials.encode("latin-1") if given else b""
-        if not secrets.compare_digest(sent, key.encode()):
+    async def check(request: Request) -> None:
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secrets.compare_digest(sent.encode("latin-1"), key.encode()):
             problem = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
             raise Refused(problem, 401, code="invalid_api_key")
 
@@ -325,10 +313,11 @@ async def respond(request: Request, error: Exception) -> Response:
 
 
 def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
-    """ASGI middleware that counts and logs requests."""
+    """ASGI middleware. When a request ends, or its client leaves, it ends the texts, counts and logs the request."""
 
     async def run(scope, receive, send) -> None:
         status, started = 500, time.perf_counter()  # 500: a defect, which Starlette answers
+        generations = scope["state"]["generations"] = []  # Api.start adds to it
 
         async def note_status(message) -> None:
             nonlocal status
@@ -339,6 +328,9 @@ def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
             await app(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
+            for generation in generations:
+                generation.cancelled = True
+                metrics.count(generation)
             path = scope["path"] if scope["path"] in paths else "other"
             metrics.requests.labels(path=path, status=status).inc()
             if scope["method"] == "POST":

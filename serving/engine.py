@@ -23,6 +23,11 @@ class Refused(UserError):
         self.status, self.param, self.code = status, param, code
 
 
+def seed_of(seed: int | None, number: int) -> int | None:
+    """The seed of text `number` of a request. None and -1: another one each time."""
+    return None if seed in (None, -1) else (seed + number) % 2**63
+
+
 class Token(NamedTuple):
     """A new token. start: where its text begins, in characters. logprob: in nats, if the request asks for it."""
 
