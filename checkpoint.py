@@ -5,6 +5,7 @@ state.pt         what else resuming needs: optimizers, random generators, the st
 manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
 """
 
+import glob
 import os
 import re
 import shutil
@@ -25,8 +26,8 @@ from model import ModelConfig, Transformer
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """Yields a temporary directory, which replaces `directory` at the end of the block, unless the block fails."""
-    temporary, old = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "old"))
-    remove(temporary)
+    recover(directory.parent, directory.name)
+    temporary = directory.with_name(f".{directory.name}.partial")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -35,26 +36,23 @@ def replacing(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # A directory cannot be renamed over another. The old one moves aside first; `recover` puts it back after a crash
-    # between the two renames.
-    if os.path.lexists(directory):
-        remove(old)
-        os.rename(directory, old)
-    os.rename(temporary, directory)
+    # A directory cannot be renamed over another. So first mark the new one as complete: from here on, `recover` puts it
+    # in place, in this process or in the next one.
+    os.rename(temporary, directory.with_name(f".{directory.name}.new"))
     stage.sync(directory.parent)
-    remove(old)
+    recover(directory.parent, directory.name)
 
 
-def recover(parent: Path, name: str = "*") -> None:
-    """Cleans up after a killed process: restores directories that were moved aside, removes partial ones."""
-    # name: a pattern for the directories' names. Nobody may be writing one of them.
-    for old in parent.glob(f".{name}.old"):
-        target = parent / old.name[1:-4]
-        if os.path.lexists(target):
-            remove(old)
-        else:
-            os.rename(old, target)
-    for partial in parent.glob(f".{name}.partial"):
+def recover(parent: Path, name: str | None = None) -> None:
+    """Finishes what `replacing` began: puts new directories in their places, removes partial ones."""
+    # name: of the directory; None: all in the parent. Nobody else may be writing them.
+    pattern = glob.escape(name) if name else "*"
+    for new in parent.glob(f".{pattern}.new"):
+        directory = parent / new.name[1:-4]
+        remove(directory)
+        os.rename(new, directory)
+        stage.sync(parent)
+    for partial in parent.glob(f".{pattern}.partial"):
         remove(partial)
 
 
@@ -99,8 +97,8 @@ def read_manifest(directory: Path) -> dict:
         return manifest
     final = directory / "final"
     hint = f"did you mean {final}?" if final.is_dir() else "expected a directory such as runs/NAME/pretrain/final"
-    problem = "is not a checkpoint" if directory.exists() else "does not exist"
-    raise UserError(f"{directory} {problem}; {hint}")
+    problem = "holds no weights" if directory.exists() else "does not exist"
+    raise UserError(f"{directory} is not a checkpoint: it {problem}; {hint}")
 
 
 def read(directory: Path, file: str) -> dict:

@@ -212,15 +212,14 @@ class Api:
         options = body.model_dump(exclude={"prompt", "max_length", "max_tokens"})
         answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], max_tokens).whole()
         [choice] = answer["choices"]
-        kept = {"model": answer["model"], "text": choice["text"], "finish_reason": choice["finish_reason"]}
-        return kept | {"usage": answer["usage"]}
+        usage, finish = answer["usage"], choice["finish_reason"]
+        return {"model": self.served.name, "text": choice["text"], "finish_reason": finish, "usage": usage}
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one text or several."""
-        prompts = []
-        for prompt in body.prompts():
-            ids = await asyncio.to_thread(self.served.text, prompt) if isinstance(prompt, str) else prompt
-            prompts.append(ids)
+        prompts = body.prompts()
+        if isinstance(prompts[0], str):
+            prompts = [await asyncio.to_thread(self.served.text, prompt) for prompt in prompts]
         return await self.start(body, request, prompts, body.max_tokens or 16, body.logprobs).response()
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -360,7 +359,6 @@ class Server(uvicorn.Server):
         limits = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": DRAIN_SECONDS}
         super().__init__(uvicorn.Config(app, http="h11", loop="asyncio", **options, **limits))
         self.engine = engine
-        self.waiting: dict[object, float] = {}  # connections that wait for their clients, and since when
 
     def handle_exit(self, sig, frame) -> None:
         if self.should_exit:
@@ -371,13 +369,13 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls it ten times a second. Drops connections whose clients send or read too slowly."""
-        now, waiting = time.monotonic(), {}
+        now = time.monotonic()
         for connection in list(self.server_state.connections):
             cycle = connection.cycle
             sending = cycle is None or cycle.response_complete or cycle.more_body
-            if sending or connection.flow.write_paused:
-                waiting[connection] = self.waiting.get(connection, now)
-                if now - waiting[connection] > PATIENCE:
-                    connection.transport.abort()
-        self.waiting = waiting
+            since = vars(connection).setdefault("waiting_since", now)
+            if not sending and not connection.flow.write_paused:
+                connection.waiting_since = now
+            elif now - since > PATIENCE:
+                connection.transport.abort()
         return await super().on_tick(counter)

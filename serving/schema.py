@@ -18,8 +18,7 @@ CHOICES = 16  # answers to one request
 # Fields of OpenAI's API that change no answer here. With no tools, the last two have no meaning.
 IGNORED = {"user", "name", "safety_identifier", "prompt_cache_key", "service_tier", "metadata", "store"}
 IGNORED |= {"include_obfuscation", "tool_choice", "parallel_tool_calls"}
-
-LIMITS = ("max_tokens", "max_completion_tokens", "max_length", "top_k")
+LIMITS = ("max_tokens", "max_completion_tokens", "max_length", "top_k")  # -1 means none
 
 Text = Annotated[str, Field(max_length=BODY)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -37,7 +36,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_unset(cls, data):
-        """Drops ignored fields, null, -1 for no limit (as vLLM does), and unknown fields that are 0 or empty."""
+        """Drops ignored fields, null, a limit of -1 (as vLLM does), and unknown fields that are 0 or empty."""
         if not isinstance(data, dict):
             return data
         given = {}

@@ -82,6 +82,8 @@ def test_a_chat_is_what_the_model_answers(client, server: Server):
     assert texts == [expected(server, ids, 12, seed=5 + i) for i in range(3)]
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage.prompt_tokens == len(ids)
+    endless = client.chat.completions.create(model=served.name, messages=USER, extra_body={"ignore_eos": True})
+    assert endless.usage.total_tokens == served.model.config.context_length
     parts = [{"role": "user", "content": [{"type": "text", "text": "Say "}, {"type": "text", "text": "a in."}]}]
     assert client.chat.completions.create(messages=parts, max_tokens=12, **options).choices == answer.choices
 
@@ -190,6 +192,10 @@ def test_generate_answers_plainly(server: Server):
     assert answer["text"] == expected(server, ids, 10, seed=3, top_p=0.9)
     assert answer["model"] == "mini-sft"
     assert answer["usage"]["prompt_tokens"] == len(ids)
+    del body["max_length"]
+    assert server.post("/generate", json=body | {"max_tokens": 10}).json() == answer
+    error = problem(server.post("/generate", json=body | {"max_new_tokens": 10}), 400)
+    assert "'max_new_tokens' is not supported; leave it out, or see /openapi.json" in error["message"]
 
 
 # ------------------------------------------------------------------------------------- what other clients send, or not
@@ -370,5 +376,7 @@ def test_generate_ends_where_the_answer_ends(fine_tuned: Place, served):
     done = fine_tuned.run("serve.py", fine_tuned.config, "generate", "--samples", 2, *options, stdin=prompt)
     assert done.stdout.startswith(served.tokenizer.decode(new, begins=False) + "\n" + "-" * 40 + "\n")
     base = fine_tuned.runs / "mini/pretrain/final"
-    done = fine_tuned.run("serve.py", fine_tuned.config, "generate", prompt, "--checkpoint", base, *options)
+    options = *options, "--checkpoint", base, "--seed", -1
+    done = fine_tuned.run("serve.py", fine_tuned.config, "generate", prompt, *options)
     assert done.stdout.startswith(prompt)
+    assert fine_tuned.run("serve.py", fine_tuned.config, "generate", prompt, *options).stdout != done.stdout

@@ -1,5 +1,7 @@
 """The key, CORS, limits of size and time, metrics, and the schema: as browsers, strangers and Prometheus see them."""
 
+import time
+
 import pytest
 import schemathesis
 import schemathesis.checks
@@ -84,6 +86,15 @@ def test_a_client_that_sends_too_slowly_is_dropped(server: Server, monkeypatch):
     connections = [(server.connect(), sent) for sent in UNFINISHED * 10]
     for connection, sent in connections:
         connection.sendall(sent)
+
+    def trickle() -> None:
+        with server.connect() as connection:
+            for letter in b"GET /health HTTP/1.1\r\nX: " + b"x" * 100:
+                connection.sendall(bytes([letter]))
+                time.sleep(0.02)
+
+    with pytest.raises(ConnectionError):
+        trickle()
     server.works()
     for connection, _ in connections:
         received(connection)
