@@ -208,18 +208,14 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
 
 
 def must_be_exact(model) -> None:
-    """UserError, naming the reasons, if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
+    """UserError if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     types = [piece.type for piece in model.pieces]
-    reasons = {
-        "an algorithm that is neither unigram nor BPE": trainer.model_type not in (trainer.UNIGRAM, trainer.BPE),
-        "text normalisation": normalizer.precompiled_charsmap,
-        "white space that is not kept": normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix,
-        "no byte pieces": types.count(kinds.BYTE) != 256,
-        "user-defined or unused pieces": {kinds.USER_DEFINED, kinds.UNUSED} & set(types),
-    }
-    if present := ", ".join(filter(reasons.get, reasons)):
-        raise UserError(f"the tokenizer has {present}, which tokenizer.json cannot reproduce exactly")
+    changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    known = trainer.model_type in (trainer.UNIGRAM, trainer.BPE) and types.count(kinds.BYTE) == 256
+    if changes_text or trainer.treat_whitespace_as_suffix or not known or kinds.USER_DEFINED in types:
+        problem = "tokenizer.json cannot reproduce this tokenizer exactly; expected unigram or BPE with 256 byte pieces"
+        raise UserError(f"{problem}, no text normalisation, white space kept, and no user-defined pieces")
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -176,8 +176,8 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
 
 def add_gradients(parameters: Iterable[nn.Parameter], how: str) -> None:
     """Replaces every gradient by its sum over all processes. With "fsdp", the backward pass has done so."""
-    # Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
-    # resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
+    # Each tensor by itself. torch's DistributedDataParallel joins several, and joins others after its first step: a
+    # resumed run would then sum three or more processes' numbers in another order and differ in the last digits.
     if how == "fsdp" or ranks() == 1:
         return
     sent = []

@@ -28,7 +28,6 @@ from serving.served import Served
 PAGE = Path(__file__).with_name("page.html")
 DRAIN_SECONDS = 60  # for the answers under way when the server is asked to stop
 PATIENCE = 30.0  # seconds that a connection may wait for its client to send or to read
-CONNECTIONS = 512
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.04  # seconds between two looks at what the engine has written
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)  # seconds
 
@@ -72,10 +71,6 @@ class Answers:
         yield "data: [DONE]\n\n"
 
     async def events(self) -> AsyncIterator[dict]:
-        options = self.body.stream_options
-        counted = options and options.include_usage
-        if counted:
-            self.head["usage"] = None
         if self.chat:
             self.head["object"] = "chat.completion.chunk"
             for number in range(len(self.generations)):
@@ -83,7 +78,7 @@ class Answers:
         async for number, piece in self.arriving():
             text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
             yield {"choices": [self.choice(number, text, piece.tokens, piece.finish)]}
-        if counted:
+        if self.body.stream_options and self.body.stream_options.include_usage:
             yield {"choices": [], "usage": self.usage()}
 
     async def arriving(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -171,10 +166,10 @@ class Metrics:
 
 
 class Api:
-    """The routes."""
+    """The routes. key: clients must send it; None: they need none."""
 
-    def __init__(self, served: Served, engine: Engine):
-        self.served, self.engine, self.counts = served, engine, Metrics(engine)
+    def __init__(self, served: Served, engine: Engine, key: str | None):
+        self.served, self.engine, self.key, self.counts = served, engine, key, Metrics(engine)
         self.about = {
             "id": served.name,
             "object": "model",
@@ -186,6 +181,13 @@ class Api:
             "checkpoint": served.model.digest,
             "tokenizer": served.tokenizer.sha256,
         }
+
+    async def check_key(self, request: Request) -> None:
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        known = scheme.lower() == "bearer" and secrets.compare_digest(sent.encode("latin-1"), self.key.encode())
+        if not known:
+            problem = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
+            raise Refused(problem, 401, code="invalid_api_key")
 
     async def health(self) -> Response:
         """Status 200 while the engine runs, and 503 when it has stopped."""
@@ -264,12 +266,12 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     failed = {"model": schema.ErrorBody, "description": "The server failed."}
     options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "max_body_size": schema.BODY}
     app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
-    api = Api(served, engine)
+    api = Api(served, engine, key)
     app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
     app.get("/favicon.ico", include_in_schema=False)(lambda: Response(status_code=204))
     app.head("/health", include_in_schema=False)(api.health)
     app.get("/health")(api.health)
-    guard = {"dependencies": [Depends(key_check(key))] if key else []}
+    guard = {"dependencies": [Depends(api.check_key)] if key else []}
     app.get("/metrics", response_class=PlainTextResponse, **guard)(api.metrics)
     app.get("/v1/models", **guard)(api.models)
     app.get("/v1/models/{name}", **guard)(api.model)
@@ -284,18 +286,6 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
         methods, headers = ["GET", "POST"], ["*"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
     return app
-
-
-def key_check(key: str) -> Callable:
-    """A dependency that refuses requests without the key."""
-
-    async def check(request: Request) -> None:
-        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(sent.encode("latin-1"), key.encode()):
-            problem = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
-            raise Refused(problem, 401, code="invalid_api_key")
-
-    return check
 
 
 async def respond(request: Request, error: Exception) -> Response:
@@ -356,7 +346,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine):
         options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False}
-        limits = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": DRAIN_SECONDS}
+        limits = {"limit_concurrency": 512, "timeout_graceful_shutdown": DRAIN_SECONDS}
         super().__init__(uvicorn.Config(app, http="h11", loop="asyncio", **options, **limits))
         self.engine = engine
 

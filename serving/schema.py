@@ -117,7 +117,7 @@ class ChatRequest(Sampled):
 class GenerateRequest(Body):
     prompt: Text = Field(description="A question for a fine-tuned model, or a text to continue for a base model.")
     max_length: TokenLimit = Field(200, description="The largest number of new tokens.")
-    max_tokens: TokenLimit | None = Field(None, description="OpenAI's name of max_length, and the stronger one.")
+    max_tokens: TokenLimit | None = Field(None, description="OpenAI's name for max_length. With both, this one counts.")
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token.")
     top_p: float = Field(0.9, gt=0, le=1, description="Sample from the likeliest tokens that reach this share.")
     top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")

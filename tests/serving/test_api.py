@@ -12,7 +12,7 @@ import generate
 from serving.schema import CHOICES, MAX_TOKENS
 from sft.conversations import Message
 from tests.conftest import Place
-from tests.serving.conftest import Server, posted, problem, received, serve, slow, until
+from tests.serving.conftest import Server, posted, problem, received, serve, slow
 
 USER = [{"role": "user", "content": "Say a in."}]
 
@@ -292,24 +292,6 @@ def test_bodies_that_are_not_a_json_object_are_refused(server: Server):
 # ---------------------------------------------------------------------------------------------------------- failures
 
 LONG = {"prompt": "Return", "max_tokens": MAX_TOKENS}
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_answer(endless, stream):
-    with serve(endless) as server:
-        slow(server.engine, 0.05)
-        with server.connect() as connection:
-            connection.sendall(posted("/v1/completions", LONG | {"stream": stream}))
-            until(lambda: server.engine.open)
-            [generation] = server.engine.open.values()
-            until(lambda: len(generation.tokens) >= 3)
-            if stream:
-                until(lambda: b"data: " in connection.recv(1 << 16))
-            before = len(generation.tokens)
-        server.idle()
-        assert generation.cancelled
-        assert len(generation.tokens) <= before + 3
-        server.works()
 
 
 def test_when_the_engine_fails_clients_hear_of_it(endless):

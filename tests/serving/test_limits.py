@@ -126,18 +126,21 @@ def test_an_answer_may_take_longer_than_the_patience(endless, monkeypatch):
 
 
 def test_after_many_requests_nothing_is_left(endless):
-    """Good and bad requests, streams, and clients that leave."""
+    """Good and bad requests, streams, and clients that leave: their answers would take longer than `until` waits."""
     with serve(endless, rows=3, waiting=4) as server:
-        for _ in range(10):
+        slow(server.engine, 0.01)
+        body = {"prompt": "Return", "max_tokens": 8}
+        for stream in (True, False) * 3:
             server.works()
             problem(server.post("/v1/completions", json={"prompt": 1}), 400)
-            body = {"prompt": "Return", "max_tokens": 8, "stream": True}
-            assert server.post("/v1/completions", json=body).text.endswith("data: [DONE]\n\n")
-            for stream in (True, False):
-                with server.connect() as connection:
-                    connection.sendall(posted("/v1/completions", body | {"max_tokens": 4000, "stream": stream}))
-                    until(lambda: server.engine.open)
-                until(lambda: not server.engine.open)
+            assert server.post("/v1/completions", json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
+            with server.connect() as connection:
+                connection.sendall(posted("/v1/completions", body | {"max_tokens": 4000, "stream": stream}))
+                until(lambda: server.engine.open)
+                [generation] = server.engine.open.values()
+                until(lambda generation=generation: generation.tokens)
+            until(lambda: not server.engine.open)
+            assert generation.cancelled
         server.idle()
         assert server.engine.decoder.cache.used.sum() == 0
         until(lambda: not server.server.server_state.connections)
