@@ -10,6 +10,7 @@ Standard output of chat and generate carries only the model's text.
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -123,14 +124,22 @@ def arguments() -> argparse.ArgumentParser:
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
-    origin = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
-    a.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin)
+    allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
+    a.add_argument("--allow-origin", type=origin, action="append", default=[], metavar="ORIGIN", help=allowed)
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model, instead of the latest")
     for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too
         parser.set_defaults(command=command)
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
     return p
+
+
+def origin(text: str) -> str:
+    """An origin as browsers send it: without a slash at the end, in lower case, without the scheme's own port."""
+    if text != "*" and not re.fullmatch(r"[\w.+-]+://[^/]+/?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin; expected one like http://localhost:3000, or *")
+    text = text.rstrip("/").lower()
+    return text.removesuffix({"http": ":80", "https": ":443"}.get(text.partition(":")[0], ""))
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     about = f"OpenAI's API for chat and completions. Ignored are {', '.join(sorted(schema.IGNORED))}."
     wrong = {"model": schema.ErrorBody, "description": "The request has a mistake, or exceeds a limit."}
     failed = {"model": schema.ErrorBody, "description": "The server failed."}
-    options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "max_body_size": schema.BODY}
+    options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
     api = Api(served, engine, key)
     app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
@@ -282,9 +282,9 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, respond)
     app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=api.counts)
-    if origins:
-        methods, headers = ["GET", "POST"], ["*"]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
+    if origins:  # around all that answers, the handler of defects included: else a browser hides the answer from a page
+        stack, methods = app.build_middleware_stack(), ["GET", "POST"]
+        app.middleware_stack = CORSMiddleware(stack, origins, allow_methods=methods, allow_headers=["*"])
     return app
 
 
@@ -302,11 +302,19 @@ async def respond(request: Request, error: Exception) -> Response:
 
 
 def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
-    """ASGI middleware. When a request ends, or its client leaves, it ends the texts, counts and logs the request."""
+    """ASGI middleware. Refuses large bodies. At the end of a request it ends its texts, and counts and logs it."""
 
     async def run(scope, receive, send) -> None:
-        status, started = 500, time.perf_counter()  # 500: a defect, which Starlette answers
+        status, size, started = 500, 0, time.perf_counter()  # 500: a defect, which Starlette answers
         generations = scope["state"]["generations"] = []  # Api.start adds to it
+
+        async def read_some() -> dict:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > schema.BODY:
+                raise HTTPException(413, f"the body has more than {schema.BODY:,} bytes")
+            return message
 
         async def note_status(message) -> None:
             nonlocal status
@@ -314,7 +322,7 @@ def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
             await send(message)
 
         try:
-            await app(scope, receive, note_status)
+            await app(scope, read_some, note_status)
         finally:
             seconds = time.perf_counter() - started
             for generation in generations:
