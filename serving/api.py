@@ -105,40 +105,35 @@ class Answers:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def choice(self, number: int, text: dict, tokens: Sequence[Token] | None, finish: str | None) -> dict:
-        logprobs = None
-        if tokens is not None and self.generations[0].continuation.candidates is not None:
-            logprobs = self.chat_logprobs(tokens) if self.chat else self.completion_logprobs(tokens)
-        return {"index": number, **text, "logprobs": logprobs, "finish_reason": finish}
+        asked = tokens is not None and self.generations[0].continuation.candidates is not None
+        return {"index": number, **text, "logprobs": self.logprobs(tokens) if asked else None, "finish_reason": finish}
 
-    def chat_logprobs(self, tokens: Sequence[Token]) -> dict:
+    def logprobs(self, tokens: Sequence[Token]) -> dict:
         content = []
         for token in tokens:
-            likeliest = [self.chat_token(*pair) for pair in token.candidates]
-            content.append(self.chat_token(token.id, token.logprob) | {"top_logprobs": likeliest})
-        return {"content": content, "refusal": None}
-
-    def chat_token(self, id: int, logprob: float) -> dict:
-        text, content = self.spelling(id)
-        return {"token": text, "logprob": logprob, "bytes": list(content)}
-
-    def completion_logprobs(self, tokens: Sequence[Token]) -> dict:
+            likeliest = [self.entry(*pair) for pair in token.candidates]
+            content.append(self.entry(token.id, token.logprob) | {"top_logprobs": likeliest})
+        if self.chat:
+            return {"content": content, "refusal": None}
         columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
-            columns["tokens"].append(self.spelling(token.id)[0])
+        for entry, token in zip(content, tokens, strict=True):
+            columns["tokens"].append(entry["token"])
             columns["token_logprobs"].append(token.logprob)
-            columns["top_logprobs"].append({self.spelling(id)[0]: value for id, value in token.candidates})
+            columns["top_logprobs"].append({other["token"]: other["logprob"] for other in entry["top_logprobs"]})
             columns["text_offset"].append(token.start)
         return columns
 
-    def spelling(self, id: int) -> tuple[str, bytes]:
-        """A token's text and bytes. OpenAI writes a byte token, which is a part of a character, as "bytes:\\xe2"."""
+    def entry(self, id: int, logprob: float) -> dict:
+        """A token in OpenAI's form. A byte token is a part of a character: its text is such as "bytes:\\xe2"."""
         if id >= len(self.pieces):  # the embedding may have more rows than the tokenizer pieces
-            return f"<row {id}>", b""
-        name = self.pieces.id_to_piece(id)
-        if self.pieces.is_byte(id):  # <0xE2>
-            return f"bytes:\\x{name[3:5].lower()}", bytes.fromhex(name[3:5])
-        text = name.replace("\u2581", " ")
-        return text, text.encode()
+            text, content = f"<row {id}>", b""
+        elif self.pieces.is_byte(id):
+            content = bytes.fromhex(self.pieces.id_to_piece(id)[3:5])  # <0xE2>
+            text = f"bytes:\\x{content.hex()}"
+        else:
+            text = self.pieces.id_to_piece(id).replace("\u2581", " ")
+            content = text.encode()
+        return {"token": text, "logprob": logprob, "bytes": list(content)}
 
 
 class Metrics:

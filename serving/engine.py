@@ -79,6 +79,7 @@ class Generation:
         self.decoded = len(self.window), text
 
     def append(self, new: str) -> None:
+        """Adds whole characters. Ends the text before the first stop string."""
         text = self.text + new
         places = [text.find(stop) for stop in self.stop if stop in text]
         if not places:
