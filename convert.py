@@ -81,9 +81,8 @@ def extra(module: str):
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
     """UserError if writing to `out` would lose anything. force: an earlier conversion may be lost."""
-    for kept in (source.resolve(), Path.cwd()):
-        if kept.is_relative_to(out.resolve()):
-            raise UserError(f"{out} is or holds {kept}, which is in use; name another directory to write")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is or holds {source}, which is in use; name another directory to write")
     checkpoint.recover(out.parent, out.name)
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if strange := names - WRITTEN:

@@ -418,7 +418,8 @@ def test_only_an_earlier_conversion_is_replaced(foreign, tmp_path):
     refused("out is not empty", out)
     (out / "thesis.txt").write_text("years of work")
     refused(r"holds thesis\.txt, which no conversion wrote", out, "--force")
-    for used in (foreign, tmp_path, "."):
+    refused("which no conversion wrote", ".", "--force")
+    for used in (foreign, tmp_path):
         refused("which is in use", used, "--force")
     assert (out / "thesis.txt").read_text() == "years of work"
 
