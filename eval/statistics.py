@@ -25,12 +25,12 @@ def error_if_alike(share: float, n: int) -> float:
 
 def ratio(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     """sum(totals) / sum(sizes) over n items and its standard error, which is NaN for a single item."""
-    mean, n = totals.sum() / sizes.sum(), len(sizes)
+    n, size = len(sizes), sizes.sum()
+    mean = totals.sum() / size
     if n == 1:
         return float(mean), math.nan
-    residuals = totals - mean * sizes
-    spread = np.sqrt(np.square(residuals).sum() * (n / (n - 1)))
-    return float(mean), float(spread / sizes.sum())
+    squares = np.square(totals - mean * sizes).sum()
+    return float(mean), float(np.sqrt(squares * (n / (n - 1))) / size)
 
 
 def p_value(right: float, chances: np.ndarray) -> float:

@@ -30,7 +30,7 @@ class Published:
     def find(self) -> Path | None:
         """Its file, if there is one. UserError if there are several."""
         wanted = data.sources.raw() / self.file
-        end = r"\.raw" if self.question is None else r"\d*\.jsonl"
+        end = r"\d*\.jsonl" if self.question else r"\.raw"
         pattern = rf"{re.escape(wanted.name)}{end}(\.(xz|gz|bz2))?"
         paths = [path for path in wanted.parent.glob("*") if re.fullmatch(pattern, path.name)]
         if len(paths) > 1:
@@ -42,19 +42,19 @@ class Published:
         questions, where = [], path
         try:
             text = read(path)
-            if not text.strip():
-                raise ValueError("the file is empty")
             if self.question is None:
-                if not language.articles(text)[0].startswith(" = "):
+                if not re.match(r"(?m)\s*^ = [^=\n]+ = $", text):
                     raise ValueError("no title line ' = Title = ' opens it, as raw WikiText has")
                 return text
             for number, line in enumerate(text.split("\n"), start=1):
                 where = f"{path}, line {number}"
                 if line.strip():
-                    questions.append(self.question(json.loads(line)))
-                    questions[-1].choices[questions[-1].answer]
+                    questions.append(checked(self.question(json.loads(line))))
+            if not questions:
+                raise ValueError("the file is empty")
         except Exception as error:  # whatever goes wrong, the file is not what it should be
-            raise UserError(f"{where}: not the data of {self.dataset}: {error!r}; remove it or replace it") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}: not the data of {self.dataset}: {reason}; remove or replace the file") from None
         return questions
 
     def measure(self, subject: Subject, loaded: str | list[Question], name: str) -> dict:
@@ -72,12 +72,20 @@ def read(path: Path) -> str:
         return (unpack(file) if unpack else file).read().decode("utf-8-sig").replace("\r\n", "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- questions
+def checked(question: Question) -> Question:
+    """The question. ValueError if it cannot be scored."""
+    for context, ending in question.choices:
+        (context + ending).encode()  # half a surrogate pair is no text
+        if not ending.strip():
+            raise ValueError("a choice is empty")
+    if not 0 <= question.answer < len(question.choices):  # the test sets of some datasets say -1: not published
+        raise ValueError(f"the answer is number {question.answer} of {len(question.choices)} choices")
+    return question
 
 
-def among(context: str, endings: list[str], answer: int) -> Question:
+def among(context: str, endings: list[str], answer: int | str) -> Question:
     """One context and several endings, after a space."""
-    return Question(tuple((context, " " + ending) for ending in endings), answer)
+    return Question([(context, " " + ending) for ending in endings], int(str(answer)))
 
 
 def boolq(record: dict) -> Question:
@@ -88,30 +96,32 @@ def boolq(record: dict) -> Question:
 
 def blimp(record: dict) -> Question:
     """BLiMP (arXiv:1912.00582): two sentences, one of them grammatical."""
-    sentences = (("", record["sentence_good"]), ("", record["sentence_bad"]))
+    sentences = [("", record["sentence_good"]), ("", record["sentence_bad"])]
     field = record["field"].replace("/", "_")  # the files write both syntax/semantics and syntax_semantics
     return Question(sentences, 0, {"field": field, "term": record["linguistics_term"].strip()})
 
 
 def arc_easy(record: dict) -> Question:
     """ARC-Easy (arXiv:1803.05457): science questions of schools."""
-    options = record["choices"]
-    answer = options["label"].index(record["answerKey"])
-    return among("Question: " + record["question"] + "\nAnswer:", options["text"], answer)
+    options = dict(zip(record["choices"]["label"], record["choices"]["text"], strict=True))
+    answer = list(options).index(record["answerKey"])
+    return among("Question: " + record["question"] + "\nAnswer:", list(options.values()), answer)
 
 
 def piqa(record: dict) -> Question:
     """PIQA (arXiv:1911.11641): how to do things in the physical world."""
     context = "Question: " + record["goal"] + "\nAnswer:"
-    return among(context, [record["sol1"], record["sol2"]], int(record["label"]))
+    return among(context, [record["sol1"], record["sol2"]], record["label"])
 
 
 def hellaswag(record: dict) -> Question:
     """HellaSwag (arXiv:1905.07830): how a description of everyday life continues."""
     context = record["ctx"]
+    if type(record["endings"]) is not list:
+        raise TypeError(f"{record['endings']!r} is no list of choices")
     if "activity_label" in record:
         context = record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
-    return among(tidy(context), [tidy(ending) for ending in record["endings"]], int(record["label"]))
+    return among(tidy(context), [tidy(ending) for ending in record["endings"]], record["label"])
 
 
 def tidy(text: str) -> str:
@@ -123,7 +133,7 @@ def winogrande(record: dict) -> Question:
     """WinoGrande (arXiv:1907.10641): who or what a blank stands for. The rest of the sentence is scored after both."""
     before, rest = record["sentence"].split("_", 1)
     contexts = [before + record["option1"], before + record["option2"]]
-    return Question(tuple((context, " " + rest.strip()) for context in contexts), int(record["answer"]) - 1)
+    return Question([(context, " " + rest.strip()) for context in contexts], int(record["answer"]) - 1)
 
 
 PUBLISHED = {
@@ -136,5 +146,7 @@ PUBLISHED = {
     "winogrande": Published("winogrande_val", "allenai/winogrande", "winogrande_xl", "validation", winogrande),
 }
 
-TASKS = ("validation", *PUBLISHED, "answers", "preference", "smoke", "prompts", "everyday", "continuations")
-"""Every task, in the order of results.json."""
+METRICS = {"validation": "bits_per_byte"} | dict.fromkeys(PUBLISHED, "accuracy") | {"wikitext2": "bits_per_byte"}
+METRICS |= {"answers": "loss", "preference": "win_rate", "smoke": "passed", "prompts": "repetition"}
+METRICS |= {"everyday": "repetition", "continuations": "repetition"}
+"""Every task in the order of results.json, and its main metric: `stderr` and `baseline` are about this one."""

@@ -28,9 +28,9 @@ COLOURS = Prompt("x", "List two colours.", ("red", "blue*", "light green"), word
 
 
 def test_the_prompts_and_an_empty_answer():
-    assert list(Counter(prompt.category for prompt in SMOKE).values()) == [3] * 8
+    assert list(Counter(prompt.category for prompt in SMOKE.values()).values()) == [3] * 8
     assert (len(TEXTS["prompts"]), len(TEXTS["everyday"])) == (5, 15)
-    assert not any(all(rule["passed"] for rule in judge(prompt, "").values()) for prompt in SMOKE)
+    assert not any(all(rule["passed"] for rule in judge(prompt, "").values()) for prompt in SMOKE.values())
 
 
 def test_measures_by_hand():
@@ -101,7 +101,7 @@ def test_answers_are_what_generate_gives(subject):
 def test_smoke_counts_what_passed(subject):
     numbers = smoke(subject[0])
     texts = numbers["texts"]
-    for prompt, text in zip(SMOKE, texts, strict=True):
+    for prompt, text in zip(SMOKE.values(), texts, strict=True):
         assert (text["prompt"], text["rules"]) == (prompt.text, judge(prompt, text["answer"]))
     assert numbers["passed"] == sum(text["passed"] for text in texts) / 24
     assert numbers["length"] == sum(text["rules"]["length"]["passed"] for text in texts) / 24
@@ -180,7 +180,7 @@ def test_stages_are_measured_alike_and_the_report_sets_them_side_by_side(measure
     assert first["answer"] == spm.decode(new, begins=False)
     out = measured.run("pipeline.py", measured.config, "report").stdout
     assert re.findall(r"(?m)^(prompt|pretrain|sft|dpo|truth) +\D", out)[-5:] == [
-        "prompt", "pretrain", "sft", "dpo", "truth",
+        "prompt", "truth", "pretrain", "sft", "dpo",
     ]  # fmt: skip
     page = (measured.runs / "mini/REPORT.md").read_text()
     for text in texts["pretrain"]["answers"]:
