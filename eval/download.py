@@ -25,7 +25,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def download(published: Published) -> Path:
     """Writes a task's file, whole or not at all."""
-    datasets, name = extra("datasets", "datasets", "the Hub"), published.dataset
+    datasets = extra("datasets", "datasets", "the Hub")
+    name = published.dataset
     path = data.sources.raw() / (published.file + (".raw" if published.question is None else ".jsonl"))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")

@@ -42,12 +42,14 @@ def step(experiment: Experiment, given: str | None, where: str | None, force: bo
     """The stage that measures every trained stage, or the checkpoint `given`. where: a directory in place of DATA."""
     command = experiment.command("eval")
     if given is None:
-        trained, directory = experiment.all_trained(), experiment.directory("eval")
+        trained = experiment.all_trained()
+        directory = experiment.directory("eval")
     else:
         final = Path(os.path.abspath(given))
         tuned = "sft" if checkpoint.template(final) else "pretrain"
         name = "dpo" if "dpo" in checkpoint.read_manifest(final)["config"] else tuned
-        trained, directory = {name: final}, final.parent / f"eval_{final.name}"
+        trained = {name: final}
+        directory = final.parent / f"eval_{final.name}"
         command += f" --checkpoint {shlex.quote(given)}"
     if where is not None:
         if not os.path.isdir(where):
@@ -116,7 +118,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
                 stage.record_seconds(job.directory / f"{name}-{task}", seconds)
                 metric = METRICS[task]
                 number = with_error(numbers, metric, metric) if metric in numbers else "skipped"
-                log.info(f"{task}: {metric.replace('_', ' ')} {number}, {seconds:.1f} s")
+                log.info(f"{task}: {metric} {number}, {seconds:.1f} s")
         save(job.directory, results, texts)
         measured = {}
         for name, entries in results.items():
@@ -129,7 +131,8 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
 def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict[str, str], dict]:
     """{task: digest of all that its numbers depend on, but for the model}, and {task: why it cannot be measured}."""
     settings = stage.describe(experiment.eval)
-    digests, missing = {task: digest(settings, TEXTS) for task in TEXTS}, {}
+    digests = dict.fromkeys(TEXTS, digest(settings, TEXTS))
+    missing = {}
     for task, published in PUBLISHED.items():
         if published.file in read:
             digests[task] = read[published.file]
@@ -180,8 +183,9 @@ def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: To
         measure = validation if task == "validation" else generation.continuations
         return partial(measure, held_out=data.pack.load(directory, spm.sha256)["val"])
     if task == "answers":
-        counts, context = sft.data.load(directory, spm.sha256), experiment.model.context_length
-        train, held_out = (sft.data.Rows(directory, split, counts, context) for split in data.pack.SPLITS)
+        counts = sft.data.load(directory, spm.sha256)
+        train = sft.data.Rows(directory, "train", counts, context=0)  # their texts are read one by one, not in rows
+        held_out = sft.data.Rows(directory, "val", counts, context=0)
         template = stage.read_manifest(directory)["config"]["sft_data"]["template"]
         return partial(generation.answers, train=train, held_out=held_out, template=template)
     # The reference is the model that DPO started or would start from.
@@ -189,9 +193,11 @@ def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: To
     *_, final = trained.values()
     config = checkpoint.read_manifest(final)["config"]
     if "dpo" in config:
-        base, beta = checkpoint.base(final), config["loss"]["beta"]
+        base = checkpoint.base(final)
+        beta = config["loss"]["beta"]
     else:
-        base, beta = trained.get("sft", final), experiment.dpo.loss.beta
+        base = trained.get("sft", final)
+        beta = experiment.dpo.loss.beta
     pieces = unseen(base, experiment.sft.data.template, spm, experiment.imported is not None)
     model = Base(base, experiment.model, pieces).load().to(machine.pick_device())
     reference = dpo.reference.of_pairs(model.eval(), pairs, "reference")

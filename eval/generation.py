@@ -23,13 +23,16 @@ def write(subject: Subject, prompts: list[list[int]], new_tokens: int, template:
     seeds = range(config.seed, config.seed + len(prompts))
     stop = ends(template, subject.tokenizer) if template else [subject.tokenizer.eos]
     options = {"temperature": config.temperature, "top_p": config.top_p, "seed": seeds, "stop": stop}
-    new = generate.generate(subject.model, prompts, new_tokens, **options)
-    return [(seed, ids, len(ids) < new_tokens) for seed, ids in zip(seeds, new, strict=True)]
+    samples = []
+    for seed, ids in zip(seeds, generate.generate(subject.model, prompts, new_tokens, **options), strict=True):
+        samples.append((seed, ids, len(ids) < new_tokens))
+    return samples
 
 
 def answer(subject: Subject, prompts: Sequence[str]) -> list[dict]:
     """{"prompt", "seed", "answer", "ended"} for each prompt, in the template in which the model learnt to answer."""
-    spm, template, asked, texts = subject.tokenizer, subject.template, [], []
+    spm, template = subject.tokenizer, subject.template
+    asked, texts = [], []
     for prompt in prompts:
         if template:
             ids, _ = render(template, [Message("user", cleaned(prompt))], spm, ask=True)
@@ -57,7 +60,8 @@ def smoke(subject: Subject) -> dict:
         passed["passed"].append(text["passed"])
         categories.setdefault(prompt.category, []).append(text["passed"])
     _, stderr = mean_and_error(np.array(passed["passed"], float))
-    numbers = means(passed) | {"by_category": means(categories), "stderr": stderr}
+    numbers = means(passed)
+    numbers |= {"by_category": means(categories), "stderr": stderr}
     return numbers | {"baseline": 0.0, "n": len(texts), "texts": texts}  # the baseline: an empty answer passes nothing
 
 
@@ -76,7 +80,8 @@ def prompts(subject: Subject, asked: Sequence[str]) -> dict:
 
 def continuations(subject: Subject, held_out: Packed) -> dict:
     """The task `continuations`: continuations of held-out documents, and how much they repeat themselves."""
-    config, spm, cut = subject.config, subject.tokenizer, subject.config.prompt_tokens
+    config, spm = subject.config, subject.tokenizer
+    cut = config.prompt_tokens
     length = cut + config.new_tokens
     documents = [ids for ids in held_out.documents() if len(ids) > length]
     if not documents:
@@ -168,7 +173,8 @@ def nats_by_conversation(subject: Subject, held_out: Rows, ends: tuple[int, ...]
 
 def written(subject: Subject, held_out: Rows, template: str) -> list[dict]:
     """The model's answers to the first question of some conversations, evenly spaced, beside the true answers."""
-    spm, asked, texts = subject.tokenizer, [], []
+    spm = subject.tokenizer
+    asked, texts = [], []
     for number in evenly(range(len(held_out.starts) - 1), subject.config.answers):
         ids, trained = held_out.conversation(number)
         first = int(trained.argmax())

@@ -37,7 +37,8 @@ class Subject(NamedTuple):
 # half a context.
 def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, what: str | None = None) -> np.ndarray:
     """−log p in nats of every token of a stream that opens a document, (N,) float64. what: names the progress bar."""
-    n, T = len(tokens), subject.model.config.context_length
+    n = len(tokens)
+    T = subject.model.config.context_length
     step = step or max(1, T // 2)
     starts = [0]
     if n > T:
@@ -110,7 +111,8 @@ def wikitext2(subject: Subject, text: str) -> dict[str, float]:
     ids = [subject.tokenizer.encode_array(detokenized(page).encode()) for page in pages]
     sizes = np.array([len(page.encode()) for page in pages])
     words = sum(len(re.split(r"\s+", page)) for page in pages)
-    tokens, numbers = sum(map(len, ids)), {}
+    tokens = sum(map(len, ids))
+    numbers = {}
     for prefix, step in (("", subject.model.config.context_length), ("strided_", None)):
         nats = np.zeros(len(ids))
         for i, page in enumerate(progress(ids, len(ids), "articles", f"{prefix}wikitext2")):

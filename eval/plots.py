@@ -38,7 +38,6 @@ def draw(run: Run, directory: Path) -> list[str]:
 
 
 def figure(title: str, panels: int, columns: int) -> Figure:
-    """A figure with its panels as `axes`."""
     rows = math.ceil(panels / columns)
     drawing = Figure(figsize=(11, 1 + 3 * rows), dpi=120, layout="constrained")
     drawing.suptitle(title)
@@ -66,7 +65,7 @@ def bars(tasks: dict[str, dict[str, dict]]) -> Figure:
     drawing = figure("dashed: baseline; whiskers: two standard errors", len(tasks), 4)
     for axis, (task, entries) in zip(drawing.axes, tasks.items(), strict=True):
         metric = METRICS[task]
-        axis.set(title=task, ylabel=metric.replace("_", " "))
+        axis.set(title=task, ylabel=metric)
         for name, entry in entries.items():
             error = 2 * (entry["stderr"] or 0)  # null: unknown
             axis.bar(name, entry[metric], yerr=error, capsize=3)

@@ -53,7 +53,8 @@ def preference(subject: Subject, pairs: PairRows, reference: Tensor, beta: float
 
 def chosen_greater(values: np.ndarray) -> np.ndarray:
     """1 for each pair whose first value is the greater one, 1/2 for a tie, else 0. values: (pairs, 2)."""
-    return (np.sign(values[:, 0] - values[:, 1]) + 1) / 2
+    chosen, rejected = values.T
+    return (np.sign(chosen - rejected) + 1) / 2
 
 
 def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
@@ -73,7 +74,8 @@ def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tup
 def matched(longer: np.ndarray) -> np.ndarray:
     """A weight for each pair, so that pairs that differ about as much in length have each order equally often."""
     # longer: by how many tokens the chosen answer is the longer one. In a bin, pairs of the rarer order keep weight 1.
-    size, weights = np.abs(longer), np.ones(len(longer))
+    size = np.abs(longer)
+    weights = np.ones(len(longer))
     bins = np.searchsorted(np.quantile(size, np.arange(1, BINS) / BINS), size)
     for number in range(BINS):
         above = (bins == number) & (longer > 0)

@@ -3,7 +3,7 @@
 import os
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import cli
 import stage
@@ -13,14 +13,14 @@ from eval.summary import Run, notes, sample, show, visible, with_error
 from eval.tasks import METRICS
 
 READING = """\
-± is one standard error over a task's items: questions, documents, conversations or prompts. Another training run
-differs by more. README.md explains the baselines. An accuracy is above (↑) or below (↓) its baseline at p < 0.05, or
-the difference may be chance (=). Perplexity compares models of one tokenizer only."""
+± is one standard error over a task's items; another training run differs by more. README.md explains the baselines.
+↑, ↓: above or below the baseline, p < 0.05; =: perhaps by chance. Perplexity compares models of one tokenizer only."""
 
 
 def write(experiment: Experiment) -> None:
     """Writes REPORT.md and its plots, and logs the summary."""
-    run, home = Run(experiment), stage.runs() / experiment.name
+    run = Run(experiment)
+    home = stage.runs() / experiment.name
     if not run.manifests and not run.finals:
         raise UserError(f"{experiment.name} has no finished stage; make all with: python pipeline.py {experiment.path}")
     with stage.locked(home):
@@ -31,11 +31,12 @@ def write(experiment: Experiment) -> None:
         except ImportError:
             pictures = ["No plots: matplotlib is not installed. `pip install matplotlib`, then the same command again."]
         stage.write(home / "REPORT.md", page(run, pictures).encode())
-    for name, result, usual, meaning in run.rows():
-        number, _, unit = result.partition(" ")
+    for name, number, unit, usual, meaning in run.rows():
         log.info(f"{name:9} {number:>10} {unit:16} {usual and 'usual'} {usual}".rstrip())
         log.info(" " * 21 + meaning)
-    log.info("\n".join(["", *sample(run), "", *notes(run), f"The whole report: {home / 'REPORT.md'}"]))
+    for line in ["", *sample(run), "", *notes(run)]:
+        log.info(line)
+    log.info(f"The whole report: {home}/REPORT.md")
     if run.finals:
         use = "chat" if "sft" in run.finals else "generate"
         python = os.path.relpath(sys.executable)  # `make demo` activates no environment
@@ -44,8 +45,9 @@ def write(experiment: Experiment) -> None:
 
 def page(run: Run, pictures: list[str]) -> str:
     """The report in Markdown that a terminal shows well, too."""
-    parts = [f"# {run.experiment.name}", table(["stage", "result", "usual", "meaning"], run.rows())]
-    parts += [textwrap.indent("\n\n".join(sample(run)), "    "), *notes(run), "## Plots", *pictures]
+    summary = table(["stage", "number", "unit", "usual", "meaning"], run.rows(), [1])
+    answers = textwrap.indent("\n".join(sample(run)), "    ")
+    parts = [f"# {run.experiment.name}", summary, answers, *notes(run), "## Plots", *pictures]
     if run.results:
         parts += ["## Evaluation", *evaluation(run)]
     if run.texts:
@@ -56,16 +58,21 @@ def page(run: Run, pictures: list[str]) -> str:
 
 def evaluation(run: Run) -> list[str]:
     """The main number of each task with error and baseline, then all numbers."""
-    head, rows, others = ["task", "metric", *run.results], [], []
+    head = ["task", "metric", *run.results]
+    rows, others = [], []
     for task, stages in run.measured().items():
         cells, last = {}, []
         for name, entry in stages.items():
-            last = [show(entry["baseline"]) if "baseline" in entry else "", show(entry["n"])]
+            baseline = show(entry["baseline"]) if "baseline" in entry else ""
+            last = [baseline, show(entry["n"])]
             for label, text in labelled(entry, METRICS[task]).items():
                 cells.setdefault(label, dict.fromkeys(run.results, ""))[name] = text
         for label, texts in cells.items():
             row = [task, label.replace("_", " "), *texts.values()]
-            rows.append(row + last) if label == METRICS[task] else others.append(row)
+            if label == METRICS[task]:
+                rows.append(row + last)
+            else:
+                others.append(row)
     numbers = range(2, len(head) + 2)
     main = table([*head, "baseline", "n"], rows, numbers)
     return [main, READING, "### All other numbers", table(head, others, numbers)]
@@ -95,7 +102,8 @@ def samples(run: Run) -> list[str]:
             for name, text in zip(texts, answers, strict=True):
                 failed = [rule for rule, verdict in text.get("rules", {}).items() if not verdict["passed"]]
                 remark = f" (fails: {', '.join(failed)})" if failed else ""
-                lines += [f"{name}{remark}:", block(text.get("answer", text.get("continuation")))]
+                written = text.get("answer", text.get("continuation"))
+                lines += [f"{name}{remark}:", block(written)]
             if "truth" in first:
                 lines += ["truth:", block(first["truth"])]
     return lines
@@ -105,18 +113,18 @@ def provenance(run: Run) -> list[str]:
     """Commands, seconds, machines, digests and versions."""
     rows, versions = [], {}
     for name, manifest in run.manifests.items():
-        counts, directory = manifest["counts"], run.experiment.directory(name)
+        counts = manifest["counts"]
+        directory = run.experiment.directory(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name, 0.0)
         command = counts.get("command", run.experiment.command(name))
         rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), manifest["sha256"][:16]])
         versions |= manifest["versions"]
-    return [
-        table(["stage", "command", "seconds", "machine", "SHA-256 of its manifest"], rows, (2,)),
-        f"Versions of the latest stage: {', '.join(map(' '.join, versions.items()))}.",
-    ]
+    stages = table(["stage", "command", "seconds", "machine", "SHA-256 of its manifest"], rows, [2])
+    used = ", ".join(map(" ".join, versions.items()))
+    return [stages, f"Versions of the latest stage: {used}."]
 
 
-def table(head: list[str], rows: list[list[str]], right: Collection[int] = ()) -> str:
+def table(head: list[str], rows: list[list[str]], right: Sequence[int] = ()) -> str:
     """A Markdown table. right: the columns of numbers."""
     cells = []
     for row in (head, *rows):

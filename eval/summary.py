@@ -32,10 +32,12 @@ class Run:
     """What the stages left, by stage: manifests, manifests of final checkpoints, results, and texts of the models."""
 
     def __init__(self, experiment: Experiment):
-        self.experiment, self.manifests, self.finals, self.numbers = experiment, {}, {}, {}
+        self.experiment = experiment
+        self.manifests, self.finals, self.numbers = {}, {}, {}
         for name in DIRECTORIES:
             if manifest := stage.read_manifest(experiment.directory(name)):
-                self.manifests[name], self.numbers[name] = manifest, manifest["counts"]
+                self.manifests[name] = manifest
+                self.numbers[name] = manifest["counts"]
         with contextlib.suppress(UserError):  # nothing is trained
             for name, final in experiment.all_trained().items():
                 self.finals[name] = stage.read_manifest(final)
@@ -53,7 +55,7 @@ class Run:
         return {task: stages for task, stages in tasks.items() if stages}
 
     def rows(self) -> list[list[str]]:
-        """[stage, number, usual range, meaning] of each main number, then of others that the config has a range for."""
+        """[stage, number, unit, usual range, meaning] of the main numbers, then of others that have a usual range."""
         expected, rows = self.experiment.expected, []
         for key in dict.fromkeys([*MAIN, *expected]):
             number, usual = self.numbers, ""
@@ -63,22 +65,27 @@ class Run:
                 continue
             if key in expected:
                 low, high = expected[key]
-                usual = f"{low:,} to {high:,} " + ("✓" if low <= number <= high else "✗ unusual")
-            unit, meaning = MAIN.get(key, ("", key))
+                mark = "✓" if low <= number <= high else "✗ unusual"
+                usual = f"{low:,} to {high:,} {mark}"
             name = key.partition(".")[0]
-            rows.append([name, f"{round(number, 3):,} {unit}", usual, meaning.format_map(self.numbers[name])])
+            unit, meaning = MAIN.get(key, ("", key))
+            rows.append([name, f"{round(number, 3):,}", unit, usual, meaning.format_map(self.numbers[name])])
         if self.results:
             count = sum(map(len, self.measured().values()))
-            rows.append(["eval", f"{count} results", "", f"of {', '.join(self.results)}"])
+            rows.append(["eval", f"{count}", "results", "", f"of {', '.join(self.results)}"])
         return rows
 
     def result(self, name: str) -> str:
         """A stage's main number in words, for `pipeline.py --status`; "" if there is none."""
-        return next((row[1] for row in self.rows() if row[0] == name), "")
+        for row in self.rows():
+            if row[0] == name:
+                return f"{row[1]} {row[2]}"
+        return ""
 
     def metrics(self, name: str) -> list[dict]:
         """What the training of a stage logged."""
-        path, records = self.experiment.directory(name) / "metrics.jsonl", []
+        path = self.experiment.directory(name) / "metrics.jsonl"
+        records = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             with contextlib.suppress(ValueError):  # training was killed while it wrote this line
                 records.append(json.loads(line))
@@ -87,7 +94,8 @@ class Run:
 
 def notes(run: Run) -> list[str]:
     """What a reader must know before any number."""
-    lines, command = [], run.experiment.command("eval")
+    lines = []
+    command = run.experiment.command("eval")
     for name in DIRECTORIES:
         if name not in run.manifests and (run.experiment.directory(name) / "log.txt").is_file():
             lines.append(f"Note: {name} is unfinished; continue with: {run.experiment.command(name)}")
@@ -120,7 +128,8 @@ def sample(run: Run) -> list[str]:
         for first in tasks.get(task, [])[:1]:
             texts |= {"prompt": first["prompt"], "truth": first["truth"], name: first[key]}
     for who, text in texts.items():
-        short = textwrap.shorten(visible(re.sub(MARKUP, " ", text)), 200, placeholder=" …")
+        text = visible(re.sub(MARKUP, " ", text))
+        short = textwrap.shorten(text, 200, placeholder=" …")
         lines.append(textwrap.fill(f"{who:9} {short}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
     return lines
 
@@ -129,7 +138,8 @@ def visible(text: str) -> str:
     """Text with control and invisible characters as escapes, such as \\x1b."""
     shown = ""
     for c in text.expandtabs(4):
-        shown += c if c.isprintable() or c in "\n\xa0\u3000" else c.encode("unicode_escape").decode()
+        plain = c.isprintable() or c in "\n\xa0\u3000"
+        shown += c if plain else c.encode("unicode_escape").decode()
     return shown
 
 
@@ -142,7 +152,8 @@ def show(value: float | None) -> str:
 
 def with_error(entry: dict, key: str, main: str) -> str:
     """A metric of a task with its standard error and, for a tested accuracy, the side of the baseline it is on."""
-    text, error = show(entry[key]), entry.get(key.replace(main, "stderr"))
+    text = show(entry[key])
+    error = entry.get(key.replace(main, "stderr"))
     if main in key and error:  # it is 0 by construction for a model beside itself
         text += f" ± {error:.2g}"
     if key == "accuracy" and "p_value" in entry:

@@ -39,7 +39,8 @@ class Published:
 
     def load(self, path: Path) -> str | list[Question]:
         """Its data. UserError that names file and line if it is damaged."""
-        questions, where = [], path
+        where = path
+        questions = []
         try:
             text = read(path)
             if self.question is None:
@@ -58,7 +59,6 @@ class Published:
         return questions
 
     def measure(self, subject: Subject, loaded: str | list[Question], name: str) -> dict:
-        """Its numbers."""
         if self.question is None:
             return language.wikitext2(subject, loaded)
         scores, truncated = choices.score(subject, loaded, name)
@@ -103,9 +103,10 @@ def blimp(record: dict) -> Question:
 
 def arc_easy(record: dict) -> Question:
     """ARC-Easy (arXiv:1803.05457): science questions of schools."""
-    options = dict(zip(record["choices"]["label"], record["choices"]["text"], strict=True))
-    answer = list(options).index(record["answerKey"])
-    return among("Question: " + record["question"] + "\nAnswer:", list(options.values()), answer)
+    options = record["choices"]
+    texts = dict(zip(options["label"], options["text"], strict=True))
+    answer = list(texts).index(record["answerKey"])
+    return among("Question: " + record["question"] + "\nAnswer:", list(texts.values()), answer)
 
 
 def piqa(record: dict) -> Question:
@@ -121,7 +122,8 @@ def hellaswag(record: dict) -> Question:
         raise TypeError(f"{record['endings']!r} is no list of choices")
     if "activity_label" in record:
         context = record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
-    return among(tidy(context), [tidy(ending) for ending in record["endings"]], record["label"])
+    endings = list(map(tidy, record["endings"]))
+    return among(tidy(context), endings, record["label"])
 
 
 def tidy(text: str) -> str:
