@@ -52,9 +52,10 @@ def curves(records: list[dict], title: str) -> Figure:
     steps = [record["step"] for record in records]
     for axis, (label, keys) in zip(drawing.axes, PANELS.items(), strict=False):
         axis.set(xlabel="step", ylabel=label)
-        for key in keys:
+        for number, key in enumerate(keys):
+            style = f"C{number // 2}" + ("o" if key.startswith("val_") else "-")
             values = [record.get(key) for record in records]
-            axis.plot(steps, values, "o" if key.startswith("val_") else "-", markersize=4, linewidth=1, label=key)
+            axis.plot(steps, values, style, markersize=4, linewidth=1, label=key)
         if len(keys) > 1:
             axis.legend(fontsize="small")
     return drawing

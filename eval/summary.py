@@ -54,13 +54,18 @@ class Run:
                     tasks[task][name] = entry
         return {task: stages for task, stages in tasks.items() if stages}
 
+    def lookup(self, key: str) -> float | None:
+        """The number that a key such as "sft.answers.loss" names; None if there is no such number."""
+        value = self.numbers
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value if isinstance(value, int | float) else None
+
     def rows(self) -> list[list[str]]:
         """[stage, number, unit, usual range, meaning] of the main numbers, then of others that have a usual range."""
         expected, rows = self.experiment.expected, []
         for key in dict.fromkeys([*MAIN, *expected]):
-            number, usual = self.numbers, ""
-            for part in key.split("."):
-                number = number.get(part) if isinstance(number, dict) else None
+            number, usual = self.lookup(key), ""
             if number is None:
                 continue
             if key in expected:
@@ -105,6 +110,9 @@ def notes(run: Run) -> list[str]:
             lines.append(f"Note: {name} is not evaluated; evaluate it with: {command}")
         elif evaluated.isdisjoint(file["sha256"] for file in final["wrote"].values()):
             lines.append(f"Note: the results of {name} are of an earlier checkpoint; run: {command} --force")
+    for key in run.experiment.expected:
+        if run.results and key.partition(".")[0] in run.numbers and run.lookup(key) is None:
+            lines.append(f"Note: the config expects a range of {key}, but there is no such number")
     return [*lines, *skipped(run.results)]
 
 
@@ -146,7 +154,7 @@ def visible(text: str) -> str:
 def show(value: float | None) -> str:
     """A number with the digits that count. JSON holds null for a number that is not finite."""
     if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.3g}"
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.6g}"
     return "not finite" if value is None else f"{value:,}"
 
 

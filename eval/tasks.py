@@ -78,7 +78,8 @@ def checked(question: Question) -> Question:
         (context + ending).encode()  # half a surrogate pair is no text
         if not ending.strip():
             raise ValueError("a choice is empty")
-    if not 0 <= question.answer < len(question.choices):  # the test sets of some datasets say -1: not published
+    # The test sets of some datasets say -1: the answer is not published.
+    if not 0 <= question.answer < len(question.choices) or len(question.choices) == 1:
         raise ValueError(f"the answer is number {question.answer} of {len(question.choices)} choices")
     return question
 
@@ -86,6 +87,13 @@ def checked(question: Question) -> Question:
 def among(context: str, endings: list[str], answer: int | str) -> Question:
     """One context and several endings, after a space."""
     return Question([(context, " " + ending) for ending in endings], int(str(answer)))
+
+
+def listed(texts: list[str]) -> list[str]:
+    """The texts. TypeError for a text, which would pass for a list of letters."""
+    if type(texts) is not list:
+        raise TypeError(f"{texts!r} is no list of choices")
+    return texts
 
 
 def boolq(record: dict) -> Question:
@@ -104,7 +112,7 @@ def blimp(record: dict) -> Question:
 def arc_easy(record: dict) -> Question:
     """ARC-Easy (arXiv:1803.05457): science questions of schools."""
     options = record["choices"]
-    texts = dict(zip(options["label"], options["text"], strict=True))
+    texts = dict(zip(options["label"], listed(options["text"]), strict=True))
     answer = list(texts).index(record["answerKey"])
     return among("Question: " + record["question"] + "\nAnswer:", list(texts.values()), answer)
 
@@ -118,11 +126,9 @@ def piqa(record: dict) -> Question:
 def hellaswag(record: dict) -> Question:
     """HellaSwag (arXiv:1905.07830): how a description of everyday life continues."""
     context = record["ctx"]
-    if type(record["endings"]) is not list:
-        raise TypeError(f"{record['endings']!r} is no list of choices")
     if "activity_label" in record:
         context = record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
-    endings = list(map(tidy, record["endings"]))
+    endings = list(map(tidy, listed(record["endings"])))
     return among(tidy(context), endings, record["label"])
 
 

@@ -89,6 +89,8 @@ def test_one_row_a_stage_says_whether_its_number_is_usual(trained: Place):
     documents = stage.read_manifest(trained.runs / "mini/corpus")["counts"]["documents"]
     assert [load(evaluated(trained)).result(name) for name in ("sft", "eval")] == ["", "7 results"]
     expected = {
+        "sft.answers.los": (1.0, 2.0),
+        "pretrain.blimp": (1.0, 2.0),
         "corpus.documents": (documents, documents),
         "pretrain.validation.bits_per_byte": (1.3, 1.5),
         "pretrain.piqa.accuracy": (0.4, 0.5),
@@ -100,6 +102,8 @@ def test_one_row_a_stage_says_whether_its_number_is_usual(trained: Place):
         ["dpo", "0.543", "of pairs won", "0.5432 to 1.0 ✓"],
         ["pretrain", "0.51", "", "0.4 to 0.5 ✗ unusual"],
     ]
+    missing = [note.split()[7] for note in summary.notes(load(trained, expected=expected)) if "no such number" in note]
+    assert missing == ["sft.answers.los,", "pretrain.blimp,"]
 
 
 def test_the_summary_opens_terminal_and_page(trained: Place):
@@ -218,7 +222,7 @@ def test_no_text_of_a_model_can_break_the_page(trained: Place, hostile):
 
 
 def test_numbers_and_cells_read_well():
-    shown = {1234567: "1,234,567", 1.5: "1.5000", 39213.4: "39,213.4000", 0.0123: "0.0123", 1e30: "1e+30"}
+    shown = {1234567: "1,234,567", 1.5: "1.5000", 39213.4: "39,213.4", 0.0123: "0.0123", 1e30: "1e+30"}
     shown |= {float("inf"): "inf", None: "not finite", -0.004: "-0.0040"}
     assert {value: summary.show(value) for value in shown} == shown
     made = report.table(["task|s", "n"], [["a|b\nc\x1b", "1.0 ± 0.5"], ["x", ""]], [1]).splitlines()

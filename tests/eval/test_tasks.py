@@ -79,17 +79,21 @@ def test_data_is_found_by_name(raw, end):
         ("piqa", {"goal": "\ud800"}, "UnicodeEncodeError"),
         ("piqa", {"label": -1}, "the answer is number -1 of 2 choices"),  # as in its test set
         ("piqa", {"label": 2}, "the answer is number 2 of 2 choices"),
+        ("hellaswag", {"label": "-1"}, "the answer is number -1 of 2 choices"),
         ("hellaswag", {"endings": "abcd"}, "'abcd' is no list of choices"),
         ("hellaswag", {"label": 0.9}, "ValueError"),
-        ("hellaswag", {"label": True}, "ValueError"),
         ("hellaswag", {"label": ""}, "ValueError"),  # as in its test set
         ("arc_easy", {"answerKey": "E"}, "'E' is not in list"),
         ("arc_easy", {"choices": {"text": ["rain", "sun", "fog"], "label": ["A", "B"]}}, "ValueError"),
+        ("arc_easy", {"choices": {"text": ["rain"], "label": ["A", "B"]}}, "ValueError"),
+        ("arc_easy", {"choices": {"text": "ab", "label": ["A", "B"]}}, "'ab' is no list of choices"),
+        ("arc_easy", {"choices": {"text": ["rain", "sun"], "label": ["A", "A"]}}, "number 0 of 1 choices"),
         ("boolq", {"answer": "yes"}, "'yes' is not in list"),
         ("blimp", {"linguistics_term": None}, "AttributeError"),
         ("blimp", {"sentence_bad": None}, "TypeError"),
         ("winogrande", {"sentence": "No blank."}, "ValueError"),
         ("winogrande", {"answer": "3"}, "the answer is number 2 of 2 choices"),
+        ("winogrande", {"answer": "0"}, "the answer is number -1 of 2 choices"),
     ],
 )
 def test_a_record_that_is_not_what_it_should_be(raw, name, change, message):
