@@ -98,8 +98,8 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
     return log_p
 
 
-def read(subject: Subject, texts: Sequence[Scored], batch: list[tuple[int, int]], log_p: np.ndarray) -> None:
-    """Writes log p of a batch of texts, each with its first input that is read. An input of 0 makes it a base."""
+def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray) -> None:
+    """Writes log p of a batch: (text, the first input that is read) of each. An input of 0 makes a text a base."""
     tokens, targets, positions, ends = [], [], [], []
     for i, first in batch:
         ids, start = texts[i]

@@ -128,7 +128,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
         log.info(f"evaluated: {job.directory / 'results.json'}")
 
 
-def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict[str, str], dict]:
+def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict, dict]:
     """{task: digest of all that its numbers depend on, but for the model}, and {task: why it cannot be measured}."""
     settings = stage.describe(experiment.eval)
     digests = dict.fromkeys(TEXTS, digest(settings, TEXTS))
@@ -163,13 +163,14 @@ def keep(directory: Path, name: str, identity: dict, digests: dict, results: dic
     earlier = stage.read_json(directory / "results.json") or {}
     written = stage.read_json(directory / "generations.json") or {}
     for task, entry in earlier.get(name, {}).items():
-        if entry | identity == entry and entry["data"] == digests.get(task, entry["data"]):
+        same_data = entry.get("data") == digests.get(task, entry.get("data"))
+        if same_data and entry | identity == entry:
             results[name][task] = entry
             if task in written.get(name, {}):
                 texts[name][task] = written[name][task]
 
 
-def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: Tokenizer) -> Callable[[Subject], dict]:
+def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: Tokenizer) -> Callable:
     """Reads a task's data. Returns the function that measures a model: the task's numbers, and "texts" if it writes."""
     if task in PUBLISHED:
         published = PUBLISHED[task]

@@ -90,8 +90,9 @@ def continuations(subject: Subject, held_out: Packed) -> dict:
     for ids in evenly(documents, config.continuations):
         ids = ids[:length].tolist()
         begun.append([spm.bos, *ids[:cut]])
+        prompt = spm.decode(ids[:cut])
         truth = spm.decode(ids[cut:], begins=False)  # how the document continues
-        texts.append({"seed": 0, "prompt": spm.decode(ids[:cut]), "continuation": "", "truth": truth})
+        texts.append({"seed": 0, "prompt": prompt, "continuation": "", "truth": truth})
     samples = write(subject, begun, config.new_tokens, None)
     for text, (seed, ids, _) in zip(texts, samples, strict=True):
         text |= {"seed": seed, "continuation": spm.decode(ids, begins=False)}
@@ -181,7 +182,8 @@ def written(subject: Subject, held_out: Rows, template: str) -> list[dict]:
         length = int(np.append(trained[first:], False).argmin())
         asked.append(ids[:first].tolist())
         truth = spm.decode(ids[first : first + length].tolist(), begins=False)
-        texts.append({"prompt": shown(asked[-1][1:], spm), "seed": 0, "answer": "", "truth": truth})
+        prompt = shown(asked[-1][1:], spm)
+        texts.append({"prompt": prompt, "seed": 0, "answer": "", "truth": truth})
     samples = write(subject, asked, subject.config.answer_tokens, template)
     for text, (seed, ids, ended) in zip(texts, samples, strict=True):
         text |= {"seed": seed, "answer": shown(ids, spm), "ended": ended, "marked": marked(template, ids, spm)}

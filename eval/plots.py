@@ -61,7 +61,7 @@ def curves(records: list[dict], title: str) -> Figure:
     return drawing
 
 
-def bars(tasks: dict[str, dict[str, dict]]) -> Figure:
+def bars(tasks: dict[str, dict]) -> Figure:
     """{task: {stage: its numbers}} beside the baselines."""
     drawing = figure("dashed: baseline; whiskers: two standard errors", len(tasks), 4)
     for axis, (task, entries) in zip(drawing.axes, tasks.items(), strict=True):

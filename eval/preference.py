@@ -76,7 +76,8 @@ def matched(longer: np.ndarray) -> np.ndarray:
     # longer: by how many tokens the chosen answer is the longer one. In a bin, pairs of the rarer order keep weight 1.
     size = np.abs(longer)
     weights = np.ones(len(longer))
-    bins = np.searchsorted(np.quantile(size, np.arange(1, BINS) / BINS), size)
+    edges = np.quantile(size, np.arange(1, BINS) / BINS)
+    bins = np.searchsorted(edges, size)
     for number in range(BINS):
         above = (bins == number) & (longer > 0)
         below = (bins == number) & (longer < 0)

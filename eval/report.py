@@ -117,7 +117,8 @@ def provenance(run: Run) -> list[str]:
         directory = run.experiment.directory(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name, 0.0)
         command = counts.get("command", run.experiment.command(name))
-        rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), manifest["sha256"][:16]])
+        digest = manifest["sha256"][:16]
+        rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), digest])
         versions |= manifest["versions"]
     stages = table(["stage", "command", "seconds", "machine", "SHA-256 of its manifest"], rows, [2])
     used = ", ".join(map(" ".join, versions.items()))
@@ -128,10 +129,12 @@ def table(head: list[str], rows: list[list[str]], right: Sequence[int] = ()) -> 
     """A Markdown table. right: the columns of numbers."""
     cells = []
     for row in (head, *rows):
-        cells.append([" ".join(visible(text).split()).replace("|", "\\|") for text in row])
+        texts = [" ".join(visible(text).split()) for text in row]
+        cells.append([text.replace("|", "\\|") for text in texts])
     return cli.table(cells, right, markdown=True)
 
 
 def block(text: str) -> str:
     """Text of a model or a user, unchanged: indented, so that Markdown leaves it alone."""
-    return textwrap.indent(visible(text.rstrip("\n") if text.strip() else "(nothing)"), "    ")
+    shown = visible(text.rstrip("\n")) if text.strip() else "(nothing)"
+    return textwrap.indent(shown, "    ")

@@ -32,7 +32,8 @@ def ratio(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     if n == 1:
         return float(mean), math.nan
     squares = np.square(totals - mean * sizes).sum()
-    return float(mean), float(np.sqrt(squares * (n / (n - 1))) / size)
+    spread = np.sqrt(squares * (n / (n - 1)))
+    return float(mean), float(spread / size)
 
 
 def p_value(right: float, chances: np.ndarray) -> float:

@@ -45,7 +45,7 @@ class Run:
         self.texts = stage.read_json(experiment.directory("eval") / "generations.json") or {}
         self.numbers |= self.results
 
-    def measured(self) -> dict[str, dict[str, dict]]:
+    def measured(self) -> dict[str, dict]:
         """{task: {stage: its numbers}} of all tasks that were measured."""
         tasks = {task: {} for task in METRICS}
         for name, entries in self.results.items():
@@ -74,10 +74,12 @@ class Run:
                 usual = f"{low:,} to {high:,} {mark}"
             name = key.partition(".")[0]
             unit, meaning = MAIN.get(key, ("", key))
-            rows.append([name, f"{round(number, 3):,}", unit, usual, meaning.format_map(self.numbers[name])])
+            meaning = meaning.format_map(self.numbers[name])
+            rows.append([name, f"{round(number, 3):,}", unit, usual, meaning])
         if self.results:
             count = sum(map(len, self.measured().values()))
-            rows.append(["eval", f"{count}", "results", "", f"of {', '.join(self.results)}"])
+            stages = ", ".join(self.results)
+            rows.append(["eval", f"{count}", "results", "", f"of {stages}"])
         return rows
 
     def result(self, name: str) -> str:
@@ -105,7 +107,8 @@ def notes(run: Run) -> list[str]:
         if name not in run.manifests and (run.experiment.directory(name) / "log.txt").is_file():
             lines.append(f"Note: {name} is unfinished; continue with: {run.experiment.command(name)}")
     for name, final in run.finals.items():
-        evaluated = {entry.get("checkpoint") for entry in run.results.get(name, {}).values()} - {None}
+        entries = run.results.get(name, {}).values()
+        evaluated = {entry["checkpoint"] for entry in entries if "checkpoint" in entry}
         if not evaluated:
             lines.append(f"Note: {name} is not evaluated; evaluate it with: {command}")
         elif evaluated.isdisjoint(file["sha256"] for file in final["wrote"].values()):
@@ -161,9 +164,9 @@ def show(value: float | None) -> str:
 def with_error(entry: dict, key: str, main: str) -> str:
     """A metric of a task with its standard error and, for a tested accuracy, the side of the baseline it is on."""
     text = show(entry[key])
-    error = entry.get(key.replace(main, "stderr"))
-    if main in key and error:  # it is 0 by construction for a model beside itself
-        text += f" ± {error:.2g}"
+    if main in key:
+        error = entry.get(key.replace(main, "stderr"))
+        text += f" ± {error:.2g}" if error else ""  # 0 by construction for a model beside itself
     if key == "accuracy" and "p_value" in entry:
         side = "↑" if entry["accuracy"] > entry["baseline"] else "↓"
         text += f" {side if entry['p_value'] < 0.05 else '='}"

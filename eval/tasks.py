@@ -140,8 +140,9 @@ def tidy(text: str) -> str:
 def winogrande(record: dict) -> Question:
     """WinoGrande (arXiv:1907.10641): who or what a blank stands for. The rest of the sentence is scored after both."""
     before, rest = record["sentence"].split("_", 1)
-    contexts = [before + record["option1"], before + record["option2"]]
-    return Question([(context, " " + rest.strip()) for context in contexts], int(record["answer"]) - 1)
+    ending = " " + rest.strip()
+    sentences = [(before + record["option1"], ending), (before + record["option2"], ending)]
+    return Question(sentences, int(record["answer"]) - 1)
 
 
 PUBLISHED = {
