@@ -47,12 +47,12 @@ class Run:
 
     def measured(self) -> dict[str, dict]:
         """{task: {stage: its numbers}} of all tasks that were measured."""
-        tasks = {task: {} for task in METRICS}
-        for name, entries in self.results.items():
-            for task, entry in entries.items():
-                if "n" in entry:
-                    tasks[task][name] = entry
-        return {task: stages for task, stages in tasks.items() if stages}
+        tasks = {}
+        for task in METRICS:
+            for name, entries in self.results.items():
+                if "n" in entries.get(task, {}):
+                    tasks.setdefault(task, {})[name] = entries[task]
+        return tasks
 
     def lookup(self, key: str) -> float | None:
         """The number that a key such as "sft.answers.loss" names; None if there is no such number."""

@@ -101,9 +101,6 @@ def test_a_model_without_opinions_and_accuracy_by_kind():
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- texts
-
-
 @pytest.fixture(scope="module")
 def spm(made: Place) -> tokenizer.Tokenizer:
     return tokenizer.load(made.runs / "mini/tokenizer")
