@@ -160,6 +160,7 @@ def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majorit
         kinds = np.array([question.kind[name] for question in questions])
         parts = numbers[f"by_{name}"] = {}
         for kind in sorted(set(kinds.tolist())):
-            mean, error = mean_and_error(right[kinds == kind])
-            parts[kind] = {"accuracy": mean, "stderr": error, "n": int((kinds == kind).sum())}
+            earned = right[kinds == kind]
+            mean, error = mean_and_error(earned)
+            parts[kind] = {"accuracy": mean, "stderr": error, "n": len(earned)}
     return numbers

@@ -27,7 +27,8 @@ def download(published: Published) -> Path:
     """Writes a task's file, whole or not at all."""
     datasets = extra("datasets", "datasets", "the Hub")
     name = published.dataset
-    path = data.sources.raw() / (published.file + (".raw" if published.question is None else ".jsonl"))
+    end = ".jsonl" if published.question else ".raw"
+    path = data.sources.raw() / (published.file + end)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:

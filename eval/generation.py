@@ -24,7 +24,8 @@ def write(subject: Subject, prompts: list[list[int]], new_tokens: int, template:
     stop = ends(template, subject.tokenizer) if template else [subject.tokenizer.eos]
     options = {"temperature": config.temperature, "top_p": config.top_p, "seed": seeds, "stop": stop}
     samples = []
-    for seed, ids in zip(seeds, generate.generate(subject.model, prompts, new_tokens, **options), strict=True):
+    new = generate.generate(subject.model, prompts, new_tokens, **options)
+    for seed, ids in zip(seeds, new, strict=True):
         samples.append((seed, ids, len(ids) < new_tokens))
     return samples
 

@@ -32,7 +32,7 @@ def write(experiment: Experiment) -> None:
             pictures = ["No plots: matplotlib is not installed. `pip install matplotlib`, then the same command again."]
         stage.write(home / "REPORT.md", page(run, pictures).encode())
     for name, number, unit, usual, meaning in run.rows():
-        log.info(f"{name:9} {number:>10} {unit:16} {usual and 'usual'} {usual}".rstrip())
+        log.info(f"{name:9} {number:>10} {unit:16} {usual}".rstrip())
         log.info(" " * 21 + meaning)
     for line in ["", *sample(run), "", *notes(run)]:
         log.info(line)
@@ -45,7 +45,7 @@ def write(experiment: Experiment) -> None:
 
 def page(run: Run, pictures: list[str]) -> str:
     """The report in Markdown that a terminal shows well, too."""
-    summary = table(["stage", "number", "unit", "usual", "meaning"], run.rows(), [1])
+    summary = table(["stage", "number", "unit", "range", "meaning"], run.rows(), [1])
     answers = textwrap.indent("\n".join(sample(run)), "    ")
     parts = [f"# {run.experiment.name}", summary, answers, *notes(run), "## Plots", *pictures]
     if run.results:

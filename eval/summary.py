@@ -71,7 +71,7 @@ class Run:
             if key in expected:
                 low, high = expected[key]
                 mark = "✓" if low <= number <= high else "✗ unusual"
-                usual = f"{low:,} to {high:,} {mark}"
+                usual = f"usual {low:,} to {high:,} {mark}"
             name = key.partition(".")[0]
             unit, meaning = MAIN.get(key, ("", key))
             meaning = meaning.format_map(self.numbers[name])
@@ -113,8 +113,9 @@ def notes(run: Run) -> list[str]:
             lines.append(f"Note: {name} is not evaluated; evaluate it with: {command}")
         elif evaluated.isdisjoint(file["sha256"] for file in final["wrote"].values()):
             lines.append(f"Note: the results of {name} are of an earlier checkpoint; run: {command} --force")
-    for key in run.experiment.expected:
-        if run.results and key.partition(".")[0] in run.numbers and run.lookup(key) is None:
+    for key in run.experiment.expected if run.results else ():
+        name = key.partition(".")[0]
+        if name in run.numbers and run.lookup(key) is None:
             lines.append(f"Note: the config expects a range of {key}, but there is no such number")
     return [*lines, *skipped(run.results)]
 

@@ -69,7 +69,8 @@ def read(path: Path) -> str:
     """A text file, compressed or not."""
     with open(path, "rb") as file:
         unpack = data.sources.OPEN.get(path.suffix)
-        return (unpack(file) if unpack else file).read().decode("utf-8-sig").replace("\r\n", "\n")
+        content = unpack(file).read() if unpack else file.read()
+    return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def checked(question: Question) -> Question:
@@ -78,9 +79,9 @@ def checked(question: Question) -> Question:
         (context + ending).encode()  # half a surrogate pair is no text
         if not ending.strip():
             raise ValueError("a choice is empty")
-    # The test sets of some datasets say -1: the answer is not published.
-    if not 0 <= question.answer < len(question.choices) or len(question.choices) == 1:
-        raise ValueError(f"the answer is number {question.answer} of {len(question.choices)} choices")
+    count = len(question.choices)
+    if not 0 <= question.answer < count or count == 1:  # the test sets of some datasets say -1: not published
+        raise ValueError(f"the answer is number {question.answer} of {count} choices")
     return question
 
 
@@ -134,7 +135,8 @@ def hellaswag(record: dict) -> Question:
 
 def tidy(text: str) -> str:
     """A text of WikiHow without its marks in brackets."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def winogrande(record: dict) -> Question:

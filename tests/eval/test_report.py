@@ -97,10 +97,10 @@ def test_one_row_a_stage_says_whether_its_number_is_usual(trained: Place):
         "dpo.preference.win_rate": (0.5432, 1.0),
     }
     assert [row[:4] for row in load(evaluated(trained), expected=expected).rows() if row[3]] == [
-        ["corpus", f"{documents:,}", "documents", f"{documents} to {documents} ✓"],
-        ["pretrain", "1.234", "bits per byte", "1.3 to 1.5 ✗ unusual"],
-        ["dpo", "0.543", "of pairs won", "0.5432 to 1.0 ✓"],
-        ["pretrain", "0.51", "", "0.4 to 0.5 ✗ unusual"],
+        ["corpus", f"{documents:,}", "documents", f"usual {documents} to {documents} ✓"],
+        ["pretrain", "1.234", "bits per byte", "usual 1.3 to 1.5 ✗ unusual"],
+        ["dpo", "0.543", "of pairs won", "usual 0.5432 to 1.0 ✓"],
+        ["pretrain", "0.51", "", "usual 0.4 to 0.5 ✗ unusual"],
     ]
     missing = [note.split()[7] for note in summary.notes(load(trained, expected=expected)) if "no such number" in note]
     assert missing == ["sft.answers.los,", "pretrain.blimp,"]
