@@ -106,7 +106,6 @@ def continuations(subject: Subject, held_out: Packed) -> dict:
 
 
 def share(texts: list[dict], key: str) -> float:
-    """The share of the texts for which a key is True."""
     return sum(text[key] for text in texts) / len(texts)
 
 

@@ -62,7 +62,6 @@ def curves(records: list[dict], title: str) -> Figure:
 
 
 def bars(tasks: dict[str, dict]) -> Figure:
-    """{task: {stage: its numbers}} beside the baselines."""
     drawing = figure("dashed: baseline; whiskers: two standard errors", len(tasks), 4)
     for axis, (task, entries) in zip(drawing.axes, tasks.items(), strict=True):
         metric = METRICS[task]

@@ -16,8 +16,6 @@ REPEATED = 0.2  # the largest share of four-word runs that may have stood in the
 
 
 class Prompt(NamedTuple):
-    """A prompt whose answer is judged."""
-
     category: str
     text: str
     expected: list[str]  # the answer must have `least` of these words; a * at the end stands for any ending

@@ -79,7 +79,6 @@ def evaluation(run: Run) -> list[str]:
 
 
 def labelled(entry: dict, main: str, part: str = "") -> dict[str, str]:
-    """{label: text} of the numbers of a task, and of its parts."""
     texts = {}
     for key, value in entry.items():
         if isinstance(value, dict):
@@ -90,7 +89,6 @@ def labelled(entry: dict, main: str, part: str = "") -> dict[str, str]:
 
 
 def samples(run: Run) -> list[str]:
-    """All that the models wrote, side by side."""
     lines = ["All that was generated, none of it selected. The prompts are in `eval/prompts.json`."]
     for task in METRICS:
         texts = {name: tasks[task] for name, tasks in run.texts.items() if task in tasks}

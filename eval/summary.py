@@ -90,7 +90,6 @@ class Run:
         return ""
 
     def metrics(self, name: str) -> list[dict]:
-        """What the training of a stage logged."""
         path = self.experiment.directory(name) / "metrics.jsonl"
         records = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:

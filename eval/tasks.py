@@ -18,8 +18,6 @@ from eval.language import Subject
 
 @dataclass(frozen=True)
 class Published:
-    """A task with data of its own."""
-
     file: str  # its name under DATA, without .jsonl or .raw, and without .xz, .gz or .bz2
     dataset: str  # on the Hub
     subset: str | None  # "*" for all of them
