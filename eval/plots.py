@@ -55,7 +55,7 @@ def curves(records: list[dict], title: str) -> Figure:
         for number, key in enumerate(keys):
             style = f"C{number // 2}" + ("o" if key.startswith("val_") else "-")
             values = [record.get(key) for record in records]
-            axis.plot(steps, values, style, markersize=4, linewidth=1, label=key)
+            axis.plot(steps, values, style, markersize=5, markeredgecolor="black", linewidth=1, label=key)
         if len(keys) > 1:
             axis.legend(fontsize="small")
     return drawing
