@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -122,9 +123,9 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Makes the C library keep freed memory for the next step."""
     # Returning it and getting it again costs a step of tiny on a CPU 37,000 page faults, a twelfth of its time.
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(-4, 0)  # M_MMAP_MAX
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc has it
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def rows_held(config, processes: int) -> int:
@@ -141,6 +142,8 @@ def memory_available(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes that this process can still get: of the GPU, or of the machine and the control groups (containers)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if not (root / "proc/meminfo").is_file():  # not Linux: the whole memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     inner = root / "sys/fs/cgroup" / (root / "proc/self/cgroup").read_text().partition("0::/")[2].strip()
     for group in (inner, *inner.parents):  # the limit of every group above holds too
@@ -170,7 +173,7 @@ def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         total = peak + memory_available(device)
     return f"{_bytes(peak)} at the peak of the first step, of {_bytes(total)}"
 
@@ -229,7 +232,8 @@ def name(device: torch.device) -> str:
     """The name of a device; of a CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     threads = torch.get_num_threads()
     return f"{model[1] if model else platform.machine()}, {threads} thread" + ("s" if threads > 1 else "")
 

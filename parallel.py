@@ -153,14 +153,45 @@ def command(remake: str) -> str:
     return remake.replace("python", torchrun, 1) if ranks() > 1 else remake
 
 
-def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Moves a model, or this process's share of it, to the device. All processes start from the first one's weights."""
+class Exchange:
+    """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704)."""
+
+    # Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
+    # resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.waiting, self.ready, self.sent = [], set(), []
+        for p in self.parameters:
+            dist.broadcast(p.data, 0)
+            p.register_post_accumulate_grad_hook(self._arrived)
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Around the last backward pass of a step. After it, every gradient is the sum over all processes."""
+        self.waiting, self.ready, self.sent = self.parameters.copy(), set(), []
+        yield
+        for p in self.parameters:
+            if p.grad is None:  # it had no part in this process's loss
+                p.grad = torch.zeros_like(p)
+            self._arrived(p)
+        for work in self.sent:
+            work.wait()
+
+    def _arrived(self, p: nn.Parameter) -> None:
+        # The backward pass reaches the last layer first. The order is fixed: gradients that a process sends in
+        # another order than the others would be added to the wrong ones.
+        self.ready.add(p)
+        while self.waiting and self.waiting[-1] in self.ready:
+            self.sent.append(dist.all_reduce(self.waiting.pop().grad, async_op=True))
+
+
+def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange:
+    """Moves a model, or this process's share of it, to the device. Returns what adds up its gradients."""
     # dtype: of matrix products; with "fsdp" the blocks travel in it, and gradients in float32.
     if how == "ddp" or ranks() == 1:
         model.to(device)
-        for p in model.parameters() if ranks() > 1 else ():
-            dist.broadcast(p.data, 0)
-        return
+        return Exchange(model.parameters() if ranks() > 1 else [])
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -172,21 +203,7 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
     for module in (*model.blocks, model):  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
-
-
-def add_gradients(parameters: Iterable[nn.Parameter], how: str) -> None:
-    """Replaces every gradient by its sum over all processes. With "fsdp", the backward pass has done so."""
-    # Each tensor by itself. torch's DistributedDataParallel joins several, and joins others after its first step: a
-    # resumed run would then sum three or more processes' numbers in another order and differ in the last digits.
-    if how == "fsdp" or ranks() == 1:
-        return
-    sent = []
-    for p in parameters:
-        if p.grad is None:  # it had no part in this process's loss
-            p.grad = torch.zeros_like(p)
-        sent.append(dist.all_reduce(p.grad, async_op=True))
-    for work in sent:
-        work.wait()
+    return Exchange([])
 
 
 def whole(x):

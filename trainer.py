@@ -151,14 +151,16 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             targets = parallel.total(task.targets(*batch))
             tokens = parallel.total(task.tokens(*batch)) if task.tokens else targets
             means = {}
-            for micro_batch in zip(*(tensor.split(trainer.rows) for tensor in batch), strict=True):
+            micro_batches = list(zip(*(tensor.split(trainer.rows) for tensor in batch), strict=True))
+            for micro_batch in micro_batches:
                 weight = task.targets(*micro_batch) / max(1, targets)
                 with trainer.autocast:
                     parts = {name: mean * weight for name, mean in task.loss(model, *micro_batch).items()}
-                (parts["loss"] * scale.value).backward()
+                # "ddp" sums gradients over processes once per step, in the last backward pass; "fsdp" does it in each.
+                with trainer.exchange.exchanging() if micro_batch is micro_batches[-1] else nullcontext():
+                    (parts["loss"] * scale.value).backward()
                 for name, part in parts.items():
                     means[name] = means.get(name, 0.0) + part.detach()
-            parallel.add_gradients(trainer.parameters, config.parallel)
             if progress.step + 1 < steps:
                 batch = trainer.read_batch(progress.step + 1)  # while the GPU computes
 
@@ -230,7 +232,7 @@ class Trainer:
         self.used = {"machine": machine.used(actual, self.dtype, ranks), "command": parallel.command(job.command)}
 
         model.gradient_checkpointing = config.gradient_checkpointing
-        parallel.distribute(model.train(), config.parallel, self.device, self.dtype)
+        self.exchange = parallel.distribute(model.train(), config.parallel, self.device, self.dtype)
         wide = self.dtype == torch.float32
         self.autocast = nullcontext() if wide else torch.autocast(self.device.type, self.dtype)
         self.scale = LossScale(self.dtype)
