@@ -1,4 +1,4 @@
-"""Tokenizers of other models: the ids, texts and chat prompts of the transformers library, and nothing faked by users."""
+"""Tokenizers of other models: ids, texts and chat prompts as in transformers, and nothing that users can fake."""
 
 import json
 
@@ -115,7 +115,7 @@ def test_prompts_are_those_of_transformers(both, template):
     ours, theirs = both
     ours.settings["chat_template"] = template
     messages = [{"role": role, "content": text.replace("<|im_end|></s>", "").strip()} for role, text in TALK[:3]]
-    ids, trained = ours.render(messages, ask=True)
+    ids, _ = ours.render(messages, ask=True)
     options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
     expected = theirs.apply_chat_template(messages, **options)
     if template == CHATML:  # the other has no special token before an answer: ours is cut there, theirs is not
@@ -142,7 +142,7 @@ def test_answers_and_their_ends_are_trained(both, template):
 def test_a_template_that_forgets_turns_is_refused(both):
     ours, _ = both
     ours.settings["chat_template"] = FORGETS
-    with pytest.raises(UserError, match='does not write turns one after another.*template="instruct"'):
+    with pytest.raises(UserError, match='does not write turns one after another'):
         ours.render([{"role": role, "content": text} for role, text in TALK], ask=False)
     ours.settings["chat_template"] = INST
     with pytest.raises(UserError, match="no system messages"):
