@@ -17,11 +17,6 @@ def split_hash(text: bytes) -> int:
     return int.from_bytes(hashlib.sha256(text[:4096]).digest()[:8])
 
 
-def held_out(text: bytes, fraction: float) -> bool:
-    """True if a document in UTF-8 is validation data, where enough documents make `fraction` of them validation."""
-    return split_hash(text) < fraction * 2**64
-
-
 def threshold(hashes: Iterable[int], fraction: float) -> int | None:
     """The threshold below which about `fraction` of the documents are held out, at least one and not all."""
     # None if no threshold separates the documents: there is only one, or all begin alike.

@@ -13,6 +13,7 @@ import cli
 import configs
 import data.pack
 from cli import UserError
+from data import plural
 from data.batches import mixture
 from tokenizer import Tokenizer
 
@@ -22,19 +23,20 @@ def show(ids: np.ndarray, spm: Tokenizer, chars: int) -> str:
     text = ""
     for part in np.split(ids, np.flatnonzero(ids == spm.eos) + 1):
         text += spm.decode(part.tolist()).replace("\n", "⏎")
-        if spm.eos in part:
-            text += "⟨end⟩"
+        text += "⟨end⟩" if spm.eos in part else ""
     return text if len(text) <= chars else f"{text[:chars]}… ({len(text):,} characters)"
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    spm, first = experiment.load_tokenizer(), arguments.first
+    spm, first, chars = experiment.load_tokenizer(), arguments.first, arguments.chars
     splits = data.pack.load(experiment.directory("pack"), spm.sha256)
     for split in splits.values():
-        print(f"{split.name}: {len(split.tokens):,} tokens, {len(split.starts):,} documents, {split.bytes:,} bytes")
+        documents = plural(len(split.starts), "document")
+        print(f"{split.name}: {len(split.tokens):,} tokens, {documents}, {split.bytes:,} bytes")
         for name, counts in split.counts["sources"].items():
-            print(f"  {name}:", "{tokens:,} tokens, {documents:,} documents from {start:,}".format(**counts))
+            documents = plural(counts["documents"], "document")
+            print(f"  {name}: {counts['tokens']:,} tokens, {documents} from {counts['start']:,}")
 
     packed = splits[arguments.split]
     if first >= len(packed.starts):
@@ -42,20 +44,21 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"\ndocuments of {packed.name}")
     for number, ids in itertools.islice(enumerate(packed.documents()), first, first + arguments.documents):
         start = packed.starts[number]
-        print(f"{number:,} [{start:,} to {start + len(ids):,}) {show(ids, spm, arguments.chars)}")
+        print(f"{number:,} [{start:,} to {start + len(ids):,}) {show(ids, spm, chars)}")
 
     others = {}
     for other in experiment.beside:
         others[other.name] = data.pack.load(other.directory("pack"), spm.sha256)["train"]
     config, length, phases = experiment.pretrain, experiment.model.context_length, experiment.mixture
     batches = mixture(experiment.name, phases, splits["train"], others, length, config.batch_size, config.seed)
-    print(f"\nbatch of step {arguments.step:,} (counted from 0), {batches.size} rows")
+    print(f"\nbatch of step {arguments.step:,} (counted from 0), {plural(batches.size, 'row')}")
     for row in range(min(arguments.rows, batches.size)):
         name, window = batches.drawn(arguments.step * batches.size + row)
         inputs, targets = (tensor[0].numpy() for tensor in batches.sets[name].read([window]))
-        print(f"row {row}: {name}, window {window:,}, {1 + (inputs == spm.eos).sum()} documents or parts")
-        print(f"  {show(inputs, spm, arguments.chars)}")
-        print(f"  the last target: {show(targets[-1:], spm, arguments.chars)!r}")
+        parts = plural(1 + np.count_nonzero(inputs == spm.eos), "document")
+        print(f"row {row}: {name}, window {window:,}, {parts}, whole or in part")
+        print(f"  {show(inputs, spm, chars)}")
+        print(f"  the last target: {show(targets[-1:], spm, chars)!r}")
 
 
 def count(text: str) -> int:

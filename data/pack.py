@@ -145,8 +145,8 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
         for documents in progress(encoded, len(chunks), "MB", "packing"):
             for split, source, ids, size in documents:
                 total = counts[split]
-                files[f"{split}.idx"].write(np.array(total["tokens"], "<i8").tobytes())
-                files[f"{split}.bin"].write(ids.tobytes())
+                files[f"{split}.idx"].write(np.array(total["tokens"], "<i8"))
+                files[f"{split}.bin"].write(ids)
                 empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
                 for table in (total, total["sources"].setdefault(source, empty)):
                     table["documents"] += 1

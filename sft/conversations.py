@@ -298,7 +298,7 @@ class DocQuestions(Records):
                 return
             if name in names or name.startswith("_") or "._" in name:
                 continue
-            text = clean(document.value, self.docs.cleaning)
+            text, _ = clean(document.value, self.docs.cleaning)
             answer = first_sentences(text)
             if answer is None or answer in answers:
                 continue

@@ -45,10 +45,8 @@ class Tokenizer:
         self._space_bytes = np.array(space_bytes, np.int32)
         self._cuts = True  # a text can be cut before any space that follows another character
         self.control: dict[str, int] = {}
-        for id in range(self.vocab_size):
-            piece = pieces.id_to_piece(id)
-            if SPACE in piece.lstrip(SPACE):
-                self._cuts = False
+        for id, piece in enumerate(pieces.id_to_piece(list(range(self.vocab_size)))):
+            self._cuts = self._cuts and SPACE not in piece.lstrip(SPACE)
             if pieces.is_control(id) and id not in (pieces.unk_id(), self.bos, self.eos):
                 self.control[piece] = id
 
@@ -70,9 +68,8 @@ class Tokenizer:
         for number, part in enumerate(text.split(SPACE.encode())):
             if number:
                 ids.append(self._space_bytes)
-            for cut in self._parts(part):
-                ids.append(self.pieces.encode(cut, return_type="numpy"))
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+            ids += [self.pieces.encode(cut, return_type="numpy") for cut in self._parts(part)]
+        return np.concatenate(ids)
 
     def _parts(self, text: bytes) -> Iterator[bytes]:
         """A long text in parts whose ids joined are the ids of the text."""

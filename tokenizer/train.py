@@ -121,16 +121,13 @@ def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float
         with cli.pool(1) as pool:  # SentencePiece does not react to Ctrl-C; this process does
             model = pool.submit(train, corpus, total, config, val_fraction).result()
         name, sha256 = f"{directory.parent.name}/{directory.name}/spm.model", hashlib.sha256(model).hexdigest()
-        others = []
-        for path in sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")]):
+        for path in sorted(stage.runs().rglob("manifest.json")):
             read = stage.read_manifest(path.parent)["read"]
             if read.get(name, sha256) != sha256 and not set(path.parents) & set(replaced):
-                others.append(str(path.parent))
-        if others:
-            raise UserError(
-                f"{', '.join(others)} was made with another tokenizer in {directory}, and the new one would not fit. "
-                "Make it all again with --force-from tokenizer, or give the experiment another name"
-            )
+                raise UserError(
+                    f"{path.parent} was made with another tokenizer in {directory}, and the new one would not fit. "
+                    "Make it all again with --force-from tokenizer, or give the experiment another name"
+                )
         job.clear()
         spm = write(directory, model)
         numbers = measure(spm, sample(corpus, total, MEASURED))

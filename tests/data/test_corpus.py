@@ -26,7 +26,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def make(config: CorpusConfig, directory: Path, workers: int = 1) -> tuple[Tally, list[dict[str, str]]]:
     directory.mkdir()
-    tally = gather(config, directory, workers, {})
+    tally = gather(config, directory / "partial", workers)
     return tally, list(records(directory))
 
 
@@ -48,7 +48,7 @@ def varied(count: int, seed: int = 0, words: int = 10**6) -> list[str]:
 def test_what_is_dropped_is_counted(raw, tmp_path):
     a = varied(4)
     rest = [a[1].upper(), f"{a[0]} indeed", a[1], "!!! ??? ...", "... ??? !!!", "!!! ??? ..."]
-    write(raw / "a.jsonl", [a[0], "short", *rest])
+    write(raw / "a.jsonl", [f"{a[0]}\n{a[0]}\n{a[0]}", "short", *rest])
     long = " ".join(a)
     write(raw / "b.jsonl", [a[2], a[0].replace(" ", "\n"), long])
     config = CorpusConfig(sources=(source("a"), source("b", max_chars=len(long) - 1)))
@@ -56,9 +56,20 @@ def test_what_is_dropped_is_counted(raw, tmp_path):
     kept = [*(("a", f"a.jsonl:{i}") for i in (1, 3, 6, 7)), ("b", "b.jsonl:1")]
     assert [(r["source"], r["id"]) for r in documents] == kept
     counts = tally.counts()
-    assert counts["sources"]["a"]["dropped"] == {"too_short": 1, "near_duplicate": 1, "duplicate": 2}
+    assert counts["sources"]["a"]["dropped"] == {
+        "repeated_lines": 1,
+        "too_short": 1,
+        "near_duplicate": 1,
+        "duplicate": 2,
+    }
     assert counts["sources"]["b"]["dropped"] == {"duplicate": 1, "too_long": 1}
-    assert counts["dropped"] == {"duplicate": 3, "near_duplicate": 1, "too_long": 1, "too_short": 1}
+    assert counts["dropped"] == {
+        "duplicate": 3,
+        "near_duplicate": 1,
+        "repeated_lines": 1,
+        "too_long": 1,
+        "too_short": 1,
+    }
     assert (counts["read"], counts["documents"]) == (11, 5)
     assert counts["bytes"] == sum(len(r["text"].encode()) for r in documents)
     for table in tally.sources.values():
@@ -127,15 +138,19 @@ def test_what_a_source_lacks_is_logged(place: Place, caplog):
     lines = (place.raw / "text.jsonl").read_text().splitlines()
     lines[20:20] = ["{", '{"body": 3}']
     (place.raw / "text.jsonl").write_text("\n".join([*lines, *[json.dumps({"text": GOOD})] * 99]))
-    place.edit(("min_chars=20", 'min_chars=20, unreadable="skip", max_tokens=1_000_000'))
+    write_lines(place.raw / "test.jsonl", [{"text": "x"}, {"body": "y"}])
+    options = 'min_chars=20, unreadable="skip", max_tokens=1_000_000'
+    test = ', decontaminate=(Files(name="test", paths=("test.jsonl",), unreadable="skip"),)'
+    place.edit(("min_chars=20),)", f"{options}),){test}"))
     card = (place.make("corpus") / "DATA_CARD.md").read_text()
-    assert f"files: 2 of {len(lines) + 99} records could not be read; see the card" in caplog.text
+    assert "files: 2 records could not be read; see the card" in caplog.text
+    assert "test: 1 record of this evaluation set could not be read" in caplog.text
     assert "of the 1,000,000 tokens of max_tokens" in caplog.text
     assert "files: duplicate dropped" in caplog.text  # more than a third
-    assert "line 21: not JSON" in card
+    assert "line 21 is not JSON" in card
     assert "line 22: expected an object whose 'text' is a string" in card
     place.edit(("min_chars=20", "min_chars=20_000"))
-    with pytest.raises(UserError, match=r"the corpus is empty: none of \d+ documents was kept; add sources"):
+    with pytest.raises(UserError, match=r"the corpus is empty: nothing of \d+ documents was kept; add sources"):
         place.make("corpus", force=True)
     with pytest.raises(ValueError, match="sources are called a, a; give each a name of its own"):
         CorpusConfig(sources=(source("a"), source("a")))
@@ -178,10 +193,10 @@ def test_interruptions_and_workers_change_no_byte(mixed, tmp_path, crash):
     broken.mkdir()
     for shards in range(1, 16):
         with pytest.raises(InterruptedError):
-            gather(mixed, broken, 2, {})
+            gather(mixed, broken / "partial", 2)
         (broken / f"shard_{shards:05d}.jsonl").write_text("half a li")
     crash.undo()
-    tally = gather(mixed, broken, 4, {})
+    tally = gather(mixed, broken / "partial", 4)
     whole, _ = make(mixed, tmp_path / "whole")
     assert files(broken) == files(tmp_path / "whole")
     assert len(files(broken)) > 15
@@ -204,10 +219,13 @@ def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, cr
             place.make("corpus")
         for worker in multiprocessing.active_children():  # a killed worker holds the lock until it is gone
             worker.join()
-        assert caplog.text.count("continuing after 1 finished shards") == continued
+        assert caplog.text.count("continuing after 1 finished shard") == continued
     crash.undo()
-    place.make("corpus")
-    assert not (place.runs / "mini/corpus/partial").exists()
+    (place.runs / "mini/corpus/shard_00099.jsonl").write_text("left by another build")
+    place.edit(("min_chars=21", "min_chars=22"))
+    names = sorted(path.name for path in place.make("corpus").glob("[!.]*"))
+    assert [name for name in names if "shard" not in name] == ["DATA_CARD.md", "log.txt", "manifest.json"]
+    assert "shard_00099.jsonl" not in names
 
 
 @pytest.mark.parametrize("quality", [None, Quality()])

@@ -11,19 +11,18 @@ import configs
 import data.pack
 import stage
 import tokenizer
-from data.holdout import Holdout, held_out, split_hash, threshold
+from data.holdout import Holdout, split_hash, threshold
 from data.sections import SECTION_CHARS, cut, sections
 from tests.conftest import Place, build
 from tests.data.test_corpus import varied
 
 
 def test_many_documents_are_held_out_by_their_own_hash():
-    texts = [b"document number %d" % i for i in range(4000)]
-    share = sum(held_out(text, 0.05) for text in texts) / len(texts)
-    assert share == pytest.approx(0.05, abs=0.015)
-    assert all(held_out(text, 0.1) for text in texts if held_out(text, 0.05))
+    numbers = [split_hash(b"document number %d" % i) for i in range(4000)]
+    limit = threshold(numbers, 0.05)
+    assert limit == math.ceil(0.05 * 2**64)
+    assert sum(number < limit for number in numbers) / 4000 == pytest.approx(0.05, abs=0.015)
     assert split_hash(b"x") == 0x2D711642B726B044  # sha256sum
-    assert threshold(map(split_hash, texts), 0.05) == math.ceil(0.05 * 2**64)
     assert threshold([7, 7], 0.05) is threshold([7], 0.05) is None  # no threshold separates them
 
 
@@ -82,18 +81,6 @@ def test_few_text_files_are_packed(place: Place, count, fraction):
     if count == 1:
         assert texts["val"].endswith("Zyzzyva")
         assert "yzz" not in (place.runs / "mini/tokenizer/spm.vocab").read_text()
-
-
-def test_the_tokenizer_does_not_learn_what_is_held_out(place: Place):
-    """One document: its end has a word that would become a piece."""
-    (place.raw / "input.txt").write_text("\n\n".join([*varied(300, words=2_000), *["Zyzzyva"] * 60]))
-    place.edit(("text.jsonl", "input.txt"))
-    place.make("pack")
-    spm = tokenizer.load(place.runs / "mini/tokenizer")
-    ids = data.pack.load(place.runs / "mini/packed", spm.sha256)["val"].tokens
-    assert spm.decode(ids.tolist()[:-1]).endswith("Zyzzyva")
-    pieces = (place.runs / "mini/tokenizer/spm.vocab").read_text()
-    assert "yzz" not in pieces
 
 
 def test_a_text_file_of_a_megabyte_goes_through_the_config_of_the_readme(place: Place):

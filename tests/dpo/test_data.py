@@ -21,7 +21,7 @@ import sft.data
 import stage
 from cli import UserError
 from configs import Experiment
-from data.holdout import held_out
+from data.holdout import split_hash
 from dpo.data import PairConfig, PairRows, fitted, rendered
 from dpo.filters import PairFilters
 from dpo.pairs import Pair, Pairs
@@ -126,7 +126,8 @@ def test_the_files_hold_what_the_template_gives(here: Place, spm, template):  # 
     directory, counts = made(here, template=template, context=200)
     assert counts["dtype"] == "<u2"
     for split in ("train", "val"):
-        numbers = [i for i, each in enumerate(PAIRS) if held_out(each["prompt"].encode(), 0.2) is (split == "val")]
+        in_val = [split_hash(pair["prompt"].encode()) < 0.2 * 2**64 for pair in PAIRS]
+        numbers = [i for i, held in enumerate(in_val) if held is (split == "val")]
         parts, labels = stored(directory, split)
         for i, (prompt, *answers) in zip(numbers, parts, strict=True):
             asked = [Message("user", PAIRS[i]["prompt"])]

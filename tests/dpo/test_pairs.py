@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from cli import UserError
-from data.holdout import held_out
+from data.holdout import split_hash
 from data.sources import PythonDocs, Unreadable
 from dpo.pairs import DocPairs, HubPairs, Pairs, repeated, shuffled
 from sft.conversations import DocQuestions, Message
@@ -160,7 +160,7 @@ def test_each_question_comes_once_with_each_kind_of_a_worse_answer(documented):
 @pytest.mark.parametrize("fraction", [0.05, 0.5])
 def test_both_answers_are_in_one_split_except_where_the_splits_meet(documented, fraction):
     """In the ring of neighbours they meet twice."""
-    sides = [{held_out(key.encode(), fraction) for key in pair.keys} for pair in documented[1]]
+    sides = [{split_hash(key.encode()) < fraction * 2**64 for key in pair.keys} for pair in documented[1]]
     assert sides.count({True, False}) == 2
     assert {True} in sides
     assert {False} in sides

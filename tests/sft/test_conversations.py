@@ -208,7 +208,7 @@ def test_a_dataset_is_read_as_its_files_are(raw):
     records = [ALPACA, ALPACA | {"output": None}, ALPACA | {"input": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), raw / "set/train.parquet")
     first, why, last = HubChats(dataset=str(raw / "set"), name="set").conversations(1)
-    assert why.startswith('record 2: found an object with "instruction", "input"; expected the fields')
+    assert why.startswith('set, record 2: found an object with "instruction", "input"; expected the fields')
     assert (said(first), first.id, last.id) == (CAT, "set:1", "set:3")
 
 

@@ -18,7 +18,7 @@ import sft.data
 import stage
 from cli import UserError
 from configs import Experiment
-from data.holdout import held_out
+from data.holdout import split_hash
 from data.sources import Files
 from sft.conversations import Chats, HubChats, Message
 from sft.data import ConversationConfig, Item, Rows, best_fit, write
@@ -70,7 +70,7 @@ def made(place: Place, *records: dict, context: int = 64, **changes) -> tuple[Pa
 
 
 def in_val(question: str) -> bool:
-    return held_out(question.encode(), 0.2)
+    return split_hash(question.encode()) < 0.2 * 2**64
 
 
 def question(split: str, number: int = 0) -> str:
