@@ -61,17 +61,12 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"  the last target: {show(targets[-1:], spm, chars)!r}")
 
 
-def count(text: str) -> int:
-    """An argument that is a whole number of at least 0."""
-    return 0 if text == "0" else cli.positive(text)
-
-
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--split", choices=data.pack.SPLITS, default="train")
-    p.add_argument("--first", type=count, default=0, metavar="N", help="the first document shown; default: 0")
-    p.add_argument("--documents", type=count, default=3, metavar="N", help="how many; default: 3")
-    p.add_argument("--step", type=count, default=0, metavar="N", help="the batch shown; default: 0")
-    p.add_argument("--rows", type=count, default=2, metavar="N", help="how many of its rows; default: 2")
+    p.add_argument("--first", type=int, default=0, metavar="N", help="the first document shown; default: 0")
+    p.add_argument("--documents", type=int, default=3, metavar="N", help="how many; default: 3")
+    p.add_argument("--step", type=int, default=0, metavar="N", help="the batch shown; default: 0")
+    p.add_argument("--rows", type=int, default=2, metavar="N", help="how many of its rows; default: 2")
     p.add_argument("--chars", type=cli.positive, default=500, metavar="N", help="of each text; default: 500")
     cli.run(main, p.parse_args())

@@ -6,7 +6,6 @@ import glob
 import gzip
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -18,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,38 +131,14 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
             log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is its setting too strict?")
 
 
-class Streams(io.RawIOBase):
-    """Decompresses one or more .xz or .bz2 streams. `lzma.open` and `bz2.open` ignore damage in a later stream."""
-
-    def __init__(self, file, decompressor):
-        self.file, self.decompressor, self.stream, self.rest = file, decompressor, decompressor(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = b""
-        while not data:
-            self.rest = self.rest or self.file.read(1 << 16)
-            if self.stream.eof:
-                if not self.rest:
-                    return 0
-                self.rest = self.rest.lstrip(b"\0")  # streams may be padded
-                self.stream = self.decompressor() if self.rest else self.stream
-                continue
-            if not self.rest and self.stream.needs_input:
-                raise EOFError("it is truncated")
-            data = self.stream.decompress(self.rest, len(buffer))
-            self.rest = self.stream.unused_data
-        buffer[: len(data)] = data
-        return len(data)
+def _strict(kind: type, file):
+    """A decompressed file. Refuses damage after the first of several streams, which Python by default ignores."""
+    opened = kind(file)
+    opened._buffer.raw._trailing_error = ()
+    return opened
 
 
-OPEN = {
-    ".gz": gzip.open,
-    ".bz2": lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
-    ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
-}
+OPEN = {".gz": gzip.open, ".bz2": partial(_strict, bz2.BZ2File), ".xz": partial(_strict, lzma.LZMAFile)}
 BROKEN = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)  # pyarrow's errors are among these
 NOUNS = {".jsonl": "line", ".json": "element", ".parquet": "row"}
 

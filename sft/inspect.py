@@ -14,7 +14,6 @@ import cli
 import configs
 import sft.data
 from cli import UserError
-from data.inspect import count
 from data.pack import SPLITS
 from sft.templates import shown
 
@@ -53,6 +52,6 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--split", choices=SPLITS, default="train")
-    p.add_argument("--first", type=count, default=0, metavar="N", help="the first row shown; default: 0")
+    p.add_argument("--first", type=int, default=0, metavar="N", help="the first row shown; default: 0")
     p.add_argument("--rows", type=cli.positive, default=2, metavar="N", help="how many; default: 2")
     cli.run(main, p.parse_args())
