@@ -136,8 +136,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     chunks = []
     for shard in sorted(corpus.glob("shard_*.jsonl")):
         chunks += [(shard, start) for start in range(0, shard.stat().st_size, CHUNK)]
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(cli.pool(workers))
+    with cli.pool(workers) as pool, contextlib.ExitStack() as stack:
         files = {}
         for name in ("train.bin", "train.idx", "val.bin", "val.idx"):
             files[name] = stack.enter_context(open(directory / name, "wb"))

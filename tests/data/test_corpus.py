@@ -1,12 +1,17 @@
 """The corpus: what is kept and dropped, for any number of workers and after any interruption."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import random
+import sqlite3
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 import data.corpus
@@ -15,7 +20,7 @@ from data.corpus import CorpusConfig, Tally, gather, records
 from data.dedup import Index
 from data.quality import C4, Quality
 from data.sections import sections
-from data.sources import Files
+from data.sources import Files, Hub, Record
 from tests.conftest import Place, write_lines
 from tests.data.test_quality import FOREIGN, GOOD
 
@@ -87,10 +92,11 @@ def test_each_source_has_its_own_rules(raw, tmp_path):
     write(raw / "a.jsonl", [GOOD + "\n\nA heading", *FOREIGN])
     write(raw / "b.jsonl", [GOOD, *FOREIGN])
     line = " ".join(f"Sentence number {i} has some words in it." for i in range(900))
-    write(raw / "c.jsonl", [line])
+    (raw / "c").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [line]}), raw / "c/train.parquet")
     strict = Quality(c4=C4(min_line_words=1))
     lines = Quality(gopher=None, min_english=None)  # sections are cut after C4 has seen whole lines
-    sources = source("b"), source("a", quality=strict), source("c", quality=lines)
+    sources = source("b"), source("a", quality=strict), Hub(dataset=str(raw / "c"), quality=lines)
     tally, documents = make(CorpusConfig(sources=sources), tmp_path / "corpus")
     assert len(documents) == 6
     assert tally.sources["a"]["dropped"] == {"not_english": 4, "c4_sentences": 1, "c4_lines": 1}
@@ -210,6 +216,16 @@ def test_interruptions_and_workers_change_no_byte(mixed, tmp_path, crash):
     assert card.split("## Ten documents at random\n\n")[1].count("jsonl:") == 10
 
 
+def test_a_full_disk_is_named(place: Place, monkeypatch):
+    def fail(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Index, "commit", fail)
+    with pytest.raises(UserError, match="mini/corpus: database or disk is full; fix that and run the same command"):
+        place.make("corpus")
+    assert not (place.runs / "mini/corpus/manifest.json").exists()
+
+
 def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, crash, caplog):
     monkeypatch.setattr(data.corpus, "SHARD_BYTES", 3_000)
     caplog.set_level("INFO", "lumi")
@@ -237,3 +253,32 @@ def test_odd_documents_go_through_every_rule(raw, tmp_path, quality):
     tally, documents = make(CorpusConfig(sources=(source("a", quality=quality),)), tmp_path / "corpus")
     assert tally.sources["a"]["read"] == len(odd)
     assert sum(tally.sources["a"]["dropped"].values()) + len(documents) >= len(odd)
+
+
+def test_empty_records_fill_a_batch_too(monkeypatch):
+    monkeypatch.setattr(data.corpus, "BATCH_CHARS", 1_000)
+    assert [len(batch) for batch in data.corpus._batches([Record("", "", "", "")] * 95)] == [10] * 9 + [5]
+
+
+SMALL = """
+import runpy, data.corpus, data.pack
+data.corpus.SHARD_BYTES, data.corpus.BATCH_CHARS, data.pack.CHUNK = 30_000, 3_000, 9_000
+runpy.run_path("pipeline.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ten_random_kills_change_no_byte(place: Place, tmp_path):
+    write(place.raw / "text.jsonl", varied(4_000))
+    started = time.monotonic()
+    place.run("-c", SMALL, place.config, "pack", "--workers", 1)
+    seconds = time.monotonic() - started
+    whole, place.env["RUNS"] = files(place.runs), str(tmp_path / "killed")
+    for _ in range(10):
+        process = place.start("-c", SMALL, place.config, "pack", "--workers", 4)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(random.uniform(0, 0.4) * seconds)
+        process.kill()
+        process.communicate()
+    place.run("-c", SMALL, place.config, "pack", "--workers", 4)
+    assert files(tmp_path / "killed") == whole
