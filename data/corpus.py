@@ -287,11 +287,11 @@ def _lines(pool, config: CorpusConfig, workers: int, tally: Tally, index: Index)
 def card(name: str, config: CorpusConfig, tally: Tally) -> str:
     """DATA_CARD.md: what the corpus holds, where it comes from, what was left out and why."""
     counts, dropped = tally.counts(), [("source", "rule", "dropped", "words")]
-    rows = [("source", "licence", "documents read", "kept", "bytes kept", "words kept", "share of the words read")]
+    rows = [("source", "licence", "documents read", "kept", "bytes kept", "words read", "kept")]
     for source in config.sources:
         table = tally.sources[source.name]
-        numbers = [f"{table[key]:,}" for key in ("read", "documents", "bytes", "words")]
-        rows.append((source.name, source.licence, *numbers, f"{table['words'] / max(1, table['words_read']):.1%}"))
+        numbers = [f"{table[key]:,}" for key in ("read", "documents", "bytes", "words_read", "words")]
+        rows.append((source.name, source.licence, *numbers))
         for rule, number in sorted(table["dropped"].items()):
             dropped.append((source.name, rule, f"{number:,}", f"{table['dropped_words'][rule]:,}"))
     examples = []

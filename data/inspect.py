@@ -13,9 +13,10 @@ import cli
 import configs
 import data.pack
 from cli import UserError
-from data import plural
 from data.batches import mixture
 from tokenizer import Tokenizer
+
+SIZES = "documents {documents:,}, tokens {tokens:,}, bytes {bytes:,}"
 
 
 def show(ids: np.ndarray, spm: Tokenizer, chars: int) -> str:
@@ -32,11 +33,9 @@ def main(arguments: argparse.Namespace) -> None:
     spm, first, chars = experiment.load_tokenizer(), arguments.first, arguments.chars
     splits = data.pack.load(experiment.directory("pack"), spm.sha256)
     for split in splits.values():
-        documents = plural(len(split.starts), "document")
-        print(f"{split.name}: {len(split.tokens):,} tokens, {documents}, {split.bytes:,} bytes")
+        print(f"{split.name}:", SIZES.format_map(split.counts))
         for name, counts in split.counts["sources"].items():
-            documents = plural(counts["documents"], "document")
-            print(f"  {name}: {counts['tokens']:,} tokens, {documents} from {counts['start']:,}")
+            print(f"  {name}, from token {counts['start']:,}:", SIZES.format_map(counts))
 
     packed = splits[arguments.split]
     if first >= len(packed.starts):
@@ -51,12 +50,11 @@ def main(arguments: argparse.Namespace) -> None:
         others[other.name] = data.pack.load(other.directory("pack"), spm.sha256)["train"]
     config, length, phases = experiment.pretrain, experiment.model.context_length, experiment.mixture
     batches = mixture(experiment.name, phases, splits["train"], others, length, config.batch_size, config.seed)
-    print(f"\nbatch of step {arguments.step:,} (counted from 0), {plural(batches.size, 'row')}")
+    print(f"\nbatch of step {arguments.step:,} (counted from 0), rows: {batches.size}")
     for row in range(min(arguments.rows, batches.size)):
         name, window = batches.drawn(arguments.step * batches.size + row)
         inputs, targets = (tensor[0].numpy() for tensor in batches.sets[name].read([window]))
-        parts = plural(1 + np.count_nonzero(inputs == spm.eos), "document")
-        print(f"row {row}: {name}, window {window:,}, {parts}, whole or in part")
+        print(f"row {row}: {name}, window {window:,}, documents whole or in part: {1 + (inputs == spm.eos).sum()}")
         print(f"  {show(inputs, spm, chars)}")
         print(f"  the last target: {show(targets[-1:], spm, chars)!r}")
 

@@ -42,12 +42,11 @@ def _gaps(text: str, start: int, end: int, kinds: Sequence[re.Pattern]) -> Itera
 
 def cut(text: str, fraction: float) -> tuple[str, str]:
     """Cuts off about the last `fraction` of a text, at the best gap: a paragraph, else a line, a sentence, a word."""
-    goal = place = len(text) * (1 - fraction)
-    first = max(1, round(len(text) * (1 - 2 * fraction)))
-    last = min(len(text) - 1, round(len(text) * (1 - fraction / 2)))
+    size, ends = len(text), []
+    goal = size * (1 - fraction)
+    first, last = max(1, round(size * (1 - 2 * fraction))), min(size - 1, round(size * (1 - fraction / 2)))
     for kind in GAPS:
-        if ends := [match.end() for match in kind.finditer(text, first, last)]:
-            place = min(ends, key=lambda end: abs(end - goal))
-            break
-    place = min(max(1, round(place)), len(text) - 1)
+        ends = ends or [match.end() for match in kind.finditer(text, first, last)]
+    place = min(ends or [round(goal)], key=lambda end: abs(end - goal))
+    place = min(max(1, place), size - 1)
     return text[:place].rstrip("\n"), text[place:]

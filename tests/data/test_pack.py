@@ -130,6 +130,6 @@ def test_inspect_shows_documents_and_batches(made: Place, spm, capsys):
     shown = capsys.readouterr().out
     text = spm.decode(documents[min(numbers)].tolist()).replace("\n", "⏎")
     assert re.search(rf"^{min(numbers)} \[[\d,]+ to [\d,]+\) {re.escape(text[:30])}", shown, re.MULTILINE)
-    assert f"{len(packed.tokens):,} tokens" in shown
+    assert f"tokens {len(packed.tokens):,}" in shown
     assert shown.count("the last target") == 3
     assert "found --first 999" in made.run("-m", "data.inspect", made.config, "--first", 999, status=2).stderr
