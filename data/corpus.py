@@ -70,7 +70,15 @@ def records(directory: Path) -> Iterator[dict[str, str]]:
 def holdout(directory: Path, fraction: float) -> Holdout:
     """The rule that holds out about `fraction` of a finished corpus."""
     numbers = (split_hash(record["text"].encode()) for record in records(directory))
-    return Holdout(fraction, threshold(numbers, fraction))
+    rule = Holdout(fraction, threshold(numbers, fraction))
+    if rule.threshold and rule.threshold > math.ceil(fraction * 2**64):  # of few documents, the smallest hash
+        train, val = 0, 0
+        for record in records(directory):
+            parts = rule.split(record["text"])
+            train, val = train + len(parts[0]), val + len(parts[1])
+        if val > train:
+            return Holdout(fraction, None)
+    return rule
 
 
 class Piece(NamedTuple):

@@ -2,7 +2,7 @@
 
 # A document is held out if the hash of its beginning is below a threshold, so the decision does not depend on the
 # corpus around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest
-# hash. Of a single document the last part is held out.
+# hash. Of a single document, and where that document is more than half of the text, the last part of each is held out.
 
 import hashlib
 import math

@@ -171,8 +171,10 @@ class FileRecords(Records):
                 names = [] if paths else sorted(glob.glob(spelled, root_dir=raw(), recursive=True))
                 paths += [raw() / name for name in names if (raw() / name).is_file()]
             if not paths:
-                place = raw() / pattern
-                raise UserError(f"no file at {place}; correct the path, or set DATA to where relative paths are found")
+                fix = "correct the path, or set DATA to where relative paths are found"
+                if (raw() / pattern).is_dir():
+                    fix = f"to read a directory, name its files: {Path(pattern) / '*'}{self.formats[0]}"
+                raise UserError(f"no file at {raw() / pattern}; {fix}")
             for path in paths:
                 if _format(path) not in self.formats:
                     raise UserError(f"{path} has another format; expected {self.expected}")

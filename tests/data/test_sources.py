@@ -133,9 +133,11 @@ def test_any_file_name_is_read(raw, name, directory):
 
 def test_impossible_sources_are_refused(raw):
     (raw / "a.pdf").write_bytes(b"%PDF")
+    (raw / "folder").mkdir()
     for path, message in (
         ("a.pdf", "has another format; expected .txt, .md, .jsonl, .json or .parquet"),
         ("no*.txt", "no file at .*; correct the path"),
+        ("folder/", r"no file at .*folder; .* name its files: folder/\*\.txt"),
     ):
         with pytest.raises(UserError, match=message):
             read(path)
