@@ -45,8 +45,8 @@ class MinHash:
         self.bands = config.permutations // rows
         a, self.b = np.random.default_rng(0).integers(0, 1 << 32, (2, self.bands * rows, 1), dtype=np.uint32)
         self.a = a | np.uint32(1)
-        powers = [pow(int(GOLDEN), i, 1 << 64) for i in range(1, rows + 1)]
-        self.powers, self.numbers = np.array(powers, np.uint64), np.arange(self.bands, dtype=np.uint64)
+        self.powers = np.cumprod(np.full(rows, GOLDEN))  # mod 2⁶⁴
+        self.numbers = np.arange(self.bands, dtype=np.uint64)
 
     def shingles(self, hashes: np.ndarray) -> np.ndarray:
         """(s,) uint32, sorted: the distinct shingles of a text. A shorter text is one shingle."""

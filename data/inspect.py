@@ -53,18 +53,22 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"\nbatch of step {arguments.step:,} (counted from 0), rows: {batches.size}")
     for row in range(min(arguments.rows, batches.size)):
         name, window = batches.drawn(arguments.step * batches.size + row)
-        inputs, targets = (tensor[0].numpy() for tensor in batches.sets[name].read([window]))
-        print(f"row {row}: {name}, window {window:,}, documents whole or in part: {1 + (inputs == spm.eos).sum()}")
-        print(f"  {show(inputs, spm, chars)}")
-        print(f"  the last target: {show(targets[-1:], spm, chars)!r}")
+        inputs, targets = batches.sets[name].read([window])
+        ids = inputs[0].numpy()
+        print(f"row {row}: {name}, window {window:,}, documents whole or in part: {1 + ids.tolist().count(spm.eos)}")
+        print(" ", show(ids, spm, chars))
+        print("  the last target:", repr(show(targets[0, -1:].numpy(), spm, chars)))
 
 
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--split", choices=data.pack.SPLITS, default="train")
-    p.add_argument("--first", type=int, default=0, metavar="N", help="the first document shown; default: 0")
-    p.add_argument("--documents", type=int, default=3, metavar="N", help="how many; default: 3")
-    p.add_argument("--step", type=int, default=0, metavar="N", help="the batch shown; default: 0")
-    p.add_argument("--rows", type=int, default=2, metavar="N", help="how many of its rows; default: 2")
-    p.add_argument("--chars", type=cli.positive, default=500, metavar="N", help="of each text; default: 500")
+    for name, default, about in (
+        ("first", 0, "the first document shown"),
+        ("documents", 3, "how many documents"),
+        ("step", 0, "the step whose batch is shown"),
+        ("rows", 2, "how many rows of the batch"),
+        ("chars", 500, "how many characters of each text"),
+    ):
+        p.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about}; default: {default}")
     cli.run(main, p.parse_args())

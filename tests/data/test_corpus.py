@@ -8,8 +8,10 @@ import random
 import sqlite3
 import subprocess
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet
 import pytest
@@ -61,20 +63,10 @@ def test_what_is_dropped_is_counted(raw, tmp_path):
     kept = [*(("a", f"a.jsonl:{i}") for i in (1, 3, 6, 7)), ("b", "b.jsonl:1")]
     assert [(r["source"], r["id"]) for r in documents] == kept
     counts = tally.counts()
-    assert counts["sources"]["a"]["dropped"] == {
-        "repeated_lines": 1,
-        "too_short": 1,
-        "near_duplicate": 1,
-        "duplicate": 2,
-    }
-    assert counts["sources"]["b"]["dropped"] == {"duplicate": 1, "too_long": 1}
-    assert counts["dropped"] == {
-        "duplicate": 3,
-        "near_duplicate": 1,
-        "repeated_lines": 1,
-        "too_long": 1,
-        "too_short": 1,
-    }
+    of_a = {"repeated_lines": 1, "too_short": 1, "near_duplicate": 1, "duplicate": 2}
+    of_b = {"duplicate": 1, "too_long": 1}
+    assert [counts["sources"][name]["dropped"] for name in "ab"] == [of_a, of_b]
+    assert counts["dropped"] == Counter(of_a) + Counter(of_b)
     assert (counts["read"], counts["documents"]) == (11, 5)
     assert counts["bytes"] == sum(len(r["text"].encode()) for r in documents)
     for table in tally.sources.values():
@@ -217,10 +209,7 @@ def test_interruptions_and_workers_change_no_byte(mixed, tmp_path, crash):
 
 
 def test_a_full_disk_is_named(place: Place, monkeypatch):
-    def fail(*_):
-        raise sqlite3.OperationalError("database or disk is full")
-
-    monkeypatch.setattr(Index, "commit", fail)
+    monkeypatch.setattr(Index, "commit", Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
     with pytest.raises(UserError, match="mini/corpus: database or disk is full; fix that and run the same command"):
         place.make("corpus")
     assert not (place.runs / "mini/corpus/manifest.json").exists()
