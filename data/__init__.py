@@ -14,8 +14,3 @@ def extra(module: str, package: str, why: str) -> types.ModuleType:
         if error.name.partition(".")[0] != module.partition(".")[0]:
             raise  # a package that this one needs
         raise UserError(f"{why} needs {package}; install it with: pip install {package}") from None
-
-
-def plural(number: int, noun: str) -> str:
-    """A number with its noun: "1 document", "2 documents"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -23,7 +23,6 @@ import numpy as np
 import cli
 import stage
 from cli import UserError, log, progress
-from data import plural
 from data.clean import clean
 from data.dedup import Deduplication, Index, MinHash
 from data.holdout import Holdout, split_hash, threshold
@@ -102,7 +101,7 @@ def runs_of(sources: Sequence[Source], n: int) -> dict[str, np.ndarray]:
                 runs.append(ngrams(hashes(words(text)), n))
             unreadable += isinstance(document.value, Unreadable)
         if unreadable:
-            log.warning(f"{source.name}: {plural(unreadable, 'record')} of this evaluation set could not be read")
+            log.warning(f"{source.name}: records of this evaluation set that could not be read: {unreadable:,}")
         sets[source.name] = np.unique(np.concatenate(runs))
     return sets
 
@@ -223,21 +222,21 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
             table, asked = counts["sources"][source.name], source.max_tokens
             log_kept(source.name, table["words"], table["words_read"], "words", table["dropped_words"])
             if bad := table["dropped"].get("unreadable"):
-                log.warning(f"{source.name}: {plural(bad, 'record')} could not be read; see the card")
+                log.warning(f"{source.name}: records that could not be read: {bad:,}; see the card")
             tokens = table["bytes"] / BYTES_PER_TOKEN
             if asked and tokens < asked and not source.max_documents:
                 log.warning(f"{source.name} has only about {tokens:,.0f} of the {asked:,} tokens of max_tokens")
         if not counts["documents"]:
-            none = f"the corpus is empty: nothing of {plural(counts['read'], 'document')} was kept"
+            none = f"the corpus is empty: documents read {counts['read']:,}, kept 0"
             raise UserError(f"{none}; add sources, or change their min_chars and quality")
         (directory / "DATA_CARD.md").write_text(card(directory.parent.name, config, tally), encoding="utf-8")
         job.finish(counts)
         shutil.rmtree(partial)
-        log.info(f"corpus: {plural(counts['documents'], 'document')}, {counts['bytes'] / 1e6:.1f} MB -> {directory}")
+        log.info(f"corpus: {counts['bytes'] / 1e6:.1f} MB, documents: {counts['documents']:,} -> {directory}")
 
 
 def gather(config: CorpusConfig, partial: Path, workers: int) -> Tally:
-    """Writes shards of SHARD_BYTES beside `partial`, and into `partial` after each shard what continuing takes."""
+    """Writes the shards. After each, saves in `partial` what an interrupted build needs to continue."""
     global _settings  # the workers inherit them
     sets, n = runs_of(config.decontaminate, config.decontaminate_ngram), config.decontaminate_ngram
     _settings = sets, n, config.dedup and MinHash(config.dedup)
@@ -245,7 +244,7 @@ def gather(config: CorpusConfig, partial: Path, workers: int) -> Tally:
     with contextlib.closing(Index(config.dedup, partial)) as index, cli.pool(workers) as pool:
         vars(tally).update(index.state())
         if tally.shards:
-            log.info(f"corpus: continuing after {plural(tally.shards, 'finished shard')}")
+            log.info(f"corpus: continuing with shard_{tally.shards:05d}.jsonl")
         lines = _lines(pool, config, workers, tally, index)
         for first in lines:
             path = partial.parent / f"shard_{tally.shards:05d}.jsonl"
@@ -261,7 +260,7 @@ def gather(config: CorpusConfig, partial: Path, workers: int) -> Tally:
 
 
 def _lines(pool, config: CorpusConfig, workers: int, tally: Tally, index: Index) -> Iterator[bytes]:
-    """The lines of the shards that follow those of the tally."""
+    """The lines of the shards that are not written yet."""
     state = 0, 0.0  # documents read of a source, and documents expected
 
     def done() -> tuple[int, float]:
@@ -307,12 +306,12 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
         for _, id, source, text in sample:
             text = " ".join(text[:300].split()).replace("`", "'")
             examples.append(f"- {rule or source}, `{id}`: " + (f"`{text}`" if text else "(empty)"))
-    kept, size = len(tally.examples[""]), plural(counts["documents"], "document")
+    kept = len(tally.examples[""])
     near = f" or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words" if config.dedup else ""
     sets = ", ".join(source.name for source in config.decontaminate) or "no evaluation set: none is named"
     lines = [
         f"# Corpus of {name}\n",
-        f"{size}, {counts['bytes']:,} bytes of UTF-8 text, {counts['words']:,} words.",
+        f"Documents: {counts['documents']:,}. Bytes of UTF-8 text: {counts['bytes']:,}. Words: {counts['words']:,}.",
         "The manifest beside this card has the settings and the inputs.\n\n## Sources\n",
         cli.table(rows, range(2, 7), markdown=True),
         "\n## Left out\n",

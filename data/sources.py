@@ -132,7 +132,7 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
 
 
 def _strict(kind: type, file):
-    """A decompressed file. Refuses damage after the first of several streams, which Python by default ignores."""
+    """A decompressed file that refuses damage after its first stream, which Python's readers ignore."""
     opened = kind(file)
     opened._buffer.raw._trailing_error = ()
     return opened

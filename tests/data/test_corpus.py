@@ -141,14 +141,14 @@ def test_what_a_source_lacks_is_logged(place: Place, caplog):
     test = ', decontaminate=(Files(name="test", paths=("test.jsonl",), unreadable="skip"),)'
     place.edit(("min_chars=20),)", f"{options}),){test}"))
     card = (place.make("corpus") / "DATA_CARD.md").read_text()
-    assert "files: 2 records could not be read; see the card" in caplog.text
-    assert "test: 1 record of this evaluation set could not be read" in caplog.text
+    assert "files: records that could not be read: 2; see the card" in caplog.text
+    assert "test: records of this evaluation set that could not be read: 1" in caplog.text
     assert "of the 1,000,000 tokens of max_tokens" in caplog.text
     assert "files: duplicate dropped" in caplog.text  # more than a third
     assert "line 21 is not JSON" in card
     assert "line 22: expected an object whose 'text' is a string" in card
     place.edit(("min_chars=20", "min_chars=20_000"))
-    with pytest.raises(UserError, match=r"the corpus is empty: nothing of \d+ documents was kept; add sources"):
+    with pytest.raises(UserError, match=r"the corpus is empty: documents read \d+, kept 0; add sources"):
         place.make("corpus", force=True)
     with pytest.raises(ValueError, match="sources are called a, a; give each a name of its own"):
         CorpusConfig(sources=(source("a"), source("a")))
@@ -224,7 +224,7 @@ def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, cr
             place.make("corpus")
         for worker in multiprocessing.active_children():  # a killed worker holds the lock until it is gone
             worker.join()
-        assert caplog.text.count("continuing after 1 finished shard") == continued
+        assert caplog.text.count("continuing with shard_00001.jsonl") == continued
     crash.undo()
     (place.runs / "mini/corpus/shard_00099.jsonl").write_text("left by another build")
     place.edit(("min_chars=21", "min_chars=22"))
