@@ -85,7 +85,7 @@ class Piece(NamedTuple):
 
     text: str
     words: int
-    rule: str = ""
+    rule: str | None
     keys: np.ndarray | None = None  # for Index.duplicate
     shingles: np.ndarray | None = None
 
@@ -122,28 +122,23 @@ def pieces(text: str, source: Source) -> Iterator[Piece]:
     for rule, lines in lost.items():
         if lines or rule == "too_short":
             yield Piece(lines, len(words(lines)), rule)
+    sets, n, minhash = _settings
     parts = [part for part in sections(text) if part.strip()]
     spelled = [words(part) for part in parts] + [[]]
     for i, part in enumerate(parts):
-        yield judged(part, spelled[i], spelled[i + 1], source)
-
-
-def judged(text: str, words: list[bytes], following: list[bytes], source: Source) -> Piece:
-    """A section after all rules but duplication. following: the words of the next section."""
-    sets, n, minhash = _settings
-    numbers, count = hashes(words), len(words)
-    if source.quality and (rule := judge(text, words, numbers, source.quality)):
-        return Piece(text, count, rule)
-    runs = ngrams(np.append(numbers, hashes(following[: n - 1])), n)  # no run hides across a cut
-    for name, known in sets.items():
-        at = np.searchsorted(known[1:], runs, side="right")  # the last known run that is not greater
-        if (known[at] == runs).any():
-            return Piece(text, count, f"contaminated: {name}")
-    keys, shingles = fingerprint(words or [text.strip().encode()]), np.empty(0, np.uint32)
-    if minhash:
-        shingles = minhash.shingles(numbers)
-        keys = np.append(keys, minhash.keys(shingles))
-    return Piece(text, count, "", keys, shingles)
+        numbers = hashes(spelled[i])
+        rule = judge(part, spelled[i], numbers, source.quality) if source.quality else None
+        following = hashes(spelled[i + 1][: n - 1])  # no run hides across a cut
+        runs = ngrams(np.append(numbers, following), n)
+        for name, known in sets.items():
+            at = np.searchsorted(known[1:], runs, side="right")  # the last known run that is not greater
+            if (known[at] == runs).any():
+                rule = rule or f"contaminated: {name}"
+        keys, shingles = fingerprint(spelled[i] or [part.strip().encode()]), np.empty(0, np.uint32)
+        if minhash and not rule:
+            shingles = minhash.shingles(numbers)
+            keys = np.append(keys, minhash.keys(shingles))
+        yield Piece(part, len(spelled[i]), rule, keys, shingles)
 
 
 def _prepare(source: Source, documents: list[Record]) -> list[tuple[Record, list[Piece]]]:
