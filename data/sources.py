@@ -344,13 +344,13 @@ def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
         return []
     if name == "pydoc_data.topics":
         return [(f"{name}.{topic}", text) for topic, text in ast.literal_eval(tree.body[-1].value).items()]
-    return list(_documented(tree, name))
-
-
-def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented) and (text := ast.get_docstring(node)):
-        yield name, text.encode(errors="replace").decode()  # may hold half a surrogate pair
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.expr):
-            yield from _documented(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+    pairs, nodes = [], [(name, tree)]
+    while nodes:
+        name, node = nodes.pop()
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and (text := ast.get_docstring(node)):
+            pairs.append((name, text.encode(errors="replace").decode()))  # may hold half a surrogate pair
+        for child in reversed(list(ast.iter_child_nodes(node))):
+            if not isinstance(child, ast.expr):
+                nodes.append((f"{name}.{child.name}" if hasattr(child, "name") else name, child))
+    return pairs
