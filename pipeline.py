@@ -13,13 +13,19 @@ that takes minutes. If the input takes hours (a trained model), it stops and nam
 import argparse
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint
 import cli
+
+if __name__ == "__main__":
+    cli.handle(signal.SIG_DFL)  # Ctrl-C ends the slow imports below without a traceback
+
+import checkpoint
 import configs
-import data.stages
+import data.corpus
+import data.pack
 import dpo.data
 import dpo.reference
 import dpo.train
@@ -31,6 +37,7 @@ import parallel
 import sft.data
 import sft.train
 import stage
+import tokenizer.train
 import train
 from cli import UserError, log
 from configs import TRAINED, Experiment
@@ -40,164 +47,190 @@ from stage import Step
 from tokenizer import Tokenizer
 
 
-def sft_data(owner: Experiment, switches: argparse.Namespace) -> Step:
-    inputs = owner.sft.data, owner.model.context_length, owner.directory("tokenizer")
-    job = sft.data.job(*inputs, owner.directory("sft_data"), owner.command("sft_data"))
-    return Step(job, lambda: sft.data.build(job, *inputs, switches.workers, switches.force))
+def data_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    """Corpus, packed tokens, conversations or pairs."""
+    corpus, spm, length = owner.directory("corpus"), owner.directory("tokenizer"), owner.model.context_length
+    table = {
+        "corpus": (data.corpus, owner.corpus),
+        "pack": (data.pack, owner.pack, corpus, spm),
+        "sft_data": (sft.data, owner.sft.data, length, spm),
+        "dpo_data": (dpo.data, owner.dpo.data, owner.sft.data.template, length, spm),
+    }
+    module, *inputs = table[name]
+    job = module.job(*inputs, owner.directory(name), owner.command(name))
+    return Step(job, lambda: module.build(job, *inputs, switches.workers, job.directory in switches.again))
 
 
-def sft_(owner: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start("sft", owner, switches)
+def tokenizer_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    inputs, again = (owner.tokenizer, owner.directory("corpus"), owner.pack.val_fraction), switches.again
+    job = tokenizer.train.job(*inputs, owner.directory(name), owner.command(name))
+    if owner.imported:  # the tokenizer came with the imported model
+        return Step(job, owner.load_tokenizer)
+    return Step(job, lambda: tokenizer.train.build(job, *inputs, job.directory in again, again))
+
+
+def pretrain_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    job = train.job(owner, owner.directory(name), owner.command(name))
+    return Step(job, lambda: train.train(job, owner, job.directory in switches.again, switches.resume))
+
+
+def sft_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    base, spm, command = start(name, owner, switches)
     inputs = owner.sft, base, owner.directory("sft_data"), spm
-    job = sft.train.job(*inputs, owner.directory("sft"), command)
-    return Step(job, lambda: sft.train.train(job, *inputs, switches.force, switches.resume))
+    job = sft.train.job(*inputs, owner.directory(name), command)
+    return Step(job, lambda: sft.train.train(job, *inputs, job.directory in switches.again, switches.resume))
 
 
-def dpo_data(owner: Experiment, switches: argparse.Namespace) -> Step:
-    inputs = owner.dpo.data, owner.sft.data.template, owner.model.context_length, owner.directory("tokenizer")
-    job = dpo.data.job(*inputs, owner.directory("dpo_data"), owner.command("dpo_data"))
-    return Step(job, lambda: dpo.data.build(job, *inputs, switches.workers, switches.force))
+def reference_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    base, spm, command = start(name, owner, switches)
+    inputs = base, owner.directory("dpo_data"), machine.training_dtype(machine.pick_device(), owner.dpo.train)
+    job = dpo.reference.job(*inputs, owner.directory(name), command)
+    return Step(job, lambda: dpo.reference.build(job, *inputs, spm, job.directory in switches.again))
 
 
-def dpo_reference(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start("dpo_reference", experiment, switches)
-    dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
-    inputs = base, experiment.directory("dpo_data"), dtype
-    job = dpo.reference.job(*inputs, experiment.directory("dpo_reference"), command)
-    return Step(job, lambda: dpo.reference.build(job, *inputs, spm, switches.force))
+def dpo_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    base, spm, command = start(name, owner, switches)
+    inputs = owner.dpo, owner.sft.data.template, base, owner.directory("dpo_data")
+    job = dpo.train.job(*inputs, spm, owner.directory(name), command)
+    more = owner.directory("dpo_reference"), spm, job.directory in switches.again, switches.resume
+    return Step(job, lambda: dpo.train.train(job, *inputs, *more))
 
 
-def dpo_(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start("dpo", experiment, switches)
-    inputs = experiment.dpo, experiment.sft.data.template, base, experiment.directory("dpo_data")
-    reference = experiment.directory("dpo_reference")
-    job = dpo.train.job(*inputs, spm, experiment.directory("dpo"), command)
-    return Step(job, lambda: dpo.train.train(job, *inputs, reference, spm, switches.force, switches.resume))
+def eval_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    return eval.evaluate.step(owner, switches.checkpoint, switches.data, owner.directory(name) in switches.again)
 
 
-# A new stage also needs its inputs in configs/__init__.py: INPUTS.
-STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = data.stages.STAGES | {
-    "pretrain": train.pretrain,
-    "sft_data": sft_data,
-    "sft": sft_,
-    "dpo_data": dpo_data,
-    "dpo_reference": dpo_reference,
-    "dpo": dpo_,
-    "eval": lambda experiment, switches: eval.evaluate.step(
-        experiment, switches.checkpoint, switches.data, switches.force
-    ),
+def report_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    return Step(None, lambda: eval.report.write(owner))  # it has no manifest, because it is written each time
+
+
+# In running order. A new stage also needs its inputs in configs/__init__.py: INPUTS.
+STAGES: dict[str, Callable[[str, Experiment, argparse.Namespace], Step]] = {
+    "corpus": data_stage,
+    "tokenizer": tokenizer_stage,
+    "pack": data_stage,
+    "pretrain": pretrain_stage,
+    "sft_data": data_stage,
+    "sft": sft_stage,
+    "dpo_data": data_stage,
+    "dpo_reference": reference_stage,
+    "dpo": dpo_stage,
+    "eval": eval_stage,
+    "report": report_stage,
 }
+NAMES = tuple(STAGES)
 BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
-NAMES = (*STAGES, "report")  # the report has no manifest: it is written each time
 
 
 def start(name: str, experiment: Experiment, switches: argparse.Namespace) -> tuple[Base, Tokenizer, str]:
     """The model that a stage starts from, its tokenizer, and the command that the user types to make the stage."""
-    directory = base_checkpoint(name, experiment, switches)
+    given, template = switches.checkpoint, experiment.sft.data.template
+    directory = Path(given) if given else experiment.trained(BASES[name])
+    checkpoint.digest(directory)  # UserError if it is no checkpoint
+    if name != "sft":
+        dpo.train.must_be_taught(directory, template)
     spm = experiment.load_tokenizer(directory)
-    pieces = unseen(directory, experiment.sft.data.template, spm, experiment.imported is not None)
-    given = f" --checkpoint {shlex.quote(switches.checkpoint)}" if switches.checkpoint else ""
-    return Base(directory, experiment.model, pieces), spm, experiment.command(name) + given
+    base = Base(directory, experiment.model, unseen(directory, template, spm, experiment.imported is not None))
+    return base, spm, experiment.command(name) + (f" --checkpoint {shlex.quote(given)}" if given else "")
 
 
-def base_checkpoint(name: str, experiment: Experiment, switches: argparse.Namespace) -> Path:
-    """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
-    if not switches.checkpoint:
-        return experiment.trained(BASES[name])
-    checkpoint.digest(Path(switches.checkpoint))  # UserError if it is none, before anything is made or removed
-    return Path(switches.checkpoint)
+def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace, apart: bool = True) -> None:
+    """Makes stages, and before them the inputs that they lack. apart: each in a process of its own."""
+    # switches.again: the directories to make again. Others are kept if they are up to date.
+    todo = {}
+    for name in chosen:
+        if name in BASES and BASES[name] not in chosen:
+            start(name, experiment, switches)  # UserError now, before minutes of making data, if it cannot start
+        inputs = experiment.inputs(name, experiment.directory(name) in switches.again)
+        for owner, needed in [*inputs, (experiment.owner(name), name)]:
+            todo.setdefault(owner.directory(needed), (owner, needed))
+    kept = [directory for directory in todo if directory not in switches.again]
+    stage.warn_of_changed_code(kept, stage.imported_code(__file__))
+    *inputs, last = todo.values()
 
-
-def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: set, apart: bool = True) -> None:
-    """Makes a stage, and before it the inputs that it lacks. apart: each in a process of its own."""
-    # made: the directories that this command has made. --force and --resume are about the named stage, not its inputs.
-    if name in BASES:  # a missing or unfit model stops here, before the minutes that making the data takes
-        base = base_checkpoint(name, experiment, switches)
-        if name == "dpo":
-            dpo.train.must_be_taught(base, experiment.sft.data.template)
-    unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
-
-    def make_one(owner: Experiment, name: str, switches: argparse.Namespace) -> None:
+    def make_one(owner: Experiment, name: str) -> None:
         def write() -> None:
-            eval.report.write(owner) if name == "report" else STAGES[name](owner.owner(name), switches).make()
+            STAGES[name](name, owner, switches).make()
 
-        if owner.directory(name) not in made:
-            made.add(owner.directory(name))
-            cli.apart(write) if apart else write()
+        cli.apart(write) if apart else write()
 
     def make_inputs() -> None:
-        for owner, needed in experiment.inputs(name, switches.force):
-            make_one(owner, needed, unforced)
+        for owner, name in inputs:
+            make_one(owner, name)
 
     parallel.lead(make_inputs, timeout=parallel.DAY)  # under torchrun the other processes wait, however long it takes
-    make_one(experiment, name, switches)
+    make_one(*last)
 
 
 def main(arguments: argparse.Namespace) -> None:
     check(arguments)
     experiment = configs.load(arguments.config)
-    stage.imported_code(__file__)  # notes the digests of the code that is running now, for every stage
-    default = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
+    usual = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
     if arguments.status:
-        print(status(experiment, arguments, default[:-1]))
+        print(status(experiment, arguments, usual[:-1]))
         return
-    chosen = [name for name in NAMES if name in (arguments.stages or default)]
-    first = NAMES[0] if arguments.force else arguments.force_from
-    forced = [name for name in chosen if first and NAMES.index(name) >= NAMES.index(first)]
-    arguments.replaced = [experiment.directory(name) for name in forced]
+    chosen = [name for name in NAMES if name in (arguments.stages or usual)]
+    forced = chosen if arguments.force else []
+    if arguments.force_from:
+        first, last = NAMES.index(arguments.force_from), NAMES.index(chosen[-1])
+        forced = [name for name in NAMES[first : last + 1] if name in usual]
+        chosen = [name for name in NAMES if name in chosen or name in forced]
+    arguments.again = [experiment.directory(name) for name in forced]
+    stage.GOAL = chosen[-1] if arguments.stages else ""
     training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
-    made: set[Path] = set()
     with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
-        for name in chosen:
-            arguments.force = name in forced
-            make(name, experiment, arguments, made, apart="RANK" not in os.environ)
-        if following := [name for name in NAMES[NAMES.index(chosen[-1]) + 1 :] if "_" not in name]:
-            talk = f", or talk with the model: python serve.py {experiment.path} chat" * (chosen[-1] in ("sft", "dpo"))
-            log.info(f"next: {experiment.command(following[0])}{talk}")
+        make(chosen, experiment, arguments, apart="RANK" not in os.environ)
+        if following := experiment.following(chosen[-1]):
+            log.info(f"next: {following}")
 
 
 def check(arguments: argparse.Namespace) -> None:
     """UserError for stages that do not exist, and for switches that do not fit together."""
-    stages = arguments.stages
-    if unknown := [name for name in stages if name not in NAMES]:
-        raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
+    for name in arguments.stages:
+        if name not in NAMES:
+            raise UserError(f"no stage {name!r}; {cli.meant(name, NAMES)}")
     rules = [("torchrun", "RANK" in os.environ, TRAINED), ("--resume", arguments.resume != "auto", TRAINED)]
     for switch, given, fits in [*rules, ("--checkpoint", arguments.checkpoint, (*BASES, "eval"))]:
-        if given and (len(stages) != 1 or stages[0] not in fits):
+        if given and (len(arguments.stages) != 1 or arguments.stages[0] not in fits):
             raise UserError(f"{switch} is about one stage; name one of {', '.join(fits)}")
 
 
-def status(experiment: Experiment, arguments: argparse.Namespace, names: list[str]) -> str:
+def status(experiment: Experiment, switches: argparse.Namespace, names: list[str]) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows, stale, run = [("stage", "seconds", "result", "state")], [], eval.summary.Run(experiment)
+    rows, stale, results = [("stage", "seconds", "result", "state")], [], {}
+    for name, number, _, meaning in reversed(eval.summary.Run(experiment).rows()):  # the main number comes first
+        results[name] = f"{number} in training" if meaning.startswith("in training") else number
     for name in names:
         directory = experiment.directory(name)
         if stage.read_manifest(directory) is None:
             state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
         else:
             try:
-                state = STAGES[name](experiment.owner(name), arguments).job.state()
+                state = STAGES[name](name, experiment.owner(name), switches).job.state()
             except UserError as error:  # the model that the stage starts from is missing
                 state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
-        if state.startswith("done") and (causes := [need for need in stale if need in needs]):
-            state = f"stale: {causes[0]} is stale"
+        if state.startswith("done"):
+            state = next((f"stale: {need} is stale" for need in stale if need in needs), state)
         if state.startswith("stale"):
             stale.append(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name), state))
+        rows.append((name, f"{seconds:,.1f}" if seconds else "", results.get(name, ""), state))
     return cli.table(rows, right=(1,))
 
 
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, places=configs.places)
-    p.add_argument("stages", nargs="*", metavar="STAGE", help="default: every stage")
+    p.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: every stage")
     p.add_argument("--status", action="store_true", help="show what is done, and make nothing")
-    cli.add_training_switches(p)
-    p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and all later ones again")
-    p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model by path")
+    p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it again")
+    p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and the later ones again")
+    cores = len(os.sched_getaffinity(0))
+    p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
+    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
+    p.add_argument("--checkpoint", type=cli.directory, metavar="DIR", help="for sft, dpo and eval: a trained model")
     p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
-    p.set_defaults(replaced=())
+    p.set_defaults(again=())
     return p
 
 

@@ -19,7 +19,7 @@ import cli
 import machine
 import parallel
 import stage
-from cli import UserError, log
+from cli import UserError, log, plural
 from metrics import Report
 from model import Transformer
 from optim import SCHEDULES, decay_start, learning_rate, make_optimizers
@@ -121,6 +121,27 @@ class Task:
     row: tuple[str, float] | None = None  # what a row is called, average tokens; None: ("row", context_length)
     seen: Callable[[int], dict[str, int]] = lambda step: {}  # tokens drawn from each set of a mixture before a step
     documents: Callable[[int], str] = lambda step: ""  # what the batch of a step holds, for error messages
+
+
+def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
+    """The steps to train, and the steps per epoch. count: rows of training data, each called `row` in messages."""
+    size, rows = config.batch_size, plural(count, row)
+    epoch = count / size
+    steps = config.steps or max(1, round(config.epochs * epoch))
+    # A proposal for little data: at least eight batches per epoch, and 300 steps, but in no more than ten epochs.
+    batch = 2 ** int(math.log2(max(1, count / 8)))
+    epochs = min(10, math.ceil(300 * batch / count))
+    proposed = round(epochs * count / batch)
+    advice = f"try batch_size={batch} and epochs={epochs}, which make {plural(proposed, 'step')}"
+    if count < size:
+        parallel.refuse(f"batch_size is {size}, but there are only {rows} to train on; {advice}")
+    if config.epochs and steps < min(50, proposed):
+        log.warning(
+            f"{config.epochs:g} epochs of {rows} in batches of {size} make only {plural(steps, 'step')}; {advice}"
+        )
+    if steps > 100 * epoch:
+        log.warning(f"training reads {rows} {steps / epoch:.0f} times: the model learns them by heart; get more data")
+    return steps, epoch
 
 
 def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
@@ -279,7 +300,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
         log.info(f"resumed from step {self.progress.step} ({start})")
-        if changed := self.job.changed_code(start):
+        if changed := stage.changed_code(start, self.job.code):
             log.warning(f"{changed} changed since {start} was saved; the rest of the run uses the new code")
 
     def begin(self) -> None:
@@ -303,10 +324,10 @@ class Trainer:
         return tuple(tensor.pin_memory() for tensor in batch) if self.device.type == "cuda" else batch
 
     def give_up(self) -> None:
-        step, in_a_row = self.progress.step, self.progress.skipped_in_a_row
+        step, in_a_row = self.progress.step, plural(self.progress.skipped_in_a_row, "step")
         documents = self.task.documents(step - 1) or "documents unknown"
         parallel.refuse(
-            f"the gradient was not finite in {in_a_row} steps in a row, the last in step {step} ({documents}). "
+            f"the gradient was not finite in {in_a_row} in a row, the last in step {step} ({documents}). "
             "Lower learning_rate, lengthen warmup_steps, or look for the fault in the data, and start again: "
             f"{self.job.command} --force"
         )
@@ -446,7 +467,7 @@ def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainCo
     if force and resume != "auto":
         parallel.refuse("--force discards what --resume would continue; use one of them")
     if not force and resume == "auto" and parallel.lead(lambda: is_done(job, task.steps)):
-        job.log_up_to_date()
+        log.info(f"{job.directory} is up to date")
         return
     with ExitStack() as held:
         parallel.lead(lambda: held.enter_context(job.making(keep=not force)))

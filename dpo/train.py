@@ -73,7 +73,7 @@ class PreferenceLearning(Tuning):
     """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there."""
 
     # stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
-    noun, most_epochs = "pairs", 10
+    noun = "pair"
 
     def __init__(self, config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None):
         self.dpo, self.base, self.stored = config, base, stored

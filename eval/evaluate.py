@@ -86,7 +86,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
     if line := skipped(results):
         log.info(line)
     if finished and not any(waiting.values()):
-        job.log_up_to_date()
+        log.info(f"{job.directory} is up to date")
         return
     torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
     for task in set().union(*waiting.values()):  # damaged data stops before the long work

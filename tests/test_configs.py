@@ -8,7 +8,7 @@ import pytest
 
 import configs
 from cli import UserError
-from tests.conftest import MINI, Place
+from tests.conftest import MINI
 
 NAMES = """
     alpaca alpaca_eval base base_web chat_mix demo dolly hh_harmless hh_rlhf micro micro_web oasst1 orca_dpo prose_micro
@@ -109,17 +109,3 @@ def test_a_derived_experiment_does_not_inherit_the_expected_ranges(tmp_path):
     path.write_text("\n".join([*lines, "experiment = replace(demo, name='mine')"]))
     assert configs.load("configs/demo.py").expected
     assert configs.load(path).expected == {}
-
-
-def test_loading_a_config_starts_no_threads(place: Place):
-    """With threads, the stage that is forked from this process would hang; one that has computed has them."""
-    place.edit(("context_length=64", "context_length=512"), ("LoRAConfig(", "LoRAConfig(targets=('other',), "))
-    place.env["OMP_NUM_THREADS"] = "2"
-    code = (
-        "import os, sys, configs, cli\nbefore = os.listdir('/proc/self/task')\n"
-        "try: configs.load(sys.argv[1])\nexcept cli.UserError as error: print(error)\n"
-        "print(before == os.listdir('/proc/self/task'))"
-    )
-    out = place.run("-c", code, place.config).stdout
-    assert "targets names 'other'" in out
-    assert out.endswith("True\n")

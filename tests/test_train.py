@@ -53,6 +53,9 @@ def killing(*a, original={module}.{function}, **k):
 )
 
 
+KILLED = 128 + signal.SIGKILL
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -258,6 +261,32 @@ def test_impossible_settings_are_refused(field, value):
         replace(CONFIG, warmup_steps=1, warmup_fraction=0.1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (
+            5,
+            {"epochs": 3},
+            "32, but there are only 5 rows to train on; try batch_size=1 and epochs=10, .* 50 steps$",
+        ),
+        (31, {"steps": 1000}, "batch_size is 32, but there are only 31 rows to train on"),
+        (1, {"epochs": 1, "batch_size": 2}, "only 1 row to train on; try batch_size=1 and epochs=10"),
+        (40, {"epochs": 3}, "3 epochs of 40 rows in batches of 32 make only 4 steps; try batch_size=4 and epochs=10"),
+        (40, {"epochs": 200}, "training reads 40 rows 200 times: the model learns them by heart"),
+        (40, {"steps": 40, "batch_size": 4}, "^$"),  # steps are as many as the user says
+        (1600, {"epochs": 1}, "^$"),
+    ],
+)
+def test_too_few_steps_or_too_many_epochs_are_named_before_training(caplog, rows, changes, message):
+    config = TrainConfig(**{"batch_size": 32, "learning_rate": 1e-3} | changes)
+    if config.batch_size > rows:
+        with pytest.raises(UserError, match=message):
+            trainer.plan_steps(config, rows, "row")
+    else:
+        trainer.plan_steps(config, rows, "row")
+        assert re.search(message, "".join(caplog.messages))
+
+
 @pytest.mark.parametrize(("count", "rows", "ranks"), [(7, 2, 1), (7, 2, 2), (8, 3, 3), (1, 4, 3)])
 def test_rows_of_an_evaluation_are_shared_once_each(monkeypatch, count, rows, ranks):
     """Every process is called equally often, so that sharded models can be gathered; each row counts once."""
@@ -315,7 +344,7 @@ def test_a_run_logs_and_saves_what_it_should(made: Place):
     assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
     assert re.search(r"^memory: [\d.]+ [MG]iB at the peak of the first step, of [\d.]+ [MG]iB$", made.output, re.M)
     assert f"trained: {made.runs / 'mini/pretrain/final'}" in made.output
-    assert f"next: python pipeline.py {made.config} sft\n" in made.output
+    assert f"next: python pipeline.py {made.config} sft, or python serve.py" in made.output
     assert sorted(p.name for p in (made.runs / "mini/pretrain").glob("*_*")) == ["step_0000015", "step_0000020"]
 
 
@@ -339,7 +368,7 @@ def test_killed_and_restarted_equals_undisturbed(packed: Place, made: Place, mod
         at = windows // 12 + 1
         assert windows % 12
         assert at < 20
-    packed.run("-c", KILL.format(module=module, function=function, at=at), packed.config, status=-signal.SIGKILL)
+    packed.run("-c", KILL.format(module=module, function=function, at=at), packed.config, status=KILLED)
     complete = [p for p in (packed.runs / "mini/pretrain").glob("step_*") if (p / "manifest.json").exists()]
     again = packed.run("train.py", packed.config)
     assert ("resumed from step" in again.stdout) == bool(complete)
@@ -357,7 +386,7 @@ def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.
     disturbed.run("train.py", disturbed.config)
     disturbed.edit(("steps=5", "steps=24"))
     code = KILL.format(module="checkpoint", function="save", at=3)
-    disturbed.run("-c", code, disturbed.config, status=-signal.SIGKILL)
+    disturbed.run("-c", code, disturbed.config, status=KILLED)
     disturbed.run("train.py", disturbed.config)
     for file in ("weights.pt", "state.pt"):
         ours, theirs = (p.runs / "mini/pretrain/final" / file for p in (disturbed, packed))
@@ -429,6 +458,7 @@ def test_fewer_steps_than_were_trained_are_refused(trained: Place, made: Place):
         ("interrupted", ("n_layers=2", "n_layers=3"), "model.n_layers was 2, is now 3"),
         ("packed", ("learning_rate=3e-3", "learning_rate=1e30"), "Lower learning_rate"),
         ("packed", ("d_model=32, n_heads=2", "d_model=65_536, n_heads=2"), "parameters take .* GiB for weights"),
+        ("packed", ("batch_size=12, micro_batch_size=4", "batch_size=1000"), "batch_size is 1000, but there are only"),
         ("packed", ("context_length=64", "context_length=100_000"), "one window of context_length 100,000"),
     ],
 )
@@ -535,7 +565,7 @@ def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
 
     packed.edit(("compile=False", "compile=False, tensorboard=True"))
     code = KILL.format(module="trainer", function="Report.write", at=13)
-    packed.run("-c", code, packed.config, status=-signal.SIGKILL)
+    packed.run("-c", code, packed.config, status=KILLED)
     packed.run("train.py", packed.config)
     events = EventAccumulator(str(packed.runs / "mini/pretrain/tensorboard")).Reload()
     for name in ("loss", "val_loss", "lr", "grad_norm"):
