@@ -14,7 +14,6 @@ import argparse
 import os
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import cli
@@ -46,80 +45,49 @@ from sft.templates import unseen
 from stage import Step
 from tokenizer import Tokenizer
 
-
-def data_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    """Corpus, packed tokens, conversations or pairs."""
-    corpus, spm, length = owner.directory("corpus"), owner.directory("tokenizer"), owner.model.context_length
-    table = {
-        "corpus": (data.corpus, owner.corpus),
-        "pack": (data.pack, owner.pack, corpus, spm),
-        "sft_data": (sft.data, owner.sft.data, length, spm),
-        "dpo_data": (dpo.data, owner.dpo.data, owner.sft.data.template, length, spm),
-    }
-    module, *inputs = table[name]
-    job = module.job(*inputs, owner.directory(name), owner.command(name))
-    return Step(job, lambda: module.build(job, *inputs, switches.workers, job.directory in switches.again))
-
-
-def tokenizer_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    inputs, again = (owner.tokenizer, owner.directory("corpus"), owner.pack.val_fraction), switches.again
-    job = tokenizer.train.job(*inputs, owner.directory(name), owner.command(name))
-    if owner.imported:  # the tokenizer came with the imported model
-        return Step(job, owner.load_tokenizer)
-    return Step(job, lambda: tokenizer.train.build(job, *inputs, job.directory in again, again))
-
-
-def pretrain_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    job = train.job(owner, owner.directory(name), owner.command(name))
-    return Step(job, lambda: train.train(job, owner, job.directory in switches.again, switches.resume))
-
-
-def sft_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start(name, owner, switches)
-    inputs = owner.sft, base, owner.directory("sft_data"), spm
-    job = sft.train.job(*inputs, owner.directory(name), command)
-    return Step(job, lambda: sft.train.train(job, *inputs, job.directory in switches.again, switches.resume))
-
-
-def reference_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start(name, owner, switches)
-    inputs = base, owner.directory("dpo_data"), machine.training_dtype(machine.pick_device(), owner.dpo.train)
-    job = dpo.reference.job(*inputs, owner.directory(name), command)
-    return Step(job, lambda: dpo.reference.build(job, *inputs, spm, job.directory in switches.again))
-
-
-def dpo_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start(name, owner, switches)
-    inputs = owner.dpo, owner.sft.data.template, base, owner.directory("dpo_data")
-    job = dpo.train.job(*inputs, spm, owner.directory(name), command)
-    more = owner.directory("dpo_reference"), spm, job.directory in switches.again, switches.resume
-    return Step(job, lambda: dpo.train.train(job, *inputs, *more))
-
-
-def eval_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    return eval.evaluate.step(owner, switches.checkpoint, switches.data, owner.directory(name) in switches.again)
-
-
-def report_stage(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
-    return Step(None, lambda: eval.report.write(owner))  # it has no manifest, because it is written each time
-
-
-# In running order. A new stage also needs its inputs in configs/__init__.py: INPUTS.
-STAGES: dict[str, Callable[[str, Experiment, argparse.Namespace], Step]] = {
-    "corpus": data_stage,
-    "tokenizer": tokenizer_stage,
-    "pack": data_stage,
-    "pretrain": pretrain_stage,
-    "sft_data": data_stage,
-    "sft": sft_stage,
-    "dpo_data": data_stage,
-    "dpo_reference": reference_stage,
-    "dpo": dpo_stage,
-    "eval": eval_stage,
-    "report": report_stage,
-}
-NAMES = tuple(STAGES)
+NAMES = tuple(configs.INPUTS)
 BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
+
+
+def step(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    """A stage, and the function that makes it. A new stage also needs its inputs in configs/__init__.py: INPUTS."""
+    directory, length, template = owner.directory, owner.model.context_length, owner.sft.data.template
+    again, command = directory(name) in switches.again, owner.command(name)
+    how = {"workers": switches.workers, "force": again}
+    if name in TRAINED:
+        how = {"force": again, "resume": switches.resume}
+    if name in BASES:
+        base, spm, command = start(name, owner, switches)
+    match name:
+        case "corpus":
+            module, inputs = data.corpus, [owner.corpus]
+        case "tokenizer":
+            module, inputs = tokenizer.train, [owner.tokenizer, directory("corpus"), owner.pack.val_fraction]
+            how = {"force": again, "replaced": switches.again}
+        case "pack":
+            module, inputs = data.pack, [owner.pack, directory("corpus"), directory("tokenizer")]
+        case "pretrain":
+            module, inputs = train, [owner]
+        case "sft_data":
+            module, inputs = sft.data, [owner.sft.data, length, directory("tokenizer")]
+        case "sft":
+            module, inputs = sft.train, [owner.sft, base, directory("sft_data"), spm]
+        case "dpo_data":
+            module, inputs = dpo.data, [owner.dpo.data, template, length, directory("tokenizer")]
+        case "dpo_reference":
+            dtype = machine.training_dtype(machine.pick_device(), owner.dpo.train)
+            module, inputs, how = dpo.reference, [base, directory("dpo_data"), dtype], {"spm": spm, "force": again}
+        case "dpo":
+            module, inputs = dpo.train, [owner.dpo, template, base, directory("dpo_data"), spm]
+            how["reference"] = directory("dpo_reference")
+        case "eval":
+            return eval.evaluate.step(owner, switches.checkpoint, switches.data, again)
+        case "report":
+            return Step(None, lambda: eval.report.write(owner))  # it has no manifest, because it is written each time
+    job, make = module.job(*inputs, directory(name), command), module.train if name in TRAINED else module.build
+    if name == "tokenizer" and owner.imported:  # it came with the imported model
+        return Step(job, owner.load_tokenizer)
+    return Step(job, lambda: make(job, *inputs, **how))
 
 
 def start(name: str, experiment: Experiment, switches: argparse.Namespace) -> tuple[Base, Tokenizer, str]:
@@ -150,7 +118,7 @@ def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace
 
     def make_one(owner: Experiment, name: str) -> None:
         def write() -> None:
-            STAGES[name](name, owner, switches).make()
+            step(name, owner, switches).make()
 
         cli.apart(write) if apart else write()
 
@@ -206,7 +174,7 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
             state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
         else:
             try:
-                state = STAGES[name](name, experiment.owner(name), switches).job.state()
+                state = step(name, experiment.owner(name), switches).job.state()
             except UserError as error:  # the model that the stage starts from is missing
                 state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]

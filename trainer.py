@@ -217,7 +217,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
                 if saving:  # saved first: a run killed while it evaluates resumes here and evaluates
                     trainer.save("final" if last else f"step_{progress.step:07d}")
                 trainer.evaluate_and_log()
-                report.show(trainer.record)
+                if "val_loss" not in trainer.record:
+                    report.show(trainer.record)
                 report.restart_clock(progress)
             if progress.step == first + 1:
                 log.info(f"memory: {machine.peak_memory(trainer.device)}")
@@ -344,7 +345,7 @@ class Trainer:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.autocast:
                 record.update(self.task.evaluate(self.model))
             self.model.train()
-            self.report.show_evaluation(record)
+            self.report.show(record)
             best, late = progress.best_step, progress.best_step + 2 * self.config.eval_every
             if record["val_loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step

@@ -157,7 +157,7 @@ def job(
 
 
 def train(
-    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, reference: Path, spm: Tokenizer,
+    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, spm: Tokenizer, reference: Path,
     force: bool = False, resume: str = "auto",
 ) -> None:  # fmt: skip
     """Teaches the base, unless that is done. reference: the directory of dpo.reference, read only if it is "stored"."""

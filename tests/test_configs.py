@@ -8,6 +8,14 @@ import pytest
 
 import configs
 from cli import UserError
+from data.corpus import CorpusConfig
+from data.sources import Files
+from dpo.data import PairConfig
+from dpo.pairs import Pairs
+from dpo.train import DPOConfig
+from sft.conversations import Chats
+from sft.data import ConversationConfig
+from sft.train import SFTConfig
 from tests.conftest import MINI
 
 NAMES = """
@@ -77,6 +85,32 @@ def vary(*shared: str, **changes) -> configs.Experiment:
     tiny = configs.load("configs/tiny.py")
     changed = {name: dataclasses.replace(getattr(tiny, name), **fields) for name, fields in changes.items()}
     return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), **changed)
+
+
+TEXT = CorpusConfig(sources=(Files(paths=("a.txt",)),))
+CHATS = SFTConfig(data=ConversationConfig(sources=(Chats(paths=("a.jsonl",)),)))
+PAIRS = DPOConfig(data=PairConfig(sources=(Pairs(paths=("a.jsonl",)),)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "commands"),
+    [
+        ({}, "corpus", ["pipeline.py {} tokenizer"]),
+        ({}, "pretrain", ["pipeline.py {} sft", 'serve.py {} generate "The"']),
+        ({"corpus": TEXT}, "pretrain", ['serve.py {} generate "The"']),
+        ({"corpus": TEXT, "sft": CHATS}, "pretrain", ["pipeline.py {} sft", 'serve.py {} generate "The"']),
+        ({"sft": CHATS}, "sft", ["serve.py {} chat"]),
+        ({"sft": CHATS, "dpo": PAIRS}, "sft", ["pipeline.py {} dpo", "serve.py {} chat"]),
+        ({}, "dpo", ["pipeline.py {} eval", "serve.py {} chat"]),
+        ({}, "report", []),
+    ],
+)
+def test_the_commands_proposed_next_suit_the_model(changes, stage, commands):
+    """Not SFT on Python's documentation after the user's own text."""
+    experiment = dataclasses.replace(configs.load("configs/demo.py"), **changes)
+    assert experiment.following(stage) == ", or ".join(f"python {command}" for command in commands).replace(
+        "{}", "configs/demo.py"
+    )
 
 
 def test_variants_of_a_fine_tuning_share_its_data():

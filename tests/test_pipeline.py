@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -143,9 +144,9 @@ def test_variants_of_a_fine_tuning_make_its_data_once(tuned: Place):
     assert {path.name for path in (tuned.runs / "other").iterdir()} == {"sft", "seconds.json"}
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_in_training_it_saves_and_resumes_exactly(packed: Place, tmp_path_factory, by):
-    """Ctrl-C reaches every process of the command, SIGHUP here only the first, which has lost its output too."""
+    """Ctrl-C reaches every process of the command, the others only the first, which with SIGHUP loses its output."""
     packed.edit(("steps=24", "steps=100_000"), ("learning_rate=3e-3, w", "learning_rate=3e-3, min_lr=3e-3, w"))
     with packed.start("pipeline.py", packed.config, "pretrain", start_new_session=True) as run:
         run.wait_for("step 1 of")
@@ -157,7 +158,7 @@ def test_stopped_in_training_it_saves_and_resumes_exactly(packed: Place, tmp_pat
     assert run.returncode == 128 + by
     assert err.count("finishing the step") == err.count("saved at step") == 1
     assert "Traceback" not in err
-    step = int(re.search(r"saved at step (\d+) of 100000", err)[1])
+    step = int(re.search(r"saved at step (\d+) of 100000; resume with: python train.py", err)[1])
     packed.edit(("steps=100_000", f"steps={step + 3}"))
     straight = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("straight"), dirs_exist_ok=True))
     shutil.rmtree(straight.runs / "mini/pretrain")
@@ -178,6 +179,16 @@ def test_neither_a_closed_pipe_nor_a_closed_terminal_ends_what_nohup_started(pac
         run.send_signal(signal.SIGHUP)
     assert run.returncode == 0
     assert "step 24 of 24" in (packed.runs / "mini/pretrain/log.txt").read_text()
+
+
+def test_stopped_while_it_imports(place: Place):
+    """In an interpreter of its own: the tests' fork server has imported everything."""
+    run = subprocess.Popen([sys.executable, "train.py", place.config], cwd=ROOT, env=place.env, stderr=subprocess.PIPE)
+    while b"libtorch" not in Path(f"/proc/{run.pid}/maps").read_bytes():
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[1] == b""
+    assert run.returncode == -signal.SIGINT  # 130 for a shell
 
 
 def test_stopped_while_making_data(place: Place):

@@ -60,12 +60,6 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def tree(directory: Path) -> dict[str, str]:
-    """The digest of every file but the log and the lock."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (".lock", "log.txt"))
-    return {str(path.relative_to(directory)): digest(path) for path in files}
-
-
 def assert_same_run(place: Place, made: Place) -> None:
     """The same bytes of weights and of all that resuming needs, and the same log."""
     for file in ("final/weights.pt", "final/state.pt", "best/weights.pt", "best/state.pt"):
@@ -391,20 +385,6 @@ def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.
     for file in ("weights.pt", "state.pt"):
         ours, theirs = (p.runs / "mini/pretrain/final" / file for p in (disturbed, packed))
         assert digest(ours) == digest(theirs)
-
-
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_the_message_says_how_to_resume(packed: Place, signum, status):
-    packed.edit(("steps=24", "steps=100_000"))
-    run = packed.start("train.py", packed.config)
-    run.wait_for("step 1 of")
-    run.send_signal(signum)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == status
-    step = int(re.search(r"saved at step (\d+) of 100000; resume with: python train.py", err)[1])
-    packed.edit(("steps=100_000", f"steps={step + 3}"))
-    assert f"resumed from step {step} " in packed.run("train.py", packed.config).stdout
-    assert packed.metrics()[-1]["step"] == step + 3
 
 
 def test_force_trains_again_and_a_finished_run_is_up_to_date(trained: Place, made: Place):

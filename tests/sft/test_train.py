@@ -201,7 +201,7 @@ def test_a_base_of_another_shape_is_refused_unless_only_defaults_are_spelled_out
 
 def test_unknown_targets_are_refused_before_anything_is_made(place: Place):
     place.edit(("LoRAConfig(rank=4,", 'LoRAConfig(rank=4, targets=("q", "wq"),'))
-    with pytest.raises(UserError, match="targets names 'wq'; TARGETS in lora.py has q, k, v, o, gate, up, down, head"):
+    with pytest.raises(UserError, match="targets names 'wq'; TARGETS in lora"):
         configs.load(place.config)
 
 
