@@ -143,7 +143,10 @@ def main(arguments: argparse.Namespace) -> None:
         first, last = NAMES.index(arguments.force_from), NAMES.index(chosen[-1])
         forced = [name for name in NAMES[first : last + 1] if name in usual]
         chosen = [name for name in NAMES if name in chosen or name in forced]
-    arguments.again = [experiment.directory(name) for name in forced]
+    arguments.again = [experiment.directory(name) for name in forced if experiment.owner(name) is experiment]
+    if others := [experiment.directory(name) for name in forced if experiment.owner(name) is not experiment]:
+        shared = f"{', '.join(map(str, others))} are other experiments' and are kept"
+        log.warning(f"{shared}; make them again with: {stage.remaker(others[0])}")
     stage.GOAL = chosen[-1] if arguments.stages else ""
     training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
     with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
@@ -165,9 +168,9 @@ def check(arguments: argparse.Namespace) -> None:
 
 def status(experiment: Experiment, switches: argparse.Namespace, names: list[str]) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows, stale, results = [("stage", "seconds", "result", "state")], [], {}
-    for name, number, _, meaning in reversed(eval.summary.Run(experiment).rows()):  # the main number comes first
-        results[name] = f"{number} in training" if meaning.startswith("in training") else number
+    rows, stale, run, where = [("stage", "seconds", "result", "state")], [], eval.summary.Run(experiment), {}
+    for name, *_, meaning in reversed(run.rows()):  # a stage's main number comes first
+        where[name] = " in training" if meaning.startswith("in training") else ""
     for name in names:
         directory = experiment.directory(name)
         if stage.read_manifest(directory) is None:
@@ -182,8 +185,8 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
             state = next((f"stale: {need} is stale" for need in stale if need in needs), state)
         if state.startswith("stale"):
             stale.append(name)
-        seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", results.get(name, ""), state))
+        seconds = stage.read_seconds(directory.parent).get(directory.name, "")
+        rows.append((name, seconds and f"{seconds:,.1f}", run.result(name) + where.get(name, ""), state))
     return cli.table(rows, right=(1,))
 
 

@@ -28,19 +28,20 @@ GOAL = ""
 
 
 def check_types(config) -> None:
-    """Raises TypeError if a dataclass field does not have its annotated type. An int passes for a float."""
+    """Raises TypeError if a dataclass field does not have its annotated type."""
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not _matches(value, expected):
+        if not matches(value, expected):
             wanted = expected if typing.get_args(expected) else getattr(expected, "__name__", expected)
             raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {wanted}")
 
 
-def _matches(value, expected) -> bool:
+def matches(value, expected) -> bool:
+    """True if a value has an annotated type. An int passes for a float."""
     if isinstance(expected, types.UnionType):
-        return any(_matches(value, choice) for choice in typing.get_args(expected))
+        return any(matches(value, choice) for choice in typing.get_args(expected))
     if typing.get_origin(expected) is tuple:  # tuple[X, ...], the only tuples that configs have
-        return isinstance(value, tuple) and all(_matches(item, typing.get_args(expected)[0]) for item in value)
+        return isinstance(value, tuple) and all(matches(item, typing.get_args(expected)[0]) for item in value)
     if expected in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if expected is float else typing.get_origin(expected) or expected)
@@ -162,7 +163,7 @@ def imported_code(main: str) -> dict[str, str]:
 def changed_code(directory: Path, code: dict[str, str]) -> str:
     """The files that made a finished directory and are others in `code`, {file: SHA-256}; "" if none."""
     was = (read_manifest(directory) or {}).get("code", {})
-    return _first([name for name in was if was[name] != code.get(name)])
+    return _first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
 
 
 def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> None:

@@ -112,7 +112,9 @@ class Experiment:
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
-        for key in self.expected:
+        for key, usual in self.expected.items():
+            if not stage.matches(usual, tuple[float, ...]) or len(usual) != 2 or usual[0] > usual[1]:
+                raise ValueError(f"expected of {key!r} is {usual!r}; expected two numbers, the smaller one first")
             if key.partition(".")[0] not in DIRECTORIES or "." not in key:
                 raise ValueError(f"expected names {key!r}; expected a stage and a number, such as 'sft.answers.loss'")
 

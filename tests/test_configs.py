@@ -66,6 +66,10 @@ def test_shipped_config_loads(name):
         ('name="mini"', "name='m', mixture=(Phase(start=5, weights={'files': 1}),)", "phases from steps [5]"),
         ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
         ('name="mini"', "name='m', expected={'loss': (1.0, 2.0)}", "expected names 'loss'"),
+        *(
+            ('name="mini"', f"name='m', expected={{'sft.answers.loss': {usual}}}", f"is {usual}; expected two numbers")
+            for usual in ("3.5", "(0, 1, 2)", "('a', 'b')", "(None, 9)", "(9, 1)")
+        ),
     ],
 )
 def test_mistakes_are_explained(tmp_path, before, after, message):

@@ -142,6 +142,12 @@ def test_variants_of_a_fine_tuning_make_its_data_once(tuned: Place):
     out = tuned.run("pipeline.py", other, "sft").stdout
     assert out.splitlines()[-1].startswith(f"next: python pipeline.py {other} dpo, or python serve.py {other} chat")
     assert {path.name for path in (tuned.runs / "other").iterdir()} == {"sft", "seconds.json"}
+    before = times(tuned)  # of the other experiment, whose stages are not made again from here
+    err = tuned.run("pipeline.py", other, "sft", "--force-from", "pretrain").stderr
+    assert (
+        f"sft_data are other experiments' and are kept; make them again with: python pipeline.py {tuned.config}" in err
+    )
+    assert times(tuned) == before
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -78,13 +78,13 @@ def test_changed_code_is_one_warning(tmp_path, monkeypatch, caplog):
         }
         stage.write_manifest(directory, manifest)
         assert not make(directory)
-        assert stage_of(directory).state() == "done, but a.py; b.py; c.py and 2 more changed since"
+        assert stage_of(directory).state() == "done, but a.py, b.py, c.py and 2 more changed since"
     for goal, command in {"": "--force-from pack", "pretrain": "pretrain --force-from pack"}.items():
         monkeypatch.setattr(stage, "GOAL", goal)
         caplog.clear()
         stage.warn_of_changed_code(directories, {"e.py": "0"})
         [warning] = caplog.messages
-        assert "packed is kept, but a.py; b.py; c.py and 1 more changed since" in warning
+        assert "packed is kept, but a.py, b.py, c.py and 1 more changed since" in warning
         assert warning.endswith(f"python pipeline.py mine.py {command}")
 
 

@@ -60,6 +60,12 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def tree(directory: Path) -> dict[str, str]:
+    """The digest of every file but the log and the lock."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (".lock", "log.txt"))
+    return {str(path.relative_to(directory)): digest(path) for path in files}
+
+
 def assert_same_run(place: Place, made: Place) -> None:
     """The same bytes of weights and of all that resuming needs, and the same log."""
     for file in ("final/weights.pt", "final/state.pt", "best/weights.pt", "best/state.pt"):
