@@ -143,11 +143,11 @@ def main(arguments: argparse.Namespace) -> None:
         first, last = NAMES.index(arguments.force_from), NAMES.index(chosen[-1])
         forced = [name for name in NAMES[first : last + 1] if name in usual]
         chosen = [name for name in NAMES if name in chosen or name in forced]
+    stage.GOAL = chosen[-1] if arguments.stages else ""
     arguments.again = [experiment.directory(name) for name in forced if experiment.owner(name) is experiment]
     if others := [experiment.directory(name) for name in forced if experiment.owner(name) is not experiment]:
-        shared = f"{', '.join(map(str, others))} are other experiments' and are kept"
-        log.warning(f"{shared}; make them again with: {stage.remaker(others[0])}")
-    stage.GOAL = chosen[-1] if arguments.stages else ""
+        kept = f"kept, because other experiments own them: {', '.join(map(str, others))}"
+        log.warning(f"{kept}; make them again with: {stage.remaker(others[0])}")
     training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
     with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
         make(chosen, experiment, arguments, apart="RANK" not in os.environ)

@@ -140,7 +140,7 @@ def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
             f"{config.epochs:g} epochs of {rows} in batches of {size} make only {plural(steps, 'step')}; {advice}"
         )
     if steps > 100 * epoch:
-        log.warning(f"training reads {rows} {steps / epoch:.0f} times: the model learns them by heart; get more data")
+        log.warning(f"training reads {rows} {steps / epoch:,.0f} times and learns them by heart; more data are better")
     return steps, epoch
 
 

@@ -144,9 +144,8 @@ def test_variants_of_a_fine_tuning_make_its_data_once(tuned: Place):
     assert {path.name for path in (tuned.runs / "other").iterdir()} == {"sft", "seconds.json"}
     before = times(tuned)  # of the other experiment, whose stages are not made again from here
     err = tuned.run("pipeline.py", other, "sft", "--force-from", "pretrain").stderr
-    assert (
-        f"sft_data are other experiments' and are kept; make them again with: python pipeline.py {tuned.config}" in err
-    )
+    assert f"kept, because other experiments own them: {tuned.runs}/mini/pretrain, {tuned.runs}/mini/sft_data;" in err
+    assert f"python pipeline.py {tuned.config} sft --force-from pretrain" in err
     assert times(tuned) == before
 
 
