@@ -177,13 +177,6 @@ def parser(description: str, config: bool = True, places: Callable = lambda name
     return p
 
 
-def directory(text: str) -> str:
-    """An argument that is the path of a directory."""
-    if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"there is no directory {text}")
-    return text
-
-
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

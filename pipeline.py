@@ -160,6 +160,8 @@ def check(arguments: argparse.Namespace) -> None:
     for name in arguments.stages:
         if name not in NAMES:
             raise UserError(f"no stage {name!r}; {cli.meant(name, NAMES)}")
+    if arguments.checkpoint and not Path(arguments.checkpoint).is_dir():
+        raise UserError(f"{arguments.checkpoint} is not a checkpoint: there is no such directory")
     rules = [("torchrun", "RANK" in os.environ, TRAINED), ("--resume", arguments.resume != "auto", TRAINED)]
     for switch, given, fits in [*rules, ("--checkpoint", arguments.checkpoint, (*BASES, "eval"))]:
         if given and (len(arguments.stages) != 1 or arguments.stages[0] not in fits):
@@ -199,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
-    p.add_argument("--checkpoint", type=cli.directory, metavar="DIR", help="for sft, dpo and eval: a trained model")
+    p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model")
     p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
     p.set_defaults(again=())
     return p

@@ -212,7 +212,7 @@ def test_stopped_while_making_data(place: Place):
     ("arguments", "message"),
     [
         (["pipeline.py", "sft", "dpo", "--checkpoint", "pretrain"], "--checkpoint is about one stage"),
-        (["pipeline.py", "sft", "--checkpoint", "nowhere"], "--checkpoint: there is no directory nowhere"),
+        (["pipeline.py", "sft", "--checkpoint", "nowhere"], "nowhere is not a checkpoint: there is no such directory"),
         (["pipeline.py", "--resume", "x"], "--resume is about one stage"),
         (["pipeline.py", "sft", "--force", "--checkpoint", "pretrain"], "did you mean"),
         (["pipeline.py", "--force", "stft"], "no stage 'stft'; did you mean sft?"),
