@@ -170,9 +170,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def status(experiment: Experiment, switches: argparse.Namespace, names: list[str]) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
-    rows, stale, run, where = [("stage", "seconds", "result", "state")], [], eval.summary.Run(experiment), {}
-    for name, *_, meaning in reversed(run.rows()):  # a stage's main number comes first
-        where[name] = " in training" if meaning.startswith("in training") else ""
+    rows, stale, run = [("stage", "seconds", "result", "state")], [], eval.summary.Run(experiment)
     for name in names:
         directory = experiment.directory(name)
         if stage.read_manifest(directory) is None:
@@ -188,7 +186,7 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
         if state.startswith("stale"):
             stale.append(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name, "")
-        rows.append((name, seconds and f"{seconds:,.1f}", run.result(name) + where.get(name, ""), state))
+        rows.append((name, seconds and f"{seconds:,.1f}", run.result(name), state))
     return cli.table(rows, right=(1,))
 
 
