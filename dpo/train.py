@@ -73,7 +73,7 @@ class PreferenceLearning(Tuning):
     """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there."""
 
     # stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
-    noun, most_epochs = "pairs", 10
+    noun = "pair"
 
     def __init__(self, config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None):
         self.dpo, self.base, self.stored = config, base, stored
@@ -157,7 +157,7 @@ def job(
 
 
 def train(
-    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, reference: Path, spm: Tokenizer,
+    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, spm: Tokenizer, reference: Path,
     force: bool = False, resume: str = "auto",
 ) -> None:  # fmt: skip
     """Teaches the base, unless that is done. reference: the directory of dpo.reference, read only if it is "stored"."""
