@@ -5,7 +5,7 @@
 # rejected answer start and the pair ends, the number of its kind, and of its prompt. `train.txt` has the origins.
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,17 +78,16 @@ def write(directory: Path, name: str, items: list[Item], sources: Sequence[str])
     write_texts(directory, name, items)
     lengths = np.array([item.parts for item in items])  # (pairs, 3): prompt, chosen, rejected
     ends = lengths.cumsum().reshape(-1, 3)
-    kinds, prompts, labels, parts = Counter(), {}, [], {}
+    kinds, prompts, labels, parts, first = Counter(), {}, [], {}, 0
     for item in items:
         kinds[item.kind] += 1
-        prompt = prompts.setdefault(item.hashes[0], len(prompts))
-        labels.append([list(kinds).index(item.kind), prompt])
+        labels.append([list(kinds).index(item.kind), prompts.setdefault(item.hashes[0], len(prompts))])
     index = np.column_stack([ends - lengths, ends[:, 2], labels])
     index.astype("<i8").tofile(directory / f"{name}.idx")
-    names, first = [item.source for item in items], 0
+    sizes = Counter(item.source for item in items)
     for source in sources:
-        parts[source] = {"pair": first, "pairs": names.count(source)}
-        first += names.count(source)
+        parts[source] = {"pair": first, "pairs": sizes[source]}
+        first += sizes[source]
     counts = {"pairs": len(items), "prompts": len(prompts), "tokens": int(ends[-1, 2])}
     return counts | {"longest": int(lengths.sum(axis=1).max()), "sources": parts, "kinds": dict(kinds)}
 
@@ -142,8 +141,3 @@ class PairRows(Shuffled):
         for row, (start, *_, end) in zip(ids, bounds, strict=True):
             row[: end - start] = self.tokens[start:end]
         return torch.from_numpy(ids), torch.from_numpy(bounds[:, 1:] - bounds[:, :1]), torch.from_numpy(numbers)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All pairs in order, `size` at a time."""
-        for start in range(0, self.count, size):
-            yield self.read(range(start, min(start + size, self.count)))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data.holdout import split_hash
 from data.sources import FileRecords, HubRecords, PythonDocs, Record, Records, Unreadable
-from sft.conversations import DocQuestions, Message, Refused, examples, first_question, in_turn, message_list, text_of
+from sft.conversations import DocQuestions, Message, Refused, examples, in_turn, take, text_of
 
 
 class Pair(NamedTuple):
@@ -42,12 +42,12 @@ def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message])
     # transcripts of Anthropic's HH.
     listed, prompt, sides = isinstance(fields.get("prompt"), list), [], []
     if layout != "hh":
-        prompt = message_list(fields, ("prompt", "question"), "user")
+        prompt = take(fields, ("prompt", "question"), "user")
     for name in ("chosen", "rejected"):
         if layout == "hh" or not (prompt or listed or isinstance(fields[name], list)):
             messages = transcript(text_of(fields.pop(name), name), name)
         else:
-            messages = message_list(fields, (name,), "assistant")
+            messages = take(fields, (name,), "assistant")
         if len(messages) == 1:
             messages = prompt + messages
         elif listed and messages[: len(prompt)] != prompt:
@@ -58,14 +58,16 @@ def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message])
     (*prompt, chosen), (*other, rejected) = sides
     if prompt != other:
         raise Refused("chosen and rejected part before the last message; expected two answers to the same messages")
-    return Pair(record.id, tuple(prompt), chosen.content, rejected.content, (first_question(prompt),))
+    question = next(message.text() for message in prompt if message.role == "user")
+    return Pair(record.id, tuple(prompt), chosen.content, rejected.content, (question,))
 
 
 def transcript(text: str, name: str) -> list[Message]:
     """The turns of a transcript."""
     before, *parts = SPEAKER.split(text)
     if before.strip() or not parts:
-        raise Refused(f'{name} is no transcript: expected turns that begin "\\n\\nHuman:" and "\\n\\nAssistant:"')
+        turns = 'turns that begin "\\n\\nHuman:" and "\\n\\nAssistant:"'
+        raise Refused(f"{name} is no transcript, and there is no prompt; expected {turns}, or a field prompt or question")
     messages = []
     for speaker, turn in zip(parts[::2], parts[1::2], strict=True):
         messages.append(Message("user" if speaker == "Human" else "assistant", turn.removeprefix(" ")))

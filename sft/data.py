@@ -48,8 +48,8 @@ class DataConfig:
                 raise ValueError(f"sources has {source.name}, which does not give {self.unit}")
             layout = getattr(source, "format", "auto")
             if layout not in ("auto", *self.formats):
-                known = ", ".join(self.formats)
-                raise ValueError(f'sources has {source.name} with format {layout!r}; expected "auto" or {known}')
+                known = ", ".join(("auto", *self.formats))
+                raise ValueError(f"sources has {source.name} with format {layout!r}; expected one of {known}")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources are called {', '.join(names)}; expected at least one, with unique names")
@@ -87,8 +87,7 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
     """Reads all sources. Returns {"train": [Item], "val": [Item]}, and counts by source. encode: as `encode` below."""
     items, counts = [], {}
     for source in config.sources:
-        count = {"read": 0, "kept": 0, "cut": 0, "tokens": 0, "dropped": Counter()}
-        counts[source.name] = count
+        count = counts[source.name] = {"read": 0, "kept": 0, "cut": 0, "tokens": 0, "dropped": Counter()}
         size, most = 0, getattr(source, config.limit, None) or math.inf
         for example in progress(getattr(source, config.unit)(workers), 0, config.unit, source.name):
             count["read"] += 1
@@ -111,31 +110,27 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
         count["dropped"] = dict(sorted(count["dropped"].items()))
         log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
         if count["cut"]:
-            log.info(f"{name}: {count['cut']:,} {config.unit} were cut to the context")
-    log.info(f"{len(splits['train']):,} {config.unit} to train on, {len(splits['val']):,} held out")
+            log.info(f"{name}: {config.unit} cut to the context: {count['cut']:,}")
+    log.info(f"{config.unit} to train on: {len(splits['train']):,}, held out: {len(splits['val']):,}")
     if not splits["train"] or not splits["val"]:
-        read = sum(count["read"] for count in counts.values())
-        raise UserError(
-            f"{len(items):,} of {read:,} {config.unit} passed the filters; training and validation take at least one "
-            "each, better hundreds: add some, or change the filters"
-        )
+        passed = f"{len(items):,} of {sum(count['read'] for count in counts.values()):,} {config.unit}"
+        raise UserError(f"only {passed} passed the filters; expected at least 2, better hundreds: add some")
     return splits, counts
 
 
 def split(items: list[Item], counts: dict, fraction: float) -> dict[str, list[Item]]:
     """Divides the items by the hashes of their keys, and counts those that are kept."""
     limit = threshold((item.hashes[0] for item in items), fraction)
-    alike = limit is None  # all begin alike: the whole example decides
-    if alike:
-        limit = threshold((item.hashes[-1] for item in items), fraction) or 0
+    deciding = slice(0, -1)
+    if limit is None:  # all begin alike: the whole example decides
+        deciding, limit = slice(-1, None), threshold((item.hashes[-1] for item in items), fraction) or 0
     splits = {"train": [], "val": []}
     for item in items:
-        numbers = item.hashes[-1:] if alike else item.hashes[:-1]
-        count = counts[item.source]
-        if min(numbers) < limit <= max(numbers):  # a pair whose two answers belong to different splits
+        count, hashes = counts[item.source], item.hashes[deciding]
+        if min(hashes) < limit <= max(hashes):  # a pair whose two answers belong to different splits
             count["dropped"]["of_both_splits"] += 1
             continue
-        splits["val" if numbers[0] < limit else "train"].append(item)
+        splits["val" if hashes[0] < limit else "train"].append(item)
         count["kept"] += 1
         count["cut"] += item.cut
         count["tokens"] += len(item.ids)
@@ -146,8 +141,7 @@ def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
     """Writes the ids and the origins of a split."""
     np.concatenate([item.ids for item in items]).tofile(directory / f"{name}.bin")
     with open(directory / f"{name}.txt", "w", encoding="utf-8") as origins:
-        for item in items:
-            print(*item.id.split(), file=origins)
+        origins.writelines(" ".join(item.id.split()) + "\n" for item in items)
 
 
 def digests(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
@@ -160,8 +154,8 @@ def load(directory: Path, tokenizer_sha256: str) -> dict:
     """The counts of a finished directory. UserError if it is missing, damaged, or made with another tokenizer."""
     manifest = stage.finished(directory)
     if tokenizer_sha256 not in manifest["read"].values():
-        again = f"make it again with: {stage.maker(directory)} --force"
-        raise UserError(f"{directory} was made with another tokenizer; {again}")
+        command = f"{stage.maker(directory)} --force"
+        raise UserError(f"{directory} was made with another tokenizer; make it again with: {command}")
     return manifest["counts"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from data import words
 from data.dedup import Deduplication, MinHash, jaccard
 from data.quality import ENGLISH
-from sft.conversations import Conversation, Message
+from sft.conversations import Message
 from stage import check_types
 
 JUDGED = 20  # shorter texts, in words, are not judged by their language or their repetitions
@@ -68,11 +68,9 @@ class Judge:
         self.parts: list[list[np.ndarray]] = []  # for each conversation the shingles of its texts
 
     def rule(self, example) -> str | None:
-        """The name of the first rule that an example fails; None if it passes all."""
-        texts = []
-        for message in example.messages:
-            texts += [message.content, message.input]
-        shortest = min(map(len, map(str.strip, example.answers)))
+        """The name of the first rule that an example fails; None if it passes all, and it is remembered."""
+        texts = [text for message in example.messages for text in (message.content, message.input)]
+        shortest = min(len(answer.strip()) for answer in example.answers)
         if shortest < self.filters.min_answer_chars:
             return "short_answer" if shortest else "empty_answer"
         if self.filters.max_chars and sum(map(len, texts)) > self.filters.max_chars:
@@ -81,8 +79,8 @@ class Judge:
             return "other_language"
         return self.own_rule(example)
 
-    def own_rule(self, conversation: Conversation) -> str | None:
-        """The rule that a conversation fails by its repetitions or as a copy. If it passes, it is remembered."""
+    def own_rule(self, conversation) -> str | None:
+        """The rule that a conversation fails by its repetitions or as a copy."""
         prints = []
         for answer in conversation.answers:
             spelled = words.words(answer)
@@ -105,8 +103,6 @@ class Judge:
 
     def near(self, messages: tuple[Message, ...]) -> bool:
         """True if each text is near the text at the same place in one earlier conversation; else it is remembered."""
-        # MinHash with one signature for all texts, which take turns to give its rows: so conversations that differ in
-        # one text seldom have a band in common, however long the texts are that they share.
         shingles = []
         for message in messages:
             texts = [message.content]
@@ -115,12 +111,12 @@ class Judge:
             for text in texts:
                 spelled = words.words(text) or [text.encode()]
                 shingles.append(self.minhash.shingles(words.hashes(spelled)))
-        signature = np.empty(len(self.minhash.a), dtype=np.uint32)
-        for first, part in enumerate(shingles):
-            turns = slice(first, None, len(shingles))
-            signature[turns] = self.minhash.signature(part)[turns]
-        rows = signature.reshape(self.minhash.bands, -1)
-        bands = words.mix((rows * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
+        # The texts take turns to give the rows of one signature: so conversations that differ in one text seldom have
+        # a band in common, however long the texts are that they share.
+        signatures = np.stack([self.minhash.signature(part) for part in shingles])  # (texts, rows)
+        rows = np.arange(signatures.shape[1])
+        signature = signatures[rows % len(shingles), rows].reshape(self.minhash.bands, -1)
+        bands = words.mix((signature * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
         for other in set(map(self.bands.get, bands)) - {None}:
             likeness = map(jaccard, shingles, self.parts[other])
             if len(shingles) == len(self.parts[other]) and min(likeness) >= self.filters.near_duplicates.threshold:
