@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data.holdout import split_hash
 from data.sources import FileRecords, HubRecords, PythonDocs, Record, Records, Unreadable
-from sft.conversations import DocQuestions, Message, Refused, examples, in_turn, take, text_of
+from sft.conversations import DocQuestions, Message, Refused, examples, in_turn, take, take_question, text_of
 
 
 class Pair(NamedTuple):
@@ -42,7 +42,7 @@ def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message])
     # transcripts of Anthropic's HH.
     listed, prompt, sides = isinstance(fields.get("prompt"), list), [], []
     if layout != "hh":
-        prompt = take(fields, ("prompt", "question"), "user")
+        prompt = take_question(fields, ("prompt", "question", "instruction"))
     for name in ("chosen", "rejected"):
         if layout == "hh" or not (prompt or listed or isinstance(fields[name], list)):
             messages = transcript(text_of(fields.pop(name), name), name)
@@ -66,8 +66,7 @@ def transcript(text: str, name: str) -> list[Message]:
     """The turns of a transcript."""
     before, *parts = SPEAKER.split(text)
     if before.strip() or not parts:
-        turns = 'turns that begin "\\n\\nHuman:" and "\\n\\nAssistant:"'
-        raise Refused(f"{name} is no transcript, and there is no prompt; expected {turns}, or a field prompt or question")
+        raise Refused(f'{name} is no transcript, which begins "\\n\\nHuman:"; an answer alone needs the field prompt')
     messages = []
     for speaker, turn in zip(parts[::2], parts[1::2], strict=True):
         messages.append(Message("user" if speaker == "Human" else "assistant", turn.removeprefix(" ")))

@@ -95,11 +95,23 @@ def take(fields: dict, names: Sequence[str], role: str = "") -> list[Message]:
         speaker = left.pop("role", None) or left.pop("from", None)
         text = left.pop("content" if "content" in left else "value", None)
         if speaker not in ROLES or text is None:
-            wanted = f"expected role and content, or from and value; a role is one of {', '.join(ROLES)}"
-            raise Refused(f"{name}: message {number} is {shown(turn)} and has the role {speaker}; {wanted}")
+            wanted = "expected content, and the role system, user or assistant"
+            raise Refused(f"{name}: message {number} is {shown(turn)} with the role {speaker}; {wanted}")
         messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
         for key, value in left.items():  # to be counted among the fields that are not read
             fields[f"{name}.{key}"] = value
+    return messages
+
+
+def take_question(fields: dict, names: Sequence[str]) -> list[Message]:
+    """Removes a question and the text that it is about, and returns its messages."""
+    messages = take(fields, names, "user")
+    for about in take(fields, ("input", "context"), "user"):
+        # Without an instruction the text is the whole question, as it is when somebody asks the model.
+        if not messages or not messages[-1].content.strip():
+            messages[-1:] = [about]
+        elif about.content.strip():
+            messages[-1] = messages[-1]._replace(input=about.content)
     return messages
 
 
@@ -174,10 +186,11 @@ def examples(source: Records, records: Iterator[Record], formats: dict, read: Ca
             if isinstance(record.value, Unreadable):
                 yield record.value
                 continue
+            fields = {LISTS[0]: record.value} if isinstance(record.value, list) else record.value
             try:
-                layout = recognise(record.value, known.get(record.file, allowed))
+                layout = recognise(fields, known.get(record.file, allowed))
                 known[record.file] = {layout: formats[layout]}
-                fields = dict(record.value)
+                fields = fields.copy()
                 example = read(record, fields, layout, take_earlier(fields))
             except Refused as error:
                 yield source.refuse(f"{record.where}: {error}")
@@ -223,14 +236,7 @@ def read_conversation(record: Record, fields: dict, layout: str, earlier: list[M
     if present(fields, questions) in (*LISTS, TREE):
         messages = take(fields, questions)
     else:
-        messages = take(fields, questions, "user")
-        for about in take(fields, ("input", "context"), "user"):
-            # Without an instruction the text is the whole question, as it is when somebody asks the model.
-            if not messages[-1].content.strip():
-                messages[-1] = about
-            elif about.content.strip():
-                messages[-1] = messages[-1]._replace(input=about.content)
-        messages += take(fields, ANSWERS, "assistant")
+        messages = take_question(fields, questions) + take(fields, ANSWERS, "assistant")
     messages = in_turn(earlier + messages)
     question = next(message.text() for message in messages if message.role == "user")
     return Conversation(record.id, messages, (question,), language)

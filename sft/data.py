@@ -223,7 +223,7 @@ def build(job: Stage, config: ConversationConfig, context: int, spm: Path, worke
         for name, items in splits.items():
             counts[name] = write(job.directory, name, items, list(sources), context)
         efficiency = counts["train"]["packing_efficiency"]
-        log.info(f"{counts['train']['rows']:,} training rows, {efficiency:.2%} of their tokens used -> {job.directory}")
+        log.info(f"training rows: {counts['train']['rows']:,}, {efficiency:.2%} full -> {job.directory}")
         job.finish(counts | {"packing_efficiency": efficiency})
 
 
