@@ -96,7 +96,7 @@ def take(fields: dict, names: Sequence[str], role: str = "") -> list[Message]:
         text = left.pop("content" if "content" in left else "value", None)
         if speaker not in ROLES or text is None:
             wanted = "expected content, and the role system, user or assistant"
-            raise Refused(f"{name}: message {number} is {shown(turn)} with the role {speaker}; {wanted}")
+            raise Refused(f"{name}: message {number} has the role {speaker} and is {shown(turn)}; {wanted}")
         messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
         for key, value in left.items():  # to be counted among the fields that are not read
             fields[f"{name}.{key}"] = value

@@ -224,9 +224,6 @@ def test_rows_are_read_as_the_files_have_them(here: Place, source, numbers):  # 
         assert bounds[i].tolist() == [len(prompt), len(prompt + chosen), len(pair)]
         assert which[i].item() == numbers[row]
         assert rows.documents(row) == range(numbers[row], numbers[row] + 1)
-    columns = zip(*rows.batches(5), strict=True)
-    for column, everything in zip(columns, rows.read(range(rows.count)), strict=True):
-        assert torch.equal(torch.cat(column), everything)
 
 
 def test_impossible_settings_are_refused():

@@ -204,9 +204,7 @@ def test_conversations_that_begin_alike_are_divided_too(here: Place):
 
 
 def test_a_single_conversation_is_one_clear_error(here: Place):
-    with pytest.raises(
-        UserError, match=r"^1 of 3 conversations passed the filters; training and validation take at least"
-    ):
+    with pytest.raises(UserError, match=r"^only 1 of 3 conversations passed the filters; expected at least 2"):
         made(here, CHATS[0], CHATS[0], pair("Say nothing.", ""))
     assert stage.read_manifest(here.runs / "mini/sft_data") is None
 
