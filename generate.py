@@ -70,7 +70,8 @@ class Sampling:
         # Sorting 32,768 numbers can take longer than a step of the model, so first drop what cannot be chosen.
         floor = 0.0
         if self.top_k is not None:
-            floor = np.partition(p, -min(self.top_k, len(p)))[-min(self.top_k, len(p))]  # the k-th highest
+            k = min(self.top_k, len(p))
+            floor = np.partition(p, -k)[-k]  # the k-th highest
         elif top_p == 1:
             floor = self.min_p * p.max()
         elif p[p >= 1e-4].sum(dtype=np.float64) >= top_p * p.sum(dtype=np.float64):
@@ -89,7 +90,8 @@ class Sampling:
         """The logits, (V,), with penalties for repeating the text."""
         if self.repetition_penalty != 1:
             ids = torch.tensor(sorted(set(seen)))
-            old, penalty = logits[ids], self.repetition_penalty
+            penalty = self.repetition_penalty
+            old = logits[ids]
             # A negative logit has to be multiplied: dividing it would make the token likelier.
             logits = logits.index_put((ids,), torch.where(old > 0, old / penalty, old * penalty))
         if self.no_repeat_ngram is not None:
@@ -288,7 +290,8 @@ class Decoder:
             rows = slice(self.ready, len(self.texts))
             done = int(self.cache.used[self.ready])  # the same for all rows: shorter prompts are done
             prompts = [text.ids[-self._reach(text) : -1] for text in self.texts[rows]]
-            T = min(len(prompts[-1]) - done, max(1, min(left, AT_ONCE) // len(prompts)))
+            fits = max(1, min(left, AT_ONCE) // len(prompts))  # tokens of each prompt
+            T = min(len(prompts[-1]) - done, fits)
             if T:
                 ids = []
                 for text, prompt in zip(self.texts[rows], prompts, strict=True):

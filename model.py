@@ -106,10 +106,9 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turns the pairs (x_i, x_{i + E/2}) by an angle that grows with the position.
-
-    x: (B, T, H, E). cos, sin: (T, 1, E) or (B, T, 1, E). Returns x's shape and dtype (arXiv:2104.09864).
-    """
+    """Rotary position embedding: turns the pairs (x_i, x_{i + E/2}) by an angle that grows with the position."""
+    # x: (B, T, H, E). cos, sin: (T, 1, E) or (B, T, 1, E). Returns x's shape and dtype (arXiv:2104.09864).
+    #
     # A rotated q times a rotated k depends only on the distance between their positions: attention can look for
     # "three tokens back" without knowing "token 517". Hugging Face pairs the dimensions in the same way.
     other_half = x.roll(x.shape[-1] // 2, -1)  # x_{i + E/2} in the first half, x_i in the second
@@ -166,7 +165,8 @@ class Attention(nn.Module):
         k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
         v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
         # Only q and k are rotated: positions affect the scores, not the values.
-        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        q = rotate(q, layout.cos, layout.sin)
+        k = rotate(k, layout.cos, layout.sin)
         y = layout.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))  # join the heads, then mix them: (B, T, D)
 
@@ -193,8 +193,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(config), Attention(config)
-        self.mlp_norm, self.mlp = RMSNorm(config), SwiGLU(config)
+        self.attn_norm = RMSNorm(config)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         # Each half reads a normalised copy and adds its result to the stream. The stream itself meets only the last
@@ -334,7 +336,9 @@ class KVCache:
 
     def __getitem__(self, texts: slice) -> "KVCache":
         view = copy.copy(self)
-        view.k, view.v, view.used = self.k[:, texts], self.v[:, texts], self.used[texts]
+        view.k = self.k[:, texts]
+        view.v = self.v[:, texts]
+        view.used = self.used[texts]
         return view
 
     def move(self, source: int, target: int) -> None:
@@ -376,7 +380,8 @@ class Cached(Layout):
         self.layer += 1
         keys[self.rows, :, self.at] = k.transpose(1, 2)  # (B, T, K, E)
         values[self.rows, :, self.at] = v.transpose(1, 2)
-        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
+        keys = keys[:, :, : self.end]
+        values = values[:, :, : self.end]
         return softmax_attention(q, keys, values, self.mask, self.causal)
 
 
@@ -559,7 +564,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Ten
     live = targets != IGNORED
     at = targets.where(live, 0)[:, None]
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest, target_logit = p.amax(1, keepdim=True), p.gather(1, at)
+    largest = p.amax(1, keepdim=True)
+    target_logit = p.gather(1, at)
     torch.softmax(p, 1, out=p)
     # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: no underflow.
     losses = (largest - p.amax(1, keepdim=True).log() - target_logit)[:, 0]
@@ -616,7 +622,8 @@ class TritonRMSNorm(torch.autograd.Function):
         y = torch.empty_like(x, dtype=dtype)
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(x, weight, scale)
-        rows, D, (R, C, warps) = scale.numel(), len(weight), tile(len(weight))
+        rows, D = scale.numel(), len(weight)
+        R, C, warps = tile(D)
         rms_norm_forward_kernel[(triton.cdiv(rows, R),)](x, weight, y, scale, rows, eps, D, R, C, num_warps=warps)
         return y
 
@@ -624,7 +631,8 @@ class TritonRMSNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, scale = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
-        rows, D, (R, C, warps) = scale.numel(), len(weight), tile(len(weight))
+        rows, D = scale.numel(), len(weight)
+        R, C, warps = tile(D)
         programs = min(PROGRAMS, triton.cdiv(rows, R))
         dw = x.new_empty(programs, D, dtype=torch.float32)
         rms_norm_backward_kernel[(programs,)](x, weight, scale, dy, dx, dw, rows, D, R, C, num_warps=warps)

@@ -56,7 +56,8 @@ class Windows(Shuffled):
         rows = torch.from_numpy(rows.astype(np.int64))  # PyTorch indexes embeddings with int64
         # Pretraining targets are shifted only here. After a second shift the loss would still fall, but the model would
         # learn to skip every other token.
-        inputs, targets = rows[:, :-1], rows[:, 1:]
+        inputs = rows[:, :-1]
+        targets = rows[:, 1:]
         return inputs.contiguous(), targets.contiguous()  # (B, T), (B, T)
 
     def documents(self, window: int) -> range:
