@@ -1,6 +1,5 @@
 """Filters of pairs: for each rule a pair that fails it and one that just passes."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,9 +62,3 @@ def test_each_choice_is_kept_once(triples):
     assert set(kept) == {(asked, frozenset(answers)) for asked, *answers in triples if len({*answers} - {""}) == 2}
     assert found.count("empty_answer") == sum(not (a and b) for _, a, b in triples)
     assert found.count("identical") == sum(a == b != "" for _, a, b in triples)
-
-
-def test_impossible_settings_are_refused():
-    for field, value, error in (("min_answer_chars", 0, ValueError), ("language", 3, TypeError)):
-        with pytest.raises(error, match=f"^{field} is {value}"):
-            PairFilters(**{field: value})

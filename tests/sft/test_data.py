@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import sft.data
 import stage
 from cli import UserError
 from configs import Experiment
-from data.holdout import held_out
+from data.holdout import split_hash
 from data.sources import Files
 from sft.conversations import Chats, HubChats, Message
 from sft.data import ConversationConfig, Item, Rows, best_fit, write
@@ -70,7 +69,7 @@ def made(place: Place, *records: dict, context: int = 64, **changes) -> tuple[Pa
 
 
 def in_val(question: str) -> bool:
-    return held_out(question.encode(), 0.2)
+    return split_hash(question.encode()) < 0.2 * 2**64
 
 
 def question(split: str, number: int = 0) -> str:
@@ -295,16 +294,6 @@ def test_rows_are_those_of_best_fit_by_its_definition(lengths, capacity):
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert min(room(lengths, capacity, rows), default=0) >= 0
     assert sorted(room(lengths, capacity, rows)) == sorted(room(lengths, capacity, expected))
-
-
-def test_best_fit_by_hand_and_for_lengths_like_those_of_conversations():
-    # 7, 6, then 4 beside 6 and 3 beside 7, which fills both rows; 2 and 1 share a new one.
-    assert best_fit([4, 7, 2, 6, 3, 1], 10) == [[1, 4], [3, 0], [2, 5]]
-    # 2 goes where it leaves nothing, not into the first row, where it would leave 6.
-    assert best_fit([12, 9, 9, 2], 20) == [[0], [1, 2, 3]]
-    chance = random.Random(0)
-    lengths = [min(1_024, max(8, round(chance.lognormvariate(5.5, 0.8)))) for _ in range(2_000)]
-    assert len(best_fit(lengths, 1_024)) <= 1.01 * -(-sum(lengths) // 1_024)
 
 
 def task_of(place: Place, seed: int = 0, **weights: float) -> Task:
