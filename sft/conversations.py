@@ -60,10 +60,7 @@ def cleaned(text: str) -> str:
 
 def shown(value) -> str:
     """A JSON value, short enough for a message."""
-    if isinstance(value, dict):
-        names = json.dumps([name for name in value if value[name] is not None])
-        return f"an object with {names[1:-1][:200] or 'no field'}"
-    return f"a list of {len(value)}" if isinstance(value, list) else json.dumps(value, default=str)[:80]
+    return json.dumps(value, default=str)[:80]
 
 
 def text_of(value, name: str) -> str:
@@ -164,15 +161,17 @@ FORMATS = {  # the fields that a layout needs, by all their names; "auto" takes 
 
 def recognise(record, formats: dict) -> str:
     """The first layout whose fields a record has; more fields make no difference. Refused if none fits."""
-    most, nearest = -1, ""  # the fields that a record has of a layout
+    if not isinstance(record, dict):
+        raise Refused(f"found {shown(record)}; expected an object")
+    most, nearest = -1, ""  # most: how many of the nearest layout's fields the record has
     for name, needs in formats.items():
-        missing = [names for names in needs if not (isinstance(record, dict) and present(record, names))]
+        missing = [" or ".join(names) for names in needs if not present(record, names)]
         if not missing:
             return name
         if len(needs) - len(missing) > most:
-            most = len(needs) - len(missing)
-            nearest = f"{name}, needs {' and '.join(map(' or '.join, missing))}"
-    raise Refused(f"found {shown(record)}; the nearest layout, {nearest}; README.md has a table of all layouts")
+            most, nearest = len(needs) - len(missing), f"{name}, needs {' and '.join(missing)}"
+    fields = ", ".join(name for name in record if record[name] is not None)
+    raise Refused(f"found the fields {fields}; the nearest layout, {nearest}; README.md has a table of all layouts")
 
 
 def examples(source: Records, records: Iterator[Record], formats: dict, read: Callable) -> Iterator:

@@ -89,9 +89,9 @@ def test_more_fields_in_some_rows_change_no_layout(raw, caplog):  # noqa: F811
 
 BAD = [
     (STRINGS, STRINGS | {"prompt": 7}, "prompt is 7; expected a string"),
-    (STRINGS, STRINGS | {"chosen": None}, "found an object with .*; the nearest layout, preference, needs chosen;"),
+    (STRINGS, STRINGS | {"chosen": None}, "the fields prompt, rejected; the nearest layout, preference, needs chosen;"),
     (STRINGS, ANSWERS, "chosen is no transcript, .* an answer alone needs the field prompt"),
-    (STRINGS, STRINGS | {"rejected": {}}, "rejected is an object with no field; expected a string"),
+    (STRINGS, STRINGS | {"rejected": {}}, "rejected is {}; expected a string"),
     (ALONE, ALONE | {"prompt": [7]}, "prompt: message 1 has the role None and is 7; expected content, and the role"),
     (ALONE, ALONE | {"chosen": chat("Hello")}, "chosen does not end with an answer of the assistant"),
     (ALONE, IMPLICIT | {"rejected": []}, "rejected does not end with an answer"),

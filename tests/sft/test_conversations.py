@@ -143,17 +143,21 @@ def turns(*roles: str) -> dict:
 
 
 BAD = [
-    (ALPACA, ALPACA | {"output": None}, 'found an object with "instruction", "input"; .* alpaca, needs output or resp'),
-    (ALPACA, 7, "found 7; the nearest layout, alpaca, needs instruction and output or"),
+    (
+        ALPACA,
+        ALPACA | {"output": None},
+        "found the fields instruction, input; the nearest layout, alpaca, needs output",
+    ),
+    (ALPACA, 7, "found 7; expected an object"),
     (ALPACA, ALPACA | {"output": 7}, "output is 7; expected a string"),
     (ALPACA, ALPACA | {"input": "\ud800"}, "input holds half a surrogate pair"),
     (ALPACA, {"instruction": " ", "input": "\n", "output": "x"}, "message 1, the user's, is empty"),
-    (ALPACA, ALPACA | {"history": [["a"]]}, r"history holds a list of 1; expected pairs \[question, answer\]"),
+    (ALPACA, ALPACA | {"history": [["a"]]}, r"history holds \[.a.\]; expected pairs \[question, answer\]"),
     (ALPACA, ALPACA | {"history": 7}, "history holds 7; expected pairs"),
     (SHAREGPT, {"conversations": [{"from": "tool", "value": "x"}]}, "conversations: message 1 has the role tool and"),
     (SHAREGPT, {"conversations": "Hi"}, 'conversations: message 1 has the role None and is "Hi"'),
-    (MESSAGES, {"messages": [{"role": "user", "content": None}]}, 'has the role user and is an object with "role";'),
-    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 is a list of 1; expected"),
+    (MESSAGES, {"messages": [{"role": "user", "content": None}]}, "message 1 has the role user and is .*null"),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"1 is \[.*\]; expected a string"),
     (MESSAGES, turns("assistant", "user"), "roles out of order: message 1 is of role assistant, expected user"),
     (MESSAGES, turns("system", "user", "user"), "roles out of order: message 3 is of role user, expected assistant"),
     (MESSAGES, turns("user", "system", "assistant"), "roles out of order: message 2 is of role system"),
@@ -176,7 +180,7 @@ def test_each_file_has_its_own_layout(raw):
     (raw / "b.json").write_text(json.dumps([SHAREGPT]))
     options = {"paths": ("*.json*",), "unreadable": "skip"}
     why, *talks = Chats(**options).conversations(1)
-    assert "line 1: found an object with" in why
+    assert "line 1: found the fields no; the nearest layout, messages" in why
     assert [said(talk) for talk in talks] == [CAT, CAT, GREETING]
     assert list(Chats(**options, max_documents=2).conversations(1)) == [why, talks[0]]
     with pytest.raises(UserError, match=r"b\.json, element 1: .* layout, alpaca, needs instruction and output or"):
@@ -189,7 +193,7 @@ NEAREST |= {"question": "openorca, needs output or", "response": "alpaca, needs 
 
 @pytest.mark.parametrize("field", NEAREST)
 def test_a_record_without_a_layout_is_answered_by_the_nearest_one(raw, field):
-    with pytest.raises(UserError, match=f'found an object with "{field}"; the nearest layout, {NEAREST[field]}'):
+    with pytest.raises(UserError, match=f"found the fields {field}; the nearest layout, {NEAREST[field]}"):
         read(raw, {field: "x"})
 
 
@@ -198,7 +202,7 @@ def test_a_dataset_is_read_as_its_files_are(raw):
     records = [ALPACA, ALPACA | {"output": None}, ALPACA | {"input": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), raw / "set/train.parquet")
     first, why, last = HubChats(dataset=str(raw / "set"), name="set").conversations(1)
-    assert 'record 2: found an object with "instruction", "input"; the nearest layout' in why
+    assert "record 2: found the fields instruction, input; the nearest layout" in why
     assert (said(first), first.id, last.id) == (CAT, "set:1", "set:3")
 
 
