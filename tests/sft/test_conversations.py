@@ -146,7 +146,7 @@ BAD = [
     (
         ALPACA,
         ALPACA | {"output": None},
-        "found the fields instruction, input; the nearest layout, alpaca, needs output",
+        "found the fields instruction, input; .*, alpaca, needs output",
     ),
     (ALPACA, 7, "found 7; expected an object"),
     (ALPACA, ALPACA | {"output": 7}, "output is 7; expected a string"),
