@@ -121,7 +121,8 @@ class PairRows(Shuffled):
         self.file, totals = str(directory / f"{split}.bin"), counts[split]
         self.tokens = np.memmap(self.file, dtype=counts["dtype"], mode="r")
         index = np.fromfile(directory / f"{split}.idx", dtype="<i8").reshape(-1, 6)
-        self.bounds, self.kinds, self.prompts = index[:, :4], index[:, 4], index[:, 5]  # of the whole split
+        self.bounds = index[:, :4]  # of the whole split
+        self.kinds, self.prompts = index[:, 4:].T
         self.names, self.width = list(totals["kinds"]), totals["longest"]  # tokens of the longest pair
         part = totals["sources"][source] if source else {"pair": 0, "pairs": totals["pairs"]}
         self.first = part["pair"]
@@ -140,4 +141,5 @@ class PairRows(Shuffled):
         ids = np.zeros((len(numbers), self.width), dtype=np.int64)
         for row, (start, *_, end) in zip(ids, bounds, strict=True):
             row[: end - start] = self.tokens[start:end]
-        return torch.from_numpy(ids), torch.from_numpy(bounds[:, 1:] - bounds[:, :1]), torch.from_numpy(numbers)
+        ends = bounds[:, 1:] - bounds[:, :1]
+        return torch.from_numpy(ids), torch.from_numpy(ends), torch.from_numpy(numbers)

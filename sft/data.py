@@ -113,8 +113,8 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
             log.info(f"{name}: {config.unit} cut to the context: {count['cut']:,}")
     log.info(f"{config.unit} to train on: {len(splits['train']):,}, held out: {len(splits['val']):,}")
     if not splits["train"] or not splits["val"]:
-        passed = f"{len(items):,} of {sum(count['read'] for count in counts.values()):,} {config.unit}"
-        raise UserError(f"only {passed} passed the filters; expected at least 2, better hundreds: add some")
+        kept = f"{config.unit} that pass the filters: {len(items)}"
+        raise UserError(f"{kept}; expected at least 2, better hundreds: add some, or change the filters")
     return splits, counts
 
 

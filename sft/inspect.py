@@ -6,6 +6,7 @@ python -m sft.inspect configs/tiny.py --pairs           # pairs: chosen is green
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ from sft.templates import shown
 def parts(rows: Rows | PairRows, number: int) -> Iterator[tuple[np.ndarray, int]]:
     """The ids of a conversation or pair, part by part. Each with 0, or 1 if it is trained or chosen, 2 if rejected."""
     if isinstance(rows, PairRows):
-        start, *ends, end = rows.bounds[number].tolist()
-        yield from zip(np.split(rows.tokens[start:end], np.subtract(ends, start)), range(3), strict=True)
+        for kind, (start, end) in enumerate(itertools.pairwise(rows.bounds[number])):
+            yield rows.tokens[start:end], kind
         return
     ids, trained = rows.conversation(number)
     for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):

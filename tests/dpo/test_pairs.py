@@ -4,7 +4,6 @@ What pairs share with conversations (files, datasets, cleaning) is tested in tes
 """
 
 import random
-import re
 from collections import Counter
 
 import pytest
@@ -147,8 +146,6 @@ def test_each_question_comes_once_with_each_kind_of_a_worse_answer(documented):
         assert another.keys == (question.keys[0], keys[another.rejected])
         assert mixed.keys == twice.keys == question.keys
         assert Counter(mixed.chosen.split()) == Counter(mixed.rejected.split())
-        sentences = re.split(r"(?<=[.!?]) ", twice.chosen)
-        assert twice.rejected in [" ".join(sentences[: i + 1] + sentences[i:]) for i in range(len(sentences))]
     assert len({pair.rejected for pair in pairs[::3]}) == COUNT  # each answer is another's once
 
 

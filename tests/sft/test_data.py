@@ -203,7 +203,7 @@ def test_conversations_that_begin_alike_are_divided_too(here: Place):
 
 
 def test_a_single_conversation_is_one_clear_error(here: Place):
-    with pytest.raises(UserError, match=r"^only 1 of 3 conversations passed the filters; expected at least 2"):
+    with pytest.raises(UserError, match="conversations that pass the filters: 1; expected at least 2"):
         made(here, CHATS[0], CHATS[0], pair("Say nothing.", ""))
     assert stage.read_manifest(here.runs / "mini/sft_data") is None
 
@@ -229,11 +229,6 @@ def test_the_same_bytes_are_made_again_and_another_config_and_other_data_are_ref
     assert sft.data.load(directory, digest) == counts
     with pytest.raises(UserError, match=r"was made with another tokenizer; make it again with: .* sft_data --force"):
         sft.data.load(directory, "0" * 64)
-    (directory / "val.mask").write_bytes(b"")
-    with pytest.raises(UserError, match=r"val\.mask has 0 bytes.*python pipeline.py .* sft_data --force"):
-        sft.data.load(directory, digest)
-    with pytest.raises(UserError, match=r"no file at .*chats\.jsonl"):
-        build("sft_data", described(here), force=True)
 
 
 IMPOSSIBLE = [("sources", sources) for sources in ((), (Chats(paths=("a",)),) * 2, (Files(paths=("a",)),))]
