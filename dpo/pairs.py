@@ -34,24 +34,27 @@ class Pair(NamedTuple):
 SIDES = (("chosen",), ("rejected",))
 FORMATS = {"preference": SIDES, "orca": (("question",), *SIDES), "hh": SIDES}  # as in sft.conversations
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+HH_PROMPT = r"(?s)\s*Human:.*\n\nAssistant:\s*\Z"
 
 
 def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message]) -> Pair:
     """The pair in a record. Refused if a field has a wrong type, or the two answers do not belong to one prompt."""
     # Each answer is a text, or a list of messages, which may begin with the prompt. Without a prompt, texts are
-    # transcripts of Anthropic's HH.
-    listed, prompt, sides = isinstance(fields.get("prompt"), list), [], []
+    # transcripts of Anthropic's HH; there the prompt may be a transcript too, which the answers continue.
+    listed, prompt, beginning, sides = isinstance(fields.get("prompt"), list), [], "", []
     if layout != "hh":
         prompt = take_question(fields, ("prompt", "question", "instruction"))
+        if len(prompt) == 1 and re.match(HH_PROMPT, prompt[0].content):
+            beginning, prompt = prompt[0].content, []
     for name in ("chosen", "rejected"):
         if layout == "hh" or not (prompt or listed or isinstance(fields[name], list)):
-            messages = transcript(text_of(fields.pop(name), name), name)
+            messages = transcript(beginning + text_of(fields.pop(name), name), name)
         else:
             messages = take(fields, (name,), "assistant")
         if len(messages) == 1:
             messages = prompt + messages
-        elif listed and messages[: len(prompt)] != prompt:
-            raise Refused(f"{name} does not begin with the messages of prompt")
+        elif not set(prompt) <= set(messages):
+            raise Refused(f"{name} is a conversation without the messages of prompt; remove one of them")
         if not messages or messages[-1].role != "assistant":
             raise Refused(f"{name} does not end with an answer of the assistant")
         sides.append(in_turn(earlier + messages))

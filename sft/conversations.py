@@ -236,6 +236,8 @@ def read_conversation(record: Record, fields: dict, layout: str, earlier: list[M
         messages = take(fields, questions)
     else:
         messages = take_question(fields, questions) + take(fields, ANSWERS, "assistant")
+    if messages and messages[-1].role == "user":
+        fields["a last question without an answer"] = True
     messages = in_turn(earlier + messages)
     question = next(message.text() for message in messages if message.role == "user")
     return Conversation(record.id, messages, (question,), language)

@@ -71,6 +71,13 @@ class ConversationConfig(DataConfig):
     unit, formats, limit = "conversations", FORMATS, "max_tokens"
 
 
+ADVICE = {  # what helps if most examples are dropped by a rule that no filter sets
+    "unreadable": 'unreadable="stop" gives the reason',
+    "longer_than_context": "shorten the prompts, or raise context_length",
+    "identical_when_cut": "shorten what the answers have in common, or raise context_length",
+}
+
+
 class Item(NamedTuple):
     """An example that passed the filters."""
 
@@ -105,16 +112,21 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
             size += len(items[-1].ids) if config.limit == "max_tokens" else 1
             if size >= most:
                 break
-    splits = split(items, counts, config.val_fraction)
+    splits, dropped = split(items, counts, config.val_fraction), Counter()
     for name, count in counts.items():
         count["dropped"] = dict(sorted(count["dropped"].items()))
         log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
         if count["cut"]:
             log.info(f"{name}: {config.unit} cut to the context: {count['cut']:,}")
-    log.info(f"{config.unit} to train on: {len(splits['train']):,}, held out: {len(splits['val']):,}")
-    if not splits["train"] or not splits["val"]:
-        kept = f"{config.unit} that pass the filters: {len(items)}"
-        raise UserError(f"{kept}; expected at least 2, better hundreds: add some, or change the filters")
+        dropped.update(count["dropped"])
+    train, val = len(splits["train"]), len(splits["val"])
+    log.info(f"{config.unit} to train on: {train:,}, held out: {val:,}")
+    if not train or not val:
+        reason = ADVICE.get(max(dropped, key=dropped.get, default=""), "add some, or change the filters")
+        raise UserError(f"{config.unit} that are left: {len(items)}; expected at least 2, better hundreds: {reason}")
+    if val > max(1, 4 * config.val_fraction * len(items)):
+        why = f"many {config.unit} begin with the same question, and all of them are in one split"
+        log.warning(f"{val / len(items):.0%} of the {config.unit} are held out, not {config.val_fraction:.0%}: {why}")
     return splits, counts
 
 

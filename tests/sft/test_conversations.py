@@ -90,10 +90,11 @@ def test_fields_that_are_not_read_are_named_once_with_their_counts_and_change_no
     with caplog.at_level("INFO", "lumi"):
         for order in ([ALPACA, *more], [*more, ALPACA]):
             assert [said(conversation) for conversation in read(raw, *order)] == [CAT] * 5
-        read(raw, {"conversations": turns})
+        read(raw, {"conversations": [*turns, turns[0]]})
     assert [message.split(": ", 1)[1] for message in caplog.messages[1:]] == [
         'fields that are not read, with the number of their records: "category" 3, "response" 1',
-        'fields that are not read, with the number of their records: "conversations.weight" 1',
+        'fields that are not read, with the number of their records: "conversations.weight" 1, '
+        '"a last question without an answer" 1',
     ]
 
 

@@ -203,9 +203,19 @@ def test_conversations_that_begin_alike_are_divided_too(here: Place):
 
 
 def test_a_single_conversation_is_one_clear_error(here: Place):
-    with pytest.raises(UserError, match="conversations that pass the filters: 1; expected at least 2"):
+    with pytest.raises(UserError, match="conversations that are left: 1; expected at least 2"):
         made(here, CHATS[0], CHATS[0], pair("Say nothing.", ""))
+    with pytest.raises(UserError, match=r"left: 0; .*: shorten the prompts, or raise context_length"):
+        made(here, *CHATS, context=8)
     assert stage.read_manifest(here.runs / "mini/sft_data") is None
+
+
+def test_a_question_that_most_conversations_begin_with_is_a_warning_if_it_is_held_out(here: Place, caplog):
+    made(here, *(pair(HELD["prompt"], word) for word in WORDS), pair(question("train"), "yes"), filters=ANY)
+    assert "92% of the conversations are held out, not 20%: many" in caplog.text
+    caplog.clear()
+    made(here, *CHATS, filters=ANY)
+    assert not caplog.records
 
 
 def test_the_same_bytes_are_made_again_and_another_config_and_other_data_are_refused(here: Place):
