@@ -41,16 +41,16 @@ def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message])
     """The pair in a record. Refused if a field has a wrong type, or the two answers do not belong to one prompt."""
     # Each answer is a text, or a list of messages, which may begin with the prompt. Without a prompt, texts are
     # transcripts of Anthropic's HH; there the prompt may be a transcript too, which the answers continue.
-    listed, prompt, beginning, sides = isinstance(fields.get("prompt"), list), [], "", []
+    prompt, beginning, sides = [], "", []
     if layout != "hh":
         prompt = take_question(fields, ("prompt", "question", "instruction"))
         if len(prompt) == 1 and re.match(HH_PROMPT, prompt[0].content):
             beginning, prompt = prompt[0].content, []
     for name in ("chosen", "rejected"):
-        if layout == "hh" or not (prompt or listed or isinstance(fields[name], list)):
-            messages = transcript(beginning + text_of(fields.pop(name), name), name)
-        else:
+        if layout != "hh" and (prompt or isinstance(fields[name], list)):
             messages = take(fields, (name,), "assistant")
+        else:
+            messages = transcript(beginning + text_of(fields.pop(name), name), name)
         if len(messages) == 1:
             messages = prompt + messages
         elif not set(prompt) <= set(messages):
