@@ -34,7 +34,6 @@ class Pair(NamedTuple):
 SIDES = (("chosen",), ("rejected",))
 FORMATS = {"preference": SIDES, "orca": (("question",), *SIDES), "hh": SIDES}  # as in sft.conversations
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-HH_PROMPT = r"(?s)\s*Human:.*\n\nAssistant:\s*\Z"
 
 
 def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message]) -> Pair:
@@ -44,7 +43,7 @@ def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message])
     prompt, beginning, sides = [], "", []
     if layout != "hh":
         prompt = take_question(fields, ("prompt", "question", "instruction"))
-        if len(prompt) == 1 and re.match(HH_PROMPT, prompt[0].content):
+        if len(prompt) == 1 and SPEAKER.match(prompt[0].content) and prompt[0].content.rstrip().endswith("Assistant:"):
             beginning, prompt = prompt[0].content, []
     for name in ("chosen", "rejected"):
         if layout != "hh" and (prompt or isinstance(fields[name], list)):
