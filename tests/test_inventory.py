@@ -68,7 +68,7 @@ NAMES = {  # that configs, requests and data may have in them
     "training": {name: list(values) for name, values in trainer.CHOICES.items()},
     "LoRA targets": lora.TARGETS,
     "DPO losses": list(dpo.loss.LOSSES),
-    "tasks": eval.tasks.TASKS,
+    "tasks": list(eval.tasks.METRICS),
     "chat commands": serving.chat.COMMANDS.split(),
     "server metrics": re.findall(r'"(lumi_\w+)"', (ROOT / "serving/api.py").read_text()),
     "shipped configs": SHIPPED,

@@ -72,9 +72,9 @@ def test_accuracy_computed_by_hand():
     assert (numbers["baseline"], numbers["majority"], numbers["chance"]) == (0.6, 0.6, 0.5)
     # Per character: log 0.4 / 3 for yes beats log 0.4 / 2 for no, the others stay as they are.
     assert numbers["accuracy_norm"] == pytest.approx(0.6)
-    assert credit([np.array([-50.0, -50.00001])], [1])[0] == 0.5  # float32 cannot tell them apart
-    assert credit([np.array([-50.0, -50.001])], [1])[0] == 0
-    assert credit([np.array([-1.0, -1.0, -1.0, -2.0])], [3]) == (np.array([0.0]), 0)
+    assert credit([np.array([-50.0, -50.00001])], [1]) == 0.5  # float32 cannot tell them apart
+    assert credit([np.array([-50.0, -50.001])], [1]) == 0
+    assert credit([np.array([-1.0, -1.0, -1.0, -2.0])], [3])[0] == 0
     assert credit([np.array([-1.0, -1.0, -1.0, -2.0])], [0])[0] == pytest.approx(1 / 3)
 
 
@@ -99,9 +99,6 @@ def test_a_model_without_opinions_and_accuracy_by_kind():
         "semantics": {"accuracy": 1, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 5)), "n": 1},
         "syntax": {"accuracy": 0.5, "stderr": pytest.approx(0.5), "n": 2},
     }
-
-
-# -------------------------------------------------------------------------------------------------------------- texts
 
 
 @pytest.fixture(scope="module")
