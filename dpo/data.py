@@ -81,7 +81,8 @@ def write(directory: Path, name: str, items: list[Item], sources: Sequence[str])
     kinds, prompts, labels, parts, first = Counter(), {}, [], {}, 0
     for item in items:
         kinds[item.kind] += 1
-        labels.append([list(kinds).index(item.kind), prompts.setdefault(item.hashes[0], len(prompts))])
+        prompt = prompts.setdefault(item.hashes[0], len(prompts))
+        labels.append([list(kinds).index(item.kind), prompt])
     index = np.column_stack([ends - lengths, ends[:, 2], labels])
     index.astype("<i8").tofile(directory / f"{name}.idx")
     sizes = Counter(item.source for item in items)
@@ -118,7 +119,8 @@ class PairRows(Shuffled):
     holds = "pairs"
 
     def __init__(self, directory: Path, split: str, counts: dict, seed: int = 0, source: str = ""):
-        self.file, totals = str(directory / f"{split}.bin"), counts[split]
+        totals = counts[split]
+        self.file = str(directory / f"{split}.bin")
         self.tokens = np.memmap(self.file, dtype=counts["dtype"], mode="r")
         index = np.fromfile(directory / f"{split}.idx", dtype="<i8").reshape(-1, 6)
         self.bounds = index[:, :4]  # of the whole split

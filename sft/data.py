@@ -124,9 +124,10 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
     if not train or not val:
         reason = ADVICE.get(max(dropped, key=dropped.get, default=""), "add some, or change the filters")
         raise UserError(f"{config.unit} that are left: {len(items)}; expected at least 2, better hundreds: {reason}")
-    if val > max(1, 4 * config.val_fraction * len(items)):
+    share = val / (train + val)
+    if val > 1 and share > 4 * config.val_fraction:
         why = f"many {config.unit} begin with the same question, and all of them are in one split"
-        log.warning(f"{val / len(items):.0%} of the {config.unit} are held out, not {config.val_fraction:.0%}: {why}")
+        log.warning(f"{share:.0%} of the {config.unit} are held out, not {config.val_fraction:.0%}: {why}")
     return splits, counts
 
 
@@ -135,7 +136,8 @@ def split(items: list[Item], counts: dict, fraction: float) -> dict[str, list[It
     limit = threshold((item.hashes[0] for item in items), fraction)
     deciding = slice(0, -1)
     if limit is None:  # all begin alike: the whole example decides
-        deciding, limit = slice(-1, None), threshold((item.hashes[-1] for item in items), fraction) or 0
+        deciding = slice(-1, None)
+        limit = threshold((item.hashes[-1] for item in items), fraction) or 0
     splits = {"train": [], "val": []}
     for item in items:
         count, hashes = counts[item.source], item.hashes[deciding]
@@ -178,15 +180,17 @@ def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversatio
     fits = min(end, context + 1)  # the last id of a row is only predicted
     if True not in trained[:fits] or (fits < end and config.too_long == "drop"):
         return "longer_than_context"
+    ids = np.array(ids[:fits], dtype=token_dtype(spm.vocab_size))
     mask = np.array(trained[:fits], dtype=np.uint8)
-    return np.array(ids[:fits], dtype=token_dtype(spm.vocab_size)), mask, fits < end
+    return ids, mask, fits < end
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of at most `capacity` tokens that hold every text once: for each row the numbers of its texts."""
     # Best fit, decreasing (Johnson 1974): the longest text first, each into the row where it leaves the least room.
     rows, rooms = [], []  # rooms, sorted: tokens that still fit, minus the last step of the row, the row
-    for step, text in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)):
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for step, text in enumerate(longest_first):
         at = bisect.bisect_left(rooms, (lengths[text],))  # the least room that is enough
         if at == len(rooms):
             rooms.append((capacity, 0, len(rows)))
@@ -230,7 +234,8 @@ def build(job: Stage, config: ConversationConfig, context: int, spm: Path, worke
         return
     spm = tokenizer.load(spm)
     with job.making():
-        splits, sources = gather(config, partial(encode, config, spm, context), Judge(config.filters), workers)
+        encoded, judge = partial(encode, config, spm, context), Judge(config.filters)
+        splits, sources = gather(config, encoded, judge, workers)
         counts = {"dtype": token_dtype(spm.vocab_size), "sources": sources}
         for name, items in splits.items():
             counts[name] = write(job.directory, name, items, list(sources), context)

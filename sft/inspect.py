@@ -31,8 +31,9 @@ def parts(rows: Rows | PairRows, number: int) -> Iterator[tuple[np.ndarray, int]
             yield rows.tokens[start:end], kind
         return
     ids, trained = rows.conversation(number)
-    for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):
-        yield ids[part], int(trained[part[0]])
+    starts = [0, *np.flatnonzero(np.diff(trained)) + 1, len(ids)]
+    for start, end in itertools.pairwise(starts):
+        yield ids[start:end], int(trained[start])
 
 
 def main(arguments: argparse.Namespace) -> None:
