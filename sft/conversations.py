@@ -3,7 +3,6 @@
 # A conversation begins with at most one system message. Then user and assistant take turns; the assistant has the last
 # word. A source yields its conversations in an order that depends only on the input.
 
-import hashlib
 import itertools
 import json
 import re
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from cli import log
 from data.clean import clean
+from data.holdout import split_hash
 from data.sources import FileRecords, HubRecords, PythonDocs, Record, Records, Unreadable
 
 
@@ -169,7 +169,8 @@ def recognise(record, formats: dict) -> str:
         if not missing:
             return name
         if len(needs) - len(missing) > most:
-            most, nearest = len(needs) - len(missing), f"{name}, needs {' and '.join(missing)}"
+            most = len(needs) - len(missing)
+            nearest = f"{name}, needs {' and '.join(missing)}"
     fields = ", ".join(name for name in record if record[name] is not None)
     raise Refused(f"found the fields {fields}; the nearest layout, {nearest}; README.md has a table of all layouts")
 
@@ -301,7 +302,7 @@ class DocQuestions(Records):
                 continue
             names.add(name)
             answers.add(answer)
-            form = QUESTIONS[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % len(QUESTIONS)]
+            form = QUESTIONS[split_hash(name.encode()) % len(QUESTIONS)]
             messages = (Message("user", form.format(name)), Message("assistant", answer))
             yield Conversation(name, messages, (text,), "en")
 
@@ -318,7 +319,9 @@ def first_sentences(text: str) -> str | None:
     """The first paragraph of a docstring on one line; None unless it is a short piece of prose."""
     paragraph = text.split("\n\n", 1)[0]
     answer = " ".join(paragraph.split()).replace("``", "`")
-    if not 20 <= len(answer) <= 300 or not answer.endswith(".") or not answer[0].isupper() or answer.count(" ") < 3:
+    if not 20 <= len(answer) <= 300 or answer.count(" ") < 3:
+        return None
+    if not answer[0].isupper() or not answer.endswith("."):
         return None
     paired = answer.count("(") == answer.count(")") and answer.count("`") % 2 == 0  # else it breaks off, or is odd code
     return answer if paired and not NO_PROSE.search(answer) and not LIST.search(paragraph) else None
