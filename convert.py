@@ -8,7 +8,6 @@ Both keep every bit of weights and tokenizer, and compare both models' logits. N
 
 import argparse
 import dataclasses
-import glob
 import importlib
 import json
 import os
@@ -58,6 +57,7 @@ SUPPORTED = {  # field of config.json that changes what a model computes: the on
     "partial_rotary_factor": 1,
     "quantization_config": None,
 }
+NEVER = -1e4  # score of pieces that Unigram must not find in a text, such as "</s>": it is to read characters there
 # --force replaces only a directory that holds nothing but these.
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
@@ -81,21 +81,20 @@ def extra(module: str):
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
     """UserError if writing to `out` would lose anything. force: an earlier conversion may be lost."""
-    for kept in (source.resolve(), Path.cwd()):
-        if kept.is_relative_to(out.resolve()):
-            raise UserError(f"{out} is or holds {kept}, which is in use; name another directory to write")
-    checkpoint.recover(out.parent, glob.escape(out.name))
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is or holds {source}, which is in use; name another directory to write")
+    checkpoint.recover(out.parent, out.name)
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if strange := names - WRITTEN:
         raise UserError(f"{out} holds {min(strange)}, which no conversion wrote; name another directory")
     if names and not force:
-        raise UserError(f"{out} is not empty: it holds {min(names)}; name another directory, or replace it: --force")
+        raise UserError(f"{out} is not empty; name another directory, or replace it: --force")
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
     """Writes a trained model and its tokenizer as transformers reads them."""
-    experiment, out = configs.load(arguments.config), Path(arguments.out)
-    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
+    experiment, out = configs.load(arguments.config), arguments.out
+    directory = arguments.checkpoint or experiment.latest()
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
     must_be_free(out, arguments.force, directory)
@@ -175,24 +174,23 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     scores, added, vocabulary = {}, [], []
     for i, piece in enumerate(model.pieces):
-        text = piece.piece
+        text, score = piece.piece, NEVER
         if piece.type == piece.NORMAL:
-            text = text.replace("▁", " ")  # so that U+2581 in a text stays what it is: bytes
-            scores[text] = piece.score
+            text, score = text.replace("▁", " "), piece.score  # so that U+2581 in a text stays what it is: bytes
+            scores[text] = score
         elif piece.type == piece.CONTROL:
             added.append({"id": i, "content": text} | plain)
-        vocabulary.append((text, piece.score))
-    places = [TEMPLATES[template].cut] if template else []
+        vocabulary.append((text, score))
     unknown = spm.pieces.unk_id()
-    body = {"type": "BPE", "unk_token": vocabulary[unknown][0], "fuse_unk": True, "byte_fallback": True}
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
+        body = {"type": "BPE", "unk_token": vocabulary[unknown][0], "fuse_unk": True, "byte_fallback": True}
         body |= {"vocab": {text: i for i, (text, _) in enumerate(vocabulary)}, "merges": merges(scores)}
     else:
         body = {"type": "Unigram", "unk_id": unknown, "byte_fallback": True, "vocab": vocabulary}
-        places.append(never_whole(scores, [text for text, _ in vocabulary if text not in scores]))
-    cuts = []
-    for place in places:
-        cuts.append({"type": "Split", "pattern": {"Regex": place}, "behavior": "Isolated", "invert": False})
+    cuts = None
+    if template:
+        cut = {"type": "Split", "pattern": {"Regex": TEMPLATES[template].cut}, "behavior": "Isolated", "invert": False}
+        cuts = {"type": "Sequence", "pretokenizers": [cut]}
     prefix = model.normalizer_spec.add_dummy_prefix  # a space before every text
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
@@ -201,7 +199,7 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "Prepend", "prepend": " "} if prefix else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
+        "pre_tokenizer": cuts,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": body,
@@ -209,18 +207,14 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
 
 
 def must_be_exact(model) -> None:
-    """UserError, naming the reasons, if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
+    """UserError if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     types = [piece.type for piece in model.pieces]
-    reasons = {
-        "an algorithm that is neither unigram nor BPE": trainer.model_type not in (trainer.UNIGRAM, trainer.BPE),
-        "text normalisation": normalizer.precompiled_charsmap,
-        "white space that is not kept": normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix,
-        "no byte pieces": types.count(kinds.BYTE) != 256,
-        "user-defined or unused pieces": {kinds.USER_DEFINED, kinds.UNUSED} & set(types),
-    }
-    if present := ", ".join(filter(reasons.get, reasons)):
-        raise UserError(f"the tokenizer has {present}, which tokenizer.json cannot reproduce exactly")
+    changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    known = trainer.model_type in (trainer.UNIGRAM, trainer.BPE) and types.count(kinds.BYTE) == 256
+    if changes_text or trainer.treat_whitespace_as_suffix or not known or kinds.USER_DEFINED in types:
+        problem = "tokenizer.json cannot reproduce this tokenizer exactly; expected unigram or BPE with 256 byte pieces"
+        raise UserError(f"{problem}, no text normalisation, white space kept, and no user-defined pieces")
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -233,22 +227,9 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return pairs
 
 
-def never_whole(normal: dict[str, float], others: list[str]) -> str:
-    """A regular expression that cuts "<0x41>" or "</s>" in a text at a place that no normal piece crosses."""
-    # SentencePiece reads them as characters, but Unigram in tokenizers would find the byte or control piece.
-    pairs = {piece[i : i + 2] for piece in normal for i in range(len(piece) - 1)}
-    places: dict[str, list[str]] = {}
-    for piece in others:
-        free = [i for i in range(1, len(piece)) if piece[i - 1 : i + 1] not in pairs]
-        if not free:
-            raise UserError(f"pieces of the tokenizer cross every place in {piece}; tokenizer.json cannot cut it")
-        places.setdefault(piece[: free[0]], []).append(re.escape(piece[free[0] :]))
-    return "|".join(f"(?<={re.escape(before)})(?={'|'.join(after)})" for before, after in places.items())
-
-
 def from_hf(arguments: argparse.Namespace) -> None:
     """Writes a LLaMA in the Hugging Face layout as a checkpoint, with its tokenizer and a config to use it by."""
-    source, out = Path(arguments.source), Path(arguments.out)
+    source, out = arguments.source, arguments.out
     must_be_free(out, arguments.force, source)
     model = read_model(source)
     config, pieces, spm, template = model.config, source / "tokenizer.model", None, None
@@ -323,14 +304,13 @@ def read_config(given: dict) -> ModelConfig:
 
 def read_template(source: Path, spm: Tokenizer) -> str | None:
     """The template of ours in which the model learnt to answer, if it did."""
-    texts = []
-    for path in (source / "tokenizer_config.json", source / "chat_template.jinja", source / "tokenizer.json"):
-        texts.append(path.read_text(encoding="utf-8") if path.is_file() else "")
-    settings, jinja, fast = texts
-    jinja = jinja or json.loads(settings or "{}").get("chat_template")  # transformers 5 saves it in a file of its own
+    jinja = (stage.read_json(source / "tokenizer_config.json") or {}).get("chat_template")
+    if (source / "chat_template.jinja").is_file():  # as transformers 5 saves it
+        jinja = (source / "chat_template.jinja").read_text(encoding="utf-8")
+    fast = stage.read_json(source / "tokenizer.json")
     # to-hf gives chatml to a model that was only pretrained too, but then tokenizer.json does not cut before answers.
     for name, form in TEMPLATES.items():
-        taught = not fast or json.dumps(form.cut) in fast
+        taught = fast is None or json.dumps(form.cut) in json.dumps(fast["pre_tokenizer"])
         if jinja == form.jinja and taught and set(form.needs) <= spm.control.keys():
             return name
     return None
@@ -385,16 +365,15 @@ experiment = Experiment(
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, config=False)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in (("to-hf", to_hf), ("from-hf", from_hf)):
-        c = commands.add_parser(name, description=command.__doc__, help=command.__doc__, allow_abbrev=False)
-        c.set_defaults(command=command)
-        if command is to_hf:
-            c.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
-            c.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
-        else:
-            c.add_argument("source", metavar="DIR", help="config.json, weights, and tokenizer.model if there is one")
-        c.add_argument("out", metavar="OUT", help="the directory to write")
-        c.add_argument("--force", action="store_true", help="replace a model that is in OUT")
+    to = commands.add_parser("to-hf", description=to_hf.__doc__, help=to_hf.__doc__)
+    to.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
+    to.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model, instead of the latest")
+    back = commands.add_parser("from-hf", description=from_hf.__doc__, help=from_hf.__doc__)
+    back.add_argument("source", type=Path, metavar="DIR", help="config.json, weights, tokenizer.model if there is one")
+    for parser, command in (to, to_hf), (back, from_hf):
+        parser.set_defaults(command=command)
+        parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
+        parser.add_argument("--force", action="store_true", help="replace a model that is in OUT")
     return p
 
 

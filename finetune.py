@@ -159,7 +159,7 @@ def step_flops(
     total = (1 + plain) * (weights + attention) + 2 * attention
     if adapter is None:
         return total + 2 * weights
-    total += weights + 6 * in_blocks * machine.numbers(p for p in model.blocks.parameters() if p.requires_grad)
+    total += weights + 6 * in_blocks * machine.numbers(model.blocks.parameters())
     if isinstance(model.head, lora.LoRAHead):  # the loss computes the gradient of W + B A as a whole
         total += 2 * in_head * head
     return total

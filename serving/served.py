@@ -20,7 +20,6 @@ class Served:
     """A model with its tokenizer. template: None for a base model, which continues texts and answers no questions."""
 
     name: str
-    stage: str
     directory: Path
     model: Transformer
     tokenizer: Tokenizer
@@ -64,7 +63,8 @@ def load(experiment: Experiment, directory: Path | None = None) -> Served:
     # Load in a thread that ends: while a second thread that has computed is alive, OpenMP decodes 3 times as slowly.
     with ThreadPoolExecutor(1) as loader:
         model = loader.submit(checkpoint.load_model, directory, str(pick_device())).result()
-    stages = {experiment.directory(name).resolve(): name for name in TRAINED}
-    stage = stages.get(directory.resolve().parent, "")
-    name = f"{experiment.name}-{stage}" if stage else directory.name
-    return Served(name, stage, directory, model, tokenizer, checkpoint.template(directory))
+    name = directory.name
+    for stage in TRAINED:
+        if directory.resolve().parent == experiment.directory(stage).resolve():
+            name = f"{experiment.name}-{stage}"
+    return Served(name, directory, model, tokenizer, checkpoint.template(directory))

@@ -297,7 +297,7 @@ def test_what_is_missing_for_compiling_or_tensorboard_is_named(monkeypatch, tmp_
     monkeypatch.setattr(torch, "compile", no_compiler)
     model = counting(CONFIG)[0]
     assert not machine.compile_blocks(model, torch.device("cpu"))
-    assert "training goes on uncompiled, which is slower; set compile=False, or fix this: no C++" in caplog.text
+    assert "training continues uncompiled, which is slower; set compile=False, or fix this: no C++" in caplog.text
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         metrics.Report(tmp_path, counting(CONFIG)[1], 1, None).open(0, tensorboard=True)
