@@ -128,7 +128,7 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
     log.info(f"{name}: {kept:,} of {read:,} {unit} kept (dropped: {rules})")
     for rule, number in dropped.items():
         if 3 * number > read:
-            log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is its setting too strict?")
+            log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is that what you want?")
 
 
 def _strict(kind: type, file):

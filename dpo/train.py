@@ -88,8 +88,10 @@ class PreferenceLearning(Tuning):
         order = np.random.default_rng(0).permutation(self.held_out.count)
         self.chosen = sorted(order[:count].tolist())
         # An answer attends to its prompt and to itself. Logits are made only for answers.
-        prompt, chosen, rejected = np.diff(next(iter(sets.values())).bounds, axis=1).T.astype(float)
-        in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
+        rows = next(iter(sets.values()))
+        prompt, chosen, rejected = np.diff(rows.bounds, axis=1).T.astype(float)
+        in_blocks = (prompt + chosen + rejected - 1).mean()
+        in_head = (chosen + rejected).mean()
         keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean()
         pair = finetune.step_flops(base.shape, config.lora, in_blocks, in_head, keys, plain=stored is None)
         self.flops = config.train.batch_size * pair

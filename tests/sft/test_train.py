@@ -32,7 +32,7 @@ from sft.conversations import Message
 from sft.data import Rows
 from sft.train import FineTuning
 from stage import Stage
-from tests.conftest import CHATS, ROOT, Place, write_lines
+from tests.conftest import CHATS, PREFERENCES, ROOT, Place, write_lines
 from tests.test_train import digest, tree
 from trainer import TrainConfig
 
@@ -219,17 +219,18 @@ def test_exported_it_is_the_same_model_with_the_same_template(fine_tuned: Place,
         torch.testing.assert_close(hf(torch.tensor([ids])).logits, ours(torch.tensor([ids])), rtol=0, atol=1e-4)
 
 
-def test_inspect_shows_what_is_trained(fine_tuned: Place):
-    out = fine_tuned.run("-m", "sft.inspect", fine_tuned.config, "--rows", 1000).stdout
+def test_inspect_shows_what_is_trained(preferring: Place):
+    """Conversations, and pairs with the chosen and the rejected answer apart."""
+    inspect = "-m", "sft.inspect", preferring.config
+    out = preferring.run(*inspect, "--rows", 1000).stdout
     shown = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n⟦(.*?)<\|im_end\|>⟧", out)
-    pairs = {(chat["prompt"], chat["response"]) for chat in CHATS}
-    assert set(shown) <= pairs
-    assert len(set(shown)) == len(shown) == int(re.search(r"(\d+) conversations in", out)[1])
-    used = float(re.search(r"([\d.]+)% of them used", out)[1])
-    each = [float(share) for share in re.findall(r"tokens \(([\d.]+)%\)", out)]
-    assert sum(each) / len(each) == pytest.approx(used, abs=0.1)
-    error = fine_tuned.run("-m", "sft.inspect", fine_tuned.config, "--first", 1000, status=2).stderr
-    assert "found --first 1,000" in error
+    assert set(shown) <= {(chat["prompt"], chat["response"]) for chat in CHATS}
+    assert len(set(shown)) == len(shown) == int(re.search(r"conversations: (\d+)", out)[1])
+    out = preferring.run(*inspect, "--pairs", "--split", "val", "--rows", 1000).stdout
+    shown = re.findall(r"user\n(.*?)<\|im_end\|>\n.*assistant\n⟦(.*?)<\|im_end\|>⟧⟪(.*?)<\|im_end\|>⟫", out)
+    assert set(shown) <= {tuple(pair.values()) for pair in PREFERENCES}
+    assert len(set(shown)) == len(shown) == int(re.search(r"pairs: (\d+)", out)[1])
+    assert "found --first 1,000" in preferring.run(*inspect, "--first", 1000, status=2).stderr
 
 
 PAIRS = [(f"What is {a} {b}?", f"{b} {a}") for a, b in itertools.product(("red", "up", "one", "far"), "vwxyz")]
