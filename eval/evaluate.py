@@ -90,7 +90,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
     for line in skipped(results):
         log.info(line)
     if finished and not any(waiting.values()):
-        job.log_up_to_date()
+        log.info(f"{job.directory} is up to date")
         return
     torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
     for task in METRICS:

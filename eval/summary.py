@@ -86,7 +86,7 @@ class Run:
         """A stage's main number in words, for `pipeline.py --status`; "" if there is none."""
         for row in self.rows():
             if row[0] == name:
-                return f"{row[1]} {row[2]}"
+                return f"{row[1]} {row[2]}" + (" in training" if row[4] == PART else "")
         return ""
 
     def metrics(self, name: str) -> list[dict]:

@@ -58,7 +58,7 @@ class SFTConfig:
 class FineTuning(Tuning):
     """Learns the conversations that sft.data wrote to a directory. counts: from the manifest there."""
 
-    noun = "rows of packed conversations"
+    noun = "packed row"
 
     def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
         self.spm, weights = spm, dict(config.weights) or finetune.ALL

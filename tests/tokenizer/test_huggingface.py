@@ -142,7 +142,7 @@ def test_answers_and_their_ends_are_trained(both, template):
 def test_a_template_that_forgets_turns_is_refused(both):
     ours, _ = both
     ours.settings["chat_template"] = FORGETS
-    with pytest.raises(UserError, match='does not write turns one after another'):
+    with pytest.raises(UserError, match="does not write turns one after another"):
         ours.render([{"role": role, "content": text} for role, text in TALK], ask=False)
     ours.settings["chat_template"] = INST
     with pytest.raises(UserError, match="no system messages"):
