@@ -1,7 +1,7 @@
 """To and from the Hugging Face LLaMA layout, and to GGUF.
 
     python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
-    python convert.py from-hf DIR OUT              # a LLaMA in that layout, or on the Hub, becomes a checkpoint of ours
+    python convert.py from-hf DIR OUT              # a LLaMA in that layout, or owner/name on the Hub, comes over
     python convert.py to-gguf configs/tiny.py OUT.gguf    # what llama.cpp and Ollama open. Needs: pip install gguf
 
 The first two keep every bit of weights and tokenizer, and compare both models' logits; they need transformers and
