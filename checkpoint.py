@@ -179,8 +179,11 @@ def load_weights(directory: Path, model: torch.nn.Module, name: str = "default")
         raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
 
 
-def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None) -> Transformer:
+def load_model(
+    directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+) -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base."""
+    # dtype: of the parameters; bfloat16 takes half of the memory. The tables of rotary positions stay float32.
     # UserError: something is missing or damaged, the base is not the adapter's, or the shape is not the expected one.
     directory = Path(directory)
     if adapts(directory):
@@ -201,6 +204,8 @@ def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | 
         model = Transformer(shape)
         load_weights(directory, model)
     model.digest = digest(directory)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
     return model.eval().to(device)
 
 

@@ -153,8 +153,9 @@ def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahea
 
 
 def end_with_parent(signum: int) -> None:
-    """Asks Linux to send this process a signal when its parent ends, however the parent ends."""
-    ctypes.CDLL(None).prctl(1, signum)  # 1: PR_SET_PDEATHSIG
+    """Asks Linux to send this process a signal when its parent ends, however the parent ends. Others cannot do it."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(1, signum)  # PR_SET_PDEATHSIG
 
 
 def meant(word: str, known: Sequence[str]) -> str:

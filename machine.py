@@ -46,7 +46,7 @@ DATASHEET = (
 def pick_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # mps: written for, not tested on
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -92,8 +92,8 @@ def slowdown(device: torch.device, dtype: torch.dtype) -> float:
             matrix = torch.ones(size, size, dtype=tried, device=device)
             started = time.perf_counter()
             matrix @ matrix
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             times.append(time.perf_counter() - started)
     return min(seconds[dtype]) / min(seconds[torch.float32])
 

@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--status", action="store_true", help="show what is done, and make nothing")
     p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it again")
     p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and the later ones again")
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
     p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model")

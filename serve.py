@@ -31,7 +31,8 @@ def load(arguments: argparse.Namespace):
         sampling = Sampling(**{name: getattr(arguments, name) for name in names})
     except ValueError as error:
         raise UserError(str(error)) from None
-    return serving.served.load(configs.load(arguments.config), arguments.checkpoint), sampling
+    served = serving.served.load(configs.load(arguments.config), arguments.checkpoint, arguments.precision)
+    return served, sampling
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -131,6 +132,10 @@ def arguments() -> argparse.ArgumentParser:
         parser.set_defaults(command=command)
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
+        precisions = {"choices": ("float32", "bfloat16"), "default": "float32"}
+        parser.add_argument(
+            "--precision", **precisions, help="of the weights; bfloat16 halves their memory (float32)"
+        )
     return p
 
 

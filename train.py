@@ -79,11 +79,11 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
 def mean_loss(model: nn.Module, held_out: Windows, chosen: list[int], rows: int) -> float:
     """The mean loss of the chosen windows, nats per token, over all processes. rows: read at once."""
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)  # a float32 sum of thousands would lose digits
+    total = torch.zeros((), dtype=torch.float64)  # a float32 sum of thousands would lose digits
     for windows, counts in shared_rows(chosen, rows):
         tokens, targets = held_out.read(windows)
         mean = model(tokens.to(device), targets.to(device))
-        total += mean.double() * (len(windows) * counts)  # weight by rows: the last may be fewer
+        total += mean.cpu().double() * (len(windows) * counts)  # weight by rows: the last may be fewer
     return float(parallel.add_up(total)) / len(chosen)
 
 

@@ -87,7 +87,7 @@ def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, 
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "margin": margin,
-        "accuracy": (margin.sign().double() + 1) / 2,  # a tie counts half: about 0.5 before the first step
+        "accuracy": (margin.sign() + 1) / 2,  # a tie counts half: about 0.5 before the first step
         # Watch logp_chosen: if it falls while the margin grows, chosen_weight can help.
         "logp_chosen": policy[:, 0].detach(),
         "logp_rejected": policy[:, 1].detach(),
@@ -121,6 +121,7 @@ def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
     losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,), −log π of each target
     answers = (targets[0] != IGNORED).nonzero()[:, 0]
     losses = losses[answers.to(device, non_blocking=True)]
-    # float64: the loss is a small difference of large sums, and float32 would lose the last digits.
-    sums = [part.sum() for part in losses.double().split(lengths)]
+    # float64: the loss is a small difference of large sums, and float32 would lose the last digits. Macs lack it.
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sums = [part.sum() for part in losses.to(wide).split(lengths)]
     return -torch.stack(sums).view(-1, 2)

@@ -30,7 +30,7 @@ TOKENS = {"cpu": 8_192, "cuda": 131_072}  # per batch, at most
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     """Log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
-    size, values = max(1, TOKENS[device_of(model).type] // pairs.width), []  # size: pairs per batch
+    size, values = max(1, TOKENS.get(device_of(model).type, TOKENS["cpu"]) // pairs.width), []  # size: pairs per batch
     with torch.inference_mode():
         for start in progress(range(0, pairs.count, size), math.ceil(pairs.count / size), "batches", name):
             ids, bounds, _ = pairs.read(range(start, min(start + size, pairs.count)))

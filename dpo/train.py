@@ -141,9 +141,9 @@ def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[],
     total, tokens = 0.0, 0
     for row, (prompt, chosen, _) in zip(ids, bounds.tolist(), strict=True):
         text = row[None, : chosen - 1].to(device)
-        policy = model(text)[0, prompt - 1 :].double().log_softmax(-1)  # (answer, V)
+        policy = model(text)[0, prompt - 1 :].cpu().double().log_softmax(-1)  # (answer, V)
         with lora.without(model) if adapted else nullcontext():
-            base = reference(text)[0, prompt - 1 :].double().log_softmax(-1)
+            base = reference(text)[0, prompt - 1 :].cpu().double().log_softmax(-1)
         total += float((policy.exp() * (policy - base)).sum())
         tokens += chosen - prompt
     return total / tokens

@@ -74,7 +74,7 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
     base = Scored([], 0)
     before = size = 0
     batches = [[]]
-    budget = BATCH_TOKENS[subject.device.type]
+    budget = BATCH_TOKENS.get(subject.device.type, BATCH_TOKENS["cpu"])
     for i in sorted(range(len(texts)), key=lambda i: texts[i].ids):
         ids, start = texts[i]
         shared = len(os.path.commonprefix((base.ids, ids)))  # noqa: RUF071 - not paths: lists of ids

@@ -61,10 +61,10 @@ def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, wh
 def token_losses(subject: Subject, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
     """−log p in nats of each target, (N,) float64. hidden: (N, D). UserError if one is not finite."""
     losses = []
-    rows = max(1, LOGITS[subject.device.type] // subject.model.config.vocab_size)
+    rows = max(1, LOGITS.get(subject.device.type, LOGITS["cpu"]) // subject.model.config.vocab_size)
     for x, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         losses.append(F.cross_entropy(subject.model.head(x).float(), wanted, reduction="none"))
-    nats = torch.cat(losses).double().cpu().numpy()
+    nats = torch.cat(losses).cpu().double().numpy()
     if not np.isfinite(nats).all():
         raise UserError("the logits are not finite; the weights are damaged, or their training diverged")
     return nats

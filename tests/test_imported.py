@@ -177,3 +177,16 @@ def test_smollm2_answers_as_in_transformers(smollm2, tmp_path):
             0, len(prompt) :
         ].tolist()
         assert new == [id for id in expected if id not in ours.stop]
+
+
+def test_weights_in_bfloat16_take_half_the_memory(imported):
+    experiment = configs.load(imported / "config.py")
+    full = served.load(experiment)
+    half = served.load(experiment, precision="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert half.model.cos.dtype == torch.float32
+    prompt = torch.tensor([full.prompt("What is it?")])
+    with torch.inference_mode():
+        expected, logits = full.model(prompt), half.model(prompt).float()
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+    assert len(generate.generate(half.model, prompt[0].tolist(), 8, temperature=0, stop=())) == 8
