@@ -55,7 +55,7 @@ COMMANDS = {  # how each is started: a file and, after it, the subcommand if the
     **{"pipeline": "pipeline.py", "download": "eval/download.py"},
     **{"inspect": "data/inspect.py", "sft_inspect": "sft/inspect.py"},
     **{name: f"serve.py {name}" for name in ("generate", "chat", "api")},
-    **{name: f"convert.py {name}" for name in ("to-hf", "from-hf")},
+    **{name: f"convert.py {name}" for name in ("to-hf", "from-hf", "to-gguf")},
 }
 NAMES = {  # that configs, requests and data may have in them
     "conversations": sft.conversations.FORMATS,
