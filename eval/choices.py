@@ -55,7 +55,7 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
         for context, ending in question.choices:
             texts.append(encode(subject.tokenizer, context, ending))
             owners.append(number)
-    log_p = log_likelihoods(subject, [fit(text, length) for text in texts], what)
+    log_p, _ = log_likelihoods(subject, [fit(text, length) for text in texts], what)
     truncated = set()
     for i, (ids, start) in enumerate(texts):
         if len(ids) - start > length:  # the ending alone does not fit: score all of it, in windows
@@ -67,8 +67,9 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
     return np.split(log_p, ends[:-1]), len(truncated)
 
 
-def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> np.ndarray:
-    """log p in nats of the scored ids of each text, (texts,) float64. A text has at most context_length inputs."""
+def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> tuple[np.ndarray, np.ndarray]:
+    """log p in nats of each text's scored ids, (texts,) float64; and whether greedy decoding would write them, bool."""
+    # A text has at most context_length inputs.
     # Sorted, texts with equal beginnings are neighbours. A base is read whole. A text that shares its beginning with
     # the base before it is read from `first` on, the input that predicts the first id in which they differ.
     base = Scored([], 0)
@@ -93,14 +94,15 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
         size += len(ids) - first
         before = len(ids)
     log_p = np.zeros(len(texts))
+    greedy = np.zeros(len(texts), bool)
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what):
-            read(subject, texts, batch, log_p)
-    return log_p
+            read(subject, texts, batch, log_p, greedy)
+    return log_p, greedy
 
 
-def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray) -> None:
-    """Writes log p of a batch: (text, the first input that is read) of each. An input of 0 makes a text a base."""
+def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray, greedy: np.ndarray) -> None:
+    """Writes both for a batch: (text, the first input that is read) of each. An input of 0 makes a text a base."""
     tokens, targets, positions, ends = [], [], [], []
     for i, first in batch:
         ids, start = texts[i]
@@ -112,14 +114,16 @@ def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarr
     hidden = subject.model.hidden(inputs, positions=torch.tensor([positions]))[0]  # packed: no text sees another
     targets = torch.tensor(targets)
     scored = targets != IGNORED
-    losses = np.zeros(len(tokens))
-    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device))
-    parts = np.split(losses, ends[:-1])
+    losses, likeliest, hits = np.zeros(len(tokens)), np.ones(len(tokens), bool), []
+    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device), hits)
+    likeliest[scored.numpy()] = hits
+    parts = zip(np.split(losses, ends[:-1]), np.split(likeliest, ends[:-1]), strict=True)
     for (i, first), part in zip(batch, parts, strict=True):
         if first == 0:
             base = part
-        shared = base[texts[i].start - 1 : first]
-        log_p[i] = -shared.sum() - part.sum()
+        shared = slice(texts[i].start - 1, first)
+        log_p[i] = -base[0][shared].sum() - part[0].sum()
+        greedy[i] = base[1][shared].all() and part[1].all()
 
 
 def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
