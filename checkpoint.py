@@ -5,6 +5,7 @@ state.pt         what else resuming needs: optimizers, random generators, the st
 manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
 """
 
+import glob
 import os
 import re
 import shutil
@@ -26,8 +27,8 @@ from model import ModelConfig, RopeScaling, Transformer
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """Yields a temporary directory, which replaces `directory` at the end of the block, unless the block fails."""
-    temporary, old = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "old"))
-    remove(temporary)
+    recover(directory.parent, directory.name)
+    temporary = directory.with_name(f".{directory.name}.partial")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -36,26 +37,23 @@ def replacing(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # A directory cannot be renamed over another. The old one moves aside first; `recover` puts it back after a crash
-    # between the two renames.
-    if os.path.lexists(directory):
-        remove(old)
-        os.rename(directory, old)
-    os.rename(temporary, directory)
+    # A directory cannot be renamed over another. So first mark the new one as complete: from here on, `recover` puts it
+    # in place, in this process or in the next one.
+    os.rename(temporary, directory.with_name(f".{directory.name}.new"))
     stage.sync(directory.parent)
-    remove(old)
+    recover(directory.parent, directory.name)
 
 
-def recover(parent: Path, name: str = "*") -> None:
-    """Cleans up after a killed process: restores directories that were moved aside, removes partial ones."""
-    # name: a pattern for the directories' names. Nobody may be writing one of them.
-    for old in parent.glob(f".{name}.old"):
-        target = parent / old.name.removeprefix(".").removesuffix(".old")
-        if os.path.lexists(target):
-            remove(old)
-        else:
-            os.rename(old, target)
-    for partial in parent.glob(f".{name}.partial"):
+def recover(parent: Path, name: str | None = None) -> None:
+    """Finishes what `replacing` began: puts new directories in their places, removes partial ones."""
+    # name: of the directory; None: all in the parent. Nobody else may be writing them.
+    pattern = glob.escape(name) if name else "*"
+    for new in parent.glob(f".{pattern}.new"):
+        directory = parent / new.name[1:-4]
+        remove(directory)
+        os.rename(new, directory)
+        stage.sync(parent)
+    for partial in parent.glob(f".{pattern}.partial"):
         remove(partial)
 
 
@@ -94,10 +92,14 @@ def _interned(x):
 
 
 def read_manifest(directory: Path) -> dict:
-    """A checkpoint's manifest. UserError if it is missing or damaged."""
-    if manifest := stage.read_manifest(directory):
+    """A checkpoint's manifest. UserError if the directory is no checkpoint, or the manifest is damaged."""
+    manifest = stage.read_manifest(directory)
+    if manifest and manifest["wrote"].keys() & {"weights.pt", "adapter.pt"}:
         return manifest
-    raise UserError(f"{directory} is not a checkpoint: it has no manifest.json")
+    final = directory / "final"
+    hint = f"did you mean {final}?" if final.is_dir() else "expected a directory such as runs/NAME/pretrain/final"
+    problem = "holds no weights" if directory.exists() else "does not exist"
+    raise UserError(f"{directory} is not a checkpoint: it {problem}; {hint}")
 
 
 def read(directory: Path, file: str) -> dict:
@@ -129,20 +131,16 @@ def steps(parent: Path) -> list[tuple[int, Path]]:
 def newest(parent: Path) -> Iterator[Path]:
     """Checkpoints to resume from, newest first. Damaged ones are left out with a warning."""
     for _, directory in steps(parent):
-        if wrong := stage.damage(directory, stage.read_manifest(directory)["wrote"]):
+        if wrong := stage.damage(directory, read_manifest(directory)["wrote"]):
             log.warning(f"{wrong}: passing over {directory}")
         else:
             yield directory
 
 
 def digest(directory: Path) -> str:
-    """The SHA-256 of a checkpoint's weights or adapter. UserError if it has neither."""
+    """The SHA-256 of a checkpoint's weights or adapter. UserError if the directory is no checkpoint."""
     wrote = read_manifest(directory)["wrote"]
-    for name in ("weights.pt", "adapter.pt"):
-        if name in wrote:
-            return wrote[name]["sha256"]
-    hint = f"; did you mean {directory / 'final'}?" if (directory / "final").is_dir() else ""
-    raise UserError(f"{directory} is not a checkpoint: it has no weights.pt and no adapter.pt{hint}")
+    return wrote["weights.pt" if "weights.pt" in wrote else "adapter.pt"]["sha256"]
 
 
 def must_match(directory: Path, tokenizer_sha256: str) -> None:
@@ -181,11 +179,13 @@ def load_weights(directory: Path, model: torch.nn.Module, name: str = "default")
         raise UserError(f"{directory} does not hold the model its manifest describes: {error}") from None
 
 
-def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None) -> Transformer:
+def load_model(
+    directory: Path | str, device: str = "cpu", shape: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+) -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base."""
+    # dtype: of the parameters; bfloat16 takes half of the memory. The tables of rotary positions stay float32.
     # UserError: something is missing or damaged, the base is not the adapter's, or the shape is not the expected one.
     directory = Path(directory)
-    identity = digest(directory)  # first: UserError if the directory is no checkpoint
     if adapts(directory):
         model = load_model(base(directory), shape=shape)
         load_adapter(directory, model)
@@ -203,7 +203,9 @@ def load_model(directory: Path | str, device: str = "cpu", shape: ModelConfig | 
             raise UserError(f"{directory} holds a model of another shape than the config describes: {different}")
         model = Transformer(shape)
         load_weights(directory, model)
-    model.digest = identity
+    model.digest = digest(directory)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
     return model.eval().to(device)
 
 

@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import difflib
 import errno
 import gc
 import importlib
@@ -152,8 +153,20 @@ def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahea
 
 
 def end_with_parent(signum: int) -> None:
-    """Asks Linux to send this process a signal when its parent ends, however the parent ends."""
-    ctypes.CDLL(None).prctl(1, signum)  # 1: PR_SET_PDEATHSIG
+    """Asks Linux to send this process a signal when its parent ends, however the parent ends. Others cannot do it."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(1, signum)  # PR_SET_PDEATHSIG
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    """A hint for a word that is none of the known ones."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: 1 row, 1,200 rows."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,14 +188,6 @@ def parser(description: str, config: bool = True, places: Callable = lambda name
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
     p.add_argument("--log-level", default="info", choices=LEVELS)
     return p
-
-
-def add_training_switches(p: argparse.ArgumentParser) -> None:
-    """Adds --force, --workers and --resume."""
-    cores = len(os.sched_getaffinity(0))
-    p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it again")
-    p.add_argument("--workers", type=positive, default=cores, metavar="N", help="processes; default: one per core")
-    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
 
 
 def positive(text: str) -> int:
@@ -214,7 +219,7 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
 
 
 def apart(function: Callable[[], None]) -> None:
-    """Runs a function in a forked process and waits for it. Raises Stopped with its status if that is not 0."""
+    """Calls a function in a forked process and waits for it. Raises Stopped with its status if that is not 0."""
     # Random state, matrix precision and deterministic mode that the function sets end with its process.
     sys.stdout.flush()
     if (child := os.fork()) == 0:
@@ -226,10 +231,9 @@ def apart(function: Callable[[], None]) -> None:
         caught.append(signum)
         os.kill(child, signum)
 
-    before = handle(pass_on)
+    handle(pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # the child saves its work, whatever signals come
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    handle(_stop)
     if code < 0:
         raise Stopped(128 - code, f"ended by {signal.Signals(-code).name}; run the same command again to continue")
     if code:
@@ -240,8 +244,8 @@ def apart(function: Callable[[], None]) -> None:
 
 def _exit_after(function: Callable[[], None]) -> None:
     """Calls a function and exits: 0, or the status that its exception stands for."""
-    follower = os.environ.get("RANK", "0") != "0"  # under torchrun: not the first process
     status, message = 0, ""
+    follower = os.environ.get("RANK", "0") != "0"  # under torchrun: not the first process
     try:
         function()
     except UserError as error:

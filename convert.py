@@ -1,7 +1,7 @@
 """To and from the Hugging Face LLaMA layout, and to GGUF.
 
     python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
-    python convert.py from-hf DIR OUT              # a LLaMA in that layout, or on the Hub, becomes a checkpoint of ours
+    python convert.py from-hf DIR OUT              # a LLaMA in that layout, or owner/name on the Hub, comes over
     python convert.py to-gguf configs/tiny.py OUT.gguf    # what llama.cpp and Ollama open. Needs: pip install gguf
 
 The first two keep every bit of weights and tokenizer, and compare both models' logits; they need transformers and
@@ -10,7 +10,6 @@ protobuf.
 
 import argparse
 import dataclasses
-import glob
 import importlib
 import json
 import os
@@ -67,6 +66,7 @@ SCALING = {  # field of RopeScaling: its name in config.json
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
 }
+NEVER = -1e4  # score of pieces that Unigram must not find in a text, such as "</s>": it is to read characters there
 # --force replaces only a directory that holds nothing but these.
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
@@ -90,21 +90,20 @@ def extra(module: str):
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
     """UserError if writing to `out` would lose anything. force: an earlier conversion may be lost."""
-    for kept in (source.resolve(), Path.cwd()):
-        if kept.is_relative_to(out.resolve()):
-            raise UserError(f"{out} is or holds {kept}, which is in use; name another directory to write")
-    checkpoint.recover(out.parent, glob.escape(out.name))
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is or holds {source}, which is in use; name another directory to write")
+    checkpoint.recover(out.parent, out.name)
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if strange := names - WRITTEN:
         raise UserError(f"{out} holds {min(strange)}, which no conversion wrote; name another directory")
     if names and not force:
-        raise UserError(f"{out} is not empty: it holds {min(names)}; name another directory, or replace it: --force")
+        raise UserError(f"{out} is not empty; name another directory, or replace it: --force")
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
     """Writes a trained model and its tokenizer as transformers reads them."""
-    experiment, out = configs.load(arguments.config), Path(arguments.out)
-    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
+    experiment, out = configs.load(arguments.config), arguments.out
+    directory = arguments.checkpoint or experiment.latest()
     spm = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, spm.sha256)
     must_be_free(out, arguments.force, directory)
@@ -133,8 +132,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 def to_gguf(arguments: argparse.Namespace) -> None:
     """Writes a trained model and its tokenizer as one file for llama.cpp, and prints a Modelfile for Ollama."""
-    experiment, out = configs.load(arguments.config), Path(arguments.out)
-    directory = Path(arguments.checkpoint) if arguments.checkpoint else experiment.latest()
+    experiment, out = configs.load(arguments.config), arguments.out
+    directory = arguments.checkpoint or experiment.latest()
     spm, template = experiment.load_tokenizer(directory), checkpoint.template(directory)
     checkpoint.must_match(directory, spm.sha256)
     if out.exists() and not arguments.force:
@@ -225,24 +224,23 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     scores, added, vocabulary = {}, [], []
     for i, piece in enumerate(model.pieces):
-        text = piece.piece
+        text, score = piece.piece, NEVER
         if piece.type == piece.NORMAL:
-            text = text.replace("▁", " ")  # so that U+2581 in a text stays what it is: bytes
-            scores[text] = piece.score
+            text, score = text.replace("▁", " "), piece.score  # so that U+2581 in a text stays what it is: bytes
+            scores[text] = score
         elif piece.type == piece.CONTROL:
             added.append({"id": i, "content": text} | plain)
-        vocabulary.append((text, piece.score))
-    places = [TEMPLATES[template].cut] if template else []
+        vocabulary.append((text, score))
     unknown = spm.pieces.unk_id()
-    body = {"type": "BPE", "unk_token": vocabulary[unknown][0], "fuse_unk": True, "byte_fallback": True}
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
+        body = {"type": "BPE", "unk_token": vocabulary[unknown][0], "fuse_unk": True, "byte_fallback": True}
         body |= {"vocab": {text: i for i, (text, _) in enumerate(vocabulary)}, "merges": merges(scores)}
     else:
         body = {"type": "Unigram", "unk_id": unknown, "byte_fallback": True, "vocab": vocabulary}
-        places.append(never_whole(scores, [text for text, _ in vocabulary if text not in scores]))
-    cuts = []
-    for place in places:
-        cuts.append({"type": "Split", "pattern": {"Regex": place}, "behavior": "Isolated", "invert": False})
+    cuts = None
+    if template:
+        cut = {"type": "Split", "pattern": {"Regex": TEMPLATES[template].cut}, "behavior": "Isolated", "invert": False}
+        cuts = {"type": "Sequence", "pretokenizers": [cut]}
     prefix = model.normalizer_spec.add_dummy_prefix  # a space before every text
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
@@ -251,7 +249,7 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "Prepend", "prepend": " "} if prefix else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
+        "pre_tokenizer": cuts,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": body,
@@ -259,18 +257,14 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
 
 
 def must_be_exact(model) -> None:
-    """UserError, naming the reasons, if tokenizer.json cannot give the ids of a SentencePiece ModelProto."""
+    """UserError if tokenizer.json or GGUF cannot give the ids of a SentencePiece ModelProto."""
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     types = [piece.type for piece in model.pieces]
-    reasons = {
-        "an algorithm that is neither unigram nor BPE": trainer.model_type not in (trainer.UNIGRAM, trainer.BPE),
-        "text normalisation": normalizer.precompiled_charsmap,
-        "white space that is not kept": normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix,
-        "no byte pieces": types.count(kinds.BYTE) != 256,
-        "user-defined or unused pieces": {kinds.USER_DEFINED, kinds.UNUSED} & set(types),
-    }
-    if present := ", ".join(filter(reasons.get, reasons)):
-        raise UserError(f"the tokenizer has {present}, which a converted tokenizer cannot reproduce exactly")
+    changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    known = trainer.model_type in (trainer.UNIGRAM, trainer.BPE) and types.count(kinds.BYTE) == 256
+    if changes_text or trainer.treat_whitespace_as_suffix or not known or kinds.USER_DEFINED in types:
+        problem = "another format cannot reproduce this tokenizer exactly; expected unigram or BPE with 256 byte pieces"
+        raise UserError(f"{problem}, no text normalisation, white space kept, and no user-defined pieces")
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -283,25 +277,12 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return pairs
 
 
-def never_whole(normal: dict[str, float], others: list[str]) -> str:
-    """A regular expression that cuts "<0x41>" or "</s>" in a text at a place that no normal piece crosses."""
-    # SentencePiece reads them as characters, but Unigram in tokenizers would find the byte or control piece.
-    pairs = {piece[i : i + 2] for piece in normal for i in range(len(piece) - 1)}
-    places: dict[str, list[str]] = {}
-    for piece in others:
-        free = [i for i in range(1, len(piece)) if piece[i - 1 : i + 1] not in pairs]
-        if not free:
-            raise UserError(f"pieces of the tokenizer cross every place in {piece}; tokenizer.json cannot cut it")
-        places.setdefault(piece[: free[0]], []).append(re.escape(piece[free[0] :]))
-    return "|".join(f"(?<={re.escape(before)})(?={'|'.join(after)})" for before, after in places.items())
-
-
 def from_hf(arguments: argparse.Namespace) -> None:
     """Writes a LLaMA in the Hugging Face layout as a checkpoint, with its tokenizer and a config to use it by."""
-    out, source = Path(arguments.out), Path(arguments.source)
+    source, out = arguments.source, arguments.out
     must_be_free(out, arguments.force, source)
     if not source.is_dir():
-        source = download(arguments.source, arguments.revision)
+        source = download(str(source), arguments.revision)
     model = read_model(source, arguments.context_length)
     config, (spm, template) = model.config, read_tokenizer(source)
     if spm and spm.vocab_size > config.vocab_size:
@@ -409,7 +390,7 @@ def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | 
         spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
         # to-hf gives chatml to a model that was only pretrained too: then tokenizer.json does not cut before answers.
         for name, form in TEMPLATES.items():
-            taught = not fast or json.dumps(form.cut) in fast
+            taught = not fast or json.dumps(form.cut) in json.dumps(json.loads(fast)["pre_tokenizer"])
             if jinja == form.jinja and set(form.needs) <= spm.control.keys():
                 return spm, name if taught else None
         if not (jinja and fast):
@@ -455,7 +436,7 @@ from configs import Experiment
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import Files, PythonDocs
-from model import ModelConfig
+from model import ModelConfig, RopeScaling
 from sft.data import ConversationConfig
 from sft.train import SFTConfig
 from tokenizer.train import TokenizerConfig
@@ -479,21 +460,19 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, config=False)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     for name, command in (("to-hf", to_hf), ("from-hf", from_hf), ("to-gguf", to_gguf)):
-        c = commands.add_parser(name, description=command.__doc__, help=command.__doc__, allow_abbrev=False)
+        c = commands.add_parser(name, description=command.__doc__, help=command.__doc__)
         c.set_defaults(command=command)
-        if command is not from_hf:
-            c.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
-            c.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
-        else:
-            c.add_argument("source", metavar="DIR", help="a directory, or a model's name on the Hub: owner/name")
+        if command is from_hf:
+            c.add_argument("source", type=Path, metavar="DIR", help="a directory, or owner/name on the Hub")
             c.add_argument("--revision", help="of a model on the Hub: a branch, tag or commit")
             c.add_argument("--context-length", type=cli.positive, metavar="N", help="use a shorter context")
+        else:
+            c.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
+            c.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model, instead of the latest")
         if command is to_gguf:
             c.add_argument("--type", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices (f32)")
-        c.add_argument(
-            "out", metavar="OUT", help="the file to write" if command is to_gguf else "the directory to write"
-        )
-        c.add_argument("--force", action="store_true", help="replace a model that is in OUT")
+        c.add_argument("out", type=Path, metavar="OUT", help="the directory, or GGUF file, to write")
+        c.add_argument("--force", action="store_true", help="replace an earlier conversion")
     return p
 
 

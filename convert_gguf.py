@@ -2,7 +2,7 @@
 
 # llama.cpp computes the same logits. Its tokenizers differ in places: a text that spells a control piece, such as
 # "</s>", may become that piece; U+2581 in a text becomes a space; and a unigram model has no byte pieces there, so a
-# character that is no piece becomes the unknown piece.
+# character beyond ASCII that is no piece becomes the unknown piece.
 
 import json
 from pathlib import Path
@@ -116,10 +116,18 @@ def add_sentencepiece(writer, types, spm: Tokenizer, rows: int) -> None:
     proto = spm.proto()
     kinds = {proto.SentencePiece.CONTROL: types.CONTROL, proto.SentencePiece.BYTE: types.BYTE}
     kinds |= {proto.SentencePiece.NORMAL: types.NORMAL, proto.SentencePiece.UNKNOWN: types.UNKNOWN}
+    is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+    known = {piece.piece for piece in proto.pieces}
+    unknown = min(piece.score for piece in proto.pieces if piece.type == piece.NORMAL) - 10  # SentencePiece's penalty
     pieces = []
     for piece in proto.pieces:
-        pieces.append((piece.piece, piece.score, kinds[piece.type]))
-    writer.add_tokenizer_model("llama" if proto.trainer_spec.model_type == proto.trainer_spec.BPE else "t5")
+        text, score, kind = piece.piece, piece.score, kinds[piece.type]
+        if kind == types.BYTE and not is_bpe:  # "t5" has no bytes; the ASCII ones are characters
+            character = chr(int(text[3:5], 16))
+            if character.isascii() and character not in known:
+                text, score, kind = character, unknown, types.NORMAL
+        pieces.append((text, score, kind))
+    writer.add_tokenizer_model("llama" if is_bpe else "t5")
     writer.add_tokenizer_pre("default")
     add_pieces(writer, types, pieces, rows)
     writer.add_unk_token_id(spm.pieces.unk_id())

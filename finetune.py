@@ -1,9 +1,8 @@
 """The parts that supervised fine-tuning (SFT) and preference learning (DPO) share: both train a trained model."""
 
-import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import lora
 import machine
 import parallel
 import stage
-from cli import UserError, log
+from cli import UserError
 from data.batches import Mixture, Phase, Shuffled
 from data.sources import Records
 from lora import LoRAConfig
@@ -22,7 +21,7 @@ from model import ModelConfig, Transformer
 from stage import Stage
 from tokenizer import Tokenizer
 from trainer import FREE as FREE_IN_TRAINING
-from trainer import Task, TrainConfig, run
+from trainer import Task, TrainConfig, plan_steps, run
 
 FREE = FREE_IN_TRAINING | {"base", "reference"}  # config fields that may change when a run is resumed
 ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
@@ -66,13 +65,6 @@ def job(
     return Stage(directory, settings, read, command, code, free=FREE)
 
 
-def check_targets(shape: ModelConfig, adapter: LoRAConfig | None) -> None:
-    """UserError if an adapter names layers that the model does not have."""
-    with torch.device("meta"):
-        # So small that PyTorch starts no threads: with threads, a process that is forked from this one would hang.
-        adapt(Transformer(replace(shape, n_layers=1, context_length=2)), adapter)
-
-
 def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
     """The model, with a new adapter if the config asks for one."""
     if adapter:
@@ -83,8 +75,7 @@ def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
 class Tuning(Task):
     """The shared part of the tasks of SFT and DPO. A subclass adds `loss`, `targets`, `evaluate` and `flops`."""
 
-    noun = "rows"  # what a batch consists of
-    most_epochs = 100  # more are not suggested; SFT takes as many to learn a few answers by heart
+    noun = "row"  # what a batch consists of
 
     def __init__(self, config: TrainConfig, sets: Mapping[str, Shuffled], weights: Mapping[str, float]):
         """sets: the training rows by source, or all under ""."""
@@ -92,27 +83,8 @@ class Tuning(Task):
             if not rows.count:  # rows.holds: "conversations" or "pairs"
                 raise UserError(f"weights names {name}, but no training {rows.holds} are left of it")
         self.config, self.sets = config, sets
-        self.count = sum(rows.count for rows in sets.values())
-        self.epoch = self.count / config.batch_size  # steps
-        self.steps = config.steps or max(1, round(config.epochs * self.epoch))
-        self.check_steps()
+        self.steps, self.epoch = plan_steps(config, sum(rows.count for rows in sets.values()), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
-
-    def check_steps(self) -> None:
-        """UserError if a batch is larger than the training data. Warns of very few steps and of very many epochs."""
-        count, size, epochs = f"{self.count} {self.noun}", self.config.batch_size, self.steps / self.epoch
-        batch = 2 ** int(math.log2(max(1, self.count / 8)))
-        more = min(self.most_epochs, math.ceil(300 * batch / self.count))
-        steps = round(more * self.count / batch)
-        advice = f"try batch_size={batch} and epochs={more}, which make {steps} steps"
-        if size > self.count:
-            raise UserError(f"batch_size is {size}, but there are only {count} to train on; {advice}")
-        if self.config.epochs and self.steps < min(50, steps):
-            few = f"{self.config.epochs:g} epochs of {count} in batches of {size} make only {self.steps} steps"
-            log.warning(f"{few}; {advice}")
-        if epochs > self.most_epochs:
-            heart = f"training reads {count} {epochs:.0f} times, so the model learns them by heart"
-            log.warning(f"{heart}; more data or fewer epochs give a better model")
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         return self.mixture.batch(step, rank, ranks)
@@ -159,7 +131,7 @@ def step_flops(
     total = (1 + plain) * (weights + attention) + 2 * attention
     if adapter is None:
         return total + 2 * weights
-    total += weights + 6 * in_blocks * machine.numbers(p for p in model.blocks.parameters() if p.requires_grad)
+    total += weights + 6 * in_blocks * machine.numbers(model.blocks.parameters())
     if isinstance(model.head, lora.LoRAHead):  # the loss computes the gradient of W + B A as a whole
         total += 2 * in_head * head
     return total

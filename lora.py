@@ -67,7 +67,8 @@ class LoRALinear(nn.Linear):
         a = self.frozen.new_empty(config.rank, self.in_features, dtype=torch.float32)
         b = self.frozen.new_zeros(self.out_features, config.rank, dtype=torch.float32)
         # A must not be zero too: the gradient of each is a product with the other, so both would stay zero.
-        self.a[name] = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.a[name] = nn.Parameter(a)
         self.b[name] = nn.Parameter(b)
         self.configs[name] = config
 

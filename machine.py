@@ -46,23 +46,24 @@ DATASHEET = (
 def pick_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # mps: written for, not tested on
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def training_dtype(device: torch.device, config) -> torch.dtype:
     """The dtype of matrix products. "auto" is the fastest in hardware: bfloat16, or float16 on a GPU, or float32."""
-    if config.precision == "auto":
+    if config.precision != "auto":
+        dtype = getattr(torch, config.precision)
+        if dtype != torch.float32 and not native(device, dtype):
+            slower = f"takes {slowdown(device, dtype):.1f} times as long as float32 on this {device.type.upper()}"
+            log.warning(f'precision {config.precision!r} {slower}, which lacks it in hardware; set precision="auto"')
+        return dtype
+    if device.type == "cuda":
         halves = [torch.bfloat16, torch.float16]
-        if device.type == "cpu":  # in bfloat16, results depend on the CPU
-            halves = [] if config.deterministic else [torch.bfloat16]
-        return next((half for half in halves if native(device, half)), torch.float32)
-    dtype = getattr(torch, config.precision)
-    if dtype != torch.float32 and not native(device, dtype):
-        slower = f"takes {slowdown(device, dtype):.1f} times as long as float32 on this {device.type.upper()}"
-        log.warning(f'precision {config.precision!r} {slower}, which lacks it in hardware; set precision="auto"')
-    return dtype
+    else:  # in bfloat16, results depend on the CPU
+        halves = [] if config.deterministic else [torch.bfloat16]
+    return next((half for half in halves if native(device, half)), torch.float32)
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -91,8 +92,8 @@ def slowdown(device: torch.device, dtype: torch.dtype) -> float:
             matrix = torch.ones(size, size, dtype=tried, device=device)
             started = time.perf_counter()
             matrix @ matrix
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             times.append(time.perf_counter() - started)
     return min(seconds[dtype]) / min(seconds[torch.float32])
 
@@ -112,7 +113,7 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning(f"training goes on uncompiled, which is slower; set compile=False, or fix this: {reason}")
+        log.warning(f"training continues uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
     for block in model.blocks:  # one block's code serves all of them: 11 s for tiny, where the whole model takes 29
         block.compile()
@@ -133,7 +134,8 @@ def rows_held(config, processes: int) -> int:
 
 
 def numbers(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
+    """How many numbers the parameters hold that are trained."""
+    return sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def memory_available(device: torch.device, root: Path = Path("/")) -> int:
@@ -153,10 +155,10 @@ def memory_available(device: torch.device, root: Path = Path("/")) -> int:
 
 def must_fit(model: Transformer, config, processes: int) -> None:
     """UserError if weights, gradients and optimizer alone do not fit. model: on "meta", before its weights exist."""
-    total, trained = model.num_parameters(), numbers(p for p in model.parameters() if p.requires_grad)
-    needed = 4 * total + 12 * trained  # gradients, and AdamW's two averages
+    total = model.num_parameters()
+    needed = 4 * total + 12 * numbers(model.parameters())  # gradients, and AdamW's two averages
     if config.optimizer == "muon":  # keeps one, of the matrices of the blocks
-        needed -= 4 * numbers(p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
+        needed -= 4 * numbers(p for p in model.blocks.parameters() if p.dim() == 2)
     if config.parallel == "fsdp":
         needed //= processes
     if needed > (available := memory_available(pick_device())):
@@ -196,12 +198,11 @@ def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
 def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:
     """What training is about to do: lines of a label and a value. task: trainer.Task."""
     steps, total, batch = task.steps, model.num_parameters(), config.batch_size
-    trained = numbers(p for p in model.parameters() if p.requires_grad)
+    trained, held = numbers(model.parameters()), rows_held(config, processes)
     row, length = task.row or ("row", model.config.context_length)
     tokens = round(steps * batch * length)
     if config.warmup_steps >= steps:
         log.warning(f"warmup_steps is {config.warmup_steps:,} of {steps:,} steps: the learning rate never peaks")
-    held = rows_held(config, processes)
     at_a_time = f", {held:,} at a time" if held * processes < batch else ""
     partly = f", {trained:,} of them trained" if trained < total else ""
     ratio = "" if partly else f", {tokens / total / CHINCHILLA:.2g} of Chinchilla's {CHINCHILLA}"

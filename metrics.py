@@ -80,23 +80,17 @@ class Report:
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
         return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"
 
-    def line(self, record: dict) -> str:
-        text = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}"
-        for name in filter(record.__contains__, SHOWN):
-            text += f", {name.replace('_', ' ')} {record[name]:.4f}"
-        return text
-
     def show(self, record: dict) -> None:
-        """Without a terminal, logs a line every ten seconds. A step that was evaluated has its line already."""
-        now = time.perf_counter()
-        if self.hidden and "val_loss" not in record and (now - self.shown > 10 or record["step"] == self.first + 1):
+        """Logs a line for an evaluation and, without a terminal, for the first step and every ten seconds."""
+        line, now = f"step {record['step']} of {self.task.steps}: {self.numbers(record)}", time.perf_counter()
+        for name in filter(record.__contains__, SHOWN):
+            line += f", {name.replace('_', ' ')} {record[name]:.4f}"
+        if "val_loss" in record:
+            log.info(line)
+        elif self.hidden and (now - self.shown > 10 or record["step"] == self.first + 1):
             left = (now - self.began) / (record["step"] - self.since) * (self.task.steps - record["step"])
-            log.info(f"{self.line(record)}, {left // 60:.0f} min {left % 60:.0f} s left")
+            log.info(f"{line}, {left // 60:.0f} min {left % 60:.0f} s left")
             self.shown = now
-
-    def show_evaluation(self, record: dict) -> None:
-        """Logs a line for every evaluation."""
-        log.info(self.line(record))
 
     def write(self, record: dict) -> None:
         """Appends a record to metrics.jsonl. JSON has no NaN: a number that is not finite becomes null."""

@@ -13,13 +13,18 @@ that takes minutes. If the input takes hours (a trained model), it stops and nam
 import argparse
 import os
 import shlex
-from collections.abc import Callable
+import signal
 from pathlib import Path
 
-import checkpoint
 import cli
+
+if __name__ == "__main__":
+    cli.handle(signal.SIG_DFL)  # Ctrl-C ends the slow imports below without a traceback
+
+import checkpoint
 import configs
-import data.stages
+import data.corpus
+import data.pack
 import dpo.data
 import dpo.reference
 import dpo.train
@@ -31,6 +36,7 @@ import parallel
 import sft.data
 import sft.train
 import stage
+import tokenizer.train
 import train
 from cli import UserError, log
 from configs import TRAINED, Experiment
@@ -39,135 +45,130 @@ from sft.templates import unseen
 from stage import Step
 from tokenizer import Tokenizer
 
-
-def sft_data(owner: Experiment, switches: argparse.Namespace) -> Step:
-    inputs = owner.sft.data, owner.model.context_length, owner.directory("tokenizer")
-    job = sft.data.job(*inputs, owner.directory("sft_data"), owner.command("sft_data"))
-    return Step(job, lambda: sft.data.build(job, *inputs, switches.workers, switches.force))
-
-
-def sft_(owner: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start("sft", owner, switches)
-    inputs = owner.sft, base, owner.directory("sft_data"), spm
-    job = sft.train.job(*inputs, owner.directory("sft"), command)
-    return Step(job, lambda: sft.train.train(job, *inputs, switches.force, switches.resume))
-
-
-def dpo_data(owner: Experiment, switches: argparse.Namespace) -> Step:
-    inputs = owner.dpo.data, owner.sft.data.template, owner.model.context_length, owner.directory("tokenizer")
-    job = dpo.data.job(*inputs, owner.directory("dpo_data"), owner.command("dpo_data"))
-    return Step(job, lambda: dpo.data.build(job, *inputs, switches.workers, switches.force))
-
-
-def dpo_reference(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start("dpo_reference", experiment, switches)
-    dtype = machine.training_dtype(machine.pick_device(), experiment.dpo.train)
-    inputs = base, experiment.directory("dpo_data"), dtype
-    job = dpo.reference.job(*inputs, experiment.directory("dpo_reference"), command)
-    return Step(job, lambda: dpo.reference.build(job, *inputs, spm, switches.force))
-
-
-def dpo_(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    base, spm, command = start("dpo", experiment, switches)
-    inputs = experiment.dpo, experiment.sft.data.template, base, experiment.directory("dpo_data")
-    reference = experiment.directory("dpo_reference")
-    job = dpo.train.job(*inputs, spm, experiment.directory("dpo"), command)
-    return Step(job, lambda: dpo.train.train(job, *inputs, reference, spm, switches.force, switches.resume))
-
-
-# A new stage also needs its inputs in configs/__init__.py: INPUTS.
-STAGES: dict[str, Callable[[Experiment, argparse.Namespace], Step]] = data.stages.STAGES | {
-    "pretrain": train.pretrain,
-    "sft_data": sft_data,
-    "sft": sft_,
-    "dpo_data": dpo_data,
-    "dpo_reference": dpo_reference,
-    "dpo": dpo_,
-    "eval": lambda experiment, switches: eval.evaluate.step(
-        experiment, switches.checkpoint, switches.data, switches.force
-    ),
-}
+NAMES = tuple(configs.INPUTS)
 BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
-NAMES = (*STAGES, "report")  # the report has no manifest: it is written each time
+
+
+def step(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
+    """A stage, and the function that makes it. A new stage also needs its inputs in configs/__init__.py: INPUTS."""
+    directory, length, template = owner.directory, owner.model.context_length, owner.sft.data.template
+    again, command = directory(name) in switches.again, owner.command(name)
+    how = {"workers": switches.workers, "force": again}
+    if name in TRAINED:
+        how = {"force": again, "resume": switches.resume}
+    if name in BASES:
+        base, spm, command = start(name, owner, switches)
+    match name:
+        case "corpus":
+            module, inputs = data.corpus, [owner.corpus]
+        case "tokenizer" if owner.imported:  # it came with the imported model
+            return Step(stage.Stage(directory(name), {}, {}, command, __file__), owner.load_tokenizer)
+        case "tokenizer":
+            module, inputs = tokenizer.train, [owner.tokenizer, directory("corpus"), owner.pack.val_fraction]
+            how = {"force": again, "replaced": switches.again}
+        case "pack":
+            module, inputs = data.pack, [owner.pack, directory("corpus"), directory("tokenizer")]
+        case "pretrain":
+            module, inputs = train, [owner]
+        case "sft_data":
+            module, inputs = sft.data, [owner.sft.data, length, directory("tokenizer")]
+        case "sft":
+            module, inputs = sft.train, [owner.sft, base, directory("sft_data"), spm]
+        case "dpo_data":
+            module, inputs = dpo.data, [owner.dpo.data, template, length, directory("tokenizer")]
+        case "dpo_reference":
+            dtype = machine.training_dtype(machine.pick_device(), owner.dpo.train)
+            module, inputs, how = dpo.reference, [base, directory("dpo_data"), dtype], {"spm": spm, "force": again}
+        case "dpo":
+            module, inputs = dpo.train, [owner.dpo, template, base, directory("dpo_data"), spm]
+            how["reference"] = directory("dpo_reference")
+        case "eval":
+            return eval.evaluate.step(owner, switches.checkpoint, switches.data, again)
+        case "report":
+            return Step(None, lambda: eval.report.write(owner))  # it has no manifest, because it is written each time
+    job, make = module.job(*inputs, directory(name), command), module.train if name in TRAINED else module.build
+    return Step(job, lambda: make(job, *inputs, **how))
 
 
 def start(name: str, experiment: Experiment, switches: argparse.Namespace) -> tuple[Base, Tokenizer, str]:
     """The model that a stage starts from, its tokenizer, and the command that the user types to make the stage."""
-    directory = base_checkpoint(name, experiment, switches)
+    given, template = switches.checkpoint, experiment.sft.data.template
+    directory = Path(given) if given else experiment.trained(BASES[name])
+    checkpoint.digest(directory)  # UserError if it is no checkpoint
+    if name != "sft":
+        dpo.train.must_be_taught(directory, template)
     spm = experiment.load_tokenizer(directory)
-    pieces = unseen(directory, experiment.sft.data.template, spm, experiment.imported is not None)
-    given = f" --checkpoint {shlex.quote(switches.checkpoint)}" if switches.checkpoint else ""
-    return Base(directory, experiment.model, pieces), spm, experiment.command(name) + given
+    base = Base(directory, experiment.model, unseen(directory, template, spm, experiment.imported is not None))
+    return base, spm, experiment.command(name) + (f" --checkpoint {shlex.quote(given)}" if given else "")
 
 
-def base_checkpoint(name: str, experiment: Experiment, switches: argparse.Namespace) -> Path:
-    """The checkpoint that a stage starts from: --checkpoint, or the final one of the stage before."""
-    if not switches.checkpoint:
-        return experiment.trained(BASES[name])
-    checkpoint.digest(Path(switches.checkpoint))  # UserError if it is none, before anything is made or removed
-    return Path(switches.checkpoint)
+def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace, apart: bool = True) -> None:
+    """Makes stages, and before them the inputs that they lack. apart: each in a process of its own."""
+    # switches.again: the directories to make again. Others are kept if they are up to date.
+    todo = {}
+    for name in chosen:
+        if name in BASES and BASES[name] not in chosen:
+            start(name, experiment, switches)  # UserError now, before minutes of making data, if it cannot start
+        inputs = experiment.inputs(name, experiment.directory(name) in switches.again)
+        for owner, needed in [*inputs, (experiment.owner(name), name)]:
+            todo.setdefault(owner.directory(needed), (owner, needed))
+    kept = [directory for directory in todo if directory not in switches.again]
+    stage.warn_of_changed_code(kept, stage.imported_code(__file__))
+    *inputs, last = todo.values()
 
-
-def make(name: str, experiment: Experiment, switches: argparse.Namespace, made: set, apart: bool = True) -> None:
-    """Makes a stage, and before it the inputs that it lacks. apart: each in a process of its own."""
-    # made: the directories that this command has made. --force and --resume are about the named stage, not its inputs.
-    if name in BASES:  # a missing or unfit model stops here, before the minutes that making the data takes
-        base = base_checkpoint(name, experiment, switches)
-        if name == "dpo":
-            dpo.train.must_be_taught(base, experiment.sft.data.template)
-    unforced = argparse.Namespace(**vars(switches) | {"force": False, "resume": "auto"})
-
-    def make_one(owner: Experiment, name: str, switches: argparse.Namespace) -> None:
+    def make_one(owner: Experiment, name: str) -> None:
         def write() -> None:
-            eval.report.write(owner) if name == "report" else STAGES[name](owner.owner(name), switches).make()
+            step(name, owner, switches).make()
 
-        if owner.directory(name) not in made:
-            made.add(owner.directory(name))
-            cli.apart(write) if apart else write()
+        cli.apart(write) if apart else write()
 
     def make_inputs() -> None:
-        for owner, needed in experiment.inputs(name, switches.force):
-            make_one(owner, needed, unforced)
+        for owner, name in inputs:
+            make_one(owner, name)
 
     parallel.lead(make_inputs, timeout=parallel.DAY)  # under torchrun the other processes wait, however long it takes
-    make_one(experiment, name, switches)
+    make_one(*last)
 
 
 def main(arguments: argparse.Namespace) -> None:
     check(arguments)
     experiment = configs.load(arguments.config)
-    stage.imported_code(__file__)  # notes the digests of the code that is running now, for every stage
-    default = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
+    usual = [name for name in NAMES if name != "dpo_reference" or experiment.dpo.reference == "stored"]
     if arguments.status:
-        print(status(experiment, arguments, default[:-1]))
+        print(status(experiment, arguments, usual[:-1]))
         return
-    chosen = [name for name in NAMES if name in (arguments.stages or default)]
-    first = NAMES[0] if arguments.force else arguments.force_from
-    forced = [name for name in chosen if first and NAMES.index(name) >= NAMES.index(first)]
-    arguments.replaced = [experiment.directory(name) for name in forced]
+    chosen = [name for name in NAMES if name in (arguments.stages or usual)]
+    forced = chosen if arguments.force else []
+    if arguments.force_from:
+        first, last = NAMES.index(arguments.force_from), NAMES.index(chosen[-1])
+        forced = [name for name in NAMES[first : last + 1] if name in usual]
+        chosen = [name for name in NAMES if name in chosen or name in forced]
+    stage.GOAL = chosen[-1] if arguments.stages else ""
+    arguments.again = [experiment.directory(name) for name in forced if experiment.owner(name) is experiment]
+    if others := [experiment.directory(name) for name in forced if experiment.owner(name) is not experiment]:
+        kept = f"kept, because other experiments own them: {', '.join(map(str, others))}"
+        log.warning(f"{kept}; make them again with: {stage.remaker(others[0])}")
     training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
-    made: set[Path] = set()
     with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
-        for name in chosen:
-            arguments.force = name in forced
-            make(name, experiment, arguments, made, apart="RANK" not in os.environ)
-        if following := [name for name in NAMES[NAMES.index(chosen[-1]) + 1 :] if "_" not in name]:
-            talk = f", or talk with the model: python serve.py {experiment.path} chat" * (chosen[-1] in ("sft", "dpo"))
-            log.info(f"next: {experiment.command(following[0])}{talk}")
+        make(chosen, experiment, arguments, apart="RANK" not in os.environ)
+        if following := experiment.following(chosen[-1]):
+            log.info(f"next: {following}")
 
 
 def check(arguments: argparse.Namespace) -> None:
     """UserError for stages that do not exist, and for switches that do not fit together."""
-    stages = arguments.stages
-    if unknown := [name for name in stages if name not in NAMES]:
-        raise UserError(f"no stage {unknown[0]!r}; there are {', '.join(NAMES)}")
+    for name in arguments.stages:
+        if name not in NAMES:
+            raise UserError(f"no stage {name!r}; {cli.meant(name, NAMES)}")
+    if arguments.checkpoint and not Path(arguments.checkpoint).is_dir():
+        raise UserError(f"{arguments.checkpoint} is not a checkpoint: there is no such directory")
     rules = [("torchrun", "RANK" in os.environ, TRAINED), ("--resume", arguments.resume != "auto", TRAINED)]
     for switch, given, fits in [*rules, ("--checkpoint", arguments.checkpoint, (*BASES, "eval"))]:
-        if given and (len(stages) != 1 or stages[0] not in fits):
+        if given and (len(arguments.stages) != 1 or arguments.stages[0] not in fits):
             raise UserError(f"{switch} is about one stage; name one of {', '.join(fits)}")
 
 
-def status(experiment: Experiment, arguments: argparse.Namespace, names: list[str]) -> str:
+def status(experiment: Experiment, switches: argparse.Namespace, names: list[str]) -> str:
     """A table: each stage done, stale (and why) or missing; its seconds; its main number."""
     rows, stale, run = [("stage", "seconds", "result", "state")], [], eval.summary.Run(experiment)
     for name in names:
@@ -176,28 +177,31 @@ def status(experiment: Experiment, arguments: argparse.Namespace, names: list[st
             state = "unfinished" if any(directory.glob("[!.]*")) else "missing"
         else:
             try:
-                state = STAGES[name](experiment.owner(name), arguments).job.state()
+                state = step(name, experiment.owner(name), switches).job.state()
             except UserError as error:  # the model that the stage starts from is missing
                 state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
-        if state.startswith("done") and (causes := [need for need in stale if need in needs]):
-            state = f"stale: {causes[0]} is stale"
+        if state.startswith("done"):
+            state = next((f"stale: {need} is stale" for need in stale if need in needs), state)
         if state.startswith("stale"):
             stale.append(name)
-        seconds = stage.read_seconds(directory.parent).get(directory.name)
-        rows.append((name, f"{seconds:,.1f}" if seconds else "", run.result(name), state))
+        seconds = stage.read_seconds(directory.parent).get(directory.name, "")
+        rows.append((name, seconds and f"{seconds:,.1f}", run.result(name), state))
     return cli.table(rows, right=(1,))
 
 
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, places=configs.places)
-    p.add_argument("stages", nargs="*", metavar="STAGE", help="default: every stage")
+    p.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: every stage")
     p.add_argument("--status", action="store_true", help="show what is done, and make nothing")
-    cli.add_training_switches(p)
-    p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and all later ones again")
-    p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model by path")
+    p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it again")
+    p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and the later ones again")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
+    p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
+    p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model")
     p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
-    p.set_defaults(replaced=())
+    p.set_defaults(again=())
     return p
 
 

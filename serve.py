@@ -10,6 +10,7 @@ Standard output of chat and generate carries only the model's text.
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,18 +31,21 @@ def load(arguments: argparse.Namespace):
         sampling = Sampling(**{name: getattr(arguments, name) for name in names})
     except ValueError as error:
         raise UserError(str(error)) from None
-    return serving.served.load(configs.load(arguments.config), arguments.checkpoint), sampling
+    served = serving.served.load(configs.load(arguments.config), arguments.checkpoint, arguments.precision)
+    return served, sampling
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """A base model continues the prompt. A fine-tuned model answers it, with the template that it learnt."""
     from generate import Continuation
-    from serving.chat import write
-    from serving.engine import Engine, Generation
+    from serving.chat import notice, write
+    from serving.engine import Engine, Generation, seed_of
 
     served, sampling = load(arguments)
     prompt, samples = arguments.prompt, arguments.samples
     if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            notice("write the prompt, and end it with Ctrl-D on a line of its own")
         try:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
@@ -50,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> None:
     served.room(ids)
     generations = []
     for number in range(samples):
-        seed = None if arguments.seed is None else arguments.seed + number
+        seed = seed_of(arguments.seed, number)
         continuation = Continuation(ids, arguments.max_tokens, sampling, seed, served.stop)
         generations.append(Generation(served.tokenizer, continuation))
     with Engine(served.model, min(samples, 8), waiting=samples, seconds=math.inf) as engine:
@@ -101,45 +105,44 @@ def api(arguments: argparse.Namespace) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    checkpoint = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the experiment's latest"}
-    p.add_argument("--checkpoint", **checkpoint)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", description=generate.__doc__, help="continue a text, or answer a question")
     g.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it, or with -, read standard input")
     g.add_argument("--samples", type=cli.positive, default=1, help="number of texts (1)")
-    add_sampling(g, max_tokens=200)
+    g.add_argument("--max-tokens", type=cli.positive, default=200, help="the largest number of new tokens (200)")
     c = commands.add_parser("chat", description=chat.__doc__, help="chat with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
-    add_sampling(c, max_tokens=None)
+    c.add_argument("--max-tokens", type=cli.positive, help="the largest number of new tokens (what fits the context)")
+    for parser in (g, c):
+        parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
+        parser.add_argument("--top-p", type=float, default=0.9, help="the likeliest tokens that reach this share (0.9)")
+        parser.add_argument("--top-k", type=int, help="the k likeliest tokens (all)")
+        parser.add_argument("--min-p", type=float, help="least probability, as a share of the likeliest token's (0)")
+        parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (1)")
+        parser.add_argument("--seed", type=int, help="the same seed gives the same text; -1: a new text each time (-1)")
     a = commands.add_parser("api", description=api.__doc__, help="serve an HTTP API and a page to chat on")
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
-    origin = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
-    a.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin)
-    for parser, command in (g, generate), (c, chat), (a, api):
+    allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
+    a.add_argument("--allow-origin", type=origin, action="append", default=[], metavar="ORIGIN", help=allowed)
+    p.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model, instead of the latest")
+    for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too
         parser.set_defaults(command=command)
-        parser.add_argument("--checkpoint", default=argparse.SUPPRESS, **checkpoint)
+        parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
+        precisions = {"choices": ("float32", "bfloat16"), "default": "float32"}
+        parser.add_argument("--precision", **precisions, help="of the weights; bfloat16 halves their memory (float32)")
     return p
 
 
-def add_sampling(p: argparse.ArgumentParser, max_tokens: int | None) -> None:
-    p.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
-    p.add_argument("--top-p", type=float, default=0.9, help="the likeliest tokens that reach this share (0.9)")
-    p.add_argument("--top-k", type=int, help="the k likeliest tokens (all)")
-    p.add_argument("--min-p", type=float, help="least probability, as a share of the likeliest token's (0)")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (1)")
-    limit = f"the largest number of new tokens ({max_tokens or 'what fits the context'})"
-    p.add_argument("--max-tokens", type=cli.positive, default=max_tokens, help=limit)
-    p.add_argument("--seed", type=seed, help="the same seed gives the same text (a new one each time)")
-
-
-def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**62:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; expected a whole number from 0 to 2^62 - 1")
-    return int(text)
+def origin(text: str) -> str:
+    """An origin as browsers send it: without a slash at the end, in lower case, without the scheme's own port."""
+    if text != "*" and not re.fullmatch(r"[\w.+-]+://[^/]+/?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin; expected one like http://localhost:3000, or *")
+    text = text.rstrip("/").lower()
+    return text.removesuffix({"http": ":80", "https": ":443"}.get(text.partition(":")[0], ""))
 
 
 if __name__ == "__main__":

@@ -22,23 +22,26 @@ from pathlib import Path
 from cli import UserError, log, logging_to
 
 ROOT = Path(__file__).resolve().parent
-CONFIGS: dict[str, str] = {}  # the config file of each loaded experiment, for the commands in messages
+# For the commands in messages: the config file of each loaded experiment, and the last stage that is wanted ("": all).
+CONFIGS: dict[str, str] = {}
+GOAL = ""
 
 
 def check_types(config) -> None:
-    """Raises TypeError if a dataclass field does not have its annotated type. An int passes for a float."""
+    """Raises TypeError if a dataclass field does not have its annotated type."""
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not _matches(value, expected):
+        if not matches(value, expected):
             wanted = expected if typing.get_args(expected) else getattr(expected, "__name__", expected)
             raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {wanted}")
 
 
-def _matches(value, expected) -> bool:
+def matches(value, expected) -> bool:
+    """True if a value has an annotated type. An int passes for a float."""
     if isinstance(expected, types.UnionType):
-        return any(_matches(value, choice) for choice in typing.get_args(expected))
+        return any(matches(value, choice) for choice in typing.get_args(expected))
     if typing.get_origin(expected) is tuple:  # tuple[X, ...], the only tuples that configs have
-        return isinstance(value, tuple) and all(_matches(item, typing.get_args(expected)[0]) for item in value)
+        return isinstance(value, tuple) and all(matches(item, typing.get_args(expected)[0]) for item in value)
     if expected in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if expected is float else typing.get_origin(expected) or expected)
@@ -67,10 +70,10 @@ def _short(value) -> str:
     return "not set" if value is None else text if len(text) <= 80 else text[:79] + "…"
 
 
-def _first(phrases: list[str], count: int = 1) -> str:
-    """The first phrases, and how many more there are."""
-    rest = len(phrases) - count
-    return "; ".join(phrases[:count]) + (f" and {rest} more" if rest > 0 else "")
+def _first(phrases: list[str]) -> str:
+    """The first three phrases, and how many more there are."""
+    rest = len(phrases) - 3
+    return "; ".join(phrases[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def runs() -> Path:
@@ -157,6 +160,21 @@ def imported_code(main: str) -> dict[str, str]:
     return dict(sorted(table.items()))
 
 
+def changed_code(directory: Path, code: dict[str, str]) -> str:
+    """The files that made a finished directory and are others in `code`, {file: SHA-256}; "" if none."""
+    was = (read_manifest(directory) or {}).get("code", {})
+    return _first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
+
+
+def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> None:
+    """Warns of the first finished directory that other code made. It is kept, and so are the later ones."""
+    for directory in directories:
+        if changed := changed_code(directory, code):
+            kept = f"{directory} is kept, but {changed} changed since it was made"
+            log.warning(f"{kept}; make it and the later stages again with: {remaker(directory)}")
+            return
+
+
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Writes manifest.json: the directory is finished. Its `sha256` is the digest of everything else in it."""
     write_json(directory / "manifest.json", manifest | {"sha256": _digest(manifest)})
@@ -194,13 +212,16 @@ def outputs(directory: Path) -> dict[str, str]:
     return {f"{directory.parent.name}/{directory.name}/{name}": file["sha256"] for name, file in wrote.items()}
 
 
-def maker(directory: Path, switch: str = "") -> str:
+def maker(directory: Path) -> str:
     """The command that makes runs/NAME/STAGE."""
-    name, stage = directory.parent.name, "pack" if directory.name == "packed" else directory.name
-    return f"python pipeline.py {CONFIGS.get(name, f'configs/{name}.py')} {switch}{stage}"
+    name, stage = directory.parent.name, directory.name.replace("packed", "pack")
+    return f"python pipeline.py {CONFIGS.get(name, f'configs/{name}.py')} {stage}"
 
 
-remaker = functools.partial(maker, switch="--force-from ")  # the command that makes it and all later stages again
+def remaker(directory: Path) -> str:
+    """The command that makes runs/NAME/STAGE again, and the later stages that this command wants."""
+    command, _, stage = maker(directory).rpartition(" ")
+    return " ".join(filter(None, [command, GOAL, "--force-from", stage]))
 
 
 def finished(directory: Path, command: str | None = None) -> dict:
@@ -249,13 +270,11 @@ class Stage:
 
     def __post_init__(self):
         self.config, self.code = describe(self.config), imported_code(self.code)
-        # A command with switches, such as --checkpoint, is about one stage.
-        self.remake = f"{self.command} --force" if " --" in self.command else remaker(self.directory)
 
     def up_to_date(self, force: bool = False) -> bool:
         """As `is_finished`, and logs a line if it is."""
         if finished := self.is_finished(force):
-            self.log_up_to_date()
+            log.info(f"{self.directory} is up to date")
         return finished
 
     def is_finished(self, force: bool = False) -> bool:
@@ -267,38 +286,27 @@ class Stage:
             raise UserError(f"{wrong}; make it again with: {self.command} --force")
         return True
 
-    def log_up_to_date(self) -> None:
-        """Logs that the directory is up to date. Warns if code has changed since it was made."""
-        if changed := self.changed_code(self.directory):
-            kept = f"{self.directory} is kept, but {changed} changed since it was made"
-            log.warning(f"{kept}; make it and all later stages again with: {self.remake}")
-        else:
-            log.info(f"{self.directory} is up to date")
-
     def state(self) -> str:
         """The state of a finished directory: "done", or "stale" and why."""
         wrote = read_manifest(self.directory)["wrote"]
         if wrong := self.different(self.directory) or damage(self.directory, wrote, contents=False):
             return f"stale: {wrong}"
-        changed = self.changed_code(self.directory)
+        changed = changed_code(self.directory, self.code)
         return f"done, but {changed} changed since" if changed else "done"
 
-    def changed_code(self, directory: Path) -> str:
-        """The first file, by name, that made a finished directory and differs now, and how many more; "" if none."""
-        was = read_manifest(directory).get("code", self.code)
-        return _first([name for name in was | self.code if was.get(name) != self.code.get(name)])
-
-    def different(self, directory: Path, count: int = 1) -> str:
-        """The first parts of config and inputs that changed since a directory was finished; "" if none."""
+    def different(self, directory: Path) -> str:
+        """The parts of config and inputs that changed since a directory was finished; "" if none."""
         manifest = read_manifest(directory)
         inputs = differences(manifest["read"], self.read) if self.read else ()
-        return _first([*differences(manifest["config"], self.config, "", self.free), *inputs], count)
+        return _first([*differences(manifest["config"], self.config, "", self.free), *inputs])
 
     def must_match(self, directory: Path) -> None:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
-        if different := self.different(directory, count=4):
+        if different := self.different(directory):
+            # A command with switches, such as --checkpoint, is about one stage.
+            again = f"{self.command} --force" if " --" in self.command else remaker(self.directory)
             other = f"{directory} was made from something else: {different}. Give the experiment another name"
-            raise UserError(f"{other}, or make this stage and all later ones again with: {self.remake}")
+            raise UserError(f"{other}, or make this stage and the later ones again with: {again}")
 
     @contextlib.contextmanager
     def making(self, keep: bool = False) -> Iterator[None]:

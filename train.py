@@ -6,15 +6,19 @@
 Makes the corpus, the tokenizer and the packed tokens if they are missing. The loop itself is in trainer.py.
 """
 
-import argparse
 import math
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # python train.py CONFIG is python pipeline.py CONFIG pretrain
+    sys.argv += ["pretrain"] if len(sys.argv) > 1 else []
+    runpy.run_path(str(Path(__file__).with_name("pipeline.py")), run_name="__main__")
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-import cli
-import configs
 import data.pack
 import machine
 import parallel
@@ -23,10 +27,9 @@ from cli import log
 from configs import Experiment
 from data.batches import Mixture, Windows, mixture
 from data.pack import Packed
-from data.stages import STAGES
 from model import ModelConfig, Transformer
-from stage import Stage, Step
-from trainer import FREE, Task, TrainConfig, run, shared_rows
+from stage import Stage
+from trainer import FREE, Task, TrainConfig, plan_steps, run, shared_rows
 
 
 def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, mixed: bool) -> Task:
@@ -59,13 +62,13 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
     def seen(step: int) -> dict[str, int]:
         return {name: windows * length for name, windows in batches.seen(step).items()} if mixed else {}
 
-    epoch = sum(windows.count for windows in batches.sets.values()) / config.batch_size  # steps
+    steps, epoch = plan_steps(config, sum(windows.count for windows in batches.sets.values()), "row")
     return Task(
         batch=batches.batch,
         loss=loss,
         targets=lambda tokens, targets: targets.numel(),  # every position is trained
         evaluate=evaluate,
-        steps=config.steps or max(1, round(config.epochs * epoch)),
+        steps=steps,
         epoch=epoch,
         flops=config.batch_size * length * model.flops_per_token(length),  # for the MFU
         seen=seen,
@@ -76,21 +79,21 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
 def mean_loss(model: nn.Module, held_out: Windows, chosen: list[int], rows: int) -> float:
     """The mean loss of the chosen windows, nats per token, over all processes. rows: read at once."""
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)  # a float32 sum of thousands would lose digits
+    total = torch.zeros((), dtype=torch.float64)  # a float32 sum of thousands would lose digits
     for windows, counts in shared_rows(chosen, rows):
         tokens, targets = held_out.read(windows)
         mean = model(tokens.to(device), targets.to(device))
-        total += mean.double() * (len(windows) * counts)  # weight by rows: the last may be fewer
+        total += mean.cpu().double() * (len(windows) * counts)  # weight by rows: the last may be fewer
     return float(parallel.add_up(total)) / len(chosen)
 
 
-def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool, resume: str) -> None:
+def train(job: Stage, experiment: Experiment, force: bool, resume: str) -> None:
     """Trains the experiment's model on its packed tokens, unless it is trained already."""
-    config, shape = experiment.pretrain, experiment.model
-    packed = data.pack.load(experiment.directory("pack"), tokenizer_sha256)
+    config, shape, spm = experiment.pretrain, experiment.model, experiment.load_tokenizer()
+    packed = data.pack.load(experiment.directory("pack"), spm.sha256)
     others = {}
     for other in experiment.beside:
-        others[other.name] = data.pack.load(other.directory("pack"), tokenizer_sha256)["train"]
+        others[other.name] = data.pack.load(other.directory("pack"), spm.sha256)["train"]
     phases, length = experiment.mixture, shape.context_length  # no phases: all of the experiment's own tokens
     batches = mixture(experiment.name, phases, packed["train"], others, length, config.batch_size, config.seed)
     task = pretraining(config, shape, batches, packed["val"], mixed=bool(phases))
@@ -106,39 +109,16 @@ def train(job: Stage, experiment: Experiment, tokenizer_sha256: str, force: bool
     run(job, make, task, config, force, resume)
 
 
-def pretrain(experiment: Experiment, switches: argparse.Namespace) -> Step:
-    """Pretraining, ready to run. switches: `force` and `resume`."""
-    spm = experiment.load_tokenizer()
+def job(experiment: Experiment, directory: Path, command: str) -> Stage:
+    """The stage that pretrains the experiment's model. command: what the user types."""
     settings = {"model": experiment.model, "pretrain": experiment.pretrain}
     if experiment.mixture:
         settings["mixture"] = experiment.mixture
     # Weights need their tokenizer, so the tokenizer's digest is an input too.
+    spm = experiment.load_tokenizer()
     read = {f"{experiment.owner('tokenizer').name}/tokenizer/{spm.file}": spm.sha256}
     for owner in (experiment, *experiment.beside):
         read |= stage.outputs(owner.directory("pack"))
     if experiment.imported:
         read |= stage.outputs(experiment.imported)
-    directory, command = experiment.directory("pretrain"), experiment.command("pretrain")
-    job = Stage(directory, settings, read, command, __file__, free=FREE)
-    return Step(job, lambda: train(job, experiment, spm.sha256, switches.force, switches.resume))
-
-
-def main(arguments: argparse.Namespace) -> None:
-    experiment = configs.load(arguments.config).owner("pretrain")
-    stage.imported_code(__file__)  # notes the digests of the code that is running now
-
-    def make_inputs() -> None:
-        for owner, name in experiment.inputs("pretrain"):
-            STAGES[name](owner, argparse.Namespace(workers=arguments.workers, force=False, replaced=())).make()
-
-    with parallel.joined(experiment.pretrain.timeout):
-        # The first process makes missing inputs; the others wait, however long it takes.
-        parallel.lead(make_inputs, timeout=parallel.DAY)
-        pretrain(experiment, arguments).make()
-        log.info(f"next: {experiment.command('sft')}")
-
-
-if __name__ == "__main__":
-    p = cli.parser(__doc__, places=configs.places)
-    cli.add_training_switches(p)
-    cli.run(main, p.parse_args())
+    return Stage(directory, settings, read, command, __file__, free=FREE)

@@ -19,7 +19,7 @@ import cli
 import machine
 import parallel
 import stage
-from cli import UserError, log
+from cli import UserError, log, plural
 from metrics import Report
 from model import Transformer
 from optim import SCHEDULES, decay_start, learning_rate, make_optimizers
@@ -123,6 +123,27 @@ class Task:
     documents: Callable[[int], str] = lambda step: ""  # what the batch of a step holds, for error messages
 
 
+def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
+    """The steps to train, and the steps per epoch. count: rows of training data, each called `row` in messages."""
+    size, rows = config.batch_size, plural(count, row)
+    epoch = count / size
+    steps = config.steps or max(1, round(config.epochs * epoch))
+    # A proposal for little data: at least eight batches per epoch, and 300 steps, but in no more than ten epochs.
+    batch = 2 ** int(math.log2(max(1, count / 8)))
+    epochs = min(10, math.ceil(300 * batch / count))
+    proposed = round(epochs * count / batch)
+    advice = f"try batch_size={batch} and epochs={epochs}, which make {plural(proposed, 'step')}"
+    if count < size:
+        parallel.refuse(f"batch_size is {size}, but there are only {rows} to train on; {advice}")
+    if config.epochs and steps < min(50, proposed):
+        log.warning(
+            f"{config.epochs:g} epochs of {rows} in batches of {size} make only {plural(steps, 'step')}; {advice}"
+        )
+    if steps > 100 * epoch:
+        log.warning(f"training reads {rows} {steps / epoch:,.0f} times and learns them by heart; more data are better")
+    return steps, epoch
+
+
 def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
     """Yields this process's share of `chosen`, at most `rows` at a time, and whether the share counts."""
     # All processes must call a sharded model together. A process with no row left reads the first again, uncounted.
@@ -196,7 +217,8 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
                 if saving:  # saved first: a run killed while it evaluates resumes here and evaluates
                     trainer.save("final" if last else f"step_{progress.step:07d}")
                 trainer.evaluate_and_log()
-                report.show(trainer.record)
+                if "val_loss" not in trainer.record:
+                    report.show(trainer.record)
                 report.restart_clock(progress)
             if progress.step == first + 1:
                 log.info(f"memory: {machine.peak_memory(trainer.device)}")
@@ -279,7 +301,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
         log.info(f"resumed from step {self.progress.step} ({start})")
-        if changed := self.job.changed_code(start):
+        if changed := stage.changed_code(start, self.job.code):
             log.warning(f"{changed} changed since {start} was saved; the rest of the run uses the new code")
 
     def begin(self) -> None:
@@ -303,10 +325,10 @@ class Trainer:
         return tuple(tensor.pin_memory() for tensor in batch) if self.device.type == "cuda" else batch
 
     def give_up(self) -> None:
-        step, in_a_row = self.progress.step, self.progress.skipped_in_a_row
+        step, in_a_row = self.progress.step, plural(self.progress.skipped_in_a_row, "step")
         documents = self.task.documents(step - 1) or "documents unknown"
         parallel.refuse(
-            f"the gradient was not finite in {in_a_row} steps in a row, the last in step {step} ({documents}). "
+            f"the gradient was not finite in {in_a_row} in a row, the last in step {step} ({documents}). "
             "Lower learning_rate, lengthen warmup_steps, or look for the fault in the data, and start again: "
             f"{self.job.command} --force"
         )
@@ -323,7 +345,7 @@ class Trainer:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.autocast:
                 record.update(self.task.evaluate(self.model))
             self.model.train()
-            self.report.show_evaluation(record)
+            self.report.show(record)
             best, late = progress.best_step, progress.best_step + 2 * self.config.eval_every
             if record["val_loss"] < progress.best_loss:
                 progress.best_loss, progress.best_step = record["val_loss"], progress.step
@@ -446,7 +468,7 @@ def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainCo
     if force and resume != "auto":
         parallel.refuse("--force discards what --resume would continue; use one of them")
     if not force and resume == "auto" and parallel.lead(lambda: is_done(job, task.steps)):
-        job.log_up_to_date()
+        log.info(f"{job.directory} is up to date")
         return
     with ExitStack() as held:
         parallel.lead(lambda: held.enter_context(job.making(keep=not force)))

@@ -72,7 +72,7 @@ def stages(runs: Path) -> dict:
 
 def reviews(count: int) -> list[str]:
     documents = Files(paths=("imdb.jsonl.xz",)).documents(1)
-    return [clean(document.value) for document, _ in zip(documents, range(count), strict=False)]
+    return [clean(document.value)[0] for document, _ in zip(documents, range(count), strict=False)]
 
 
 def changed(text: str, rng: random.Random) -> str:

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import finetune
 import stage
 import tokenizer
-from cli import UserError
+from cli import UserError, meant
 from data.batches import Phase
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
+from data.sources import PythonDocs
 from dpo.train import DPOConfig
 from eval import EvalConfig
 from lora import TARGETS
@@ -90,6 +90,9 @@ class Experiment:
         sizes = self.model.vocab_size, self.tokenizer.vocab_size
         if self.imported is None and sizes[0] != sizes[1]:
             raise ValueError(f"model.vocab_size is {sizes[0]} and tokenizer.vocab_size {sizes[1]}; they must be equal")
+        for adapter in (self.sft.lora, self.dpo.lora):
+            if adapter and (unknown := set(adapter.targets) - set(TARGETS)):
+                raise ValueError(f"targets names {min(unknown)!r}; TARGETS in lora.py has {', '.join(TARGETS)}")
         for name, other in self.shared.items():
             if name not in SHARED:
                 raise ValueError(f"shared names {name!r}; expected one of {', '.join(SHARED)}")
@@ -109,7 +112,9 @@ class Experiment:
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
             raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
-        for key in self.expected:
+        for key, usual in self.expected.items():
+            if not stage.matches(usual, tuple[float, ...]) or len(usual) != 2 or usual[0] > usual[1]:
+                raise ValueError(f"expected of {key!r} is {usual!r}; expected two numbers, the smaller one first")
             if key.partition(".")[0] not in DIRECTORIES or "." not in key:
                 raise ValueError(f"expected names {key!r}; expected a stage and a number, such as 'sft.answers.loss'")
 
@@ -156,6 +161,21 @@ class Experiment:
                 order += [*other.inputs(need), (other.owner(need), need)]
         return order
 
+    def following(self, name: str) -> str:
+        """The commands to try after a stage; "" after the last."""
+        later = [stage for stage in list(INPUTS)[list(INPUTS).index(name) + 1 :] if "_" not in stage]
+        commands = [self.command(stage) for stage in later[:1]]
+        if name in TRAINED:
+            use = 'generate "The"' if name == "pretrain" else "chat"
+            commands.append(f"python serve.py {self.path} {use}")
+        # By default, SFT and DPO are about Python's documentation: no use to a model of the user's own text or chats.
+        own_text = not isinstance(self.corpus.sources[0], PythonDocs)
+        own_chats, own_pairs = self.sft.data != SFTConfig().data, self.dpo.data != DPOConfig().data
+        useless = {"pretrain": own_text and not own_chats, "sft": own_chats and not own_pairs}
+        if useless.get(name):
+            del commands[0]
+        return ", or ".join(commands)
+
     def load_tokenizer(self, checkpoint: Path | None = None) -> Tokenizer:
         """The experiment's tokenizer, or that of a converted model. UserError if it is missing or damaged."""
         if checkpoint and stage.read_manifest(checkpoint / "tokenizer"):
@@ -200,9 +220,6 @@ def load(path: str | Path) -> Experiment:
     experiment = names.get("experiment")
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} sets no experiment; expected a line experiment = Experiment(…)")
-    for adapter in (experiment.sft.lora, experiment.dpo.lora):
-        if adapter and not set(adapter.targets) <= set(TARGETS):  # others matter only when the adapter is trained
-            finetune.check_targets(experiment.model, adapter)
     stage.CONFIGS[experiment.name] = shlex.quote(str(path))
     for other in names.values():  # `replace` copies the other experiment's ranges
         if isinstance(other, Experiment) and other is not experiment and other.expected is experiment.expected:
@@ -215,9 +232,7 @@ def _explain(error: Exception) -> str:
     if match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
         for module in list(sys.modules.values()):
             if known := list(getattr(vars(module).get(match[1]), "__dataclass_fields__", ())):
-                near = difflib.get_close_matches(match[2], known, n=1)
-                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                return f"{match[1]} has no field {match[2]!r}; {meant}"
+                return f"{match[1]} has no field {match[2]!r}; {meant(match[2], known)}"
     text = str(error).replace(".__init__()", "")
     return text if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {text}"
 

@@ -45,7 +45,9 @@ experiment = Experiment(
             epochs=1.5,  # passes over the conversations
             compile=False,
             batch_size=4,
-            learning_rate=4e-3,  # an adapter takes a higher learning rate than a whole model
+            # An adapter takes a higher learning rate than a whole model. With 4e-3, held-out answers are 0.02 nats
+            # better and plain text is 0.15 bits per byte worse.
+            learning_rate=2e-3,
             warmup_fraction=0.1,
             schedule="linear",
             weight_decay=0.0,

@@ -59,8 +59,8 @@ AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escape
 ENTITY = re.compile(r"&(#\d{1,7}|#x[0-9a-f]{1,6}|\w{2,31});", re.IGNORECASE)
 
 
-def clean(text: str, config: Cleaning = Cleaning()) -> str:
-    """The text without what `config` and this module remove, with \n line ends."""
+def clean(text: str, config: Cleaning = Cleaning()) -> tuple[str, str]:
+    """The text without what `config` and this module remove, with \\n line ends; and the repeated lines dropped."""
     if config.mojibake:
         ftfy = extra("ftfy", "ftfy", "Cleaning(mojibake=True)")
         text = "\n".join(map(ftfy.fix_encoding, text.split("\n")))
@@ -72,23 +72,20 @@ def clean(text: str, config: Cleaning = Cleaning()) -> str:
     text = INVISIBLE.sub("", text)
     if config.urls != "keep":
         text = URL.sub("<url>" if config.urls == "replace" else "", text)
-    text = TRAILING.sub("", text)
-    if config.repeated_line_chars:
-        seen, kept = set(), []
-        for line in text.split("\n"):
-            if len(line) < config.repeated_line_chars or line not in seen:
-                kept.append(line)
-                seen.add(line)
-        text = "\n".join(kept)
-    return EMPTY_LINES.sub("\n\n\n", text).strip("\n")
+    kept, seen, repeated = [], set(), []
+    for line in TRAILING.sub("", text).split("\n"):
+        again = line in seen and len(line) >= config.repeated_line_chars > 0
+        (repeated if again else kept).append(line)
+        seen.add(line)
+    return EMPTY_LINES.sub("\n\n\n", "\n".join(kept)).strip("\n"), "\n".join(repeated)
 
 
 def _without_html(text: str) -> str:
     for opening, closing in HIDDEN:
         # Only before the last closing: an opening that is never closed would cost quadratic time.
-        ends = [match.end() for match in re.finditer(closing, text, re.IGNORECASE)]
-        before, after = text[: max(ends, default=0)], text[max(ends, default=0) :]
-        text = re.sub(f"{opening}.*?{closing}", "", before, flags=re.IGNORECASE | re.DOTALL) + after
+        end = max((match.end() for match in re.finditer(closing, text, re.IGNORECASE)), default=0)
+        before = re.sub(f"{opening}.*?{closing}", "", text[:end], flags=re.IGNORECASE | re.DOTALL)
+        text = before + text[end:]
     closed = set(CLOSING.findall(text))
     text = TAG.sub(lambda match: _tag(match, closed), text)
     return BREAKS.sub("\n", ENTITY.sub(_entity, AMPERSANDS.sub("&", text)))

@@ -69,30 +69,15 @@ def records(directory: Path) -> Iterator[dict[str, str]]:
 def holdout(directory: Path, fraction: float) -> Holdout:
     """The rule that holds out about `fraction` of a finished corpus."""
     numbers = (split_hash(record["text"].encode()) for record in records(directory))
-    return Holdout(fraction, threshold(numbers, fraction))
-
-
-class Contamination:
-    """The n-grams of words of some evaluation sets. Memory: 9 bytes per n-gram."""
-
-    def __init__(self, sources: Sequence[Source], n: int):
-        self.n, self.names = n, [source.name for source in sources]
-        runs, owners = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
-        for number, source in enumerate(sources):
-            for document in itertools.islice(source.documents(1), source.max_documents):
-                # Training text is compared once it is clean; the set may be clean already.
-                for version in {document.value, clean(document.value, source.cleaning)}:
-                    runs.append(ngrams(hashes(words(version)), n))
-                    owners.append(np.full(len(runs[-1]), number, np.uint8))
-        self.runs, first = np.unique(np.concatenate(runs), return_index=True)
-        self.owners = np.concatenate(owners)[first]
-
-    def find(self, hashes: np.ndarray) -> str | None:
-        """The name of an evaluation set that shares an n-gram with a text, or None. hashes: of its words."""
-        runs = ngrams(hashes, self.n)
-        at = np.searchsorted(self.runs[1:], runs, side="right")  # the last run of the sets that is not greater
-        shared = at[self.runs[at] == runs] if len(self.runs) else at[:0]
-        return self.names[self.owners[shared].min()] if len(shared) else None
+    rule = Holdout(fraction, threshold(numbers, fraction))
+    if rule.threshold and rule.threshold > math.ceil(fraction * 2**64):  # of few documents, the smallest hash
+        train, val = 0, 0
+        for record in records(directory):
+            parts = rule.split(record["text"])
+            train, val = train + len(parts[0]), val + len(parts[1])
+        if val > train:
+            return Holdout(fraction, None)
+    return rule
 
 
 class Piece(NamedTuple):
@@ -100,55 +85,65 @@ class Piece(NamedTuple):
 
     text: str
     words: int
-    rule: str | None = None
+    rule: str | None
     keys: np.ndarray | None = None  # for Index.duplicate
     shingles: np.ndarray | None = None
 
 
-class Preparation:
-    """Cleans and judges each document by itself."""
-
-    def __init__(self, config: CorpusConfig):
-        self.config = config
-        self.minhash = config.dedup and MinHash(config.dedup)
-        self.contamination = Contamination(config.decontaminate, config.decontaminate_ngram)
-
-    def pieces(self, text: str, source: Source) -> list[Piece]:
-        """The pieces of a document, dropped ones included."""
-        if isinstance(text, Unreadable):
-            return [Piece(text, 0, "unreadable")]
-        text, pieces = clean(text, source.cleaning), []
-        if source.quality and source.quality.c4:
-            text, dropped = select_lines(text, source.quality.c4)
-            if dropped:
-                pieces.append(Piece(dropped, len(words(dropped)), "c4_lines"))
-        short = len(text) < source.min_chars
-        if short or len(text) > (source.max_chars or math.inf):
-            return [*pieces, Piece(text, len(words(text)), "too_short" if short else "too_long")]
-        parts = [part for part in sections(text) if part.strip()]
-        listed = [words(part) for part in parts] + [[]]
-        for part, spelled, following in zip(parts, listed, listed[1:], strict=False):
-            pieces.append(self._piece(part, spelled, following, source))
-        return pieces
-
-    def _piece(self, text: str, words: list[bytes], following: list[bytes], source: Source) -> Piece:
-        numbers, count = hashes(words), len(words)
-        if source.quality and (rule := judge(text, words, numbers, source.quality)):
-            return Piece(text, count, rule)
-        following = hashes(following[: self.contamination.n - 1])  # no run hides across a cut
-        if name := self.contamination.find(np.concatenate([numbers, following])):
-            return Piece(text, count, f"contaminated: {name}")
-        keys, shingles = fingerprint(words or [text.strip().encode()]), np.empty(0, np.uint32)
-        if self.minhash:
-            shingles = self.minhash.shingles(numbers)
-            keys = np.concatenate([keys, self.minhash.keys(shingles)])
-        return Piece(text, count, None, keys, shingles)
+def runs_of(sources: Sequence[Source], n: int) -> dict[str, np.ndarray]:
+    """{name: the sorted runs of n words} of evaluation sets. Memory: 8 bytes per run."""
+    sets = {}
+    for source in sources:
+        runs, unreadable = [np.zeros(1, np.uint64)], 0
+        for document in source.documents(1):
+            # Training text is compared once it is clean; the set may be clean already.
+            for text in {document.value, clean(document.value, source.cleaning)[0]}:
+                runs.append(ngrams(hashes(words(text)), n))
+            unreadable += isinstance(document.value, Unreadable)
+        if unreadable:
+            log.warning(f"{source.name}: records of this evaluation set that could not be read: {unreadable:,}")
+        sets[source.name] = np.unique(np.concatenate(runs))
+    return sets
 
 
-def _prepare(number: int, documents: list[Record]) -> list[tuple[Record, list[Piece]]]:
-    """Each document of a batch of a source, without its text, and its pieces. Runs in a worker."""
-    source = _preparation.config.sources[number]
-    return [(document._replace(value=""), _preparation.pieces(document.value, source)) for document in documents]
+def pieces(text: str, source: Source) -> Iterator[Piece]:
+    """The pieces of a document, dropped ones included."""
+    if isinstance(text, Unreadable):
+        yield Piece(text, 0, "unreadable")
+        return
+    text, repeated = clean(text, source.cleaning)
+    lost = {"repeated_lines": repeated}
+    if source.quality and source.quality.c4:
+        text, lost["c4_lines"] = select_lines(text, source.quality.c4)
+    if len(text) < source.min_chars:
+        lost["too_short"], text = text, ""
+    elif len(text) > (source.max_chars or math.inf):
+        lost["too_long"], text = text, ""
+    for rule, lines in lost.items():
+        if lines or rule == "too_short":
+            yield Piece(lines, len(words(lines)), rule)
+    sets, n, minhash = _settings
+    parts = [part for part in sections(text) if part.strip()]
+    spelled = [words(part) for part in parts] + [[]]
+    for i, part in enumerate(parts):
+        numbers = hashes(spelled[i])
+        rule = judge(part, spelled[i], numbers, source.quality) if source.quality else None
+        following = hashes(spelled[i + 1][: n - 1])  # no run hides across a cut
+        runs = ngrams(np.append(numbers, following), n)
+        for name, known in sets.items():
+            at = np.searchsorted(known[1:], runs, side="right")  # the last known run that is not greater
+            if (known[at] == runs).any():
+                rule = rule or f"contaminated: {name}"
+        keys, shingles = fingerprint(spelled[i] or [part.strip().encode()]), np.empty(0, np.uint32)
+        if minhash and not rule:
+            shingles = minhash.shingles(numbers)
+            keys = np.append(keys, minhash.keys(shingles))
+        yield Piece(part, len(spelled[i]), rule, keys, shingles)
+
+
+def _prepare(source: Source, documents: list[Record]) -> list[tuple[Record, list[Piece]]]:
+    """Each document of a batch, without its text, and its pieces. Runs in a worker."""
+    return [(document._replace(value=""), [*pieces(document.value, source)]) for document in documents]
 
 
 def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
@@ -165,8 +160,8 @@ def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
 class Tally:
     """How far a build has come: what was read, kept and dropped, with examples. JSON types only: `Index` saves it."""
 
-    def __init__(self, config: CorpusConfig, made: dict):
-        self.made, self.source, self.shards = made, 0, {}  # source: the number of the source that is read
+    def __init__(self, config: CorpusConfig):
+        self.source, self.shards = 0, 0  # the number of the source that is read; finished shards
         empty = {"read": 0, "documents": 0, "bytes": 0, "words_read": 0, "words": 0}
         self.sources = {source.name: empty | {"dropped": {}, "dropped_words": {}} for source in config.sources}
         self.examples: dict[str, list] = {}  # by "source, rule"; of kept documents by ""
@@ -209,101 +204,96 @@ def build(job: Stage, config: CorpusConfig, workers: int = 1, force: bool = Fals
     for source in (*config.sources, *config.decontaminate):
         source.inputs()  # UserError if a file is missing, before --force removes the old corpus
     with job.making(keep=True):
-        made = {"config": job.config, "read": job.read}
-        with contextlib.closing(Index(None, directory / "partial")) as index:
-            continues = (index.state() or {}).get("made") == made
-        if force or not continues:
+        made_from = json.dumps([job.config, job.read]).encode()
+        partial = directory / f"partial_{zlib.crc32(made_from):08x}"
+        if force or not partial.exists():
             job.clear()
         try:
-            tally = gather(config, directory, workers, made)
+            tally = gather(config, partial, workers)
         except sqlite3.OperationalError as error:  # a full disk
             raise UserError(f"{directory}: {error}; fix that and run the same command again") from None
         counts = tally.counts()
         for source in config.sources:
-            table = counts["sources"][source.name]
+            table, asked = counts["sources"][source.name], source.max_tokens
             log_kept(source.name, table["words"], table["words_read"], "words", table["dropped_words"])
             if bad := table["dropped"].get("unreadable"):
-                log.warning(f"{source.name}: {bad:,} of {table['read']:,} records could not be read; see the card")
-            tokens, asked = table["bytes"] / BYTES_PER_TOKEN, source.max_tokens
+                log.warning(f"{source.name}: records that could not be read: {bad:,}; see the card")
+            tokens = table["bytes"] / BYTES_PER_TOKEN
             if asked and tokens < asked and not source.max_documents:
                 log.warning(f"{source.name} has only about {tokens:,.0f} of the {asked:,} tokens of max_tokens")
         if not counts["documents"]:
-            none = f"the corpus is empty: none of {counts['read']:,} documents was kept"
+            none = f"the corpus is empty: documents read {counts['read']:,}, kept 0"
             raise UserError(f"{none}; add sources, or change their min_chars and quality")
         (directory / "DATA_CARD.md").write_text(card(directory.parent.name, config, tally), encoding="utf-8")
         job.finish(counts)
-        shutil.rmtree(directory / "partial")
-        log.info(f"corpus: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB -> {directory}")
+        shutil.rmtree(partial)
+        log.info(f"corpus: {counts['bytes'] / 1e6:.1f} MB, documents: {counts['documents']:,} -> {directory}")
 
 
-def gather(config: CorpusConfig, directory: Path, workers: int, made: dict) -> Tally:
-    """Writes the shards, each closed once it holds SHARD_BYTES, and after each the tally to continue from."""
-    global _preparation  # the workers inherit it
-    _preparation, tally = Preparation(config), Tally(config, made)
-    with contextlib.closing(Index(config.dedup, directory / "partial")) as index, cli.pool(workers) as pool:
-        vars(tally).update(index.state() or {})
+def gather(config: CorpusConfig, partial: Path, workers: int) -> Tally:
+    """Writes the shards. After each, saves in `partial` what an interrupted build needs to continue."""
+    global _settings  # the workers inherit them
+    sets, n = runs_of(config.decontaminate, config.decontaminate_ngram), config.decontaminate_ngram
+    _settings = sets, n, config.dedup and MinHash(config.dedup)
+    tally = Tally(config)
+    with contextlib.closing(Index(config.dedup, partial)) as index, cli.pool(workers) as pool:
+        vars(tally).update(index.state())
         if tally.shards:
-            log.info(f"corpus: continuing after {len(tally.shards)} finished shards")
+            log.info(f"corpus: continuing with shard_{tally.shards:05d}.jsonl")
         lines = _lines(pool, config, workers, tally, index)
         for first in lines:
-            path = directory / f"shard_{len(tally.shards):05d}.jsonl"
+            path = partial.parent / f"shard_{tally.shards:05d}.jsonl"
             with open(path, "wb") as shard:
                 for line in itertools.chain([first], lines):
                     shard.write(line)
                     if shard.tell() >= SHARD_BYTES:
                         break
-            tally.shards |= stage.digests(directory, [path])
+            stage.sync(path)
+            tally.shards += 1
             index.commit(vars(tally))
     return tally
 
 
 def _lines(pool, config: CorpusConfig, workers: int, tally: Tally, index: Index) -> Iterator[bytes]:
-    """The lines of the shards that follow those of the tally."""
-    for number in range(tally.source, len(config.sources)):
-        source = config.sources[number]
-        counts = tally.sources[source.name]
-        documents = source.documents(workers, counts["read"])
-        if source.max_documents:
-            documents = itertools.islice(documents, source.max_documents - counts["read"])
-        prepared = cli.ordered(pool, functools.partial(_prepare, number), _batches(documents), 2 * workers)
-        yield from _kept(source, itertools.chain.from_iterable(prepared), tally, index)
+    """The lines of the shards that are not written yet."""
+    state = 0, 0.0  # documents read of a source, and documents expected
+
+    def done() -> tuple[int, float]:
+        return state
+
+    for source in config.sources[tally.source :]:
+        counts, budget = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN
+        batches = _batches(source.documents(workers, counts["read"]))
+        prepared = cli.ordered(pool, functools.partial(_prepare, source), batches, 2 * workers)
+        for document, parts in progress(itertools.chain.from_iterable(prepared), done, "documents", source.name):
+            if counts["bytes"] >= budget:
+                break
+            counts["read"] += 1
+            share = max(document.read, counts["bytes"] / budget)
+            state = counts["read"], counts["read"] / share if share else 0
+            text, kept_words = "", 0
+            for piece in parts:
+                counts["words_read"] += piece.words
+                if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
+                    tally.add(source.name, document.id, piece.text, piece.words, rule)
+                else:
+                    text += piece.text
+                    kept_words += piece.words
+            if text := text.strip("\n"):
+                tally.add(source.name, document.id, text, kept_words)
+                record = {"text": text, "source": source.name, "id": document.id}
+                yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
         tally.source += 1
-
-
-def _kept(source: Source, prepared: Iterable, tally: Tally, index: Index) -> Iterator[bytes]:
-    counts, budget, share = tally.sources[source.name], (source.max_tokens or math.inf) * BYTES_PER_TOKEN, 0.0
-
-    def done() -> tuple[float, float]:
-        return counts["read"], counts["read"] / share if share else 0
-
-    for document, pieces in progress(prepared, done, "documents", source.name):
-        if counts["bytes"] >= budget:
-            return
-        share = max(document.read, counts["bytes"] / budget)
-        counts["read"] += 1
-        text, kept_words = "", 0
-        for piece in pieces:
-            counts["words_read"] += piece.words
-            if rule := piece.rule or index.duplicate(piece.keys, piece.shingles):
-                tally.add(source.name, document.id, piece.text, piece.words, rule)
-            else:
-                text += piece.text
-                kept_words += piece.words
-        if text := text.strip("\n"):
-            tally.add(source.name, document.id, text, kept_words)
-            record = {"text": text, "source": source.name, "id": document.id}
-            yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def card(name: str, config: CorpusConfig, tally: Tally) -> str:
     """DATA_CARD.md: what the corpus holds, where it comes from, what was left out and why."""
-    counts = tally.counts()
-    columns = ("documents read", "kept", "bytes kept", "words kept", "share of the words read")
-    rows, dropped = [("source", "licence", *columns)], [("source", "rule", "dropped", "words")]
+    counts, dropped = tally.counts(), [("source", "rule", "dropped", "words")]
+    rows = [("source", "licence", "documents read", "kept", "bytes kept", "words read", "kept")]
     for source in config.sources:
         table = tally.sources[source.name]
-        numbers = [f"{table[key]:,}" for key in ("read", "documents", "bytes", "words")]
-        rows.append((source.name, source.licence, *numbers, f"{table['words'] / max(1, table['words_read']):.1%}"))
+        numbers = [f"{table[key]:,}" for key in ("read", "documents", "bytes", "words_read", "words")]
+        rows.append((source.name, source.licence, *numbers))
         for rule, number in sorted(table["dropped"].items()):
             dropped.append((source.name, rule, f"{number:,}", f"{table['dropped_words'][rule]:,}"))
     examples = []
@@ -312,17 +302,17 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
             text = " ".join(text[:300].split()).replace("`", "'")
             examples.append(f"- {rule or source}, `{id}`: " + (f"`{text}`" if text else "(empty)"))
     kept = len(tally.examples[""])
-    near = f"or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words " if config.dedup else ""
+    near = f" or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words" if config.dedup else ""
     sets = ", ".join(source.name for source in config.decontaminate) or "no evaluation set: none is named"
     lines = [
         f"# Corpus of {name}\n",
-        f"{counts['documents']:,} documents, {counts['bytes']:,} bytes of UTF-8 text, {counts['words']:,} words.",
+        f"Documents: {counts['documents']:,}. Bytes of UTF-8 text: {counts['bytes']:,}. Words: {counts['words']:,}.",
         "The manifest beside this card has the settings and the inputs.\n\n## Sources\n",
         cli.table(rows, range(2, 7), markdown=True),
         "\n## Left out\n",
         f"Documents, and sections of documents over {2 * SECTION_CHARS:,} characters, by the first rule that each",
-        "fails; `c4_lines` counts documents that lost lines. Duplicates have the same words as a text kept before",
-        f"{near}. Contaminated text shares {config.decontaminate_ngram} words in a row with {sets}.\n",
+        "fails; `c4_lines` and `repeated_lines` count documents that lost lines. Duplicates have the same words as a",
+        f"text kept before{near}. Contaminated text shares {config.decontaminate_ngram} words in a row with {sets}.\n",
         cli.table(dropped, (2, 3), markdown=True),
         "\n## Examples of what was left out\n",
         *(examples[kept:] or ["Nothing was."]),

@@ -15,6 +15,8 @@ import numpy as np
 from data.words import GOLDEN, mix, ngrams
 from stage import check_types
 
+RECENT = 1 << 19  # keys in a dictionary, about 60 MB, before they join the sorted keys
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deduplication:
@@ -31,25 +33,20 @@ class Deduplication:
         if min(self.ngram, self.permutations) < 1:
             raise ValueError(f"ngram is {self.ngram}, permutations {self.permutations}; expected at least 1")
 
-    @property
-    def rows(self) -> int:
-        """Rows per band: the most that still find 99 of 100 pairs with a similarity of exactly `threshold`, or 1."""
-        for rows in range(self.permutations, 1, -1):
-            if (1 - self.threshold**rows) ** (self.permutations // rows) <= 0.01:
-                return rows
-        return 1
-
 
 class MinHash:
     """Signatures as band keys. The permutations are x -> a·x + b mod 2³² with odd a, the same in every run."""
 
     def __init__(self, config: Deduplication):
-        self.ngram, self.rows, self.bands = config.ngram, config.rows, config.permutations // config.rows
-        rng = np.random.default_rng(0)
-        a, self.b = rng.integers(0, 1 << 32, (2, self.bands * self.rows, 1), dtype=np.uint32)
+        # As many rows per band as still find 99 of 100 pairs whose similarity is exactly `threshold`.
+        self.ngram, rows = config.ngram, config.permutations
+        while rows > 1 and (1 - config.threshold**rows) ** (config.permutations // rows) > 0.01:
+            rows -= 1
+        self.bands = config.permutations // rows
+        a, self.b = np.random.default_rng(0).integers(0, 1 << 32, (2, self.bands * rows, 1), dtype=np.uint32)
         self.a = a | np.uint32(1)
-        powers = [pow(int(GOLDEN), i, 1 << 64) for i in range(1, self.rows + 1)]
-        self.powers, self.numbers = np.array(powers, np.uint64), np.arange(self.bands, dtype=np.uint64)
+        self.powers = np.cumprod(np.full(rows, GOLDEN))  # mod 2⁶⁴
+        self.numbers = np.arange(self.bands, dtype=np.uint64)
 
     def shingles(self, hashes: np.ndarray) -> np.ndarray:
         """(s,) uint32, sorted: the distinct shingles of a text. A shorter text is one shingle."""
@@ -64,7 +61,7 @@ class MinHash:
 
     def keys(self, shingles: np.ndarray) -> np.ndarray:
         """(bands,) uint64: a number for each band, equal where the whole band is."""
-        bands = self.signature(shingles).reshape(self.bands, self.rows)
+        bands = self.signature(shingles).reshape(self.bands, -1)
         return mix((bands * self.powers).sum(axis=1) + self.numbers)
 
 
@@ -78,13 +75,13 @@ class Index:
     """The texts kept so far, their keys in memory and all else in an SQLite database. Finds repeated texts."""
 
     def __init__(self, config: Deduplication | None, directory: Path):
-        """config: None finds exact duplicates only. Continues from what the last `commit` has left in the directory."""
+        """config: None finds exact duplicates only. Continues after the last `commit` in the directory."""
         directory.mkdir(exist_ok=True)
         self.config, self.database = config, sqlite3.connect(directory / "index.db")
         self.close = self.database.close
         self.database.execute("CREATE TABLE IF NOT EXISTS texts (text INTEGER PRIMARY KEY, keys BLOB, shingles BLOB)")
         self.database.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT)")
-        self.keys, self.texts = np.empty(0, np.uint64), np.empty(0, np.uint32)  # sorted keys, and a text of each
+        self.keys, self.texts = np.zeros(1, np.uint64), np.zeros(1, np.uint32)  # sorted keys, and the text of each
         self.recent: dict[int, int] = {}  # {key: text}, not yet among the sorted keys
         for text, keys in self.database.execute("SELECT text, keys FROM texts ORDER BY text"):
             self._add(text, np.frombuffer(keys, np.uint64).tolist())
@@ -92,10 +89,9 @@ class Index:
     def _add(self, text: int, keys: list[int]) -> None:
         for key in keys:
             self.recent.setdefault(key, text)
-        if len(self.recent) > 1 << 19:
-            size = len(self.recent)
-            keys = np.concatenate([self.keys, np.fromiter(self.recent.keys(), np.uint64, size)])
-            texts = np.concatenate([self.texts, np.fromiter(self.recent.values(), np.uint32, size)])
+        if len(self.recent) > RECENT:
+            keys = np.append(self.keys, np.array(list(self.recent), np.uint64))
+            texts = np.append(self.texts, np.array(list(self.recent.values()), np.uint32))
             self.keys, first = np.unique(keys, return_index=True)
             self.texts = texts[first]
             self.recent.clear()
@@ -105,27 +101,25 @@ class Index:
         self.database.execute("REPLACE INTO state VALUES ('state', ?)", [json.dumps(state)])
         self.database.commit()
 
-    def state(self) -> dict | None:
-        """The state of the last `commit`."""
+    def state(self) -> dict:
+        """The state of the last `commit`; {} before the first."""
         row = self.database.execute("SELECT value FROM state").fetchone()
-        return row and json.loads(row[0])
+        return json.loads(row[0]) if row else {}
 
     def duplicate(self, keys: np.ndarray, shingles: np.ndarray) -> str | None:
         """ "duplicate" or "near_duplicate" if a text repeats an earlier one; None if it does not, and adds it."""
         # keys: (1 + bands,) uint64, first the fingerprint of the text. shingles: (s,) uint32, sorted.
         numbers = keys.tolist()
         earlier = {number: self.recent[number] for number in numbers if number in self.recent}
-        if len(self.keys):
-            at = np.searchsorted(self.keys[1:], keys, side="right")  # the last key that is not greater
-            same = self.keys[at] == keys
-            earlier |= zip(keys[same].tolist(), self.texts[at[same]].tolist(), strict=True)
+        at = np.searchsorted(self.keys[1:], keys, side="right")  # the last key that is not greater
+        same = self.keys[at] == keys
+        earlier |= zip(keys[same].tolist(), self.texts[at[same]].tolist(), strict=True)
         if numbers[0] in earlier:
             return "duplicate"
-        if earlier:
-            listed = ", ".join(map(str, set(earlier.values())))
-            for (candidate,) in self.database.execute(f"SELECT shingles FROM texts WHERE text IN ({listed})"):
-                if jaccard(shingles, np.frombuffer(candidate, np.uint32)) >= self.config.threshold:
-                    return "near_duplicate"
+        listed = ", ".join(map(str, set(earlier.values())))
+        for (candidate,) in self.database.execute(f"SELECT shingles FROM texts WHERE text IN ({listed})"):
+            if jaccard(shingles, np.frombuffer(candidate, np.uint32)) >= self.config.threshold:
+                return "near_duplicate"
         values = [keys.tobytes(), shingles.tobytes()]
         self._add(self.database.execute("INSERT INTO texts (keys, shingles) VALUES (?, ?)", values).lastrowid, numbers)
         return None

@@ -2,7 +2,7 @@
 
 # A document is held out if the hash of its beginning is below a threshold, so the decision does not depend on the
 # corpus around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest
-# hash. Of a single document the last part is held out.
+# hash. Of a single document, and where that document is more than half of the text, the last part of each is held out.
 
 import hashlib
 import math
@@ -15,11 +15,6 @@ from data.sections import cut
 def split_hash(text: bytes) -> int:
     """The number that decides whether a document is held out, 0 to 2**64 - 1: a hash of its first 4,096 bytes."""
     return int.from_bytes(hashlib.sha256(text[:4096]).digest()[:8])
-
-
-def held_out(text: bytes, fraction: float) -> bool:
-    """True if a document in UTF-8 is validation data, where enough documents make `fraction` of them validation."""
-    return split_hash(text) < fraction * 2**64
 
 
 def threshold(hashes: Iterable[int], fraction: float) -> int | None:

@@ -121,6 +121,10 @@ def build(job: Stage, config: PackConfig, corpus: Path, spm: Path, workers: int 
         train, val = counts["train"], counts["val"]
         if missing := ", ".join(sorted(train["sources"].keys() - val["sources"].keys())):
             log.warning(f"no document of {missing} is held out: validation does not measure it")
+        share = val["bytes"] / (train["bytes"] + val["bytes"])
+        if share > 4 * config.val_fraction:
+            why = "a held-out document is much longer than others; split it into several"
+            log.warning(f"{share:.0%} of the text is held out, but val_fraction is {config.val_fraction:g}: {why}")
         log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {job.directory}")
 
 
@@ -135,8 +139,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     chunks = []
     for shard in sorted(corpus.glob("shard_*.jsonl")):
         chunks += [(shard, start) for start in range(0, shard.stat().st_size, CHUNK)]
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(cli.pool(workers))
+    with cli.pool(workers) as pool, contextlib.ExitStack() as stack:
         files = {}
         for name in ("train.bin", "train.idx", "val.bin", "val.idx"):
             files[name] = stack.enter_context(open(directory / name, "wb"))
@@ -144,8 +147,8 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
         for documents in progress(encoded, len(chunks), "MB", "packing"):
             for split, source, ids, size in documents:
                 total = counts[split]
-                files[f"{split}.idx"].write(np.array(total["tokens"], "<i8").tobytes())
-                files[f"{split}.bin"].write(ids.tobytes())
+                files[f"{split}.idx"].write(np.array(total["tokens"], "<i8"))
+                files[f"{split}.bin"].write(ids)
                 empty = {"start": total["tokens"], "documents": 0, "tokens": 0, "bytes": 0}
                 for table in (total, total["sources"].setdefault(source, empty)):
                     table["documents"] += 1

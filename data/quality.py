@@ -1,6 +1,7 @@
 """Which text is worth learning from: the published rules of C4 and Gopher, and a test for English."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,7 @@ class C4:
     min_sentences: int = 3  # rejects a text with fewer sentences
     banned: tuple[str, ...] = ("lorem ipsum", "{")  # rejects a text that contains one of these in any case
 
-    def __post_init__(self):
-        check_types(self)
+    __post_init__ = check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,7 @@ class Gopher:
     # Share of characters in runs of 5, 6, … 10 words that occur more than once.
     max_duplicate_ngrams: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
 
-    def __post_init__(self):
-        check_types(self)
+    __post_init__ = check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +62,7 @@ class Quality:
     # Share of words among some 100 frequent English words. Words that are also French, German or Spanish do not count.
     min_english: float | None = 0.15
 
-    def __post_init__(self):
-        check_types(self)
+    __post_init__ = check_types
 
 
 PROSE = Quality(c4=None)  # for books and other text with line breaks inside paragraphs
@@ -111,12 +109,13 @@ def judge(text: str, words: list[bytes], hashes: np.ndarray, quality: Quality) -
             return f"c4_banned: {banned}"
         if len(SENTENCE_END.findall(text)) < c4.min_sentences:
             return "c4_sentences"
-    if gopher := quality.gopher:
-        return _gopher(text, words, gopher) or _gopher_ngrams(words, hashes, gopher)
+    if quality.gopher:
+        return next(_gopher(text, words, hashes, quality.gopher), None)
     return None
 
 
-def _gopher(text: str, words: list[bytes], gopher: Gopher) -> str | None:
+def _gopher(text: str, words: list[bytes], hashes: np.ndarray, gopher: Gopher) -> Iterator[str]:
+    """Yields the names of the rules of Gopher that a text fails."""
     spaced = text.split()
     count, chars = len(spaced), sum(map(len, spaced))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -139,27 +138,25 @@ def _gopher(text: str, words: list[bytes], gopher: Gopher) -> str | None:
         most = getattr(gopher, f"max_duplicate_{kind}s") * len(parts)
         failed[f"duplicate_{kind}s"] = len(parts) - len(once) > most
         failed[f"duplicate_{kind}_chars"] = repeated > getattr(gopher, f"max_duplicate_{kind}_chars") * len(text)
-    return next((f"gopher_{name}" for name, fails in failed.items() if fails), None)
-
-
-def _gopher_ngrams(words: list[bytes], hashes: np.ndarray, gopher: Gopher) -> str | None:
+    for name, fails in failed.items():
+        if fails:
+            yield f"gopher_{name}"
     ends = np.cumsum([0, *map(len, words)])  # bytes before each word
     for n, limit in enumerate(gopher.max_top_ngrams, start=2):
         if _top_share(ngrams(hashes, n), ends, n) > limit:
-            return f"gopher_top_{n}gram"
+            yield f"gopher_top_{n}gram"
     for n, limit in enumerate(gopher.max_duplicate_ngrams, start=5):
         share = _duplicate_share(ngrams(hashes, n), ends, n)
         if share > limit:
-            return f"gopher_duplicate_{n}grams"
+            yield f"gopher_duplicate_{n}grams"
         if share <= min(gopher.max_duplicate_ngrams):  # longer runs cover even less
             break
-    return None
 
 
 def _top_share(runs: np.ndarray, ends: np.ndarray, n: int) -> float:
     """Share of characters in the most frequent run of n words; 0 if no run occurs twice."""
     _, first, counts = np.unique(runs, return_index=True, return_counts=True)
-    if not len(counts) or counts.max() == 1:
+    if counts.max(initial=1) == 1:
         return 0.0
     start = first[counts.argmax()]
     return float(counts.max() * (ends[start + n] - ends[start]) / ends[-1])
@@ -168,7 +165,7 @@ def _top_share(runs: np.ndarray, ends: np.ndarray, n: int) -> float:
 def _duplicate_share(runs: np.ndarray, ends: np.ndarray, n: int) -> float:
     """Share of characters in runs of n words that occur more than once. Each character counts once."""
     _, kinds, counts = np.unique(runs, return_inverse=True, return_counts=True)
-    if not len(counts) or counts.max() == 1:
+    if counts.max(initial=1) == 1:
         return 0.0
     covered = np.convolve(counts[kinds] > 1, np.ones(n)) > 0.5  # words in a run that is repeated
     return float(np.diff(ends)[covered].sum() / ends[-1])

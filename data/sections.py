@@ -1,5 +1,6 @@
 """Cuts a long text at gaps between its paragraphs; where there are none, between lines, sentences, words."""
 
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,43 +14,39 @@ def sections(text: str) -> list[str]:
     # The paragraph before a cut decides on it: copies of a text are cut alike, even if one of them has a preface.
     if len(text) <= 2 * SECTION_CHARS:
         return [text]
-    parts, start, last = [], 0, 0  # last: the latest gap at which the section can end
+    cuts, last = [0], 0  # last: the latest gap at which the section can end
     for gap in _gaps(text, 0, len(text), GAPS):
-        if gap - start > 2 * SECTION_CHARS and last > start:
-            parts.append(text[start:last])
-            start = last
+        if gap - cuts[-1] > 2 * SECTION_CHARS and last > cuts[-1]:
+            cuts.append(last)
         before = text[max(last, gap - 200) : gap].strip()
-        if gap - start >= SECTION_CHARS and zlib.crc32(before.encode()) % 4 == 0:
-            parts.append(text[start:gap])
-            start = gap
+        if gap - cuts[-1] >= SECTION_CHARS and zlib.crc32(before.encode()) % 4 == 0:
+            cuts.append(gap)
         last = gap
-    rest = text[start:]
-    if parts and len(rest) < SECTION_CHARS // 2:
-        rest = parts.pop() + rest
-    return [*parts, rest]
+    if len(cuts) > 1 and len(text) - cuts[-1] < SECTION_CHARS // 2:
+        del cuts[-1]
+    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
 def _gaps(text: str, start: int, end: int, kinds: Sequence[re.Pattern]) -> Iterator[int]:
     """The ends of the paragraphs from start to end; of the lines of a paragraph that is longer than a section; …"""
-    if end - start > SECTION_CHARS and kinds:
-        for match in kinds[0].finditer(text, start, end):
-            yield from _gaps(text, start, match.end(), kinds[1:])
-            start = match.end()
-        if start < end:
-            yield from _gaps(text, start, end, kinds[1:])
-    else:
+    if end - start <= SECTION_CHARS or not kinds:
         yield from range(start + SECTION_CHARS, end, SECTION_CHARS)
         yield end
+        return
+    for match in kinds[0].finditer(text, start, end):
+        yield from _gaps(text, start, match.end(), kinds[1:])
+        start = match.end()
+    if start < end:
+        yield from _gaps(text, start, end, kinds[1:])
 
 
 def cut(text: str, fraction: float) -> tuple[str, str]:
     """Cuts off about the last `fraction` of a text, at the best gap: a paragraph, else a line, a sentence, a word."""
-    goal = place = len(text) * (1 - fraction)
-    first = max(1, round(len(text) * (1 - 2 * fraction)))
-    last = min(len(text) - 1, round(len(text) * (1 - fraction / 2)))
+    size, ends = len(text), []
+    goal = size * (1 - fraction)
+    first, last = max(1, round(size * (1 - 2 * fraction))), min(size - 1, round(size * (1 - fraction / 2)))
     for kind in GAPS:
-        if ends := [match.end() for match in kind.finditer(text, first, last)]:
-            place = min(ends, key=lambda end: abs(end - goal))
-            break
-    place = min(max(1, round(place)), len(text) - 1)
+        ends = ends or [match.end() for match in kind.finditer(text, first, last)]
+    place = min(ends or [round(goal)], key=lambda end: abs(end - goal))
+    place = min(max(1, place), size - 1)
     return text[:place].rstrip("\n"), text[place:]

@@ -6,7 +6,6 @@ import glob
 import gzip
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -18,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
     id: str
     file: str  # path of its file, "" in a dataset
-    where: str  # for messages: "path, line 3"; "record 3" in a dataset
+    where: str  # for messages: "path, line 3"; "name, record 3" in a dataset
     value: object  # as JSON has it, the text of a text file, or Unreadable
     read: float = 0.0  # share of the source that has been read with it, if known
 
@@ -51,8 +51,8 @@ class Record(NamedTuple):
 class Records:
     """A source of records. Raises TypeError or ValueError, naming the field, for an impossible setting."""
 
-    # A subclass has `inputs()`, {input: SHA-256} for the manifest, and `records(workers, skip=0)`, which yields the
-    # records after the first `skip`, in an order that depends on nothing but the input.
+    # A subclass has `inputs()`, {input: SHA-256} for the manifest, and `records(workers)`, whose order depends on
+    # nothing but the input.
 
     name: str = ""  # unique among the sources of a stage
     licence: str = "not stated"  # for the data card
@@ -86,7 +86,7 @@ class Source(Records):
 
     def documents(self, workers: int, skip: int = 0) -> Iterator[Record]:
         """The records after the first `skip`, each with its text, or Unreadable, as value."""
-        for record in self.records(workers, skip):
+        for record in itertools.islice(self.records(workers), skip, self.max_documents):
             text = value = record.value
             if self.field == "*" and not isinstance(value, str):
                 text = "\n".join(_strings(value))
@@ -110,12 +110,15 @@ def _strings(value) -> Iterator[str]:
 
 def inputs(sources: Iterable[Records], directory: Path) -> dict[str, str]:
     """{input: SHA-256} of all sources of a stage; {} if its directory is finished and a source has been moved away."""
+    table = {}
     try:
-        return {path: digest for source in sources for path, digest in source.inputs().items()}
+        for source in sources:
+            table |= source.inputs()
     except UserError:
         if read_manifest(directory) is None:
             raise
         return {}
+    return table
 
 
 def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, int]) -> None:
@@ -124,51 +127,23 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
     log.info(f"{name}: {kept:,} of {read:,} {unit} kept (dropped: {rules})")
     for rule, number in dropped.items():
         if 3 * number > read:
-            log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is its setting too strict?")
+            log.warning(f"{name}: {rule} dropped {number:,} of {read:,} {unit}; is that what you want?")
 
 
-class Streams(io.RawIOBase):
-    """Decompresses one or more .xz or .bz2 streams. `lzma.open` and `bz2.open` ignore damage in a later stream."""
-
-    def __init__(self, file, decompressor):
-        self.file, self.decompressor, self.stream, self.rest = file, decompressor, decompressor(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = b""
-        while not data:
-            self.rest = self.rest or self.file.read(1 << 16)
-            if self.stream.eof:
-                if not self.rest:
-                    return 0
-                self.rest = self.rest.lstrip(b"\0")  # streams may be padded
-                self.stream = self.decompressor() if self.rest else self.stream
-                continue
-            if not self.rest and self.stream.needs_input:
-                raise EOFError("it is truncated")
-            data = self.stream.decompress(self.rest, len(buffer))
-            self.rest = self.stream.unused_data
-        buffer[: len(data)] = data
-        return len(data)
+def _strict(kind: type, file):
+    """A decompressed file that refuses damage after its first stream, which Python's readers ignore."""
+    opened = kind(file)
+    opened._buffer.raw._trailing_error = ()
+    return opened
 
 
-OPEN = {
-    ".gz": gzip.open,
-    ".bz2": lambda file: io.BufferedReader(Streams(file, bz2.BZ2Decompressor)),
-    ".xz": lambda file: io.BufferedReader(Streams(file, lzma.LZMADecompressor)),
-}
+OPEN = {".gz": gzip.open, ".bz2": partial(_strict, bz2.BZ2File), ".xz": partial(_strict, lzma.LZMAFile)}
 BROKEN = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)  # pyarrow's errors are among these
+NOUNS = {".jsonl": "line", ".json": "element", ".parquet": "row"}
 
 
 def _format(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in OPEN else path.suffix
-
-
-def _glob(pattern: str) -> list[Path]:
-    paths = [raw() / name for name in sorted(glob.glob(pattern, root_dir=raw(), recursive=True))]
-    return [path for path in paths if path.is_file()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +152,8 @@ class FileRecords(Records):
 
     paths: tuple[str, ...]  # paths or globs; relative ones are found under DATA in the environment, or data/raw/
 
-    formats = (".jsonl", ".json", ".parquet")
+    formats = tuple(NOUNS)
+    expected = ".jsonl, .json or .parquet"
     columns = None  # of a .parquet file; None reads all
 
     def __post_init__(self):
@@ -189,67 +165,64 @@ class FileRecords(Records):
         """The files, sorted within each pattern. UserError for a pattern without a file, or for another format."""
         files: dict[Path, Path] = {}  # by the path behind links: reads each file once
         for pattern in self.paths:
-            place = raw() / pattern
-            paths = [place] if place.is_file() else _glob(pattern.replace("[", "[[]"))  # brackets may be part of a name
-            paths = paths or _glob(pattern)
+            paths: list[Path] = []
+            for spelled in (glob.escape(pattern), pattern.replace("[", "[[]"), pattern):  # a name may hold * and [
+                names = [] if paths else sorted(glob.glob(spelled, root_dir=raw(), recursive=True))
+                paths += [raw() / name for name in names if (raw() / name).is_file()]
             if not paths:
-                raise UserError(f"no file at {place}; correct the path, or set DATA to where relative paths are found")
+                fix = "correct the path, or set DATA to where relative paths are found"
+                if (raw() / pattern).is_dir():
+                    fix = f"to read a directory, name its files: {Path(pattern) / '*'}{self.formats[0]}"
+                raise UserError(f"no file at {raw() / pattern}; {fix}")
             for path in paths:
                 if _format(path) not in self.formats:
-                    known = ", ".join(self.formats)
-                    raise UserError(f"{path} is none of {known} (all but .parquet also as .gz, .bz2 or .xz)")
+                    raise UserError(f"{path} has another format; expected {self.expected}")
                 files.setdefault(path.resolve(), path)
         return list(files.values())
 
     def inputs(self) -> dict[str, str]:
-        digests = {}
-        for path in self.files():  # named by the path under DATA: the same files in another place are the same input
-            digests[str(path.relative_to(raw()) if path.is_relative_to(raw()) else path)] = sha256(path)
-        return digests
+        # Named by the path under DATA: the same files in another place are the same input.
+        return {str(path).removeprefix(f"{raw()}/"): sha256(path) for path in self.files()}
 
-    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        files, before, number = self.files(), 0, 0
+    def records(self, workers: int) -> Iterator[Record]:
+        files, before = self.files(), 0
         total = sum(path.stat().st_size for path in files) or 1
         for path in files:
             name = path.name.encode(errors="backslashreplace").decode()  # a name may not be UTF-8
             with open(path, "rb") as file:
                 try:
-                    for noun, place, value in self._read(path, file):
-                        number += 1
-                        if number > skip:
-                            id, where = (f"{name}:{place}", f"{path}, {noun} {place}") if noun else (name, str(path))
-                            yield Record(id, str(path), where, value, (before + file.tell()) / total)
+                    for number, value in self._read(path, file):
+                        id, where = name, str(path)
+                        if number:
+                            id, where = f"{name}:{number}", f"{path}, {NOUNS[_format(path)]} {number}"
+                        yield Record(id, str(path), where, value, (before + file.tell()) / total)
                 except BROKEN as error:
                     raise UserError(f"{path} cannot be read: {error}; replace the file") from None
             before += path.stat().st_size
 
-    def _read(self, path: Path, file) -> Iterator[tuple[str, int, object]]:
-        """(noun, number, value) for each record of an open file, such as ("line", 3, {…})."""
+    def _read(self, path: Path, file) -> Iterator[tuple[int, object]]:
+        """The number and the value of each record of an open file. A text file has one record, number 0."""
         content = OPEN[path.suffix](file) if path.suffix in OPEN else file
         if _format(path) == ".jsonl":
             for number, line in enumerate(content, start=1):
                 if line.strip():
-                    yield "line", number, self._decode(line, f"{path}, line {number}", json.loads)
+                    yield number, self._decode(line, f"{path}, line {number}", json.loads)
         elif _format(path) == ".json":
             value = self._decode(content.read(), str(path), json.loads)
-            for number, element in enumerate(value if isinstance(value, list) else [value], start=1):
-                yield "element", number, element
+            yield from enumerate(value if isinstance(value, list) else [value], start=1)
         elif _format(path) == ".parquet":
             table = extra("pyarrow.parquet", "pyarrow", "a .parquet file").ParquetFile(file)
             batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=self.columns))
-            for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
-                yield "row", number, row
+            yield from enumerate(itertools.chain.from_iterable(batches), start=1)
         else:
-            yield "", 0, self._decode(content.read(), str(path), str)
+            yield 0, self._decode(content.read(), str(path), str)
 
     def _decode(self, content: bytes, where: str, parse: Callable):
         try:
-            return parse(content.removeprefix(b"\xef\xbb\xbf").decode())
-        except UnicodeDecodeError as error:
-            byte = f"byte {error.object[error.start]:#04x} at {error.start:,}"
-            return self.refuse(f"{where} is not UTF-8 ({byte}); convert it, or leave it out if it is not text")
+            return parse(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            return self.refuse(f"{where}: not JSON ({error}); correct or remove it")
+            kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+            return self.refuse(f"{where} is not {kind} ({error}); correct it or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +233,7 @@ class Files(FileRecords, Source):
     field: str = "text"  # the field of a record that is the text; "*" joins every string inside the record
 
     formats = (".txt", ".md", ".raw", ".tokens", *FileRecords.formats)  # .raw and .tokens are WikiText's
+    expected = f".txt, .md, {FileRecords.expected}"
 
     @property
     def columns(self) -> list[str] | None:
@@ -287,9 +261,6 @@ class HubRecords(Records):
             object.__setattr__(self, "name", self.dataset)
         super().__post_init__()
 
-    def __str__(self) -> str:
-        return f"dataset {self.dataset}, subset {self.subset}, split {self.split}, revision {self.revision}"
-
     def _builder(self):
         datasets = extra("datasets", "datasets", f"the source {self.name}")
         datasets.utils.logging.disable_progress_bar()
@@ -298,20 +269,20 @@ class HubRecords(Records):
         for wait in (1, 4, 16, None):
             try:
                 builder = datasets.load_dataset_builder(self.dataset, self.subset, revision=COMMITS.get(key, key[1]))
-                splits = builder.config.data_files or [self.split]
+                splits = builder.config.data_files
                 if self.split not in splits:
-                    raise ValueError(f"its splits are {', '.join(map(str, splits))}")
+                    raise ValueError(f"no split {self.split!r}; there are {', '.join(map(str, splits))}")
                 COMMITS[key] = builder.hash
                 return builder
             except Exception as error:  # no such dataset, subset, split or revision; no network
                 if wait is None or type(error).__name__ not in PASSING:
-                    raise UserError(f"{self}: {error}") from None
+                    raise UserError(f"dataset {self.dataset}: {error}") from None
                 log.warning(f"{self.name}: {type(error).__name__}: {error}; trying again")
                 time.sleep(wait)
 
     def inputs(self) -> dict[str, str]:
         """The digest of its files: of their content, or of the ids that they have on the Hub in whatever commit."""
-        files = [str(file) for file in (self._builder().config.data_files or {}).get(self.split, ())]
+        files = list(map(str, self._builder().config.data_files[self.split]))
         ids = {file: sha256(Path(file)) for file in files if Path(file).is_file()}
         system, folders = extra("huggingface_hub", "datasets", "the Hub").HfFileSystem(), set()
         if not ids:
@@ -320,28 +291,24 @@ class HubRecords(Records):
             for folder in folders:
                 ids |= {f"hf://{entry['name']}": entry.get("blob_id") for entry in system.ls(folder)}
         except Exception as error:  # of the network
-            raise UserError(f"{self}: {error}") from None
+            raise UserError(f"dataset {self.dataset}: {error}") from None
         digest = hashlib.sha256("\n".join(ids[file] for file in files).encode()).hexdigest()
         return {f"{self.dataset}/{self.subset or 'default'}/{self.split}": digest}
 
-    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        done, failures = skip, 0
+    def records(self, workers: int) -> Iterator[Record]:
+        done, failures = 0, 0
         while True:
             try:
                 for value in self._builder().as_streaming_dataset(split=self.split).skip(done):
                     done, failures = done + 1, 0
-                    yield Record(f"{self.name}:{done}", "", f"record {done}", value)
+                    yield Record(f"{self.name}:{done}", "", f"{self.name}, record {done}", value)
                 return
             except Exception as error:  # of the network, the file system or a library below `datasets`
-                reason, failures = f"{type(error).__name__}: {error}", failures + 1
+                failed, failures = f"dataset {self.dataset}: {type(error).__name__}: {error}", failures + 1
             if failures > self.retries:
-                again = "the same command continues after the last finished shard"
-                raise UserError(f"{self} cannot be read, tried {failures} times ({reason}); {again}")
-            log.warning(f"{self.name}: {reason}; trying again")
+                raise UserError(f"{failed} (attempt {failures}); the same command continues after the last whole shard")
+            log.warning(f"{failed}; trying again")
             time.sleep(2 ** (failures - 1))
-
-    def refuse(self, message: str) -> Unreadable:
-        return super().refuse(f"{self}, {message}" if self.unreadable == "stop" else message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,20 +333,10 @@ class PythonDocs(Source):
     def inputs(self) -> dict[str, str]:
         return {}  # the environment: its versions are in the manifest
 
-    def records(self, workers: int, skip: int = 0) -> Iterator[Record]:
-        modules, number = self._modules(), 0
-        with cli.pool(workers) as pool:
-            for done, docstrings in enumerate(cli.ordered(pool, _docstrings, modules, 16 * workers), start=1):
-                for name, text in docstrings:
-                    number += 1
-                    if number > skip:
-                        yield Record(name, "", name, text, done / len(modules))
-
-    def _modules(self) -> list[tuple[str, Path]]:
-        """(name, path) of every module except tests."""
+    def records(self, workers: int) -> Iterator[Record]:
         roots, modules = {"": sysconfig.get_path("stdlib")}, []
         for package in self.packages:
-            spec = importlib.util.find_spec(package)
+            spec = importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package)
             if spec and spec.submodule_search_locations:
                 roots[package] = spec.submodule_search_locations[0]
         for package, root in roots.items():
@@ -388,7 +345,10 @@ class PythonDocs(Source):
                 if {"site-packages", "dist-packages", "test", "tests", "idle_test"}.isdisjoint(parts):
                     name = ".".join([package, *parts]).removeprefix(".").removesuffix(".__init__")
                     modules.append((name, path))
-        return modules
+        with cli.pool(workers) as pool:
+            for done, docstrings in enumerate(cli.ordered(pool, _docstrings, modules, 16 * workers), start=1):
+                for name, text in docstrings:
+                    yield Record(name, "", name, text, done / len(modules))
 
 
 def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
@@ -402,13 +362,13 @@ def _docstrings(module: tuple[str, Path]) -> list[tuple[str, str]]:
         return []
     if name == "pydoc_data.topics":
         return [(f"{name}.{topic}", text) for topic, text in ast.literal_eval(tree.body[-1].value).items()]
-    return list(_documented(tree, name))
-
-
-def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented) and (text := ast.get_docstring(node)):
-        yield name, text.encode(errors="replace").decode()  # may hold half a surrogate pair
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.expr):
-            yield from _documented(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+    pairs, nodes = [], [(name, tree)]
+    while nodes:
+        name, node = nodes.pop()
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and (text := ast.get_docstring(node)):
+            pairs.append((name, text.encode(errors="replace").decode()))  # may hold half a surrogate pair
+        for child in reversed(list(ast.iter_child_nodes(node))):
+            if not isinstance(child, ast.expr):
+                nodes.append((f"{name}.{child.name}" if hasattr(child, "name") else name, child))
+    return pairs

@@ -5,7 +5,7 @@
 # rejected answer start and the pair ends, the number of its kind, and of its prompt. `train.txt` has the origins.
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,17 +78,17 @@ def write(directory: Path, name: str, items: list[Item], sources: Sequence[str])
     write_texts(directory, name, items)
     lengths = np.array([item.parts for item in items])  # (pairs, 3): prompt, chosen, rejected
     ends = lengths.cumsum().reshape(-1, 3)
-    kinds, prompts, labels, parts = Counter(), {}, [], {}
+    kinds, prompts, labels, parts, first = Counter(), {}, [], {}, 0
     for item in items:
         kinds[item.kind] += 1
         prompt = prompts.setdefault(item.hashes[0], len(prompts))
         labels.append([list(kinds).index(item.kind), prompt])
     index = np.column_stack([ends - lengths, ends[:, 2], labels])
     index.astype("<i8").tofile(directory / f"{name}.idx")
-    names, first = [item.source for item in items], 0
+    sizes = Counter(item.source for item in items)
     for source in sources:
-        parts[source] = {"pair": first, "pairs": names.count(source)}
-        first += names.count(source)
+        parts[source] = {"pair": first, "pairs": sizes[source]}
+        first += sizes[source]
     counts = {"pairs": len(items), "prompts": len(prompts), "tokens": int(ends[-1, 2])}
     return counts | {"longest": int(lengths.sum(axis=1).max()), "sources": parts, "kinds": dict(kinds)}
 
@@ -119,10 +119,12 @@ class PairRows(Shuffled):
     holds = "pairs"
 
     def __init__(self, directory: Path, split: str, counts: dict, seed: int = 0, source: str = ""):
-        self.file, totals = str(directory / f"{split}.bin"), counts[split]
+        totals = counts[split]
+        self.file = str(directory / f"{split}.bin")
         self.tokens = np.memmap(self.file, dtype=counts["dtype"], mode="r")
         index = np.fromfile(directory / f"{split}.idx", dtype="<i8").reshape(-1, 6)
-        self.bounds, self.kinds, self.prompts = index[:, :4], index[:, 4], index[:, 5]  # of the whole split
+        self.bounds = index[:, :4]  # of the whole split
+        self.kinds, self.prompts = index[:, 4:].T
         self.names, self.width = list(totals["kinds"]), totals["longest"]  # tokens of the longest pair
         part = totals["sources"][source] if source else {"pair": 0, "pairs": totals["pairs"]}
         self.first = part["pair"]
@@ -141,9 +143,5 @@ class PairRows(Shuffled):
         ids = np.zeros((len(numbers), self.width), dtype=np.int64)
         for row, (start, *_, end) in zip(ids, bounds, strict=True):
             row[: end - start] = self.tokens[start:end]
-        return torch.from_numpy(ids), torch.from_numpy(bounds[:, 1:] - bounds[:, :1]), torch.from_numpy(numbers)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All pairs in order, `size` at a time."""
-        for start in range(0, self.count, size):
-            yield self.read(range(start, min(start + size, self.count)))
+        ends = bounds[:, 1:] - bounds[:, :1]
+        return torch.from_numpy(ids), torch.from_numpy(ends), torch.from_numpy(numbers)

@@ -1,4 +1,4 @@
-"""Filters: which pairs are worth learning from. What a rule drops is counted under its name."""
+"""Filters: which pairs are worth learning from. Dropped pairs are counted by rule."""
 
 import hashlib
 from dataclasses import dataclass

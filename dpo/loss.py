@@ -41,26 +41,26 @@ class LossConfig:
             raise ValueError(f"chosen_weight is {self.chosen_weight}; expected 0 or more")
 
 
-def sigmoid(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+def sigmoid(h: Tensor, config: LossConfig) -> Tensor:
     """−(1 − ε) log σ(β h) − ε log σ(−β h), ε the label smoothing: DPO, equation 7; with ε > 0, cDPO."""
     # σ(β h) is the probability that the chosen answer wins (Bradley-Terry). The loss is the
     # cross-entropy of two classes with the margin as logit. Pairs with a large margin hardly count any more.
-    margin = config.beta * (ratios[:, 0] - ratios[:, 1])  # (pairs,)
+    margin = config.beta * h  # (pairs,)
     right = F.logsigmoid(margin)
     wrong = F.logsigmoid(-margin)
     return -(1 - config.label_smoothing) * right - config.label_smoothing * wrong
 
 
-def ipo(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """(h − 1 / 2β)²: equation 17 of IPO, with means over an answer's tokens rather than sums, as the authors advise."""
+def ipo(h: Tensor, config: LossConfig) -> Tensor:
+    """(h − 1 / 2β)²: equation 17 of IPO."""
     # h has a goal, 1 / 2β. The sigmoid has none, and can overfit pairs that never contradict each other.
-    means = ratios / lengths
-    return (means[:, 0] - means[:, 1] - 1 / (2 * config.beta)).square()
+    goal = 1 / (2 * config.beta)
+    return (h - goal).square()
 
 
-def hinge(ratios: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+def hinge(h: Tensor, config: LossConfig) -> Tensor:
     """max(0, 1 − β h)."""
-    return torch.relu(1 - config.beta * (ratios[:, 0] - ratios[:, 1]))
+    return torch.relu(1 - config.beta * h)
 
 
 LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
@@ -69,7 +69,11 @@ LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
 def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
     """The loss of each pair, (pairs,), in the dtype of `policy`. The three tensors: (pairs, 2)."""
     # policy, reference: log-probabilities in nats of the chosen and the rejected answer. lengths: their tokens.
-    loss = LOSSES[config.loss](policy - reference, lengths, config)
+    chosen, rejected = (policy - reference).unbind(1)  # (pairs,) each
+    if config.loss == "ipo":  # means over an answer's tokens rather than sums, as the authors of IPO advise
+        chosen = chosen / lengths[:, 0]
+        rejected = rejected / lengths[:, 1]
+    loss = LOSSES[config.loss](chosen - rejected, config)
     if config.chosen_weight:  # keeps the chosen answer likely: h alone can grow while both become less likely
         loss = loss - config.chosen_weight * policy[:, 0] / lengths[:, 0]
     return loss
@@ -77,15 +81,13 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: 
 
 def rewards(policy: Tensor, reference: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """The values to log, by name, (pairs,) each. Rewards are sums over whole answers, for "ipo" too."""
-    ratios = (policy - reference).detach()
-    chosen = config.beta * ratios[:, 0]
-    rejected = config.beta * ratios[:, 1]
+    chosen, rejected = (config.beta * (policy - reference)).detach().unbind(1)  # (pairs,) each
     margin = chosen - rejected
     return {
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "margin": margin,
-        "accuracy": (margin.sign().double() + 1) / 2,  # a tie counts half: about 0.5 before the first step
+        "accuracy": (margin.sign() + 1) / 2,  # a tie counts half: about 0.5 before the first step
         # Watch logp_chosen: if it falls while the margin grows, chosen_weight can help.
         "logp_chosen": policy[:, 0].detach(),
         "logp_rejected": policy[:, 1].detach(),
@@ -119,6 +121,7 @@ def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
     losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,), −log π of each target
     answers = (targets[0] != IGNORED).nonzero()[:, 0]
     losses = losses[answers.to(device, non_blocking=True)]
-    # float64: the loss is a small difference of large sums, and float32 would lose the last digits.
-    sums = [part.sum() for part in losses.double().split(lengths)]
+    # float64: the loss is a small difference of large sums, and float32 would lose the last digits. Macs lack it.
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sums = [part.sum() for part in losses.to(wide).split(lengths)]
     return -torch.stack(sums).view(-1, 2)

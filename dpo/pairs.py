@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data.holdout import split_hash
 from data.sources import FileRecords, HubRecords, PythonDocs, Record, Records, Unreadable
-from sft.conversations import DocQuestions, Message, Refused, examples, first_question, in_turn, message_list, text_of
+from sft.conversations import DocQuestions, Message, Refused, examples, in_turn, take, take_question, text_of
 
 
 class Pair(NamedTuple):
@@ -39,33 +39,36 @@ SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message]) -> Pair:
     """The pair in a record. Refused if a field has a wrong type, or the two answers do not belong to one prompt."""
     # Each answer is a text, or a list of messages, which may begin with the prompt. Without a prompt, texts are
-    # transcripts of Anthropic's HH.
-    listed, prompt, sides = isinstance(fields.get("prompt"), list), [], []
+    # transcripts of Anthropic's HH; there the prompt may be a transcript too, which the answers continue.
+    prompt, beginning, sides = [], "", []
     if layout != "hh":
-        prompt = message_list(fields, ("prompt", "question"), "user")
+        prompt = take_question(fields, ("prompt", "question", "instruction"))
+        if len(prompt) == 1 and SPEAKER.match(prompt[0].content) and prompt[0].content.rstrip().endswith("Assistant:"):
+            beginning, prompt = prompt[0].content, []
     for name in ("chosen", "rejected"):
-        if layout == "hh" or not (prompt or listed or isinstance(fields[name], list)):
-            messages = transcript(text_of(fields.pop(name), name), name)
+        if layout != "hh" and (prompt or isinstance(fields[name], list)):
+            messages = take(fields, (name,), "assistant")
         else:
-            messages = message_list(fields, (name,), "assistant")
+            messages = transcript(beginning + text_of(fields.pop(name), name), name)
         if len(messages) == 1:
             messages = prompt + messages
-        elif listed and messages[: len(prompt)] != prompt:
-            raise Refused(f"{name} does not begin with the messages of prompt")
+        elif not set(prompt) <= set(messages):
+            raise Refused(f"{name} is a conversation without the messages of prompt; remove one of them")
         if not messages or messages[-1].role != "assistant":
             raise Refused(f"{name} does not end with an answer of the assistant")
         sides.append(in_turn(earlier + messages))
     (*prompt, chosen), (*other, rejected) = sides
     if prompt != other:
         raise Refused("chosen and rejected part before the last message; expected two answers to the same messages")
-    return Pair(record.id, tuple(prompt), chosen.content, rejected.content, (first_question(prompt),))
+    question = next(message.text() for message in prompt if message.role == "user")
+    return Pair(record.id, tuple(prompt), chosen.content, rejected.content, (question,))
 
 
 def transcript(text: str, name: str) -> list[Message]:
     """The turns of a transcript."""
     before, *parts = SPEAKER.split(text)
     if before.strip() or not parts:
-        raise Refused(f'{name} is no transcript: expected turns that begin "\\n\\nHuman:" and "\\n\\nAssistant:"')
+        raise Refused(f'{name} is no transcript, which begins "\\n\\nHuman:"; an answer alone needs the field prompt')
     messages = []
     for speaker, turn in zip(parts[::2], parts[1::2], strict=True):
         messages.append(Message("user" if speaker == "Human" else "assistant", turn.removeprefix(" ")))

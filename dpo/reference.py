@@ -30,13 +30,15 @@ TOKENS = {"cpu": 8_192, "cuda": 131_072}  # per batch, at most
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     """Log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
-    size = max(1, TOKENS[device_of(model).type] // pairs.width)  # pairs per batch
-    batches = progress(pairs.batches(size), math.ceil(pairs.count / size), "batches", name)
+    size, values = max(1, TOKENS.get(device_of(model).type, TOKENS["cpu"]) // pairs.width), []  # size: pairs per batch
     with torch.inference_mode():
-        values = torch.cat([log_probs(model, ids, bounds).cpu() for ids, bounds, _ in batches])
-    for number in (~values.isfinite()).any(dim=1).nonzero():
-        where = f"pair {int(number):,} of {pairs.file}"
-        raise UserError(f"the log-probability of {where} is not finite; the weights are damaged or training diverged")
+        for start in progress(range(0, pairs.count, size), math.ceil(pairs.count / size), "batches", name):
+            ids, bounds, _ = pairs.read(range(start, min(start + size, pairs.count)))
+            values.append(log_probs(model, ids, bounds).cpu())
+    values = torch.cat(values)
+    if not values.isfinite().all():
+        what = f"a log-probability of the pairs in {pairs.file} is not finite"
+        raise UserError(f"{what}; the weights are damaged, or their training diverged")
     return values
 
 
@@ -70,6 +72,5 @@ def load(directory: Path) -> dict[str, Tensor]:
     stage.finished(directory)
     stored = {}
     for split in SPLITS:
-        values = np.fromfile(directory / f"{split}.logp", dtype="<f8")
-        stored[split] = torch.from_numpy(values.astype(np.float64)).view(-1, 2)
+        stored[split] = torch.from_numpy(np.fromfile(directory / f"{split}.logp", dtype="<f8")).view(-1, 2)
     return stored

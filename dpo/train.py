@@ -73,7 +73,7 @@ class PreferenceLearning(Tuning):
     """Learns the pairs that dpo.data wrote to a directory. counts: from the manifest there."""
 
     # stored: the reference's log-probabilities by split. None: the adapter is switched off to compute them.
-    noun, most_epochs = "pairs", 10
+    noun = "pair"
 
     def __init__(self, config: DPOConfig, base: Base, directory: Path, counts: dict, stored: dict[str, Tensor] | None):
         self.dpo, self.base, self.stored = config, base, stored
@@ -88,8 +88,10 @@ class PreferenceLearning(Tuning):
         order = np.random.default_rng(0).permutation(self.held_out.count)
         self.chosen = sorted(order[:count].tolist())
         # An answer attends to its prompt and to itself. Logits are made only for answers.
-        prompt, chosen, rejected = np.diff(next(iter(sets.values())).bounds, axis=1).T.astype(float)
-        in_blocks, in_head = (prompt + chosen + rejected - 1).mean(), (chosen + rejected).mean()
+        rows = next(iter(sets.values()))
+        prompt, chosen, rejected = np.diff(rows.bounds, axis=1).T.astype(float)
+        in_blocks = (prompt + chosen + rejected - 1).mean()
+        in_head = (chosen + rejected).mean()
         keys = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2).mean()
         pair = finetune.step_flops(base.shape, config.lora, in_blocks, in_head, keys, plain=stored is None)
         self.flops = config.train.batch_size * pair
@@ -139,9 +141,9 @@ def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[],
     total, tokens = 0.0, 0
     for row, (prompt, chosen, _) in zip(ids, bounds.tolist(), strict=True):
         text = row[None, : chosen - 1].to(device)
-        policy = model(text)[0, prompt - 1 :].double().log_softmax(-1)  # (answer, V)
+        policy = model(text)[0, prompt - 1 :].cpu().double().log_softmax(-1)  # (answer, V)
         with lora.without(model) if adapted else nullcontext():
-            base = reference(text)[0, prompt - 1 :].double().log_softmax(-1)
+            base = reference(text)[0, prompt - 1 :].cpu().double().log_softmax(-1)
         total += float((policy.exp() * (policy - base)).sum())
         tokens += chosen - prompt
     return total / tokens
@@ -157,7 +159,7 @@ def job(
 
 
 def train(
-    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, reference: Path, spm: Tokenizer,
+    job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, spm: Tokenizer, reference: Path,
     force: bool = False, resume: str = "auto",
 ) -> None:  # fmt: skip
     """Teaches the base, unless that is done. reference: the directory of dpo.reference, read only if it is "stored"."""

@@ -19,7 +19,7 @@ BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # tokens read at once
 class Question(NamedTuple):
     """choices: (context, ending) of each; the endings are scored. kind: {"field": "syntax"}, say."""
 
-    choices: tuple[tuple[str, str], ...]
+    choices: list[tuple[str, str]]
     answer: int
     kind: dict[str, str] = {}  # noqa: RUF012 - never written to
 
@@ -37,7 +37,8 @@ def encode(tokenizer: Tokenizer, context: str, ending: str) -> Scored:
     whole = tokenizer.encode(context + ending)
     before = len(tokenizer.encode(context.rstrip()))
     opening = tokenizer.opening if context else [tokenizer.bos]  # the first id of a bare ending is scored too
-    return Scored([*opening, *whole], len(opening) + max(0, min(before, len(whole) - 1)))
+    start = len(opening) + max(0, min(before, len(whole) - 1))
+    return Scored([*opening, *whole], start)
 
 
 def fit(text: Scored, context_length: int) -> Scored:
@@ -49,28 +50,32 @@ def fit(text: Scored, context_length: int) -> Scored:
 def score(subject: Subject, questions: Sequence[Question], what: str = "choices") -> tuple[list[np.ndarray], int]:
     """log p in nats of every ending, per question; and how many questions lost the beginning of a context."""
     length = subject.model.config.context_length
-    texts, fitted, ends = [], [], []
-    for question in questions:
+    texts, owners = [], []
+    for number, question in enumerate(questions):
         for context, ending in question.choices:
             texts.append(encode(subject.tokenizer, context, ending))
-            fitted.append(fit(texts[-1], length))
-        ends.append(len(texts))
-    log_p = log_likelihoods(subject, fitted, what)
+            owners.append(number)
+    log_p, _ = log_likelihoods(subject, [fit(text, length) for text in texts], what)
     truncated = set()
     for i, (ids, start) in enumerate(texts):
         if len(ids) - start > length:  # the ending alone does not fit: score all of it, in windows
-            log_p[i] = -token_nats(subject, np.array(ids[1:]))[start - 1 :].sum()
-        elif fitted[i] != texts[i]:
-            truncated.add(np.searchsorted(ends, i, side="right"))
+            nats = token_nats(subject, np.array(ids[1:]))
+            log_p[i] = -nats[start - 1 :].sum()
+        elif len(ids) > length + 1:
+            truncated.add(owners[i])
+    ends = np.cumsum(np.bincount(owners))
     return np.split(log_p, ends[:-1]), len(truncated)
 
 
-def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> np.ndarray:
-    """log p in nats of the scored ids of each text, (texts,) float64. A text has at most context_length inputs."""
+def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> tuple[np.ndarray, np.ndarray]:
+    """log p in nats of each text's scored ids, (texts,) float64; and whether greedy decoding would write them, bool."""
+    # A text has at most context_length inputs.
     # Sorted, texts with equal beginnings are neighbours. A base is read whole. A text that shares its beginning with
     # the base before it is read from `first` on, the input that predicts the first id in which they differ.
-    base, before, batches, size = Scored([], 0), 0, [[]], 0
-    budget = BATCH_TOKENS[subject.device.type]
+    base = Scored([], 0)
+    before = size = 0
+    batches = [[]]
+    budget = BATCH_TOKENS.get(subject.device.type, BATCH_TOKENS["cpu"])
     for i in sorted(range(len(texts)), key=lambda i: texts[i].ids):
         ids, start = texts[i]
         shared = len(os.path.commonprefix((base.ids, ids)))  # noqa: RUF071 - not paths: lists of ids
@@ -82,83 +87,85 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
             first = 0
         if batches[-1] and size + len(ids) - first > budget:
             batches.append([])
-            size, first = 0, 0
+            size = first = 0
         if first == 0:
             base = texts[i]
         batches[-1].append((i, first))
         size += len(ids) - first
         before = len(ids)
     log_p = np.zeros(len(texts))
+    greedy = np.zeros(len(texts), bool)
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what):
-            read(subject, texts, batch, log_p)
-    return log_p
+            read(subject, texts, batch, log_p, greedy)
+    return log_p, greedy
 
 
-def read(subject: Subject, texts: Sequence[Scored], batch: list[tuple[int, int]], log_p: np.ndarray) -> None:
-    """Writes log p of a batch of texts, each with its first input that is read. An input of 0 makes it a base."""
-    tokens, targets, positions, places, base = [], [], [], [], 0
+def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray, greedy: np.ndarray) -> None:
+    """Writes both for a batch: (text, the first input that is read) of each. An input of 0 makes a text a base."""
+    tokens, targets, positions, ends = [], [], [], []
     for i, first in batch:
         ids, start = texts[i]
-        base = base if first else len(tokens)
-        places.append((base, len(tokens)))
         tokens += ids[first:-1]
         targets += [IGNORED] * (start - 1 - first) + ids[max(start, first + 1) :]
         positions += range(first, len(ids) - 1)
+        ends.append(len(tokens))
     inputs = torch.tensor([tokens]).to(subject.device)
     hidden = subject.model.hidden(inputs, positions=torch.tensor([positions]))[0]  # packed: no text sees another
     targets = torch.tensor(targets)
     scored = targets != IGNORED
-    losses = np.zeros(len(tokens))
-    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device))
-    for (i, first), (base, at) in zip(batch, places, strict=True):
-        ids, start = texts[i]
-        shared = losses[base + start - 1 : base + first].sum()
-        log_p[i] = -shared - losses[at : at + len(ids) - 1 - first].sum()
+    losses, likeliest, hits = np.zeros(len(tokens)), np.ones(len(tokens), bool), []
+    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device), hits)
+    likeliest[scored.numpy()] = hits
+    parts = zip(np.split(losses, ends[:-1]), np.split(likeliest, ends[:-1]), strict=True)
+    for (i, first), part in zip(batch, parts, strict=True):
+        if first == 0:
+            base = part
+        shared = slice(texts[i].start - 1, first)
+        log_p[i] = -base[0][shared].sum() - part[0].sum()
+        greedy[i] = base[1][shared].all() and part[1].all()
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-
-def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> tuple[np.ndarray, int]:
-    """What each question earns, (n,), and the number of ties."""
+def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
+    """What each question earns, (n,)."""
     # 1 for the right choice, 0 for a wrong one, 1/k where k choices score highest alike and one of them is right.
-    earned, ties = np.zeros(len(scores)), 0
+    earned = np.zeros(len(scores))
     for i, (values, answer) in enumerate(zip(scores, answers, strict=True)):
         best = values.max()
         top = values >= best - 1e-6 * max(1.0, abs(best))  # float32 cannot tell a millionth apart
         earned[i] = top[answer] / top.sum()
-        ties += int(top[answer] and top.sum() > 1)
-    return earned, ties
+    return earned
 
 
 def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majority: bool) -> dict:
     """The numbers of a task. majority: always giving the commonest answer is the baseline, if it beats chance."""
     answers = np.array([question.answer for question in questions])
-    per_character, chances, kinds = [], [], {}
-    right, ties = credit(scores, answers)
-    for question, log_p, earned in zip(questions, scores, right, strict=True):
+    chances = np.array([1 / len(question.choices) for question in questions])
+    per_character = []
+    for question, log_p in zip(questions, scores, strict=True):
         lengths = [len(ending.removeprefix(" ")) for _, ending in question.choices]
         per_character.append(log_p / lengths)
-        chances.append(1 / len(lengths))
-        for name, kind in question.kind.items():
-            kinds.setdefault(f"by_{name}", {}).setdefault(kind, []).append(earned)
+    right = credit(scores, answers)
+    ties = int(((right > 0) & (right < 1)).sum())
     accuracy, stderr = mean_and_error(right)
-    accuracy_norm, stderr_norm = mean_and_error(credit(per_character, answers)[0])
+    accuracy_norm, stderr_norm = mean_and_error(credit(per_character, answers))
     numbers = {"accuracy": accuracy, "accuracy_norm": accuracy_norm, "stderr": stderr, "stderr_norm": stderr_norm}
-    chance = baseline = float(np.mean(chances))
-    p = p_value(right.sum(), np.array(chances))
+    chance = baseline = float(chances.mean())
+    p = p_value(right.sum(), chances)
     if majority:
         always = answers == np.bincount(answers).argmax()
         numbers["majority"] = float(always.mean())
         if numbers["majority"] > chance:
             # A sign test: by chance, the model is the better one in half of the questions in which the two differ.
-            better, differ = (right > always).sum(), (right != always).sum()
-            baseline, p = numbers["majority"], p_value(better, np.full(differ, 0.5))
+            differ = (right != always).sum()
+            baseline = numbers["majority"]
+            p = p_value((right > always).sum(), np.full(differ, 0.5))
     numbers |= {"baseline": baseline, "chance": chance, "p_value": p, "ties": ties, "n": len(questions)}
-    for name, parts in kinds.items():
-        numbers[name] = {}
-        for kind, earned in sorted(parts.items()):
-            mean, error = mean_and_error(np.array(earned))
-            numbers[name][kind] = {"accuracy": mean, "stderr": error, "n": len(earned)}
+    for name in questions[0].kind:
+        kinds = np.array([question.kind[name] for question in questions])
+        parts = numbers[f"by_{name}"] = {}
+        for kind in sorted(set(kinds.tolist())):
+            earned = right[kinds == kind]
+            mean, error = mean_and_error(earned)
+            parts[kind] = {"accuracy": mean, "stderr": error, "n": len(earned)}
     return numbers

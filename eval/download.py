@@ -18,22 +18,20 @@ from eval.tasks import PUBLISHED, Published
 
 def main(arguments: argparse.Namespace) -> None:
     for name in arguments.tasks or PUBLISHED:
-        if name not in PUBLISHED:
-            raise UserError(f"no task {name} has data of its own; there are {', '.join(PUBLISHED)}")
         published = PUBLISHED[name]
         log.info(f"{name}: {published.find() or download(published)}")
 
 
 def download(published: Published) -> Path:
     """Writes a task's file, whole or not at all."""
-    datasets, name = extra("datasets", "datasets", "the Hub"), published.dataset
-    path = data.sources.raw() / (published.file + (".raw" if published.question is None else ".jsonl"))
+    datasets = extra("datasets", "datasets", "the Hub")
+    name = published.dataset
+    end = ".jsonl" if published.question else ".raw"
+    path = data.sources.raw() / (published.file + end)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        subsets = [published.subset]
-        if published.subset == "*":
-            subsets = sorted(datasets.get_dataset_config_names(name))
+        subsets = sorted(datasets.get_dataset_config_names(name)) if published.subset == "*" else [published.subset]
         with open(temporary, "w", encoding="utf-8") as file:
             for subset in subsets:
                 for record in datasets.load_dataset(name, subset, split=published.split):
@@ -53,5 +51,5 @@ def download(published: Published) -> Path:
 
 if __name__ == "__main__":
     p = cli.parser(__doc__, config=False)
-    p.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(PUBLISHED)}; default: all")
+    p.add_argument("tasks", nargs="*", choices=list(PUBLISHED), help="default: all")
     cli.run(main, p.parse_args())

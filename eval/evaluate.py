@@ -28,8 +28,8 @@ from eval import generation
 from eval.language import Subject, validation
 from eval.preference import preference
 from eval.prompts import TEXTS
-from eval.summary import main_metric, skipped, with_error
-from eval.tasks import PUBLISHED, TASKS
+from eval.summary import skipped, with_error
+from eval.tasks import METRICS, PUBLISHED
 from finetune import Base
 from sft.templates import unseen
 from stage import Stage, Step
@@ -40,17 +40,19 @@ READS = {"validation": "pack", "continuations": "pack", "answers": "sft_data", "
 
 def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
     """The stage that measures every trained stage, or the checkpoint `given`. where: a directory in place of DATA."""
-    command, directory = experiment.command("eval"), experiment.directory("eval")
+    command = experiment.command("eval")
     if given is None:
         trained = experiment.all_trained()
+        directory = experiment.directory("eval")
     else:
         final = Path(os.path.abspath(given))
         tuned = "sft" if checkpoint.template(final) else "pretrain"
         name = "dpo" if "dpo" in checkpoint.read_manifest(final)["config"] else tuned
-        trained, directory = {name: final}, final.parent / f"eval_{final.name}"
+        trained = {name: final}
+        directory = final.parent / f"eval_{final.name}"
         command += f" --checkpoint {shlex.quote(given)}"
     if where is not None:
-        if not where or not Path(where).is_dir():
+        if not os.path.isdir(where):
             raise UserError(f"no directory {where!r}; --data says where the tasks' files are")
         os.environ["DATA"] = where
         command += f" --data {shlex.quote(where)}"
@@ -71,49 +73,52 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
     """Measures each task that has not been measured yet. read: digests of all that may be read."""
     spm = experiment.load_tokenizer(list(trained.values())[-1])
     digests, missing = available(experiment, trained, spm, read)
-    results, texts, identity, waiting, prepared = {}, {}, {}, {}, {}
+    results, texts, waiting, measures = {}, {}, {}, {}
     for name, final in trained.items():
         checkpoint.must_match(final, spm.sha256)
-        identity[name] = {"checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
-        results[name], texts[name] = {}, {}
-        if not force:
-            keep(job.directory, name, identity[name], digests, results[name], texts[name])
-        for task, why in missing.items():
-            results[name].setdefault(task, {"skipped": why})
-        waiting[name] = [task for task in TASKS if task in digests and task not in results[name]]
+        identity = {"checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
+        results[name] = {task: {"skipped": why} for task, why in missing.items()}
+        texts[name], waiting[name] = {}, {}
+        if not force:  # another experiment may have measured a shared model; a result of this one stands without data
+            keep(experiment.owner(name).directory("eval"), name, identity, missing | digests, results, texts)
+            keep(job.directory, name, identity, digests, results, texts)
+        for task in METRICS:
+            if task not in results[name]:
+                waiting[name][task] = identity | {"data": digests[task]}
     finished = job.is_finished(force)
     job.read |= read
-    if line := skipped(results):
+    for line in skipped(results):
         log.info(line)
     if finished and not any(waiting.values()):
-        job.log_up_to_date()
+        log.info(f"{job.directory} is up to date")
         return
     torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
-    for task in set().union(*waiting.values()):  # damaged data stops before the long work
-        prepared[task] = prepare(task, experiment, trained, spm)
+    for task in METRICS:
+        if any(task in tasks for tasks in waiting.values()):  # damaged data stops before the long work
+            measures[task] = prepare(task, experiment, trained, spm)
     with job.making(keep=not force):
         (job.directory / "manifest.json").unlink(missing_ok=True)  # a finished evaluation is added to
         job.earlier = sum(stage.read_seconds(job.directory).values())
         device = machine.pick_device()
-        for name, final in trained.items():
-            if not waiting[name]:
+        for name, tasks in waiting.items():
+            if not tasks:
                 continue
-            log.info(f"{name}: {final}, step {checkpoint.read_manifest(final)['counts'].get('step', 'unknown')}")
-            model = checkpoint.load_model(final, str(device))
-            subject = Subject(model, spm, checkpoint.template(final), experiment.eval)
-            for task in waiting[name]:
+            log.info(f"{name}: {trained[name]}")
+            model = checkpoint.load_model(trained[name], str(device))
+            subject = Subject(model, spm, checkpoint.template(trained[name]), experiment.eval)
+            for task, identity in tasks.items():
                 started = time.perf_counter()
-                numbers = prepared[task](subject)
+                numbers = measures[task](subject)
                 seconds = time.perf_counter() - started
                 if "texts" in numbers:
                     texts[name][task] = numbers.pop("texts")
                 numbers = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # not finite: null
-                results[name][task] = numbers | identity[name] | {"data": digests[task]}
+                results[name][task] = numbers | identity
                 save(job.directory, results, texts)
                 stage.record_seconds(job.directory / f"{name}-{task}", seconds)
-                metric = main_metric(task)
+                metric = METRICS[task]
                 number = with_error(numbers, metric, metric) if metric in numbers else "skipped"
-                log.info(f"{task}: {metric.replace('_', ' ')} {number}, {seconds:.1f} s")
+                log.info(f"{task}: {metric} {number}, {seconds:.1f} s")
         save(job.directory, results, texts)
         measured = {}
         for name, entries in results.items():
@@ -123,17 +128,17 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
         log.info(f"evaluated: {job.directory / 'results.json'}")
 
 
-def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict[str, str], dict]:
+def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict, dict]:
     """{task: digest of all that its numbers depend on, but for the model}, and {task: why it cannot be measured}."""
-    digests, missing, settings = {}, {}, stage.describe(experiment.eval)
+    settings = stage.describe(experiment.eval)
+    digests = dict.fromkeys(TEXTS, digest(settings, TEXTS))
+    missing = {}
     for task, published in PUBLISHED.items():
         if published.file in read:
             digests[task] = read[published.file]
         else:
             where = data.sources.raw() / published.file
             missing[task] = f"no {where}.*; get it with: python -m eval.download {task}"
-    for task in TEXTS:
-        digests[task] = digest(settings, TEXTS)
     for task, source in READS.items():
         manifest = stage.read_manifest(experiment.directory(source))
         if manifest is None:
@@ -158,14 +163,14 @@ def keep(directory: Path, name: str, identity: dict, digests: dict, results: dic
     earlier = stage.read_json(directory / "results.json") or {}
     written = stage.read_json(directory / "generations.json") or {}
     for task, entry in earlier.get(name, {}).items():
-        # A result also stands if its data is gone.
-        if entry | identity == entry and entry["data"] == digests.get(task, entry["data"]):
-            results[task] = entry
+        same_data = entry.get("data") == digests.get(task, entry.get("data"))
+        if same_data and entry | identity == entry:
+            results[name][task] = entry
             if task in written.get(name, {}):
-                texts[task] = written[name][task]
+                texts[name][task] = written[name][task]
 
 
-def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: Tokenizer) -> Callable[[Subject], dict]:
+def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: Tokenizer) -> Callable:
     """Reads a task's data. Returns the function that measures a model: the task's numbers, and "texts" if it writes."""
     if task in PUBLISHED:
         published = PUBLISHED[task]
@@ -179,16 +184,21 @@ def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: To
         measure = validation if task == "validation" else generation.continuations
         return partial(measure, held_out=data.pack.load(directory, spm.sha256)["val"])
     if task == "answers":
-        counts, context = sft.data.load(directory, spm.sha256), experiment.model.context_length
-        train, held_out = (sft.data.Rows(directory, split, counts, context) for split in data.pack.SPLITS)
+        counts = sft.data.load(directory, spm.sha256)
+        train = sft.data.Rows(directory, "train", counts, context=0)  # their texts are read one by one, not in rows
+        held_out = sft.data.Rows(directory, "val", counts, context=0)
         template = stage.read_manifest(directory)["config"]["sft_data"]["template"]
         return partial(generation.answers, train=train, held_out=held_out, template=template)
     # The reference is the model that DPO started or would start from.
     pairs = dpo.data.PairRows(directory, "val", dpo.data.load(directory, spm.sha256))
-    final = list(trained.values())[-1]
-    base, beta, config = trained.get("sft", final), experiment.dpo.loss.beta, checkpoint.read_manifest(final)["config"]
+    *_, final = trained.values()
+    config = checkpoint.read_manifest(final)["config"]
     if "dpo" in config:
-        base, beta = checkpoint.base(final), config["loss"]["beta"]
+        base = checkpoint.base(final)
+        beta = config["loss"]["beta"]
+    else:
+        base = trained.get("sft", final)
+        beta = experiment.dpo.loss.beta
     pieces = unseen(base, experiment.sft.data.template, spm, experiment.imported is not None)
     model = Base(base, experiment.model, pieces).load().to(machine.pick_device())
     reference = dpo.reference.of_pairs(model.eval(), pairs, "reference")
@@ -200,5 +210,5 @@ def save(directory: Path, results: dict, texts: dict) -> None:
     for name, content in (("generations", texts), ("results", results)):
         ordered = {}
         for owner, entries in content.items():
-            ordered[owner] = {task: entries[task] for task in TASKS if task in entries}
+            ordered[owner] = {task: entries[task] for task in METRICS if task in entries}
         stage.write_json(directory / f"{name}.json", ordered)

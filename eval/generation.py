@@ -12,56 +12,58 @@ from data.pack import Packed
 from eval.language import Subject, perplexity, token_losses
 from eval.prompts import SMOKE, distinct, judge, repetition, words
 from eval.statistics import mean_and_error, ratio
-from model import IGNORED
 from sft.conversations import Message, cleaned
 from sft.data import Rows
 from sft.templates import ends, marked, render, shown
-
-BATCH = 8  # rows of conversations per forward pass
 
 
 def write(subject: Subject, prompts: list[list[int]], new_tokens: int, template: str | None) -> list[tuple]:
     """(seed, new ids, True if the model ended them) for each prompt."""
     config = subject.config
     seeds = range(config.seed, config.seed + len(prompts))
-    stop = ends(template, subject.tokenizer) if template else (subject.tokenizer.eos,)
+    stop = ends(template, subject.tokenizer) if template else [subject.tokenizer.eos]
     options = {"temperature": config.temperature, "top_p": config.top_p, "seed": seeds, "stop": stop}
     samples = []
-    for seed, new in zip(seeds, generate.generate(subject.model, prompts, new_tokens, **options), strict=True):
-        samples.append((seed, new, len(new) < new_tokens))
+    new = generate.generate(subject.model, prompts, new_tokens, **options)
+    for seed, ids in zip(seeds, new, strict=True):
+        samples.append((seed, ids, len(ids) < new_tokens))
     return samples
 
 
 def answer(subject: Subject, prompts: Sequence[str]) -> list[dict]:
     """{"prompt", "seed", "answer", "ended"} for each prompt, in the template in which the model learnt to answer."""
-    spm, template, asked, texts = subject.tokenizer, subject.template, [], []
+    spm, template = subject.tokenizer, subject.template
+    asked, texts = [], []
     for prompt in prompts:
         if template:
-            asked.append(render(template, [Message("user", cleaned(prompt))], spm, ask=True)[0])
+            ids, _ = render(template, [Message("user", cleaned(prompt))], spm, ask=True)
+            asked.append(ids)
         else:
             asked.append([*spm.opening, *spm.encode(prompt)])
     samples = write(subject, asked, subject.config.answer_tokens, template)
-    for prompt, (seed, new, ended) in zip(prompts, samples, strict=True):
-        text = spm.decode(new, begins=False)
+    for prompt, (seed, ids, ended) in zip(prompts, samples, strict=True):
+        text = spm.decode(ids, begins=False)
         texts.append({"prompt": prompt, "seed": seed, "answer": text, "ended": ended})
     return texts
 
 
 def smoke(subject: Subject) -> dict:
     """The task `smoke`: the share of short prompts whose answer passes every rule, and each rule; and the answers."""
-    texts = answer(subject, [prompt.text for prompt in SMOKE])
+    texts = answer(subject, list(SMOKE))
     passed, categories = {"passed": []}, {}
-    for prompt, text in zip(SMOKE, texts, strict=True):
-        text["category"], text["rules"] = prompt.category, judge(prompt, text["answer"])
+    for text in texts:
+        prompt = SMOKE[text["prompt"]]
+        text["category"] = prompt.category
+        text["rules"] = judge(prompt, text["answer"])
         for name, rule in text["rules"].items():
             passed.setdefault(name, []).append(rule["passed"])
         text["passed"] = all(rule["passed"] for rule in text["rules"].values())
         passed["passed"].append(text["passed"])
         categories.setdefault(prompt.category, []).append(text["passed"])
     _, stderr = mean_and_error(np.array(passed["passed"], float))
-    numbers = means(passed) | {"by_category": means(categories)}
-    # The baseline is an empty answer, which passes no prompt.
-    return numbers | {"stderr": stderr, "baseline": 0.0, "n": len(texts), "texts": texts}
+    numbers = means(passed)
+    numbers |= {"by_category": means(categories), "stderr": stderr}
+    return numbers | {"baseline": 0.0, "n": len(texts), "texts": texts}  # the baseline: an empty answer passes nothing
 
 
 def means(lists: dict[str, list]) -> dict[str, float]:
@@ -79,7 +81,8 @@ def prompts(subject: Subject, asked: Sequence[str]) -> dict:
 
 def continuations(subject: Subject, held_out: Packed) -> dict:
     """The task `continuations`: continuations of held-out documents, and how much they repeat themselves."""
-    config, spm, cut = subject.config, subject.tokenizer, subject.config.prompt_tokens
+    config, spm = subject.config, subject.tokenizer
+    cut = config.prompt_tokens
     length = cut + config.new_tokens
     documents = [ids for ids in held_out.documents() if len(ids) > length]
     if not documents:
@@ -88,19 +91,21 @@ def continuations(subject: Subject, held_out: Packed) -> dict:
     for ids in evenly(documents, config.continuations):
         ids = ids[:length].tolist()
         begun.append([*spm.opening, *ids[:cut]])
+        prompt = spm.decode(ids[:cut])
         truth = spm.decode(ids[cut:], begins=False)  # how the document continues
-        texts.append({"seed": 0, "prompt": spm.decode(ids[:cut]), "continuation": "", "truth": truth})
-    for text, (seed, new, _) in zip(texts, write(subject, begun, config.new_tokens, None), strict=True):
-        text |= {"seed": seed, "continuation": spm.decode(new, begins=False)}
+        texts.append({"seed": 0, "prompt": prompt, "continuation": "", "truth": truth})
+    samples = write(subject, begun, config.new_tokens, None)
+    for text, (seed, ids, _) in zip(texts, samples, strict=True):
+        text |= {"seed": seed, "continuation": spm.decode(ids, begins=False)}
+    numbers = variety(texts, "continuation")
     truth = variety(texts, "truth")
-    numbers = variety(texts, "continuation") | {"baseline": truth["repetition"]}
+    numbers["baseline"] = truth["repetition"]
     for n in (1, 2, 3):
         numbers[f"baseline_distinct_{n}"] = truth[f"distinct_{n}"]
     return numbers | {"texts": texts}
 
 
 def share(texts: list[dict], key: str) -> float:
-    """The share of the texts for which a key is True."""
     return sum(text[key] for text in texts) / len(texts)
 
 
@@ -121,15 +126,14 @@ def distinct_runs(texts: list[list[str]]) -> dict[str, float]:
     return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
-
-
 def answers(subject: Subject, train: Rows, held_out: Rows, template: str) -> dict:
     """The task `answers`: the loss of held-out answers in nats per token, and some answers of the model."""
     # The standard errors are over conversations.
     nats, counts = nats_by_conversation(subject, held_out, ends(template, subject.tokenizer))
     loss, stderr = ratio(nats.sum(1), counts.sum(1))
     loss_words, stderr_words = ratio(nats[:, 0], counts[:, 0])
+    _, ending_nats = nats.sum(0)
+    _, ending_count = counts.sum(0)
     # The baseline: each piece is as likely as it is frequent in the training answers, plus 1.
     learnt = train.tokens[np.flatnonzero(train.trained)]
     frequency = 1 + np.bincount(learnt, minlength=subject.tokenizer.vocab_size)
@@ -141,7 +145,7 @@ def answers(subject: Subject, train: Rows, held_out: Rows, template: str) -> dic
         "stderr": stderr,
         "loss_words": loss_words,
         "stderr_words": stderr_words,
-        "loss_ends": float(nats[:, 1].sum() / max(1, counts[:, 1].sum())),  # of the piece that ends an answer
+        "loss_ends": float(ending_nats / max(1, ending_count)),  # of the piece that ends an answer
         "baseline": float(math.log(frequency.sum()) - np.log(frequency[wanted]).mean()),
         "marked": share(texts, "marked"),
         "ended": share(texts, "ended"),
@@ -151,39 +155,36 @@ def answers(subject: Subject, train: Rows, held_out: Rows, template: str) -> dic
     }
 
 
-def nats_by_conversation(subject: Subject, rows: Rows, ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def nats_by_conversation(subject: Subject, held_out: Rows, ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The sum of −log p in nats over a conversation's words, and over the ends of its answers, (conversations, 2)."""
     # The second array counts these tokens. Only trained tokens count.
-    device, nats, counts = subject.device, [], []
-    batches = range(0, rows.count, BATCH)
+    nats, counts = [], []
+    count = len(held_out.starts) - 1
     with torch.inference_mode():
-        for start in progress(batches, len(batches), "batches", "answers"):
-            tokens, targets, positions = rows.read(range(start, min(start + BATCH, rows.count)))
-            trained = targets.flatten() != IGNORED
-            wanted = targets.flatten()[trained]
-            hidden = subject.model.hidden(tokens.to(device), positions=positions.to(device)).flatten(0, 1)
-            losses = token_losses(subject, hidden[trained.to(device)], wanted.to(device))
-            number = (positions.flatten() == 0).cumsum(0)[trained]  # position 0 opens a conversation
-            place = (2 * number + torch.isin(wanted, torch.tensor(ends))).numpy()
-            size = 2 * int(number[-1]) + 2
-            nats.append(np.bincount(place, losses, size).reshape(-1, 2))
-            counts.append(np.bincount(place, minlength=size).reshape(-1, 2))
-    nats, counts = np.concatenate(nats), np.concatenate(counts)
-    known = counts.sum(1) > 0  # not the padding behind a row
-    return nats[known], counts[known]
+        for number in progress(range(count), count, "conversations", "answers"):
+            ids, trained = held_out.conversation(number)
+            tokens = torch.from_numpy(ids).to(subject.device)
+            hidden = subject.model.hidden(tokens[None, :-1])[0]
+            losses = token_losses(subject, hidden[trained[1:]], tokens[trained])
+            ending = np.isin(ids[trained], ends)
+            nats.append(np.bincount(ending, losses, 2))
+            counts.append(np.bincount(ending, minlength=2))
+    return np.array(nats), np.array(counts)
 
 
 def written(subject: Subject, held_out: Rows, template: str) -> list[dict]:
     """The model's answers to the first question of some conversations, evenly spaced, beside the true answers."""
-    spm, asked, texts = subject.tokenizer, [], []
+    spm = subject.tokenizer
+    asked, texts = [], []
     for number in evenly(range(len(held_out.starts) - 1), subject.config.answers):
         ids, trained = held_out.conversation(number)
         first = int(trained.argmax())
         length = int(np.append(trained[first:], False).argmin())
         asked.append(ids[:first].tolist())
         truth = spm.decode(ids[first : first + length].tolist(), begins=False)
-        texts.append({"prompt": shown(asked[-1][1:], spm), "seed": 0, "answer": "", "truth": truth})
+        prompt = shown(asked[-1][1:], spm)
+        texts.append({"prompt": prompt, "seed": 0, "answer": "", "truth": truth})
     samples = write(subject, asked, subject.config.answer_tokens, template)
-    for text, (seed, new, ended) in zip(texts, samples, strict=True):
-        text |= {"seed": seed, "answer": shown(new, spm), "ended": ended, "marked": marked(template, new, spm)}
+    for text, (seed, ids, ended) in zip(texts, samples, strict=True):
+        text |= {"seed": seed, "answer": shown(ids, spm), "ended": ended, "marked": marked(template, ids, spm)}
     return texts

@@ -37,19 +37,20 @@ class Subject(NamedTuple):
 # half a context.
 def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, what: str | None = None) -> np.ndarray:
     """−log p in nats of every token of a stream that opens a document, (N,) float64. what: names the progress bar."""
-    model, n = subject.model, len(tokens)
-    T = model.config.context_length
+    n = len(tokens)
+    T = subject.model.config.context_length
     step = step or max(1, T // 2)
     starts = [0]
     if n > T:
         starts = [0, *range(step, n - T, step), n - T]  # the last window ends where the stream ends
-    stream = torch.from_numpy(np.insert(tokens.astype(np.int64), 0, subject.tokenizer.bos)).to(subject.device)
+    stream = np.insert(tokens.astype(np.int64), 0, subject.tokenizer.bos)
+    stream = torch.from_numpy(stream).to(subject.device)
     batches = torch.tensor(starts).split(WINDOWS)
     nats, scored = [], 0
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what) if what else batches:
             windows = torch.stack([stream[start : start + T + 1] for start in batch])  # (B, T + 1)
-            hidden = model.hidden(windows[:, :-1])  # (B, T, D)
+            hidden = subject.model.hidden(windows[:, :-1])  # (B, T, D)
             for start, window, x in zip(batch.tolist(), windows, hidden, strict=True):
                 new = scored - start  # earlier windows have scored the positions before it
                 nats.append(token_losses(subject, x[new:], window[new + 1 :]))
@@ -57,12 +58,20 @@ def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, wh
     return np.concatenate(nats)
 
 
-def token_losses(subject: Subject, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+def token_losses(
+    subject: Subject, hidden: torch.Tensor, targets: torch.Tensor, likeliest: list[bool] | None = None
+) -> np.ndarray:
     """−log p in nats of each target, (N,) float64. hidden: (N, D). UserError if one is not finite."""
-    losses, rows = [], max(1, LOGITS[subject.device.type] // subject.model.config.vocab_size)
+    # likeliest: a list to which is added, for each target, whether no id is likelier.
+    losses = []
+    rows = max(1, LOGITS.get(subject.device.type, LOGITS["cpu"]) // subject.model.config.vocab_size)
     for x, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        losses.append(F.cross_entropy(subject.model.head(x).float(), wanted, reduction="none"))
-    nats = torch.cat(losses).double().cpu().numpy()
+        logits = subject.model.head(x).float()
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        if likeliest is not None:
+            highest = logits.amax(1)  # argmax takes 30 times as long
+            likeliest += (logits.gather(1, wanted[:, None])[:, 0] == highest).tolist()
+    nats = torch.cat(losses).cpu().double().numpy()
     if not np.isfinite(nats).all():
         raise UserError("the logits are not finite; the weights are damaged, or their training diverged")
     return nats
@@ -73,13 +82,12 @@ def validation(subject: Subject, held_out: Packed) -> dict[str, float]:
     every = math.ceil(len(held_out.tokens) / subject.config.validation_tokens)
     documents = list(held_out.documents())[::every]
     nats = token_nats(subject, np.concatenate(documents), what="validation")
-    texts, sizes, starts = [], [], [0]
+    texts, starts = [], [0]
     for ids in documents:
         texts.append(subject.tokenizer.decode(ids.tolist()).encode())
-        sizes.append(len(texts[-1]))
         starts.append(starts[-1] + len(ids))
     bits = np.add.reduceat(nats, starts[:-1]) / math.log(2)  # per document
-    bits_per_byte, stderr = ratio(bits, np.array(sizes))
+    bits_per_byte, stderr = ratio(bits, np.array(list(map(len, texts))))
     xz = xz_bits_per_byte(b"\n".join(texts))
     return {
         "loss": float(nats.mean()),
@@ -102,26 +110,24 @@ def xz_bits_per_byte(text: bytes) -> float:
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-# ---------------------------------------------------------------------------------------------------------- WikiText-2
-
-
 # As lm-evaluation-harness measures it: each article alone, its spacing repaired, words and bytes counted as they were.
 # Windows do not overlap; for `strided_…` they overlap by half.
 def wikitext2(subject: Subject, text: str) -> dict[str, float]:
     """The task `wikitext2`, on the raw test set."""
-    ids, sizes, words = [], [], 0
-    for page in articles(text):
-        ids.append(subject.tokenizer.encode_array(detokenized(page).encode()))
-        sizes.append(len(page.encode()))
-        words += len(re.split(r"\s+", page))
-    tokens, sizes, numbers = sum(map(len, ids)), np.array(sizes), {}
+    pages = articles(text)
+    ids = [subject.tokenizer.encode_array(detokenized(page).encode()) for page in pages]
+    sizes = np.array([len(page.encode()) for page in pages])
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    tokens = sum(map(len, ids))
+    numbers = {}
     for prefix, step in (("", subject.model.config.context_length), ("strided_", None)):
         nats = np.zeros(len(ids))
         for i, page in enumerate(progress(ids, len(ids), "articles", f"{prefix}wikitext2")):
             nats[i] = token_nats(subject, page, step).sum()
         total = nats.sum()
-        for unit, count in (("token", tokens), ("word", words), ("byte", sizes.sum())):
-            numbers[f"{prefix}{unit}_perplexity"] = perplexity(total / count)
+        numbers[f"{prefix}token_perplexity"] = perplexity(total / tokens)
+        numbers[f"{prefix}word_perplexity"] = perplexity(total / words)
+        numbers[f"{prefix}byte_perplexity"] = perplexity(total / sizes.sum())
         bits_per_byte, stderr = ratio(nats / math.log(2), sizes)
         numbers |= {f"{prefix}bits_per_byte": bits_per_byte, f"{prefix}stderr": stderr}
     return numbers | {"baseline": xz_bits_per_byte(text.encode()), "n": tokens}

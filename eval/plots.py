@@ -1,78 +1,75 @@
 """The report's pictures as PNG. The same numbers give the same bytes. matplotlib is imported here and nowhere else."""
 
-import io
 import math
+from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from eval.summary import main_metric
+from configs import TRAINED
+from eval.summary import Run
+from eval.tasks import METRICS
 
-BLUE, RED, GREEN = "#1f5fa8", "#c0392b", "#3a8f5c"
-COLOURS = {"pretrain": BLUE, "sft": "#d9822b", "dpo": GREEN}
-PANELS = {  # of a training: the label of an axis, and the metrics on it with their colours
-    "loss (nats)": {"loss": BLUE, "val_loss": "black"},
-    "learning rate": {"lr": BLUE},
-    "gradient norm before clipping": {"grad_norm": BLUE},
-    "tokens per second": {"tokens_per_second": BLUE},
-    "reward": {"reward_chosen": GREEN, "val_reward_chosen": GREEN, "reward_rejected": RED, "val_reward_rejected": RED},
-    "share of pairs won": {"accuracy": BLUE, "val_accuracy": BLUE},
+matplotlib.rcdefaults()  # nothing comes from the user's settings
+matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.limits": (-3, 6)}
+matplotlib.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.25}
+PANELS = {  # the label of an axis, and the metrics on it; the last two panels are for DPO
+    "loss (nats)": ("loss", "val_loss"),
+    "learning rate": ("lr",),
+    "gradient norm before clipping": ("grad_norm",),
+    "tokens per second": ("tokens_per_second",),
+    "reward": ("reward_chosen", "val_reward_chosen", "reward_rejected", "val_reward_rejected"),
+    "share of pairs won": ("accuracy", "val_accuracy"),
 }
 
 
-def figure(panels: int, columns: int) -> tuple[Figure, list]:
-    """A figure and the axes of its panels. Nothing comes from the user's matplotlib settings."""
-    matplotlib.rcdefaults()
-    matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+def draw(run: Run, directory: Path) -> list[str]:
+    """Draws all pictures into a directory. Returns them as the report shows them."""
+    figures = {}
+    for name in TRAINED:
+        if records := run.metrics(name):
+            figures[name] = curves(records, f"{run.experiment.name}: {name}")
+    if tasks := run.measured():
+        figures["evaluation"] = bars(tasks)
+    directory.mkdir(exist_ok=True)
+    for name, drawing in figures.items():
+        drawing.savefig(directory / f"{name}.png", metadata={"Software": None})
+    return [f"![{name}](plots/{name}.png)" for name in figures]
+
+
+def figure(title: str, panels: int, columns: int) -> Figure:
     rows = math.ceil(panels / columns)
     drawing = Figure(figsize=(11, 1 + 3 * rows), dpi=120, layout="constrained")
-    axes = []
-    for number in range(panels):
-        axes.append(drawing.add_subplot(rows, columns, number + 1))
-        axes[-1].grid(axis="y", alpha=0.25)
-    return drawing, axes
-
-
-def png(drawing: Figure) -> bytes:
-    file = io.BytesIO()
-    drawing.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
-
-
-def curves(records: list[dict], title: str) -> bytes:
-    """What training logged over its steps, as it was logged. A null leaves a gap."""
-    logged = {key for record in records for key in record}
-    panels = [label for label, series in PANELS.items() if logged.intersection(series)]
-    drawing, axes = figure(len(panels), 2)
     drawing.suptitle(title)
-    for axis, label in zip(axes, panels, strict=True):
+    for number in range(panels):
+        drawing.add_subplot(rows, columns, number + 1)
+    return drawing
+
+
+def curves(records: list[dict], title: str) -> Figure:
+    """What training logged over its steps, as it was logged. A null leaves a gap."""
+    drawing = figure(title, 6 if "reward_chosen" in records[0] else 4, 2)
+    steps = [record["step"] for record in records]
+    for axis, (label, keys) in zip(drawing.axes, PANELS.items(), strict=False):
         axis.set(xlabel="step", ylabel=label)
-        for key, colour in PANELS[label].items():
-            steps, values = [], []
-            for record in records:
-                if key in record:
-                    steps.append(record["step"])
-                    values.append(number(record, key))
-            style = "o-" if key.startswith("val_") else "-"
-            axis.plot(steps, values, style, color=colour, markersize=4, linewidth=1, label=key)
-        if len(PANELS[label]) > 1:
-            axis.legend()
-    return png(drawing)
+        for number, key in enumerate(keys):
+            style = f"C{number // 2}" + ("o" if key.startswith("val_") else "-")
+            values = [record.get(key) for record in records]
+            axis.plot(steps, values, style, markersize=5, markeredgecolor="black", linewidth=1, label=key)
+        if len(keys) > 1:
+            axis.legend(fontsize="small")
+    return drawing
 
 
-def bars(tasks: dict[str, dict[str, dict]]) -> bytes:
-    """{task: {stage: its numbers}} beside the baselines. Whiskers are two standard errors either way."""
-    drawing, axes = figure(len(tasks), 4)
-    for axis, (task, entries) in zip(axes, tasks.items(), strict=True):
-        metric = main_metric(task)
-        axis.set(title=task, ylabel=metric.replace("_", " "))
-        for stage, entry in entries.items():
-            error = 2 * number(entry, "stderr")
-            axis.bar(stage, number(entry, metric), yerr=error, color=COLOURS.get(stage), capsize=3)
+def bars(tasks: dict[str, dict]) -> Figure:
+    drawing = figure("dashed: baseline; whiskers: two standard errors", len(tasks), 4)
+    for axis, (task, entries) in zip(drawing.axes, tasks.items(), strict=True):
+        metric = METRICS[task]
+        axis.set(title=task, ylabel=metric)
+        for name, entry in entries.items():
+            error = 2 * (entry["stderr"] or 0)  # null: unknown
+            axis.bar(name, entry[metric], yerr=error, capsize=3)
             if "baseline" in entry:
-                axis.axhline(entry["baseline"], color=RED, linestyle="--")
-    return png(drawing)
-
-
-def number(record: dict, key: str) -> float:
-    return math.nan if record[key] is None else record[key]
+                axis.axhline(entry["baseline"], color="black", linestyle="--")
+        axis.set_ylim(bottom=0)
+    return drawing

@@ -19,53 +19,53 @@ def preference(subject: Subject, pairs: PairRows, reference: Tensor, beta: float
     # reference ties all pairs, so the baseline is 0.5. Errors are over prompts, because the pairs of one are alike.
     policy = of_pairs(subject.model, pairs, "preference").numpy()
     rewards = beta * (policy - reference.numpy())
-    margins, likelier = rewards[:, 0] - rewards[:, 1], policy[:, 0] - policy[:, 1]
     lengths = np.diff(pairs.bounds)[:, 1:]  # (pairs, 2)
-    longer = lengths[:, 0] - lengths[:, 1]
-    wins, n = half_ties(margins), len(margins)
-    win_rate, stderr = clustered(wins, np.ones(n), pairs.prompts)
-    weights = matched(longer)  # always taking the longer answer would win half
+    wins = chosen_greater(rewards)
+    win_rate, stderr = clustered(wins, np.ones(len(wins)), pairs.prompts)
+    weights = matched(lengths[:, 0] - lengths[:, 1])  # always taking the longer answer would win half
     win_rate_matched, stderr_matched = clustered(wins, weights, pairs.prompts)
     chosen, rejected = -policy.sum(0) / lengths.sum(0)  # nats per token
     numbers = {
         "win_rate": win_rate,
-        "margin": float(margins.mean()),
+        "margin": float((rewards[:, 0] - rewards[:, 1]).mean()),
         "stderr": stderr,
         "win_rate_length_matched": win_rate_matched,
         "stderr_length_matched": stderr_matched,
         "pairs_length_matched": float(weights.sum()),
-        "longer_wins": float(half_ties(longer).mean()),  # what always taking the longer answer wins
-        "likelier": float(half_ties(likelier).mean()),  # the chosen answer, whatever the reference says
+        "longer_wins": float(chosen_greater(lengths).mean()),  # what always taking the longer answer wins
+        "likelier": float(chosen_greater(policy).mean()),  # the chosen answer, whatever the reference says
         "reward_chosen": float(rewards[:, 0].mean()),
         "reward_rejected": float(rewards[:, 1].mean()),
         "perplexity_chosen": perplexity(chosen),
         "perplexity_rejected": perplexity(rejected),
         "baseline": 0.5,
         "prompts": len(np.unique(pairs.prompts)),
-        "n": n,
+        "n": len(wins),
     }
     if len(pairs.names) > 1:
-        kinds = numbers["by_kind"] = {}
+        numbers["by_kind"] = {}
         for i, name in enumerate(pairs.names):
             kind = (pairs.kinds == i).astype(float)
             rate, error = clustered(wins, kind, pairs.prompts)
-            kinds[name] = {"win_rate": rate, "stderr": error, "n": int(kind.sum())}
+            numbers["by_kind"][name] = {"win_rate": rate, "stderr": error, "n": int(kind.sum())}
     return numbers
 
 
-def half_ties(difference: np.ndarray) -> np.ndarray:
-    """1 where the difference is positive, 1/2 where it is 0, else 0."""
-    return (np.sign(difference) + 1) / 2
+def chosen_greater(values: np.ndarray) -> np.ndarray:
+    """1 for each pair whose first value is the greater one, 1/2 for a tie, else 0. values: (pairs, 2)."""
+    chosen, rejected = values.T
+    return (np.sign(chosen - rejected) + 1) / 2
 
 
 def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
     """The weighted mean of `wins`, and its standard error over prompts; NaN if no pair has a weight."""
-    sums, sizes = np.bincount(prompts, weights * wins), np.bincount(prompts, weights)
-    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
-    if not len(sizes):
+    counted = weights > 0
+    _, prompts = np.unique(prompts[counted], return_inverse=True)
+    if not len(prompts):
         return math.nan, math.nan
-    mean, stderr = ratio(sums, sizes)
-    decided = (wins[weights > 0] != 0.5).any()  # a model beside itself ties all pairs, by construction
+    sizes = np.bincount(prompts, weights[counted])
+    mean, stderr = ratio(np.bincount(prompts, (weights * wins)[counted]), sizes)
+    decided = (wins[counted] != 0.5).any()  # a model beside itself ties all pairs, by construction
     if decided and not stderr > 1e-9:
         stderr = error_if_alike(mean, len(sizes))
     return mean, stderr
@@ -74,11 +74,14 @@ def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tup
 def matched(longer: np.ndarray) -> np.ndarray:
     """A weight for each pair, so that pairs that differ about as much in length have each order equally often."""
     # longer: by how many tokens the chosen answer is the longer one. In a bin, pairs of the rarer order keep weight 1.
-    size, weights = np.abs(longer), np.ones(len(longer))
-    bins = np.searchsorted(np.quantile(size, np.arange(1, BINS) / BINS), size)
+    size = np.abs(longer)
+    weights = np.ones(len(longer))
+    edges = np.quantile(size, np.arange(1, BINS) / BINS)
+    bins = np.searchsorted(edges, size)
     for number in range(BINS):
-        above, below = (bins == number) & (longer > 0), (bins == number) & (longer < 0)
+        above = (bins == number) & (longer > 0)
+        below = (bins == number) & (longer < 0)
         fewest = min(above.sum(), below.sum())
-        for order in (above, below):
-            weights[order] = fewest / max(1, order.sum())
+        weights[above] = fewest / max(1, above.sum())
+        weights[below] = fewest / max(1, below.sum())
     return weights

@@ -6,8 +6,8 @@
 import fnmatch
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import stage
 
@@ -15,19 +15,16 @@ MARKS = ("<|", "|>", "[INST]", "<s>", "</s>", "###", "```", "Human:", "User:", "
 REPEATED = 0.2  # the largest share of four-word runs that may have stood in the answer before
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt whose answer is judged."""
-
+class Prompt(NamedTuple):
     category: str
     text: str
-    expected: tuple[str, ...]  # the answer must have `least` of these words; a * at the end stands for any ending
+    expected: list[str]  # the answer must have `least` of these words; a * at the end stands for any ending
     words: tuple[int, int]  # the fewest and the most words of an answer
     least: int
 
 
 TEXTS = stage.read_json(Path(__file__).with_suffix(".json"))
-SMOKE = [Prompt(**prompt) for prompt in TEXTS["smoke"]]
+SMOKE = {prompt["text"]: Prompt(**prompt) for prompt in TEXTS["smoke"]}
 
 
 def words(text: str) -> list[str]:
@@ -37,12 +34,10 @@ def words(text: str) -> list[str]:
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Distinct runs of n words over all runs, in several texts together (distinct-n, arXiv:1510.03055); 0 if none."""
-    seen, total = set(), 0
+    runs = []
     for tokens in texts:
-        for i in range(len(tokens) - n + 1):
-            seen.add(tuple(tokens[i : i + n]))
-            total += 1
-    return len(seen) / max(1, total)
+        runs += zip(*(tokens[i:] for i in range(n)), strict=False)
+    return len(set(runs)) / max(1, len(runs))
 
 
 def repetition(tokens: Sequence[str]) -> float:
@@ -52,21 +47,21 @@ def repetition(tokens: Sequence[str]) -> float:
 
 def judge(prompt: Prompt, answer: str) -> dict[str, dict]:
     """{rule: {"rule": in words, "found": in the answer, "passed": bool}}"""
+    verdicts = {}
+
+    def add(name: str, rule: str, found: str, passed: bool) -> None:
+        verdicts[name] = {"rule": rule, "found": found or "none", "passed": passed}
+
     tokens = words(answer)
-    share, (fewest, most) = repetition(tokens), prompt.words
+    share = repetition(tokens)
+    fewest, most = prompt.words
     expected = [word for word in prompt.expected if fnmatch.filter(tokens, word)]
     marks = [mark for mark in MARKS if mark in answer]
-    content = f"at least {prompt.least} of {', '.join(prompt.expected)}", ", ".join(expected)
-    leakage = f"none of {escaped(MARKS)}", escaped(marks)
-    rules = {
-        "content": (*content, len(expected) >= prompt.least),
-        "repetition": (f"at most {REPEATED:.0%} of four-word runs repeat", f"{share:.0%}", share <= REPEATED),
-        "leakage": (*leakage, not marks),
-        "length": (f"{fewest} to {most} words", str(len(tokens)), fewest <= len(tokens) <= most),
-    }
-    verdicts = {}
-    for name, (rule, found, passed) in rules.items():
-        verdicts[name] = {"rule": rule, "found": found or "none", "passed": passed}
+    wanted = f"at least {prompt.least} of {', '.join(prompt.expected)}"
+    add("content", wanted, ", ".join(expected), len(expected) >= prompt.least)
+    add("repetition", f"at most {REPEATED:.0%} of four-word runs repeat", f"{share:.0%}", share <= REPEATED)
+    add("leakage", f"none of {escaped(MARKS)}", escaped(marks), not marks)
+    add("length", f"{fewest} to {most} words", str(len(tokens)), fewest <= len(tokens) <= most)
     return verdicts
 
 

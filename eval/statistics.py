@@ -9,7 +9,8 @@ from torch.distributions import Binomial
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """The mean of independent values between 0 and 1, and its standard error."""
-    mean, n = float(values.mean()), len(values)
+    mean = float(values.mean())
+    n = len(values)
     if values.min() == values.max():
         return mean, error_if_alike(mean, n)
     return mean, float(values.std(ddof=1)) / math.sqrt(n)
@@ -25,12 +26,14 @@ def error_if_alike(share: float, n: int) -> float:
 
 def ratio(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     """sum(totals) / sum(sizes) over n items and its standard error, which is NaN for a single item."""
-    mean, n = totals.sum() / sizes.sum(), len(sizes)
+    n = len(sizes)
+    size = sizes.sum()
+    mean = totals.sum() / size
     if n == 1:
         return float(mean), math.nan
-    residuals = totals - mean * sizes
-    spread = np.sqrt(np.square(residuals).sum() * (n / (n - 1)))
-    return float(mean), float(spread / sizes.sum())
+    squares = np.square(totals - mean * sizes).sum()
+    spread = np.sqrt(squares * (n / (n - 1)))
+    return float(mean), float(spread / size)
 
 
 def p_value(right: float, chances: np.ndarray) -> float:

@@ -1,27 +1,30 @@
-"""What the stages of an experiment left on disk, and the main number of each stage."""
+"""What the stages of an experiment left on disk, and the summary that a person reads: one row for each stage."""
 
+import contextlib
 import json
 import re
 import textwrap
 
 import stage
+from cli import UserError
 from configs import DIRECTORIES, Experiment
-from eval.tasks import TASKS
+from eval.tasks import METRICS
 
-# For each stage: its main number (a key of its results or of the counts in its manifest), the unit, and what it means.
+# Main numbers: a stage, then a path in its results or in the counts of its manifest; the unit; the meaning.
+PART = "in training, on part of the held-out data"  # until the stage is evaluated
 MAIN = {
-    "corpus": ("documents", "documents", "{bytes:,} bytes after cleaning"),
-    "tokenizer": ("bytes_per_token", "bytes per token", "how much text fits one token; more is better"),
-    "pack": ("train.tokens", "tokens", "to train on; {val[tokens]:,} more are held out"),
-    "pretrain": ("validation.bits_per_byte", "bits per byte", "of held-out text; xz -9 needs {baseline:.3f}"),
-    "sft_data": ("train.conversations", "conversations", "to train on, in rows that are {packing_efficiency:.1%} full"),
-    "sft": ("answers.loss", "nats per token", "loss of held-out answers; piece frequencies give {baseline:.3f}"),
-    "dpo_data": ("train.pairs", "pairs", "of a better and a worse answer, to {prompts:,} prompts"),
-    "dpo": ("preference.win_rate", "of pairs won", "held-out pairs whose better answer gained more; chance: 0.5"),
+    "corpus.documents": ("documents", "{bytes:,} bytes after cleaning"),
+    "tokenizer.bytes_per_token": ("bytes per token", "how much text fits one token; more is better"),
+    "pack.train.tokens": ("tokens", "to train on; {val[tokens]:,} more are held out"),
+    "pretrain.validation.bits_per_byte": ("bits per byte", "of held-out text; xz -9 needs {validation[baseline]:.3f}"),
+    "pretrain.record.val_bits_per_byte": ("bits per byte", PART),
+    "sft_data.train.conversations": ("conversations", "to train on, in rows that are {packing_efficiency:.1%} full"),
+    "sft.answers.loss": ("nats per token", "loss of held-out answers; piece frequencies give {answers[baseline]:.3f}"),
+    "sft.record.val_loss": ("nats per token", PART),
+    "dpo_data.train.pairs": ("pairs", "of a better and a worse answer, to {train[prompts]:,} prompts"),
+    "dpo.preference.win_rate": ("of pairs won", "held-out pairs whose better answer gained more; chance: 0.5"),
+    "dpo.record.val_accuracy": ("of pairs won", PART),
 }
-IN_TRAINING = {"pretrain": "val_bits_per_byte", "sft": "val_loss", "dpo": "val_accuracy"}  # until it is evaluated
-METRICS = {"validation": "bits_per_byte", "wikitext2": "bits_per_byte", "answers": "loss", "preference": "win_rate"}
-METRICS |= {"smoke": "passed", "prompts": "repetition", "everyday": "repetition", "continuations": "repetition"}
 MARKUP = r"<\|im_\w+\|>(system|user|assistant)?|### \w+:"
 
 
@@ -29,172 +32,142 @@ class Run:
     """What the stages left, by stage: manifests, manifests of final checkpoints, results, and texts of the models."""
 
     def __init__(self, experiment: Experiment):
-        self.experiment, self.manifests, self.finals, self.numbers = experiment, {}, {}, {}
+        self.experiment = experiment
+        self.manifests, self.finals, self.numbers = {}, {}, {}
         for name in DIRECTORIES:
-            directory = experiment.directory(name)
-            if manifest := stage.read_manifest(directory):
-                self.manifests[name], self.numbers[name] = manifest, manifest["counts"]
-            if final := stage.read_manifest(directory / "final"):
-                self.finals[name] = final
-        if experiment.imported and "pretrain" not in self.finals:
-            self.finals["pretrain"] = stage.read_manifest(experiment.imported)
+            if manifest := stage.read_manifest(experiment.directory(name)):
+                self.manifests[name] = manifest
+                self.numbers[name] = manifest["counts"]
+        with contextlib.suppress(UserError):  # nothing is trained
+            for name, final in experiment.all_trained().items():
+                self.finals[name] = stage.read_manifest(final)
         self.results = stage.read_json(experiment.directory("eval") / "results.json") or {}
         self.texts = stage.read_json(experiment.directory("eval") / "generations.json") or {}
         self.numbers |= self.results
 
+    def measured(self) -> dict[str, dict]:
+        """{task: {stage: its numbers}} of all tasks that were measured."""
+        tasks = {}
+        for task in METRICS:
+            for name, entries in self.results.items():
+                if "n" in entries.get(task, {}):
+                    tasks.setdefault(task, {})[name] = entries[task]
+        return tasks
+
     def lookup(self, key: str) -> float | None:
-        """The number that a key such as "sft.answers.loss" names."""
+        """The number that a key such as "sft.answers.loss" names; None if there is no such number."""
         value = self.numbers
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    def measured(self, task: str) -> dict[str, dict]:
-        """The numbers of a task by stage."""
-        return {name: entries[task] for name, entries in self.results.items() if "n" in entries.get(task, {})}
-
-    def usual(self, key: str) -> str:
-        """Whether a number is in the range that the config expects."""
-        if key not in self.experiment.expected:
-            return ""
-        low, high = self.experiment.expected[key]
-        return f"{low:,} to {high:,} " + ("✓" if low <= self.lookup(key) <= high else "✗ unusual")
+        return value if isinstance(value, int | float) else None
 
     def rows(self) -> list[list[str]]:
-        """[stage, main number, whether it is usual, what it means] of each stage that has a number."""
-        rows = []
-        for name, (path, unit, meaning) in MAIN.items():
-            key = f"{name}.{path}"
-            number, logged = self.lookup(key), self.lookup(f"{name}.record.{IN_TRAINING.get(name)}")
-            if number is not None:
-                meaning = meaning.format_map(self.numbers[name] | self.lookup(key.rpartition(".")[0]))
-                rows.append([name, f"{digits(number)} {unit}", self.usual(key), meaning])
-            elif logged is not None:
-                rows.append([name, f"{digits(logged)} {unit}", "", "in training, on part of the held-out data"])
-            for other in self.experiment.expected:  # other numbers that the config has a range for
-                if other.startswith(f"{name}.") and other != key and self.lookup(other) is not None:
-                    rows.append([name, digits(self.lookup(other)), self.usual(other), other])
+        """[stage, number, unit, usual range, meaning] of the main numbers, then of others that have a usual range."""
+        expected, rows = self.experiment.expected, []
+        for key in dict.fromkeys([*MAIN, *expected]):
+            number, usual = self.lookup(key), ""
+            if number is None:
+                continue
+            if key in expected:
+                low, high = expected[key]
+                mark = "✓" if low <= number <= high else "✗ unusual"
+                usual = f"usual {low:,} to {high:,} {mark}"
+            name = key.partition(".")[0]
+            unit, meaning = MAIN.get(key, ("", key))
+            meaning = meaning.format_map(self.numbers[name])
+            rows.append([name, f"{round(number, 3):,}", unit, usual, meaning])
         if self.results:
-            count = sum(len(self.measured(task)) for task in TASKS)
-            rows.append(["eval", f"{count} results", "", f"of {', '.join(self.results)}"])
+            count = sum(map(len, self.measured().values()))
+            stages = ", ".join(self.results)
+            rows.append(["eval", f"{count}", "results", "", f"of {stages}"])
         return rows
 
     def result(self, name: str) -> str:
         """A stage's main number in words, for `pipeline.py --status`; "" if there is none."""
-        return next((result for stage, result, *_ in self.rows() if stage == name), "")
+        for row in self.rows():
+            if row[0] == name:
+                return f"{row[1]} {row[2]}" + (" in training" if row[4] == PART else "")
+        return ""
 
     def metrics(self, name: str) -> list[dict]:
-        """What the training of a stage logged."""
-        path, records = self.experiment.directory(name) / "metrics.jsonl", []
+        path = self.experiment.directory(name) / "metrics.jsonl"
+        records = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
+            with contextlib.suppress(ValueError):  # training was killed while it wrote this line
                 records.append(json.loads(line))
-            except ValueError:
-                continue  # training was killed while it wrote this line
         return records
-
-
-# --------------------------------------------------------------------------------------------------------------- words
 
 
 def notes(run: Run) -> list[str]:
     """What a reader must know before any number."""
-    lines, command = [], run.experiment.command("eval")
+    lines = []
+    command = run.experiment.command("eval")
     for name in DIRECTORIES:
         if name not in run.manifests and (run.experiment.directory(name) / "log.txt").is_file():
             lines.append(f"Note: {name} is unfinished; continue with: {run.experiment.command(name)}")
     for name, final in run.finals.items():
-        evaluated = set()
-        for entry in run.results.get(name, {}).values():
-            evaluated.add(entry.get("checkpoint"))
-        if not evaluated - {None}:
+        entries = run.results.get(name, {}).values()
+        evaluated = {entry["checkpoint"] for entry in entries if "checkpoint" in entry}
+        if not evaluated:
             lines.append(f"Note: {name} is not evaluated; evaluate it with: {command}")
         elif evaluated.isdisjoint(file["sha256"] for file in final["wrote"].values()):
             lines.append(f"Note: the results of {name} are of an earlier checkpoint; run: {command} --force")
-    lines.append(skipped(run.results))
-    return [wrapped(line) for line in lines if line]
+    for key in run.experiment.expected if run.results else ():
+        name = key.partition(".")[0]
+        if name in run.numbers and run.lookup(key) is None:
+            lines.append(f"Note: the config expects a range of {key}, but there is no such number")
+    return [*lines, *skipped(run.results)]
 
 
-def skipped(results: dict[str, dict]) -> str:
-    """One line for all tasks that were not measured, and why."""
+def skipped(results: dict[str, dict]) -> list[str]:
+    """One line for all tasks that were not measured, and why; none if all were."""
     reasons = {}
     for entries in results.values():
         for task, entry in entries.items():
-            why = entry.get("skipped", "")
-            if "eval.download" in why:
-                why = "get their data with: python -m eval.download"
-            if why:
+            if why := entry.get("skipped"):
+                why = re.sub(r"^no .*(: python -m eval.download).*", r"get their data with\1", why)
                 reasons.setdefault(why, {})[task] = None
     parts = [f"{', '.join(tasks)} ({why})" for why, tasks in reasons.items()]
-    return f"Skipped: {'; '.join(parts)}" if parts else ""
+    return [f"Skipped: {'; '.join(parts)}"] if parts else []
 
 
 def sample(run: Run) -> list[str]:
-    """The first held-out question and each stage's answer; without fine-tuning, the first continuation."""
+    """The first held-out question, its true answer, and each stage's; without fine-tuning, the first continuation."""
     task, key = ("answers", "answer") if len(run.texts) > 1 else ("continuations", "continuation")
-    first, texts, lines = {}, {}, []
+    texts, lines = {}, []
     for name, tasks in run.texts.items():
-        if task in tasks:
-            first = tasks[task][0]
-            texts[name] = first[key]
-    if first:
-        texts = {"prompt": first["prompt"], **texts, "truth": first["truth"]}
+        for first in tasks.get(task, [])[:1]:
+            texts |= {"prompt": first["prompt"], "truth": first["truth"], name: first[key]}
     for who, text in texts.items():
-        short = textwrap.shorten(visible(re.sub(MARKUP, " ", text)), 200, placeholder=" …")
-        lines.append(wrapped(short, " " * 10, f"{who:9} "))
+        text = visible(re.sub(MARKUP, " ", text))
+        short = textwrap.shorten(text, 200, placeholder=" …")
+        lines.append(textwrap.fill(f"{who:9} {short}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
     return lines
-
-
-def terminal(run: Run) -> str:
-    """The summary for a terminal of 80 columns or more."""
-    lines = [run.experiment.name, ""]
-    for name, result, usual, meaning in run.rows():
-        number, _, unit = result.partition(" ")
-        line = f"{name:9} {number:>10} {unit:16} {'usual' * bool(usual)} {usual}"
-        lines += [line.rstrip(), wrapped(meaning, " " * 21)]
-    parts = ["\n".join(lines), "\n".join(sample(run)), *notes(run)]
-    return "\n\n".join(filter(None, parts))
-
-
-def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
-    """A paragraph of at most 80 columns; commands and paths stay whole."""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, 80, initial_indent=first or indent, subsequent_indent=indent, **options)
 
 
 def visible(text: str) -> str:
     """Text with control and invisible characters as escapes, such as \\x1b."""
     shown = ""
-    for c in str(text).replace("\t", "    "):
-        shown += c if c.isprintable() or c in "\n\xa0\u3000" else c.encode("unicode_escape").decode()
+    for c in text.expandtabs(4):
+        plain = c.isprintable() or c in "\n\xa0\u3000"
+        shown += c if plain else c.encode("unicode_escape").decode()
     return shown
 
 
-def digits(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:.3f}"
-
-
-def show(value) -> str:
+def show(value: float | None) -> str:
     """A number with the digits that count. JSON holds null for a number that is not finite."""
     if isinstance(value, float):
-        form = ",.0f" if abs(value) >= 1000 else ".3g" if 0 < abs(value) < 0.01 else ".4f"
-        return format(value, form)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "not finite" if value is None else value
-
-
-def main_metric(task: str) -> str:
-    """The metric that `stderr` and `baseline` of a task are about."""
-    return METRICS.get(task, "accuracy")
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.6g}"
+    return "not finite" if value is None else f"{value:,}"
 
 
 def with_error(entry: dict, key: str, main: str) -> str:
     """A metric of a task with its standard error and, for a tested accuracy, the side of the baseline it is on."""
-    text, error = show(entry[key]), entry.get(key.replace(main, "stderr"))
-    if error is not None and main in key:
-        text += f" ± {error:.2g}"
+    text = show(entry[key])
+    if main in key:
+        error = entry.get(key.replace(main, "stderr"))
+        text += f" ± {error:.2g}" if error else ""  # 0 by construction for a model beside itself
     if key == "accuracy" and "p_value" in entry:
         side = "↑" if entry["accuracy"] > entry["baseline"] else "↓"
-        text += f" {side}" if entry["p_value"] < 0.05 else " ="
+        text += f" {side if entry['p_value'] < 0.05 else '='}"
     return text

@@ -18,8 +18,6 @@ from eval.language import Subject
 
 @dataclass(frozen=True)
 class Published:
-    """A task with data of its own."""
-
     file: str  # its name under DATA, without .jsonl or .raw, and without .xz, .gz or .bz2
     dataset: str  # on the Hub
     subset: str | None  # "*" for all of them
@@ -30,7 +28,7 @@ class Published:
     def find(self) -> Path | None:
         """Its file, if there is one. UserError if there are several."""
         wanted = data.sources.raw() / self.file
-        end = r"\.raw" if self.question is None else r"\d*\.jsonl"
+        end = r"\d*\.jsonl" if self.question else r"\.raw"
         pattern = rf"{re.escape(wanted.name)}{end}(\.(xz|gz|bz2))?"
         paths = [path for path in wanted.parent.glob("*") if re.fullmatch(pattern, path.name)]
         if len(paths) > 1:
@@ -39,26 +37,26 @@ class Published:
 
     def load(self, path: Path) -> str | list[Question]:
         """Its data. UserError that names file and line if it is damaged."""
-        questions, where = [], path
+        where = path
+        questions = []
         try:
             text = read(path)
-            if not text.strip():
-                raise ValueError("the file is empty")
             if self.question is None:
-                if not language.articles(text)[0].startswith(" = "):
+                if not re.match(r"(?m)\s*^ = [^=\n]+ = $", text):
                     raise ValueError("no title line ' = Title = ' opens it, as raw WikiText has")
                 return text
             for number, line in enumerate(text.split("\n"), start=1):
                 where = f"{path}, line {number}"
                 if line.strip():
-                    questions.append(self.question(json.loads(line)))
-                    questions[-1].choices[questions[-1].answer]
+                    questions.append(checked(self.question(json.loads(line))))
+            if not questions:
+                raise ValueError("the file is empty")
         except Exception as error:  # whatever goes wrong, the file is not what it should be
-            raise UserError(f"{where}: not the data of {self.dataset}: {error!r}; remove it or replace it") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}: not the data of {self.dataset}: {reason}; remove or replace the file") from None
         return questions
 
     def measure(self, subject: Subject, loaded: str | list[Question], name: str) -> dict:
-        """Its numbers."""
         if self.question is None:
             return language.wikitext2(subject, loaded)
         scores, truncated = choices.score(subject, loaded, name)
@@ -69,15 +67,32 @@ def read(path: Path) -> str:
     """A text file, compressed or not."""
     with open(path, "rb") as file:
         unpack = data.sources.OPEN.get(path.suffix)
-        return (unpack(file) if unpack else file).read().decode("utf-8-sig").replace("\r\n", "\n")
+        content = unpack(file).read() if unpack else file.read()
+    return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- questions
+def checked(question: Question) -> Question:
+    """The question. ValueError if it cannot be scored."""
+    for context, ending in question.choices:
+        (context + ending).encode()  # half a surrogate pair is no text
+        if not ending.strip():
+            raise ValueError("a choice is empty")
+    count = len(question.choices)
+    if not 0 <= question.answer < count or count == 1:  # the test sets of some datasets say -1: not published
+        raise ValueError(f"the answer is number {question.answer} of {count} choices")
+    return question
 
 
-def among(context: str, endings: list[str], answer: int) -> Question:
+def among(context: str, endings: list[str], answer: int | str) -> Question:
     """One context and several endings, after a space."""
-    return Question(tuple((context, " " + ending) for ending in endings), answer)
+    return Question([(context, " " + ending) for ending in endings], int(str(answer)))
+
+
+def listed(texts: list[str]) -> list[str]:
+    """The texts. TypeError for a text, which would pass for a list of letters."""
+    if type(texts) is not list:
+        raise TypeError(f"{texts!r} is no list of choices")
+    return texts
 
 
 def boolq(record: dict) -> Question:
@@ -88,7 +103,7 @@ def boolq(record: dict) -> Question:
 
 def blimp(record: dict) -> Question:
     """BLiMP (arXiv:1912.00582): two sentences, one of them grammatical."""
-    sentences = (("", record["sentence_good"]), ("", record["sentence_bad"]))
+    sentences = [("", record["sentence_good"]), ("", record["sentence_bad"])]
     field = record["field"].replace("/", "_")  # the files write both syntax/semantics and syntax_semantics
     return Question(sentences, 0, {"field": field, "term": record["linguistics_term"].strip()})
 
@@ -96,14 +111,15 @@ def blimp(record: dict) -> Question:
 def arc_easy(record: dict) -> Question:
     """ARC-Easy (arXiv:1803.05457): science questions of schools."""
     options = record["choices"]
-    answer = options["label"].index(record["answerKey"])
-    return among("Question: " + record["question"] + "\nAnswer:", options["text"], answer)
+    texts = dict(zip(options["label"], listed(options["text"]), strict=True))
+    answer = list(texts).index(record["answerKey"])
+    return among("Question: " + record["question"] + "\nAnswer:", list(texts.values()), answer)
 
 
 def piqa(record: dict) -> Question:
     """PIQA (arXiv:1911.11641): how to do things in the physical world."""
     context = "Question: " + record["goal"] + "\nAnswer:"
-    return among(context, [record["sol1"], record["sol2"]], int(record["label"]))
+    return among(context, [record["sol1"], record["sol2"]], record["label"])
 
 
 def hellaswag(record: dict) -> Question:
@@ -111,19 +127,22 @@ def hellaswag(record: dict) -> Question:
     context = record["ctx"]
     if "activity_label" in record:
         context = record["activity_label"] + ": " + record["ctx_a"] + " " + record["ctx_b"].capitalize()
-    return among(tidy(context), [tidy(ending) for ending in record["endings"]], int(record["label"]))
+    endings = list(map(tidy, listed(record["endings"])))
+    return among(tidy(context), endings, record["label"])
 
 
 def tidy(text: str) -> str:
     """A text of WikiHow without its marks in brackets."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def winogrande(record: dict) -> Question:
     """WinoGrande (arXiv:1907.10641): who or what a blank stands for. The rest of the sentence is scored after both."""
     before, rest = record["sentence"].split("_", 1)
-    contexts = [before + record["option1"], before + record["option2"]]
-    return Question(tuple((context, " " + rest.strip()) for context in contexts), int(record["answer"]) - 1)
+    ending = " " + rest.strip()
+    sentences = [(before + record["option1"], ending), (before + record["option2"], ending)]
+    return Question(sentences, int(record["answer"]) - 1)
 
 
 PUBLISHED = {
@@ -136,5 +155,7 @@ PUBLISHED = {
     "winogrande": Published("winogrande_val", "allenai/winogrande", "winogrande_xl", "validation", winogrande),
 }
 
-TASKS = ("validation", *PUBLISHED, "answers", "preference", "smoke", "prompts", "everyday", "continuations")
-"""Every task, in the order of results.json."""
+METRICS = {"validation": "bits_per_byte"} | dict.fromkeys(PUBLISHED, "accuracy") | {"wikitext2": "bits_per_byte"}
+METRICS |= {"answers": "loss", "preference": "win_rate", "smoke": "passed", "prompts": "repetition"}
+METRICS |= {"everyday": "repetition", "continuations": "repetition"}
+"""Every task in the order of results.json, and its main metric: `stderr` and `baseline` are about this one."""

@@ -8,14 +8,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,28 +21,30 @@ from starlette.requests import Request
 from cli import UserError, log
 from generate import Continuation
 from serving import schema
-from serving.engine import Engine, Generation, Piece, Refused, Token
+from serving.engine import Engine, Generation, Piece, Refused, Token, seed_of
 from serving.schema import ChatRequest, CompletionRequest, GenerateRequest, Sampled
 from serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
 DRAIN_SECONDS = 60  # for the answers under way when the server is asked to stop
 PATIENCE = 30.0  # seconds that a connection may wait for its client to send or to read
-CONNECTIONS = 512
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.04  # seconds between two looks at what the engine has written
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)  # seconds
 
 
 class Answers:
-    """The answers to a completion or chat request."""
+    """The answers to a completion or chat request, in OpenAI's form."""
 
     def __init__(self, served: Served, body: Sampled, generations: Sequence[Generation], request: Request):
         self.tokenizer, self.body, self.generations, self.request = served.tokenizer, body, generations, request
         self.chat = isinstance(body, ChatRequest)
-        id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        fingerprint = served.model.digest[:12]
-        self.head = {"id": id, "created": int(time.time()), "model": served.name, "system_fingerprint": fingerprint}
-        self.head["object"] = "chat.completion" if self.chat else "text_completion"
+        self.head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+            "system_fingerprint": served.model.digest[:12],
+        }
 
     async def response(self) -> Response:
         if not self.body.stream:
@@ -71,40 +71,32 @@ class Answers:
         yield "data: [DONE]\n\n"
 
     async def events(self) -> AsyncIterator[dict]:
-        options = self.body.stream_options
-        counted = bool(options and options.include_usage)
-        if counted:
-            self.head["usage"] = None
         if self.chat:
             self.head["object"] = "chat.completion.chunk"
             for number in range(len(self.generations)):
-                start = {"delta": {"role": "assistant", "content": ""}}
-                yield {"choices": [self.choice(number, start, None, None)]}
+                yield {"choices": [self.choice(number, {"delta": {"role": "assistant", "content": ""}}, None, None)]}
         async for number, piece in self.arriving():
             text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
             yield {"choices": [self.choice(number, text, piece.tokens, piece.finish)]}
-        if counted:
+        if self.body.stream_options and self.body.stream_options.include_usage:
             yield {"choices": [], "usage": self.usage()}
 
     async def arriving(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yields (number of the generation, piece) until all have ended. Raises Refused."""
         # Look from time to time: sending an event takes longer than drawing a small model's token. The pause grows, so
         # the first tokens arrive quickly, and later ones together.
-        pause = FIRST_PAUSE
-        unfinished = list(range(len(self.generations)))
-        while True:
-            for number in list(unfinished):
-                piece = self.generations[number].read()
-                if piece.finish:
-                    unfinished.remove(number)
-                if piece.finish or piece.text or piece.tokens:
-                    yield number, piece
-            if not unfinished:
-                return
-            if await self.request.is_disconnected():
-                raise Refused("the client has left", 499)
+        pause, unfinished = FIRST_PAUSE, dict(enumerate(self.generations))
+        while unfinished:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+            if await self.request.is_disconnected():
+                raise Refused("the client has left", 499)
+            for number, generation in list(unfinished.items()):
+                piece = generation.read()
+                if piece.finish:
+                    del unfinished[number]
+                if piece.finish or piece.text or piece.tokens:
+                    yield number, piece
 
     def usage(self) -> dict[str, int]:
         """Counts tokens. The prompt of several answers counts once."""
@@ -113,39 +105,32 @@ class Answers:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def choice(self, number: int, text: dict, tokens: Sequence[Token] | None, finish: str | None) -> dict:
-        logprobs = None
-        if tokens is not None and self.generations[0].continuation.candidates is not None:
-            logprobs = self.chat_logprobs(tokens) if self.chat else self.completion_logprobs(tokens)
-        return {"index": number, **text, "logprobs": logprobs, "finish_reason": finish}
+        asked = tokens is not None and self.generations[0].continuation.candidates is not None
+        return {"index": number, **text, "logprobs": self.logprobs(tokens) if asked else None, "finish_reason": finish}
 
-    def chat_logprobs(self, tokens: Sequence[Token]) -> dict:
+    def logprobs(self, tokens: Sequence[Token]) -> dict:
         content = []
         for token in tokens:
-            likeliest = [self.chat_token(*pair) for pair in token.candidates]
-            content.append(self.chat_token(token.id, token.logprob) | {"top_logprobs": likeliest})
-        return {"content": content, "refusal": None}
-
-    def chat_token(self, id: int, logprob: float) -> dict:
-        text, content = self.spelling(id)
-        return {"token": text, "logprob": logprob, "bytes": list(content)}
-
-    def completion_logprobs(self, tokens: Sequence[Token]) -> dict:
+            likeliest = [self.entry(*pair) for pair in token.candidates]
+            content.append(self.entry(token.id, token.logprob) | {"top_logprobs": likeliest})
+        if self.chat:
+            return {"content": content, "refusal": None}
         columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
-            columns["tokens"].append(self.spelling(token.id)[0])
+        for entry, token in zip(content, tokens, strict=True):
+            columns["tokens"].append(entry["token"])
             columns["token_logprobs"].append(token.logprob)
-            columns["top_logprobs"].append({self.spelling(id)[0]: value for id, value in token.candidates})
+            columns["top_logprobs"].append({other["token"]: other["logprob"] for other in entry["top_logprobs"]})
             columns["text_offset"].append(token.start)
         return columns
 
-    def spelling(self, id: int) -> tuple[str, bytes]:
-        """A token's text and bytes. OpenAI writes a byte token, which is a part of a character, as "bytes:\\xe2"."""
-        if id >= self.tokenizer.vocab_size:  # the embedding may have more rows than the tokenizer pieces
-            return f"<row {id}>", b""
-        text, content = self.tokenizer.spelling(id)
-        if text.encode() != content:
-            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-        return text, content
+    def entry(self, id: int, logprob: float) -> dict:
+        """A token in OpenAI's form. If it is a part of a character, its text is such as "bytes:\\xe2"."""
+        text, content = f"<row {id}>", b""  # the embedding may have more rows than the tokenizer pieces
+        if id < self.tokenizer.vocab_size:
+            text, content = self.tokenizer.spelling(id)
+            if text.encode() != content:
+                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+        return {"token": text, "logprob": logprob, "bytes": list(content)}
 
 
 class Metrics:
@@ -165,98 +150,97 @@ class Metrics:
         self.seconds = Histogram("lumi_request_seconds", "Seconds from a request to the end of its answer.", **common)
         self.first = Histogram("lumi_first_token_seconds", "Seconds from a request to its first token.", **common)
 
-
-async def under_way(request: Request) -> AsyncIterator[list[Generation]]:
-    """The generations of a request. They end when it ends, also if the client leaves."""
-    generations, metrics = [], request.app.state.metrics
-    try:
-        yield generations
-    finally:
-        for generation in generations:
-            generation.cancelled = True
-            metrics.prompt_tokens.inc(generation.prompt_tokens)
-            metrics.generated_tokens.inc(len(generation.tokens))
-            if generation.first:
-                metrics.first.observe(generation.first - generation.asked)
-
-
-UnderWay = Annotated[list[Generation], Depends(under_way)]
+    def count(self, generation: Generation) -> None:
+        self.prompt_tokens.inc(generation.prompt_tokens)
+        self.generated_tokens.inc(len(generation.tokens))
+        if generation.first:
+            self.first.observe(generation.first - generation.asked)
 
 
 class Api:
-    """The routes."""
+    """The routes. key: clients must send it; None: they need none."""
 
-    def __init__(self, served: Served, engine: Engine):
-        self.served, self.engine = served, engine
-        model, tokenizer = served.model, served.tokenizer
-        created = int((served.directory / "manifest.json").stat().st_mtime)
-        self.about = {"id": served.name, "object": "model", "created": created, "owned_by": "lumi"}
-        self.about |= {"stage": served.stage, "template": served.template, "parameters": model.num_parameters()}
-        self.about |= {"context_length": model.config.context_length, "max_tokens": schema.MAX_TOKENS}
-        self.about |= {"checkpoint": model.digest, "tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    def __init__(self, served: Served, engine: Engine, key: str | None):
+        self.served, self.engine, self.key, self.counts = served, engine, key, Metrics(engine)
+        self.about = {
+            "id": served.name,
+            "object": "model",
+            "created": int((served.directory / "manifest.json").stat().st_mtime),
+            "owned_by": "lumi",
+            "template": served.template,
+            "parameters": served.model.num_parameters(),
+            "context_length": served.model.config.context_length,
+            "checkpoint": served.model.digest,
+            "tokenizer": served.tokenizer.sha256,
+        }
+
+    async def check_key(self, request: Request) -> None:
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        known = scheme.lower() == "bearer" and secrets.compare_digest(sent.encode("latin-1"), self.key.encode())
+        if not known:
+            problem = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
+            raise Refused(problem, 401, code="invalid_api_key")
 
     async def health(self) -> Response:
         """Status 200 while the engine runs, and 503 when it has stopped."""
-        status = "ok" if self.engine.running else "the engine has stopped"
-        return JSONResponse({"status": status, "model": self.served.name}, 200 if status == "ok" else 503)
+        status, code = ("ok", 200) if self.engine.running else ("the engine has stopped", 503)
+        return JSONResponse({"status": status, "model": self.served.name}, code)
 
-    async def metrics(self, request: Request) -> Response:
+    async def metrics(self) -> Response:
         """Counts and times in Prometheus' text format."""
-        return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.counts.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> dict:
         """The server has one model."""
         return {"object": "list", "data": [self.about]}
 
     async def model(self, name: str) -> dict:
-        """Its stage, size, limits and template, and the SHA-256 of its checkpoint and tokenizer."""
+        """Its size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
         self.check_name(name, 404)
         return self.about
 
-    async def generate(self, body: GenerateRequest, request: Request, generations: UnderWay) -> dict:
+    async def generate(self, body: GenerateRequest, request: Request) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
         ids = await asyncio.to_thread(self.served.prompt, body.prompt)
-        options = body.model_dump(exclude={"prompt", "max_length"})
-        body = CompletionRequest(prompt=ids, max_tokens=body.max_length, **options)
-        answer = await self.start(body, request, generations, [ids], body.max_tokens).whole()
+        max_tokens = body.max_tokens or body.max_length
+        options = body.model_dump(exclude={"prompt", "max_length", "max_tokens"})
+        answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], max_tokens).whole()
         [choice] = answer["choices"]
-        kept = {"model": answer["model"], "text": choice["text"], "finish_reason": choice["finish_reason"]}
-        return kept | {"usage": answer["usage"]}
+        usage, finish = answer["usage"], choice["finish_reason"]
+        return {"model": self.served.name, "text": choice["text"], "finish_reason": finish, "usage": usage}
 
-    async def completions(self, body: CompletionRequest, request: Request, generations: UnderWay) -> Response:
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one text or several."""
-        prompts = []
-        for prompt in body.prompts():
-            ids = await asyncio.to_thread(self.served.text, prompt) if isinstance(prompt, str) else prompt
-            prompts.append(ids)
-        answers = self.start(body, request, generations, prompts, body.max_tokens or 16, body.logprobs)
-        return await answers.response()
+        prompts = body.prompts()
+        if isinstance(prompts[0], str):
+            prompts = [await asyncio.to_thread(self.served.text, prompt) for prompt in prompts]
+        return await self.start(body, request, prompts, body.max_tokens or 16, body.logprobs).response()
 
-    async def chat(self, body: ChatRequest, request: Request, generations: UnderWay) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Writes the next message of a conversation. The model must be fine-tuned."""
         if body.top_logprobs and not body.logprobs:
             raise Refused("top_logprobs: expected logprobs true beside it", param="top_logprobs")
         ids = await asyncio.to_thread(self.served.conversation, [message.message() for message in body.messages])
         max_tokens = body.max_completion_tokens or body.max_tokens or min(self.served.room(ids), schema.MAX_TOKENS)
         candidates = (body.top_logprobs or 0) if body.logprobs else None
-        return await self.start(body, request, generations, [ids], max_tokens, candidates).response()
+        return await self.start(body, request, [ids], max_tokens, candidates).response()
 
-    def start(self, body: Sampled, request, generations: list, prompts, max_tokens: int, candidates=None) -> Answers:
+    def start(self, body: Sampled, request: Request, prompts, max_tokens: int, candidates=None) -> Answers:
         """Submits the texts that a request asks for. prompts: a list of ids for each. Their seeds count up."""
         if body.model:
             self.check_name(body.model, 400)
-        prompts = [ids for ids in prompts for _ in range(body.n)]
-        if len(prompts) > schema.CHOICES:
-            raise Refused(f"n: {len(prompts)} answers in one request; expected at most {schema.CHOICES}", param="n")
+        count = len(prompts) * body.n
+        if count > schema.CHOICES:
+            raise Refused(f"n: {count} answers in one request; expected at most {schema.CHOICES}", param="n")
         stop_ids = () if body.ignore_eos else self.served.stop
-        new = []
-        for number, ids in enumerate(prompts):
+        generations = []
+        for number in range(count):
+            ids, seed = prompts[number // body.n], seed_of(body.seed, number)
             self.served.room(ids)  # raises Refused if there is none
-            seed = None if body.seed is None else (body.seed + number) % 2**63
             continuation = Continuation(ids, max_tokens, body.sampling(), seed, stop_ids, candidates)
-            new.append(Generation(self.served.tokenizer, continuation, body.stops()))
-        self.engine.submit(new)
-        generations += new
+            generations.append(Generation(self.served.tokenizer, continuation, body.stops()))
+        self.engine.submit(generations)
+        request.state.generations.extend(generations)
         return Answers(self.served, body, generations, request)
 
     def check_name(self, name: str, status: int) -> None:
@@ -272,15 +256,14 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     about = f"OpenAI's API for chat and completions. Ignored are {', '.join(sorted(schema.IGNORED))}."
     wrong = {"model": schema.ErrorBody, "description": "The request has a mistake, or exceeds a limit."}
     failed = {"model": schema.ErrorBody, "description": "The server failed."}
-    options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "max_body_size": schema.BODY}
+    options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
-    app.state.metrics = Metrics(engine)
-    api = Api(served, engine)
+    api = Api(served, engine, key)
     app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
     app.get("/favicon.ico", include_in_schema=False)(lambda: Response(status_code=204))
     app.head("/health", include_in_schema=False)(api.health)
     app.get("/health")(api.health)
-    guard = {"dependencies": [Depends(key_check(key))] if key else []}
+    guard = {"dependencies": [Depends(api.check_key)] if key else []}
     app.get("/metrics", response_class=PlainTextResponse, **guard)(api.metrics)
     app.get("/v1/models", **guard)(api.models)
     app.get("/v1/models/{name}", **guard)(api.model)
@@ -290,24 +273,11 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     app.post("/v1/chat/completions", **stream, **guard)(api.chat)
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, respond)
-    app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=app.state.metrics)
-    if origins:
-        methods, headers = ["GET", "POST"], ["*"]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
+    app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=api.counts)
+    if origins:  # around all that answers, the handler of defects included: else a browser hides the answer from a page
+        stack, methods = app.build_middleware_stack(), ["GET", "POST"]
+        app.middleware_stack = CORSMiddleware(stack, origins, allow_methods=methods, allow_headers=["*"])
     return app
-
-
-def key_check(key: str) -> Callable:
-    """A dependency that refuses requests without the key."""
-    bearer = HTTPBearer(auto_error=False, description="The server's LUMI_API_KEY.")
-
-    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        sent = given.credentials.encode("latin-1") if given else b""
-        if not secrets.compare_digest(sent, key.encode()):
-            problem = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
-            raise Refused(problem, 401, code="invalid_api_key")
-
-    return check
 
 
 async def respond(request: Request, error: Exception) -> Response:
@@ -324,10 +294,19 @@ async def respond(request: Request, error: Exception) -> Response:
 
 
 def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
-    """ASGI middleware that counts and logs requests."""
+    """ASGI middleware. Refuses large bodies. At the end of a request it ends its texts, and counts and logs it."""
 
     async def run(scope, receive, send) -> None:
-        status, started = 500, time.perf_counter()  # 500: a defect, which Starlette answers
+        status, size, started = 500, 0, time.perf_counter()  # 500: a defect, which Starlette answers
+        generations = scope["state"]["generations"] = []  # Api.start adds to it
+
+        async def read_some() -> dict:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > schema.BODY:
+                raise HTTPException(413, f"the body has more than {schema.BODY:,} bytes")
+            return message
 
         async def note_status(message) -> None:
             nonlocal status
@@ -335,9 +314,12 @@ def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
             await send(message)
 
         try:
-            await app(scope, receive, note_status)
+            await app(scope, read_some, note_status)
         finally:
             seconds = time.perf_counter() - started
+            for generation in generations:
+                generation.cancelled = True
+                metrics.count(generation)
             path = scope["path"] if scope["path"] in paths else "other"
             metrics.requests.labels(path=path, status=status).inc()
             if scope["method"] == "POST":
@@ -364,10 +346,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine):
         options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False}
-        limits = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": DRAIN_SECONDS}
+        limits = {"limit_concurrency": 512, "timeout_graceful_shutdown": DRAIN_SECONDS}
         super().__init__(uvicorn.Config(app, http="h11", loop="asyncio", **options, **limits))
         self.engine = engine
-        self.waiting: dict[object, float] = {}  # connections that wait for their clients, and since when
 
     def handle_exit(self, sig, frame) -> None:
         if self.should_exit:
@@ -378,13 +359,13 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls it ten times a second. Drops connections whose clients send or read too slowly."""
-        now, waiting = time.monotonic(), {}
+        now = time.monotonic()
         for connection in list(self.server_state.connections):
             cycle = connection.cycle
             sending = cycle is None or cycle.response_complete or cycle.more_body
-            if sending or connection.flow.write_paused:
-                waiting[connection] = self.waiting.get(connection, now)
-                if now - waiting[connection] > PATIENCE:
-                    connection.transport.abort()
-        self.waiting = waiting
+            since = vars(connection).setdefault("waiting_since", now)
+            if not sending and not connection.flow.write_paused:
+                connection.waiting_since = now
+            elif now - since > PATIENCE:
+                connection.transport.abort()
         return await super().on_tick(counter)

@@ -11,7 +11,7 @@ import sys
 
 from cli import UserError
 from generate import Continuation, Sampling
-from serving.engine import Engine, Generation
+from serving.engine import Engine, Generation, seed_of
 from serving.served import Served
 from sft.conversations import Message
 
@@ -23,7 +23,7 @@ HELP = """\
 /exit, /quit     leave, like Ctrl-D
 Ctrl-C stops an answer. End a line with a backslash to continue the message on the next line.
 To send a message that begins with /, type //."""
-COMMANDS = " ".join(re.findall(r"/\w+", HELP.partition("Ctrl-C")[0]))
+COMMANDS = "/help /reset /system /temperature /exit /quit"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -47,8 +47,7 @@ class Chat:
     def __init__(self, served: Served, engine: Engine, sampling: Sampling, max_tokens, seed, system: str):
         self.served, self.engine = served, engine
         self.sampling, self.max_tokens, self.seed = sampling, max_tokens, seed
-        self.system = [Message("system", system)] if system else []
-        self.messages: list[Message] = []
+        self.system, self.messages, self.answers = system, [], 0
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
@@ -91,16 +90,17 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Sends a message and writes the answer."""
-        question = Message("user", text)
+        system = [Message("system", self.system)] if self.system else []
         # Forget the oldest messages until a quarter of the context is free.
         for first in range(0, len(self.messages) + 1, 2):
-            ids = self.served.conversation([*self.system, *self.messages[first:], question])
+            messages = [*self.messages[first:], Message("user", text)]
+            ids = self.served.conversation([*system, *messages])
             if len(ids) <= self.served.model.config.context_length * 3 // 4:
                 break
         room = self.served.room(ids)
         limit = min(room, self.max_tokens or room)
-        continuation = Continuation(ids, limit, self.sampling, self.seed, self.served.stop)
-        answer = Generation(self.served.tokenizer, continuation)
+        seed = seed_of(self.seed, self.answers)
+        answer = Generation(self.served.tokenizer, Continuation(ids, limit, self.sampling, seed, self.served.stop))
         self.engine.submit([answer])
         try:
             for piece in answer:
@@ -114,9 +114,8 @@ class Chat:
             notice("(stopped)" if answer.finish == "cancelled" else f"(cut off after {limit:,} tokens)")
         if first:
             notice("(the conversation is longer than the model's context: its earliest messages are left out)")
-        self.messages = [*self.messages[first:], question, Message("assistant", answer.text)]
-        if self.seed is not None:
-            self.seed += 1
+        self.messages = [*messages, Message("assistant", answer.text)]
+        self.answers += 1
 
     def command(self, name: str, rest: str) -> None:
         match name:
@@ -125,10 +124,10 @@ class Chat:
             case "/help":
                 notice(HELP)
             case "/system" if not rest:
-                notice(self.system[0].content if self.system else "no system message")
+                notice(self.system or "no system message")
             case "/system" | "/reset":
                 if name == "/system":
-                    self.system = [Message("system", rest)] if rest != "-" else []
+                    self.system = "" if rest == "-" else rest
                 self.messages = []
                 notice("a new conversation starts")
             case "/temperature":

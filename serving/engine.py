@@ -23,6 +23,11 @@ class Refused(UserError):
         self.status, self.param, self.code = status, param, code
 
 
+def seed_of(seed: int | None, number: int) -> int | None:
+    """The seed of text `number` of a request. None and -1: another one each time."""
+    return None if seed in (None, -1) else (seed + number) % 2**63
+
+
 class Token(NamedTuple):
     """A new token. start: where its text begins, in characters. logprob: in nats, if the request asks for it."""
 
@@ -48,8 +53,7 @@ class Generation:
         self.prompt_tokens = len(continuation.ids)
         self.asked, self.first = time.monotonic(), None  # first: when the first token came
         self.text = ""
-        self.certain = 0  # characters; what follows may be the beginning of a stop string
-        self.held = max(map(len, stop), default=1) - 1  # the longest such beginning
+        self.held = max(map(len, stop), default=1) - 1  # characters at the end that may begin a stop string
         self.tokens: list[Token] = []  # without the id that ended the text
         self.window: list[int] = []  # the last ids: their text depends on each other
         self.decoded = 0, ""  # how many ids of the window are decoded, and their text
@@ -67,39 +71,35 @@ class Generation:
         if text.endswith("\ufffd"):  # several byte tokens spell one character: wait for the others
             return
         count, before = self.decoded
-        self.text += text[len(before) :]
+        self.append(text[len(before) :])
         # Shorten the window, but not to ids without text: some tokenizers drop a space at its beginning.
         shorter = self.tokenizer.decode(self.window[count:], begins=False)
         if shorter:
             self.window, text = self.window[count:], shorter
         self.decoded = len(self.window), text
-        self.find_stop()
 
-    def find_stop(self) -> None:
-        """Looks for stop strings in the text that is not certain."""
-        new = self.text[self.certain :]
-        places = [new.find(stop) for stop in self.stop if stop in new]
+    def append(self, new: str) -> None:
+        """Adds whole characters. Ends the text before the first stop string."""
+        text = self.text + new
+        places = [text.find(stop) for stop in self.stop if stop in text]
         if not places:
-            self.certain = max(self.certain, len(self.text) - self.held)
+            self.text = text
             return
-        self.text = self.text[: self.certain + min(places)]
+        self.text = text[: min(places)]
         self.tokens = [token for token in self.tokens if token.start < len(self.text)]
-        self.certain = len(self.text)
         self.finish = "stop"
 
     def end(self, finish: str) -> None:
         """Ends the text: nothing follows that could complete a character or a stop string."""
-        self.text += self.tokenizer.decode(self.window, begins=False)[len(self.decoded[1]) :]
-        self.find_stop()
-        self.certain = len(self.text)
+        self.append(self.tokenizer.decode(self.window, begins=False)[len(self.decoded[1]) :])
         self.finish = self.finish or finish
 
     def read(self) -> Piece:
         """What is new since the last call. Raises Refused if the engine cannot continue."""
         if self.error:
             raise self.error
-        finish = self.finish  # read it first: the engine's thread sets it last
-        text = self.text[self.sent_text : self.certain]
+        finish, text = self.finish, self.text  # in this order: the engine's thread sets `finish` last
+        text = text[self.sent_text : len(text) if finish else max(self.sent_text, len(text) - self.held)]
         self.sent_text += len(text)
         tokens = [token for token in self.tokens[self.sent_tokens :] if finish or token.start < self.sent_text]
         self.sent_tokens += len(tokens)
@@ -186,12 +186,11 @@ class Engine:
         continuation = generation.continuation
         if continuation.error:
             self._end(generation, error=Refused(str(continuation.error), 500))
-        elif continuation.ended == "stop":  # by an id, which is no part of the text
-            self._end(generation, "stop")
-        else:
+            return
+        if continuation.ended != "stop":  # else it is an id that ends the text and is no part of it
             generation.add(id, *(continuation.logprobs[-1] if continuation.logprobs else ()))
-            if generation.finish or continuation.ended:
-                self._end(generation, continuation.ended)
+        if generation.finish or continuation.ended:
+            self._end(generation, continuation.ended)
 
     def _end(self, generation: Generation, finish: str | None = None, error: Refused | None = None) -> None:
         generation.error = error

@@ -18,6 +18,7 @@ CHOICES = 16  # answers to one request
 # Fields of OpenAI's API that change no answer here. With no tools, the last two have no meaning.
 IGNORED = {"user", "name", "safety_identifier", "prompt_cache_key", "service_tier", "metadata", "store"}
 IGNORED |= {"include_obfuscation", "tool_choice", "parallel_tool_calls"}
+LIMITS = ("max_tokens", "max_completion_tokens", "max_length", "top_k")  # -1 means none
 
 Text = Annotated[str, Field(max_length=BODY)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -35,14 +36,13 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_unset(cls, data):
-        """Drops ignored fields, null, -1 for a number (as vLLM does), and unknown fields that are 0 or empty."""
+        """Drops ignored fields, null, a limit of -1 (as vLLM does), and unknown fields that are 0 or empty."""
         if not isinstance(data, dict):
             return data
         given = {}
         for name, value in data.items():
-            number = name in ("seed", "max_tokens", "max_completion_tokens", "top_k")
-            unset = not value if name not in cls.model_fields else value is None or (number and value == -1)
-            if not unset and name not in IGNORED:
+            unset = value is None or (name in LIMITS and value == -1) or name in IGNORED
+            if not unset and (value or name in cls.model_fields):
                 given[name] = value
         return given
 
@@ -117,6 +117,7 @@ class ChatRequest(Sampled):
 class GenerateRequest(Body):
     prompt: Text = Field(description="A question for a fine-tuned model, or a text to continue for a base model.")
     max_length: TokenLimit = Field(200, description="The largest number of new tokens.")
+    max_tokens: TokenLimit | None = Field(None, description="OpenAI's name for max_length. With both, this one counts.")
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token.")
     top_p: float = Field(0.9, gt=0, le=1, description="Sample from the likeliest tokens that reach this share.")
     top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")
@@ -149,6 +150,7 @@ def invalid(error: RequestValidationError) -> Refused:
     if not place:
         return Refused("expected a JSON object, sent as Content-Type: application/json")
     if kind == "extra_forbidden":
-        return Refused(f"{place[-1]!r} is not supported; leave it out", 400, str(place[-1]), "unknown_parameter")
+        problem = f"{place[-1]!r} is not supported; leave it out, or see /openapi.json for the fields of this path"
+        return Refused(problem, 400, str(place[-1]), "unknown_parameter")
     reasons = [other["msg"] for other in errors if other["loc"][1] == place[0]]  # several if it may have several types
     return Refused(f"{place[0]}: {'; or '.join(dict.fromkeys(reasons))}", 400, str(place[0]))

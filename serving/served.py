@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import checkpoint
 from configs import TRAINED, Experiment
 from machine import pick_device
@@ -20,7 +22,6 @@ class Served:
     """A model with its tokenizer. template: None for a base model, which continues texts and answers no questions."""
 
     name: str
-    stage: str
     directory: Path
     model: Transformer
     tokenizer: Tokenizer
@@ -56,15 +57,18 @@ class Served:
         return context - len(ids)
 
 
-def load(experiment: Experiment, directory: Path | None = None) -> Served:
+def load(experiment: Experiment, directory: Path | None = None, precision: str = "float32") -> Served:
     """A checkpoint; None: the experiment's latest. UserError if it is missing, damaged, or needs another tokenizer."""
+    # precision: of the weights in memory, "float32" or "bfloat16".
     directory = directory or experiment.latest()
     tokenizer = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, tokenizer.sha256)
     # Load in a thread that ends: while a second thread that has computed is alive, OpenMP decodes 3 times as slowly.
     with ThreadPoolExecutor(1) as loader:
-        model = loader.submit(checkpoint.load_model, directory, str(pick_device())).result()
-    stages = {experiment.directory(name).resolve(): name for name in TRAINED}
-    stage = stages.get(directory.resolve().parent, "")
-    name = f"{experiment.name}-{stage}" if stage else directory.name
-    return Served(name, stage, directory, model, tokenizer, checkpoint.template(directory))
+        dtype = getattr(torch, precision)
+        model = loader.submit(checkpoint.load_model, directory, str(pick_device()), dtype=dtype).result()
+    name = directory.name
+    for stage in TRAINED:
+        if directory.resolve().parent == experiment.directory(stage).resolve():
+            name = f"{experiment.name}-{stage}"
+    return Served(name, directory, model, tokenizer, checkpoint.template(directory))

@@ -3,7 +3,6 @@
 # A conversation begins with at most one system message. Then user and assistant take turns; the assistant has the last
 # word. A source yields its conversations in an order that depends only on the input.
 
-import hashlib
 import itertools
 import json
 import re
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from cli import log
 from data.clean import clean
+from data.holdout import split_hash
 from data.sources import FileRecords, HubRecords, PythonDocs, Record, Records, Unreadable
 
 
@@ -23,6 +23,10 @@ class Message(NamedTuple):
     role: str  # "system", "user" or "assistant"
     content: str
     input: str = ""  # Alpaca's second field, the text that an instruction is about; only in a user's message
+
+    def text(self, before_input: str = "\n\n") -> str:
+        """The content, then the input if there is one."""
+        return self.content + before_input + self.input if self.input else self.content
 
 
 class Conversation(NamedTuple):
@@ -54,43 +58,33 @@ def cleaned(text: str) -> str:
     return CONTROL.sub("", re.sub("\r\n?", "\n", text))
 
 
-def text_of(value, name: str) -> str:
-    """The text of a field: a string, or a list of text parts as OpenAI has them. Refused if it is neither."""
-    if isinstance(value, list):
-        parts, value = value, ""
-        for part in parts:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise Refused(f'{name} has the part {shown(part)}; expected {{"type": "text", "text": a string}}')
-            value += part["text"]
-    if not isinstance(value, str):
-        raise Refused(f"{name} is {shown(value)}; expected a string")
-    if re.search("[\ud800-\udfff]", value):
-        raise Refused(f"{name} holds half a surrogate pair; correct it")
-    return cleaned(value)
-
-
 def shown(value) -> str:
     """A JSON value, short enough for a message."""
-    if isinstance(value, dict):
-        names = json.dumps([name for name in value if value[name] is not None])
-        return f"an object with {names[1:-1][:200] or 'no field'}"
-    return f"a list of {len(value)}" if isinstance(value, list) else json.dumps(value, default=str)[:80]
+    return json.dumps(value, default=str)[:80]
+
+
+def text_of(value, name: str) -> str:
+    """The text of a field: a string, or a list of text parts as OpenAI has them. Refused if it is neither."""
+    text = ""
+    for part in value if isinstance(value, list) else [{"text": value}]:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise Refused(f"{name} is {shown(value)}; expected a string, or a list of text parts")
+        text += part["text"]
+    if re.search("[\ud800-\udfff]", text):
+        raise Refused(f"{name} holds half a surrogate pair; correct it")
+    return cleaned(text)
 
 
 def present(record: dict, names: Sequence[str]) -> str:
     """The first of these fields that is not null; "" if there is none."""
-    for name in names:
-        if record.get(name) is not None:
-            return name
-    return ""
+    return next((name for name in names if record.get(name) is not None), "")
 
 
-def message_list(record: dict, names: Sequence[str], role: str = "") -> list[Message]:
+def take(fields: dict, names: Sequence[str], role: str = "") -> list[Message]:
     """Removes the first of these fields that is not null and returns its messages; [] if there is none."""
     # The field is a list of objects with role and content, or from and value; or the text of one message of `role`.
-    # Fields of these objects that are left over move to the record, where they are counted.
-    name, messages = present(record, names), []
-    turns = record.pop(name, [])
+    name, messages = present(fields, names), []
+    turns = fields.pop(name, [])
     if role and not isinstance(turns, list):
         return [Message(role, text_of(turns, name))]
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
@@ -98,18 +92,31 @@ def message_list(record: dict, names: Sequence[str], role: str = "") -> list[Mes
         speaker = left.pop("role", None) or left.pop("from", None)
         text = left.pop("content" if "content" in left else "value", None)
         if speaker not in ROLES or text is None:
-            wanted = f"expected role and content, or from and value; a role is one of {', '.join(ROLES)}"
-            raise Refused(f"{name}: message {number} is {shown(turn)} and has the role {speaker}; {wanted}")
+            wanted = "expected content, and the role system, user or assistant"
+            raise Refused(f"{name}: message {number} has the role {speaker} and is {shown(turn)}; {wanted}")
         messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
-        for key, value in left.items():
-            record[f"{name}.{key}"] = value
+        for key, value in left.items():  # to be counted among the fields that are not read
+            fields[f"{name}.{key}"] = value
     return messages
 
 
-def earlier_turns(record: dict) -> list[Message]:
+def take_question(fields: dict, names: Sequence[str]) -> list[Message]:
+    """Removes a question and the text that it is about, and returns its messages."""
+    messages = take(fields, names, "user")
+    for about in take(fields, ("input", "context"), "user"):
+        # Without an instruction the text is the whole question, as it is when somebody asks the model.
+        if not messages or not messages[-1].content.strip():
+            messages[-1:] = [about]
+        elif about.content.strip():
+            messages[-1] = messages[-1]._replace(input=about.content)
+    return messages
+
+
+def take_earlier(fields: dict) -> list[Message]:
     """Removes the fields that may stand beside the turns: a system message and a history of [question, answer]."""
-    messages = message_list(record, ("system", "system_prompt"), "system")
-    for pair in record.pop("history", None) or []:
+    messages = take(fields, ("system", "system_prompt"), "system")
+    history = fields.pop("history", None) or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused(f"history holds {shown(pair)}; expected pairs [question, answer]")
         messages.append(Message("user", text_of(pair[0], "history")))
@@ -137,17 +144,10 @@ def in_turn(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(kept)
 
 
-def first_question(messages: Sequence[Message]) -> str:
-    """The first text of the user."""
-    question = next(message for message in messages if message.role == "user")
-    return question.content + "\n\n" + question.input if question.input else question.content
-
-
 ANSWERS = ("output", "response", "completion", "answer")
 LISTS = ("messages", "conversations", "conversation")
-TREE = "a tree of OASST1"  # the field that `trees` puts it in
+TREE = "message_tree_id"  # of OASST1; `trees` puts the messages in its place
 FORMATS = {  # the fields that a layout needs, by all their names; "auto" takes the first layout that fits
-    "oasst1": ((TREE,),),
     "messages": (LISTS[:1],),
     "sharegpt": (LISTS[1:],),
     "alpaca": (("instruction",), ANSWERS),
@@ -155,17 +155,24 @@ FORMATS = {  # the fields that a layout needs, by all their names; "auto" takes 
     "prompt": (("prompt",), ANSWERS),
     "dolly": (("instruction",), ANSWERS),
     "wizardlm": (("instruction", *LISTS[1:]), (*ANSWERS, *LISTS[1:])),
+    "oasst1": ((TREE,),),
 }
 
 
 def recognise(record, formats: dict) -> str:
     """The first layout whose fields a record has; more fields make no difference. Refused if none fits."""
-    expected = []
+    if not isinstance(record, dict):
+        raise Refused(f"found {shown(record)}; expected an object")
+    most, nearest = -1, ""  # most: how many of the nearest layout's fields the record has
     for name, needs in formats.items():
-        if isinstance(record, dict) and all(present(record, names) for names in needs):
+        missing = [" or ".join(names) for names in needs if not present(record, names)]
+        if not missing:
             return name
-        expected.append(f"{', '.join(map(' or '.join, needs))} ({name})")
-    raise Refused(f"found {shown(record)}; expected the fields {'; or '.join(expected)}")
+        if len(needs) - len(missing) > most:
+            most = len(needs) - len(missing)
+            nearest = f"{name}, needs {' and '.join(missing)}"
+    fields = ", ".join(name for name in record if record[name] is not None)
+    raise Refused(f"found the fields {fields}; the nearest layout, {nearest}; README.md has a table of all layouts")
 
 
 def examples(source: Records, records: Iterator[Record], formats: dict, read: Callable) -> Iterator:
@@ -173,77 +180,68 @@ def examples(source: Records, records: Iterator[Record], formats: dict, read: Ca
     # `read` removes the fields that it uses; the log names the others. With format="auto" the first good record of a
     # file decides the layout of the whole file.
     allowed = formats if source.format == "auto" else {source.format: formats[source.format]}
-    known, unread = {}, Counter()  # by file: its layout
+    known, unread = {}, Counter()  # known: the layout of each file
     try:
         for record in itertools.islice(records, source.max_documents):
             if isinstance(record.value, Unreadable):
                 yield record.value
                 continue
+            fields = {LISTS[0]: record.value} if isinstance(record.value, list) else record.value
             try:
-                name = recognise(record.value, known.get(record.file, allowed))
-                known[record.file] = {name: formats[name]}
-                fields = dict(record.value)
-                example = read(record, fields, name, earlier_turns(fields))
+                layout = recognise(fields, known.get(record.file, allowed))
+                known[record.file] = {layout: formats[layout]}
+                fields = fields.copy()
+                example = read(record, fields, layout, take_earlier(fields))
             except Refused as error:
                 yield source.refuse(f"{record.where}: {error}")
                 continue
-            for key, value in fields.items():
-                unread[key] += value not in (None, "", [], {})
+            unread.update(key for key, value in fields.items() if value not in (None, "", [], {}))
             yield example
     finally:  # also if the reader stops before the end
-        if +unread:
-            names = ", ".join(f"{json.dumps(key)} in {count:,} records" for key, count in (+unread).most_common(20))
-            log.info(f"{source.name}: fields that are not read: {names}")
+        if unread:
+            names = ", ".join(f"{json.dumps(key)} {count:,}" for key, count in unread.most_common(20))
+            log.info(f"{source.name}: fields that are not read, with the number of their records: {names}")
 
 
-def trees(records: Iterator[Record]) -> Iterator[Record]:
-    """A tree of OASST1, one record or one message per row, becomes a record with the field TREE. Others stay."""
+def trees(source: Records, records: Iterator[Record]) -> Iterator[Record]:
+    """A tree of OASST1, one record or one message per row, becomes its path of best-ranked replies. Others stay."""
 
-    def name(record: Record) -> str | None:
-        return record.value.get("message_tree_id") if isinstance(record.value, dict) else None
+    def tree(record: Record) -> str | None:
+        return record.value.get(TREE) if isinstance(record.value, dict) else None
 
-    for tree, group in itertools.groupby(records, name):
-        if tree is None:
+    for name, group in itertools.groupby(records, tree):
+        if name is None:
             yield from group
-        else:
-            first, *others = group
-            root = first.value.get("prompt") or first.value
-            yield first._replace(value={TREE: root, "rows": [row.value for row in others]})
-
-
-def best_path(message: dict, rows: list[dict]) -> list[Message]:
-    """The path through a tree that takes the best-ranked reply to each message."""
-    if message.get("deleted") or message.get("parent_id") is not None:
-        raise Refused("the first message of the tree is deleted, or has a parent_id; keep the rows of a tree together")
-    path = []
-    while message is not None:
-        path.append({"role": message.get("role"), "content": message.get("text")})
-        below = [row for row in rows if row.get("parent_id") == message.get("message_id")]
-        replies = [reply for reply in (message.get("replies") or below) if not reply.get("deleted")]
-        # 0 is the best rank.
-        message = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0), default=None)
-    return message_list({TREE: path}, (TREE,))
+            continue
+        first, *others = group
+        root = message = first.value.get("prompt") or first.value
+        if root.get("deleted") or root.get("parent_id") is not None:
+            reason = "the first message of the tree is deleted, or has a parent_id; keep the rows of a tree together"
+            yield first._replace(value=source.refuse(f"{first.where}: {reason}"))
+            continue
+        path = []
+        while message is not None:
+            path.append({"role": message.get("role"), "content": message.get("text")})
+            rows = [row.value for row in others if row.value.get("parent_id") == message.get("message_id")]
+            replies = [reply for reply in message.get("replies") or rows if not reply.get("deleted")]
+            # 0 is the best rank.
+            message = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0), default=None)
+        yield first._replace(value={TREE: path, "lang": root.get("lang")})
 
 
 def read_conversation(record: Record, fields: dict, layout: str, earlier: list[Message]) -> Conversation:
     """The conversation in a record. Refused if a field has a wrong type, or the roles are out of order."""
-    questions, language = FORMATS[layout][0], None
-    if layout == "oasst1":
-        language = fields[TREE].get("lang")
-        messages = best_path(fields.pop(TREE), fields.pop("rows"))
-    elif present(fields, questions) in LISTS:
-        messages = message_list(fields, questions)
+    questions = FORMATS[layout][0]
+    language = fields.pop("lang") if layout == "oasst1" else None
+    if present(fields, questions) in (*LISTS, TREE):
+        messages = take(fields, questions)
     else:
-        messages = message_list(fields, questions, "user")
-        for about in message_list(fields, ("input", "context"), "user"):
-            # Without an instruction the text is the whole question, as it is when somebody asks the model.
-            if not messages[-1].content.strip():
-                messages[-1] = about
-            elif about.content.strip():
-                messages[-1] = messages[-1]._replace(input=about.content)
-        messages += message_list(fields, ANSWERS, "assistant")
+        messages = take_question(fields, questions) + take(fields, ANSWERS, "assistant")
+    if messages and messages[-1].role == "user":
+        fields["a last question without an answer"] = True
     messages = in_turn(earlier + messages)
-    return Conversation(record.id, messages, (first_question(messages),), language)
+    question = next(message.text() for message in messages if message.role == "user")
+    return Conversation(record.id, messages, (question,), language)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +253,7 @@ class Chats(FileRecords):
     max_tokens: int | None = None  # reading stops when this many tokens are kept
 
     def conversations(self, workers: int) -> Iterator[Conversation | Unreadable]:
-        return examples(self, trees(self.records(workers)), FORMATS, read_conversation)
+        return examples(self, trees(self, self.records(workers)), FORMATS, read_conversation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,13 +296,13 @@ class DocQuestions(Records):
                 return
             if name in names or name.startswith("_") or "._" in name:
                 continue
-            text = clean(document.value, self.docs.cleaning)
+            text, _ = clean(document.value, self.docs.cleaning)
             answer = first_sentences(text)
             if answer is None or answer in answers:
                 continue
             names.add(name)
             answers.add(answer)
-            form = QUESTIONS[int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % len(QUESTIONS)]
+            form = QUESTIONS[split_hash(name.encode()) % len(QUESTIONS)]
             messages = (Message("user", form.format(name)), Message("assistant", answer))
             yield Conversation(name, messages, (text,), "en")
 
@@ -321,7 +319,9 @@ def first_sentences(text: str) -> str | None:
     """The first paragraph of a docstring on one line; None unless it is a short piece of prose."""
     paragraph = text.split("\n\n", 1)[0]
     answer = " ".join(paragraph.split()).replace("``", "`")
-    if not 20 <= len(answer) <= 300 or not answer.endswith(".") or not answer[0].isupper() or answer.count(" ") < 3:
+    if not 20 <= len(answer) <= 300 or answer.count(" ") < 3:
+        return None
+    if not answer[0].isupper() or not answer.endswith("."):
         return None
     paired = answer.count("(") == answer.count(")") and answer.count("`") % 2 == 0  # else it breaks off, or is odd code
     return answer if paired and not NO_PROSE.search(answer) and not LIST.search(paragraph) else None

@@ -48,8 +48,8 @@ class DataConfig:
                 raise ValueError(f"sources has {source.name}, which does not give {self.unit}")
             layout = getattr(source, "format", "auto")
             if layout not in ("auto", *self.formats):
-                known = ", ".join(self.formats)
-                raise ValueError(f'sources has {source.name} with format {layout!r}; expected "auto" or {known}')
+                known = ", ".join(("auto", *self.formats))
+                raise ValueError(f"sources has {source.name} with format {layout!r}; expected one of {known}")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources are called {', '.join(names)}; expected at least one, with unique names")
@@ -71,6 +71,13 @@ class ConversationConfig(DataConfig):
     unit, formats, limit = "conversations", FORMATS, "max_tokens"
 
 
+ADVICE = {  # what helps if most examples are dropped by a rule that no filter sets
+    "unreadable": 'unreadable="stop" gives the reason',
+    "longer_than_context": "shorten the prompts, or raise context_length",
+    "identical_when_cut": "shorten what the answers have in common, or raise context_length",
+}
+
+
 class Item(NamedTuple):
     """An example that passed the filters."""
 
@@ -87,8 +94,7 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
     """Reads all sources. Returns {"train": [Item], "val": [Item]}, and counts by source. encode: as `encode` below."""
     items, counts = [], {}
     for source in config.sources:
-        count = {"read": 0, "kept": 0, "cut": 0, "tokens": 0, "dropped": Counter()}
-        counts[source.name] = count
+        count = counts[source.name] = {"read": 0, "kept": 0, "cut": 0, "tokens": 0, "dropped": Counter()}
         size, most = 0, getattr(source, config.limit, None) or math.inf
         for example in progress(getattr(source, config.unit)(workers), 0, config.unit, source.name):
             count["read"] += 1
@@ -106,36 +112,39 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
             size += len(items[-1].ids) if config.limit == "max_tokens" else 1
             if size >= most:
                 break
-    splits = split(items, counts, config.val_fraction)
+    splits, dropped = split(items, counts, config.val_fraction), Counter()
     for name, count in counts.items():
         count["dropped"] = dict(sorted(count["dropped"].items()))
         log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
         if count["cut"]:
-            log.info(f"{name}: {count['cut']:,} {config.unit} were cut to the context")
-    log.info(f"{len(splits['train']):,} {config.unit} to train on, {len(splits['val']):,} held out")
-    if not splits["train"] or not splits["val"]:
-        read = sum(count["read"] for count in counts.values())
-        raise UserError(
-            f"{len(items):,} of {read:,} {config.unit} passed the filters; training and validation take at least one "
-            "each, better hundreds: add some, or change the filters"
-        )
+            log.info(f"{name}: {config.unit} cut to the context: {count['cut']:,}")
+        dropped.update(count["dropped"])
+    train, val = len(splits["train"]), len(splits["val"])
+    log.info(f"{config.unit} to train on: {train:,}, held out: {val:,}")
+    if not train or not val:
+        reason = ADVICE.get(max(dropped, key=dropped.get, default=""), "add some, or change the filters")
+        raise UserError(f"{config.unit} that are left: {len(items)}; expected at least 2, better hundreds: {reason}")
+    share = val / (train + val)
+    if val > 1 and share > 4 * config.val_fraction:
+        why = f"many {config.unit} begin with the same question, and all of them are in one split"
+        log.warning(f"{share:.0%} of the {config.unit} are held out, not {config.val_fraction:.0%}: {why}")
     return splits, counts
 
 
 def split(items: list[Item], counts: dict, fraction: float) -> dict[str, list[Item]]:
     """Divides the items by the hashes of their keys, and counts those that are kept."""
     limit = threshold((item.hashes[0] for item in items), fraction)
-    alike = limit is None  # all begin alike: the whole example decides
-    if alike:
+    deciding = slice(0, -1)
+    if limit is None:  # all begin alike: the whole example decides
+        deciding = slice(-1, None)
         limit = threshold((item.hashes[-1] for item in items), fraction) or 0
     splits = {"train": [], "val": []}
     for item in items:
-        numbers = item.hashes[-1:] if alike else item.hashes[:-1]
-        count = counts[item.source]
-        if min(numbers) < limit <= max(numbers):  # a pair whose two answers belong to different splits
+        count, hashes = counts[item.source], item.hashes[deciding]
+        if min(hashes) < limit <= max(hashes):  # a pair whose two answers belong to different splits
             count["dropped"]["of_both_splits"] += 1
             continue
-        splits["val" if numbers[0] < limit else "train"].append(item)
+        splits["val" if hashes[0] < limit else "train"].append(item)
         count["kept"] += 1
         count["cut"] += item.cut
         count["tokens"] += len(item.ids)
@@ -146,8 +155,7 @@ def write_texts(directory: Path, name: str, items: Sequence[Item]) -> None:
     """Writes the ids and the origins of a split."""
     np.concatenate([item.ids for item in items]).tofile(directory / f"{name}.bin")
     with open(directory / f"{name}.txt", "w", encoding="utf-8") as origins:
-        for item in items:
-            print(*item.id.split(), file=origins)
+        origins.writelines(" ".join(item.id.split()) + "\n" for item in items)
 
 
 def digests(sources: Sequence[Records], spm: Path, directory: Path) -> dict[str, str]:
@@ -159,8 +167,8 @@ def load(directory: Path, tokenizer_sha256: str) -> dict:
     """The counts of a finished directory. UserError if it is missing, damaged, or made with another tokenizer."""
     manifest = stage.finished(directory)
     if tokenizer_sha256 not in manifest["read"].values():
-        again = f"make it again with: {stage.maker(directory)} --force"
-        raise UserError(f"{directory} was made with another tokenizer; {again}")
+        command = f"{stage.maker(directory)} --force"
+        raise UserError(f"{directory} was made with another tokenizer; make it again with: {command}")
     return manifest["counts"]
 
 
@@ -171,15 +179,17 @@ def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversatio
     fits = min(end, context + 1)  # the last id of a row is only predicted
     if True not in trained[:fits] or (fits < end and config.too_long == "drop"):
         return "longer_than_context"
+    ids = np.array(ids[:fits], dtype=token_dtype(spm.vocab_size))
     mask = np.array(trained[:fits], dtype=np.uint8)
-    return np.array(ids[:fits], dtype=token_dtype(spm.vocab_size)), mask, fits < end
+    return ids, mask, fits < end
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of at most `capacity` tokens that hold every text once: for each row the numbers of its texts."""
     # Best fit, decreasing (Johnson 1974): the longest text first, each into the row where it leaves the least room.
     rows, rooms = [], []  # rooms, sorted: tokens that still fit, minus the last step of the row, the row
-    for step, text in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)):
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for step, text in enumerate(longest_first):
         at = bisect.bisect_left(rooms, (lengths[text],))  # the least room that is enough
         if at == len(rooms):
             rooms.append((capacity, 0, len(rows)))
@@ -223,12 +233,13 @@ def build(job: Stage, config: ConversationConfig, context: int, spm: Path, worke
         return
     spm = tokenizer.load(spm)
     with job.making():
-        splits, sources = gather(config, partial(encode, config, spm, context), Judge(config.filters), workers)
+        encoded, judge = partial(encode, config, spm, context), Judge(config.filters)
+        splits, sources = gather(config, encoded, judge, workers)
         counts = {"dtype": token_dtype(spm.vocab_size), "sources": sources}
         for name, items in splits.items():
             counts[name] = write(job.directory, name, items, list(sources), context)
         efficiency = counts["train"]["packing_efficiency"]
-        log.info(f"{counts['train']['rows']:,} training rows, {efficiency:.2%} of their tokens used -> {job.directory}")
+        log.info(f"training rows: {counts['train']['rows']:,}, {efficiency:.2%} full -> {job.directory}")
         job.finish(counts | {"packing_efficiency": efficiency})
 
 

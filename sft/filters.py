@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,9 +11,10 @@ import numpy as np
 from data import words
 from data.dedup import Deduplication, MinHash, jaccard
 from data.quality import ENGLISH
-from sft.conversations import Conversation, Message
+from sft.conversations import Message
 from stage import check_types
 
+SIGNS = re.compile(r"\w+|[^\w\s.,;:!?'\"]")  # a word, or a sign other than those of a sentence
 JUDGED = 20  # shorter texts, in words, are not judged by their language or their repetitions
 # Frequent words of French, German, Spanish, Italian, Portuguese and Dutch that are not English words.
 FOREIGN = frozenset(
@@ -65,14 +67,12 @@ class Judge:
         self.filters, self.seen, self.answers = filters, set(), Counter()
         self.minhash = getattr(filters, "near_duplicates", None) and MinHash(filters.near_duplicates)
         self.bands: dict[int, int] = {}  # a band of a signature -> the first conversation that has it
-        self.parts: list[list[np.ndarray]] = []  # for each conversation the shingles of its texts
+        self.texts: list[list[tuple[str, np.ndarray]]] = []  # for each conversation the words of its texts
 
     def rule(self, example) -> str | None:
-        """The name of the first rule that an example fails; None if it passes all."""
-        texts = []
-        for message in example.messages:
-            texts += [message.content, message.input]
-        shortest = min(map(len, map(str.strip, example.answers)))
+        """The name of the first rule that an example fails; None if it passes all, and it is remembered."""
+        texts = [text for message in example.messages for text in (message.content, message.input)]
+        shortest = min(len(answer.strip()) for answer in example.answers)
         if shortest < self.filters.min_answer_chars:
             return "short_answer" if shortest else "empty_answer"
         if self.filters.max_chars and sum(map(len, texts)) > self.filters.max_chars:
@@ -81,8 +81,8 @@ class Judge:
             return "other_language"
         return self.own_rule(example)
 
-    def own_rule(self, conversation: Conversation) -> str | None:
-        """The rule that a conversation fails by its repetitions or as a copy. If it passes, it is remembered."""
+    def own_rule(self, conversation) -> str | None:
+        """The rule that a conversation fails by its repetitions or as a copy."""
         prints = []
         for answer in conversation.answers:
             spelled = words.words(answer)
@@ -105,30 +105,48 @@ class Judge:
 
     def near(self, messages: tuple[Message, ...]) -> bool:
         """True if each text is near the text at the same place in one earlier conversation; else it is remembered."""
-        # MinHash with one signature for all texts, which take turns to give its rows: so conversations that differ in
-        # one text seldom have a band in common, however long the texts are that they share.
-        shingles = []
+        texts = []  # (role, hashes of words)
         for message in messages:
-            texts = [message.content]
+            lines = [message.content]
             if message.role != "assistant":  # by lines: a prompt may begin with an instruction that all prompts have
-                texts = filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
-            for text in texts:
-                spelled = words.words(text) or [text.encode()]
-                shingles.append(self.minhash.shingles(words.hashes(spelled)))
-        signature = np.empty(len(self.minhash.a), dtype=np.uint32)
-        for first, part in enumerate(shingles):
-            turns = slice(first, None, len(shingles))
-            signature[turns] = self.minhash.signature(part)[turns]
-        rows = signature.reshape(self.minhash.bands, -1)
-        bands = words.mix((rows * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
+                lines = filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
+            for line in lines:
+                spelled = words.words(line)
+                if len(spelled) < JUDGED:  # in a short text signs count too: C is not C++
+                    spelled = [word.encode() for word in SIGNS.findall(line.lower()) or [line]]
+                texts.append((message.role, words.hashes(spelled)))
+        # The texts take turns to give the rows of one signature: so conversations that differ in one text seldom have
+        # a band in common, however long the texts are that they share.
+        signatures = [self.minhash.signature(self.minhash.shingles(hashes)) for _, hashes in texts]
+        rows = np.arange(len(signatures[0]))
+        signature = np.stack(signatures)[rows % len(texts), rows].reshape(self.minhash.bands, -1)
+        bands = words.mix((signature * self.minhash.powers).sum(axis=1) + self.minhash.numbers).tolist()
         for other in set(map(self.bands.get, bands)) - {None}:
-            likeness = map(jaccard, shingles, self.parts[other])
-            if len(shingles) == len(self.parts[other]) and min(likeness) >= self.filters.near_duplicates.threshold:
+            if len(texts) == len(self.texts[other]) and all(map(self.alike, texts, self.texts[other])):
                 return True
         for band in bands:
-            self.bands.setdefault(band, len(self.parts))
-        self.parts.append(shingles)
+            self.bands.setdefault(band, len(self.texts))
+        self.texts.append(texts)
         return False
+
+    def alike(self, text: tuple[str, np.ndarray], other: tuple[str, np.ndarray]) -> bool:
+        """True if two texts are of one role and near each other."""
+        (role, a), (other_role, b) = text, other
+        if role == "user":  # after a beginning that many prompts have, a few words make another question
+            left = without_common_ends(a, b)
+            if all(map(len, left)):
+                a, b = left
+        likeness = jaccard(self.minhash.shingles(a), self.minhash.shingles(b))
+        return role == other_role and likeness >= self.filters.near_duplicates.threshold
+
+
+def without_common_ends(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two texts without their common beginning and their common end."""
+    for _ in range(2):  # the second time, they are reversed
+        length = min(len(a), len(b))
+        common = np.argmin(np.append(a[:length] == b[:length], False))
+        a, b = a[common:][::-1], b[common:][::-1]
+    return a, b
 
 
 def other_language(text: str, stated: str | None, wanted: str | None) -> bool:

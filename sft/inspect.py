@@ -1,12 +1,15 @@
-"""Rows of packed conversations as training sees them.
+"""What is trained, as text: rows of packed conversations, or pairs. In a file the colours are brackets.
 
 python -m sft.inspect configs/tiny.py                   # the first rows: trained text is green, or in ⟦ ⟧
 python -m sft.inspect configs/tiny.py --first 100       # from that row on
+python -m sft.inspect configs/tiny.py --pairs           # pairs: chosen is green or in ⟦ ⟧, rejected red or in ⟪ ⟫
 """
 
 import argparse
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,45 +17,52 @@ import cli
 import configs
 import sft.data
 from cli import UserError
-from data.inspect import count
 from data.pack import SPLITS
+from dpo.data import PairRows
+from sft.data import Rows
 from sft.templates import shown
+
+
+def parts(rows: Rows | PairRows, number: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The ids of a conversation or pair, part by part. Each with 0, or 1 if it is trained or chosen, 2 if rejected."""
+    if isinstance(rows, PairRows):
+        for kind, (start, end) in enumerate(itertools.pairwise(rows.bounds[number])):
+            yield rows.tokens[start:end], kind
+        return
+    ids, trained = rows.conversation(number)
+    starts = [0, *np.flatnonzero(np.diff(trained)) + 1, len(ids)]
+    for start, end in itertools.pairwise(starts):
+        yield ids[start:end], int(trained[start])
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    directory, context = experiment.directory("sft_data"), experiment.model.context_length
-    spm = experiment.load_tokenizer()
+    directory = experiment.directory("dpo_data" if arguments.pairs else "sft_data")
+    spm, split, context = experiment.load_tokenizer(), arguments.split, experiment.model.context_length
     counts = sft.data.load(directory, spm.sha256)
-    rows = sft.data.Rows(directory, arguments.split, counts, context)
+    rows = PairRows(directory, split, counts) if arguments.pairs else Rows(directory, split, counts, context)
     if arguments.first >= rows.count:
         raise UserError(f"{rows.file} has rows 0 to {rows.count - 1:,}; found --first {arguments.first:,}")
-    green, plain = "⟦", "⟧"
+    print(rows.file)
+    for name, value in counts[split].items():
+        print(f"{name}: {value}")
+    before, after = ("", "⟦", "⟪"), ("", "⟧", "⟫")
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        green, plain = "\033[32m", "\033[0m"
-
-    total = counts[arguments.split]
-    used = f"{total['packing_efficiency']:.2%} of them used, {total['trained']:,} tokens trained"
-    print(f"{rows.file}: {total['conversations']:,} conversations in {rows.count:,} rows of {context:,}, {used}")
-    for name, source in total["sources"].items():
-        print(f"  {name}: {source['rows']:,} rows from {source['row']:,}")
-    origins = (directory / f"{arguments.split}.txt").read_text(encoding="utf-8").splitlines()
+        before, after = ("", "\033[32m", "\033[31m"), ("", "\033[0m", "\033[0m")
+    origins = (directory / f"{split}.txt").read_text(encoding="utf-8").splitlines()
     for row in range(arguments.first, min(arguments.first + arguments.rows, rows.count)):
-        numbers = rows.documents(row)
-        used = int(np.diff(rows.starts)[numbers].sum()) - len(numbers)
-        print(f"\nrow {row:,}: {len(numbers)} conversations, {used:,} of {context:,} tokens ({used / context:.1%})")
-        for number in numbers:
+        print(f"\nrow {row:,}")
+        for number in rows.documents(row):
             print(f"── {number:,} {origins[number]}")
-            ids, trained = rows.conversation(number)
-            for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):
-                text = shown(ids[part].tolist(), spm)
-                print(f"{green}{text}{plain}" if trained[part[0]] else text, end="")
+            for ids, kind in parts(rows, number):
+                print(before[kind] + shown(ids.tolist(), spm) + after[kind], end="")
             print()
 
 
 if __name__ == "__main__":
     p = cli.parser(__doc__)
+    p.add_argument("--pairs", action="store_true", help="show the pairs of dpo_data")
     p.add_argument("--split", choices=SPLITS, default="train")
-    p.add_argument("--first", type=count, default=0, metavar="N", help="the first row shown; default: 0")
+    p.add_argument("--first", type=int, default=0, metavar="N", help="the first row shown; default: 0")
     p.add_argument("--rows", type=cli.positive, default=2, metavar="N", help="how many; default: 2")
     cli.run(main, p.parse_args())

@@ -35,11 +35,6 @@ class Part(NamedTuple):
     control: bool = False
 
 
-def with_input(message: Message, before: str = "\n\n") -> str:
-    """The message's text, then its input if it has one."""
-    return message.content + before + message.input if message.input else message.content
-
-
 def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
     # Control pieces mark every turn. No text is ever encoded to them, so a user cannot fake the end of a turn.
     for message in messages:
@@ -49,7 +44,7 @@ def chatml(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
             yield Part("assistant\n")
             yield Part(message.content, trained=True)
         else:
-            yield Part(f"{message.role}\n{with_input(message)}")
+            yield Part(f"{message.role}\n{message.text()}")
         # Train the end of an answer too: a model that never learns END never stops. The "\n" after it is not
         # trained, because generation stops before it.
         yield Part(END, trained=answer, control=True)
@@ -68,7 +63,7 @@ def instruct(messages: Sequence[Message], ask: bool, before_input: str = "\n\n")
         elif message.role == "system":
             yield Part(f"{message.content}\n\n")
         else:
-            yield Part(f"### Instruction:\n{with_input(message, before_input)}\n\n{RESPONSE}")
+            yield Part(f"### Instruction:\n{message.text(before_input)}\n\n{RESPONSE}")
 
 
 def alpaca(messages: Sequence[Message], ask: bool) -> Iterator[Part]:
@@ -148,7 +143,7 @@ def render(
     # Chat programs send an empty system message when the user sets none: treat it as none.
     messages = [message for message in messages if message.role != "system" or message.content.strip()]
     if template == IMPORTED:
-        contents = [{"role": message.role, "content": with_input(message)} for message in messages]
+        contents = [{"role": message.role, "content": message.text()} for message in messages]
         return tokenizer.render(contents, ask)
     form = TEMPLATES[template]
     missing = [piece for piece in form.needs if piece not in tokenizer.control]

@@ -58,7 +58,7 @@ class SFTConfig:
 class FineTuning(Tuning):
     """Learns the conversations that sft.data wrote to a directory. counts: from the manifest there."""
 
-    noun = "rows of packed conversations"
+    noun = "packed row"
 
     def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
         self.spm, weights = spm, dict(config.weights) or finetune.ALL
@@ -101,11 +101,11 @@ class FineTuning(Tuning):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         device, ranks = device_of(model), parallel.ranks()
         # One sum in float64, divided at the end: the grouping of the rows changes nothing.
-        nats = torch.zeros((), dtype=torch.float64, device=device)
+        nats = torch.zeros((), dtype=torch.float64)
         for rows, counts in shared_rows(self.chosen, machine.rows_held(self.config, ranks)):
             tokens, targets, positions = self.held_out.read(rows)
             mean = model(tokens.to(device), targets, positions=positions)
-            nats += mean.double() * int((targets != IGNORED).sum()) * counts
+            nats += mean.cpu().double() * int((targets != IGNORED).sum()) * counts
         mean = float(parallel.add_up(nats)) / self.measured
         # With FSDP one process cannot generate alone, because it holds a share of the weights.
         if parallel.rank() == 0 and (ranks == 1 or self.config.parallel == "ddp"):

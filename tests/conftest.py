@@ -94,11 +94,12 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def build(name: str, experiment: configs.Experiment, **switches) -> Path:
+def build(name: str, experiment: configs.Experiment, force: bool = False, **switches) -> Path:
     """Makes a stage and what it needs, as pipeline.py does, but in this process. Returns its directory."""
-    defaults = {"workers": 1, "force": False, "resume": "auto", "checkpoint": None, "data": None, "replaced": ()}
-    pipeline.make(name, experiment, argparse.Namespace(**defaults | switches), set(), apart=False)
-    return experiment.directory(name)
+    directory = experiment.directory(name)
+    defaults = {"workers": 1, "resume": "auto", "checkpoint": None, "data": None, "again": [directory] if force else []}
+    pipeline.make([name], experiment, argparse.Namespace(**defaults | switches), apart=False)
+    return directory
 
 
 PRESENT = os.environ.copy() | {"PYTHONPATH": str(ROOT)}  # the fork server's environment

@@ -83,7 +83,7 @@ def test_a_learning_rate_schedule(copy: Copy):
     copy.change("A learning-rate schedule")
     out = copy.run("train.py", config)
     assert "optim.py changed since it was made" in out
-    assert f"python pipeline.py {config} --force-from pretrain" in out
+    assert f"python pipeline.py {config} pretrain --force-from pretrain" in out
     copy.place.edit(("warmup_steps=4", 'warmup_steps=4, schedule="exponential"'))
     copy.run("train.py", config, "--force")
     rates = {row["step"]: row["lr"] for row in copy.place.metrics()}

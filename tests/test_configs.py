@@ -8,11 +8,19 @@ import pytest
 
 import configs
 from cli import UserError
-from tests.conftest import MINI, Place
+from data.corpus import CorpusConfig
+from data.sources import Files
+from dpo.data import PairConfig
+from dpo.pairs import Pairs
+from dpo.train import DPOConfig
+from sft.conversations import Chats
+from sft.data import ConversationConfig
+from sft.train import SFTConfig
+from tests.conftest import MINI
 
 NAMES = """
     alpaca alpaca_eval base base_web chat_mix demo dolly hh_harmless hh_rlhf micro micro_web oasst1 orca_dpo prose_micro
-    prose_mini prose_tiny small small_web tiny tiny_web tokenizer_web
+    prose_mini prose_tiny small small_web smollm2 tiny tiny_web tokenizer_web
 """
 SHIPPED = NAMES.split()  # by name: configs/ also holds the user's own
 # Whose pretrained and fine-tuned model an experiment uses, if not its own.
@@ -58,6 +66,10 @@ def test_shipped_config_loads(name):
         ('name="mini"', "name='m', mixture=(Phase(start=5, weights={'files': 1}),)", "phases from steps [5]"),
         ('name="mini"', "name='m', mixture=(Phase(start=0, weights={'files': 0}),)", "expected a positive number"),
         ('name="mini"', "name='m', expected={'loss': (1.0, 2.0)}", "expected names 'loss'"),
+        *(
+            ('name="mini"', f"name='m', expected={{'sft.answers.loss': {usual}}}", f"is {usual}; expected two numbers")
+            for usual in ("3.5", "(0, 1, 2)", "('a', 'b')", "(None, 9)", "(9, 1)")
+        ),
     ],
 )
 def test_mistakes_are_explained(tmp_path, before, after, message):
@@ -77,6 +89,32 @@ def vary(*shared: str, **changes) -> configs.Experiment:
     tiny = configs.load("configs/tiny.py")
     changed = {name: dataclasses.replace(getattr(tiny, name), **fields) for name, fields in changes.items()}
     return dataclasses.replace(tiny, name="b", shared=dict.fromkeys(shared, tiny), **changed)
+
+
+TEXT = CorpusConfig(sources=(Files(paths=("a.txt",)),))
+CHATS = SFTConfig(data=ConversationConfig(sources=(Chats(paths=("a.jsonl",)),)))
+PAIRS = DPOConfig(data=PairConfig(sources=(Pairs(paths=("a.jsonl",)),)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "commands"),
+    [
+        ({}, "corpus", ["pipeline.py {} tokenizer"]),
+        ({}, "pretrain", ["pipeline.py {} sft", 'serve.py {} generate "The"']),
+        ({"corpus": TEXT}, "pretrain", ['serve.py {} generate "The"']),
+        ({"corpus": TEXT, "sft": CHATS}, "pretrain", ["pipeline.py {} sft", 'serve.py {} generate "The"']),
+        ({"sft": CHATS}, "sft", ["serve.py {} chat"]),
+        ({"sft": CHATS, "dpo": PAIRS}, "sft", ["pipeline.py {} dpo", "serve.py {} chat"]),
+        ({}, "dpo", ["pipeline.py {} eval", "serve.py {} chat"]),
+        ({}, "report", []),
+    ],
+)
+def test_the_commands_proposed_next_suit_the_model(changes, stage, commands):
+    """Not SFT on Python's documentation after the user's own text."""
+    experiment = dataclasses.replace(configs.load("configs/demo.py"), **changes)
+    assert experiment.following(stage) == ", or ".join(f"python {command}" for command in commands).replace(
+        "{}", "configs/demo.py"
+    )
 
 
 def test_variants_of_a_fine_tuning_share_its_data():
@@ -109,17 +147,3 @@ def test_a_derived_experiment_does_not_inherit_the_expected_ranges(tmp_path):
     path.write_text("\n".join([*lines, "experiment = replace(demo, name='mine')"]))
     assert configs.load("configs/demo.py").expected
     assert configs.load(path).expected == {}
-
-
-def test_loading_a_config_starts_no_threads(place: Place):
-    """With threads, the stage that is forked from this process would hang; one that has computed has them."""
-    place.edit(("context_length=64", "context_length=512"), ("LoRAConfig(", "LoRAConfig(targets=('other',), "))
-    place.env["OMP_NUM_THREADS"] = "2"
-    code = (
-        "import os, sys, configs, cli\nbefore = os.listdir('/proc/self/task')\n"
-        "try: configs.load(sys.argv[1])\nexcept cli.UserError as error: print(error)\n"
-        "print(before == os.listdir('/proc/self/task'))"
-    )
-    out = place.run("-c", code, place.config).stdout
-    assert "targets names 'other'" in out
-    assert out.endswith("True\n")

@@ -27,10 +27,8 @@ import stage
 import tokenizer
 from cli import UserError
 from data.sources import PythonDocs
-from generate import Continuation, Sampling
 from model import ModelConfig, Transformer
 from serving import served
-from serving.engine import Generation
 from sft.conversations import Message
 from sft.templates import TEMPLATES, render
 from tests.conftest import Place, build
@@ -71,9 +69,8 @@ def llama(**changes) -> transformers.LlamaForCausalLM:
 def spm_model(texts: list[str], **options) -> bytes:
     """A SentencePiece model with the library's own defaults."""
     written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=written, byte_fallback=True, minloglevel=2, **options
-    )
+    options = {"byte_fallback": True, "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=written, **options)
     return written.getvalue()
 
 
@@ -250,44 +247,21 @@ def test_auto_tokenizer_opens_it(exported, text, made: Place):
     assert hf.decode(parsed, skip_special_tokens=True) == "user\nhi"
 
 
-def llama_cpp(directory: Path, text: str) -> list[int]:
-    """The ids that llama.cpp gives a text, after its convert_hf_to_gguf.py and llm_tokenizer_spm, without bos."""
-    # Characters are merged pair by pair, the best score first, the leftmost of equal ones; the rest becomes bytes.
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    known = {pieces.id_to_piece(i): i for i in range(len(pieces)) if not pieces.is_control(i)}
-    if json.loads((directory / "tokenizer_config.json").read_text()).get("add_prefix_space", True):
-        text = f" {text}"
-    symbols = list(text.replace(" ", "▁"))
-    while pairs := [(-pieces.get_score(known[a + b]), i) for i, (a, b) in enumerate(itertools.pairwise(symbols))
-                    if a + b in known]:  # fmt: skip
-        i = min(pairs)[1]
-        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-    ids = []
-    for symbol in symbols:
-        ids += [known[symbol]] if symbol in known else [known[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-    return ids
-
-
 @pytest.mark.parametrize("name", ["bpe", "LLaMA's"])
-def test_llama_cpp_gives_the_same_ids(spms, text, tmp_path, name):
-    (tmp_path / "tokenizer.model").write_bytes(spms[name].model)
+def test_llama_cpp_is_told_whether_a_text_begins_with_a_space(spms, name):
+    """Without a word about it, its convert_hf_to_gguf.py assumes a space before every text."""
     settings = convert.tokenizer_files(spms[name], None)["tokenizer_config.json"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for part in ["The king", " two\n words", "é 🙂", *(part[:300] for part in text)]:
-        assert llama_cpp(tmp_path, part) == spms[name].encode(part)
+    ids = spms[name].encode("The")
+    assert settings["add_prefix_space"] == spms[name].pieces.id_to_piece(ids[0]).startswith("▁")
 
 
-@pytest.mark.parametrize(
-    ("options", "reasons"),
-    [
-        ({}, "text normalisation, white space that is not kept"),
-        ({**KEPT, "user_defined_symbols": ["<x>"]}, "user-defined or unused pieces"),
-        ({**KEPT, "model_type": "char"}, "an algorithm that is neither unigram nor BPE"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_reproduced_is_refused(text, options, reasons):
+REFUSED = [{}, KEPT | {"user_defined_symbols": ["<x>"]}, KEPT | {"model_type": "char"}, KEPT | {"byte_fallback": False}]
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_a_tokenizer_that_cannot_be_reproduced_is_refused(text, options):
     size = {} if "model_type" in options else {"vocab_size": 600}
-    with pytest.raises(UserError, match=rf"{reasons}, which tokenizer\.json cannot reproduce exactly"):
+    with pytest.raises(UserError, match="cannot reproduce this tokenizer exactly"):
         convert.fast_tokenizer(tokenizer.Tokenizer(spm_model(text, **size, **options), ""))
 
 
@@ -311,14 +285,6 @@ def test_other_tokenizers_encode_as_sentencepiece_does(text, documents, name, mo
         cut = spm.encode(part)
         assert cut == bare.encode(part) or name == "unigram"
         assert spm.decode(cut) == part or not kept
-
-
-def test_a_continuation_keeps_its_first_space(spms):
-    text = Generation(spms["LLaMA's"], Continuation([0], 1, Sampling()))
-    for token in spms["LLaMA's"].encode("two"):
-        text.add(token)
-    text.end("length")
-    assert text.text == " two"
 
 
 # ----------------------------------------------------------------------------------------------------------- templates
@@ -364,7 +330,7 @@ def test_a_model_that_was_only_pretrained_still_continues_texts(exported, made: 
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 UNSUPPORTED = [
-    ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}}, "rope_type is 'yarn'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotary_factor"),
     ({"attention_bias": True, "mlp_bias": True}, "attention_bias is True.*mlp_bias is True"),
@@ -436,7 +402,7 @@ def test_a_missing_package_or_another_tokenizer_is_named(exported, made: Place, 
     refused("was trained with tokenizer 000000000000", save(tmp_path / "other", SHAPES["untied"], "0" * 64))
     for package in ("sentencepiece.sentencepiece_model_pb2", "transformers"):
         monkeypatch.setitem(sys.modules, package, None)
-        refused("pip install transformers protobuf", exported["untied"][0])
+        refused(r"pip install (transformers )?protobuf", exported["untied"][0])
 
 
 def test_only_an_earlier_conversion_is_replaced(foreign, tmp_path):
@@ -446,13 +412,14 @@ def test_only_an_earlier_conversion_is_replaced(foreign, tmp_path):
 
     out = tmp_path / "out"
     command("from-hf", foreign, out)
-    refused(r"is not empty: .*--force", out)
+    refused(r"is not empty.*--force", out)
     command("from-hf", foreign, out, "--force")
-    out.rename(tmp_path / ".out.old")  # as a killed process leaves it
+    out.rename(tmp_path / ".out.new")  # as a killed process leaves it
     refused("out is not empty", out)
     (out / "thesis.txt").write_text("years of work")
     refused(r"holds thesis\.txt, which no conversion wrote", out, "--force")
-    for used in (foreign, tmp_path, "."):
+    refused("which no conversion wrote", ".", "--force")
+    for used in (foreign, tmp_path):
         refused("which is in use", used, "--force")
     assert (out / "thesis.txt").read_text() == "years of work"
 

@@ -52,10 +52,11 @@ CONFIGS = """
 """
 CLASSES = [pkgutil.resolve_name(name) for name in CONFIGS.split()]
 COMMANDS = {  # how each is started: a file and, after it, the subcommand if there is one
-    **{"pipeline": "pipeline.py", "pretrain": "train.py", "download": "eval/download.py"},
+    **{"pipeline": "pipeline.py", "download": "eval/download.py"},
+    "harness": "eval/harness.py",
     **{"inspect": "data/inspect.py", "sft_inspect": "sft/inspect.py"},
     **{name: f"serve.py {name}" for name in ("generate", "chat", "api")},
-    **{name: f"convert.py {name}" for name in ("to-hf", "from-hf")},
+    **{name: f"convert.py {name}" for name in ("to-hf", "from-hf", "to-gguf")},
 }
 NAMES = {  # that configs, requests and data may have in them
     "conversations": sft.conversations.FORMATS,
@@ -68,7 +69,7 @@ NAMES = {  # that configs, requests and data may have in them
     "training": {name: list(values) for name, values in trainer.CHOICES.items()},
     "LoRA targets": lora.TARGETS,
     "DPO losses": list(dpo.loss.LOSSES),
-    "tasks": eval.tasks.TASKS,
+    "tasks": list(eval.tasks.METRICS),
     "chat commands": serving.chat.COMMANDS.split(),
     "server metrics": re.findall(r'"(lumi_\w+)"', (ROOT / "serving/api.py").read_text()),
     "shipped configs": SHIPPED,

@@ -18,7 +18,7 @@ ORDER = [
     "eval",
     "configs",
     "train",
-    "eval.* serving convert data.inspect sft.inspect",  # the two are commands, which load a config
+    "eval.* serving convert convert_gguf data.inspect sft.inspect",  # the two are commands, which load a config
     "pipeline serve",
 ]
 PLACES = {name: place for place, line in enumerate(ORDER) for name in line.split()}

@@ -66,9 +66,6 @@ def trained(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-# -------------------------------------------------------------------------------------------------------- against peft
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
 @pytest.mark.parametrize("targets", [TARGETS, BLOCKS, ("q", "v"), ("k", "head")], ids=",".join)
 def test_peft_computes_the_same(targets, dtype, tolerance):
@@ -166,9 +163,6 @@ def test_each_of_several_adapters_gives_what_it_gives_alone():
         lora.attach(model, few, "few")
 
 
-# ----------------------------------------------------------------------------------------------------- what is trained
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_trains_the_adapter_and_leaves_the_base_bit_for_bit(precision, optimizer):
@@ -195,9 +189,6 @@ def test_the_end_piece_gets_the_end_of_a_text_in_the_frozen_weight():
     with lora.without(model):
         assert torch.equal(model.head.weight[3], expected)
         assert torch.equal(model.head.weight[:3], rows[:3])
-
-
-# ------------------------------------------------------------------------------------------------------------- dropout
 
 
 @pytest.mark.parametrize(("p", "dtype"), [(0.05, torch.bfloat16), (0.5, torch.float64), (0.9, torch.float64)])
@@ -247,9 +238,6 @@ def test_compiled_dropout_does_not_break_the_graph_and_two_layers_drop_different
     assert not torch.equal(first, second)
 
 
-# ------------------------------------------------------------------------------------------------ config, architectures
-
-
 WRONG = [("rank", 0), ("alpha", 0.0), ("alpha", math.nan), ("dropout", 1.0), ("targets", ()), ("targets", ("q", "q"))]
 
 
@@ -296,9 +284,6 @@ def test_flops_of_a_step_follow_from_the_layers(targets):
     forward = 2 * blocks + head + attention
     assert finetune.step_flops(shape, adapter, 1, 0.5, 5, plain=True) == expected[targets] + 3 * attention + forward
     assert finetune.step_flops(shape, None, 1, 1, 0) == shape.flops_per_token(0)
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save(directory, model: Transformer, under=None, config: LoRAConfig = SMALL) -> None:

@@ -23,7 +23,7 @@ from tests.test_train import assert_same_run
 FAULT = """
 import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
-import cli, train
+import cli, pipeline
 from data.batches import Mixture
 from model import Transformer
 rank, fault, at = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
@@ -40,9 +40,7 @@ if int(os.environ.get("RANK", 0)) == rank and first:
         return forward(self, *rest) * (float("nan") if bad else 1)
     Mixture.batch, Transformer.forward = reading, computing
     cli._leave = lambda *rest: (time.sleep(2 * (fault == "late")), leave(*rest))
-p = cli.parser("")
-cli.add_training_switches(p)
-cli.run(train.main, p.parse_args())
+cli.run(pipeline.main, pipeline.parser().parse_args([*sys.argv[1:], "pretrain"]))
 """
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 
 import configs
 import pipeline
+import stage
 from tests.conftest import ROOT, Place, furnish
 
-DIRECTORIES = [configs.DIRECTORIES[name] for name in pipeline.STAGES]
+DIRECTORIES = [configs.DIRECTORIES[name] for name in pipeline.NAMES[:-1]]
 
 
 def makefile_commands(config: str) -> list[list[str]]:
@@ -45,9 +47,13 @@ def test_every_stage_by_command(everything: Place):
         assert (everything.runs / "mini" / directory / "manifest.json").exists()
         assert (everything.runs / "mini" / directory / "log.txt").read_text()
     assert (everything.runs / "mini/REPORT.md").read_text().startswith("# mini")
+    for name in ("tokenizer", "sft"):
+        directory = everything.runs / "mini" / name
+        stage.write_manifest(directory, stage.read_manifest(directory) | {"code": {"gone.py": "0"}})
     again = everything.run("pipeline.py", everything.config)
     assert again.stdout.count("is up to date") == len(DIRECTORIES)
-    assert again.stderr == ""
+    assert again.stderr.count("\n") == 1  # one warning, whatever the number of stages
+    assert "tokenizer is kept, but gone.py changed since it was made" in again.stderr
 
 
 def contents(place: Place) -> dict[str, str]:
@@ -81,7 +87,7 @@ def states(place: Place) -> dict[str, str]:
 def test_the_status_of_each_stage(everything: Place):
     out = everything.run("pipeline.py", everything.config, "--status").stdout
     assert re.search(r"\npretrain +[\d.]+  [\d.]+ bits per byte +done\n", out)
-    assert states(everything) == dict.fromkeys(pipeline.STAGES, "done")
+    assert states(everything) == dict.fromkeys(pipeline.NAMES[:-1], "done")
     everything.edit(("learning_rate=3e-3", "learning_rate=2e-3"))
     (everything.runs / "mini/sft_data/manifest.json").unlink()
     shutil.rmtree(everything.runs / "mini/dpo_reference")
@@ -94,6 +100,9 @@ def test_the_status_of_each_stage(everything: Place):
         "dpo": "stale: sft is stale",
         "eval": "stale: pretrain is stale",
     }
+    shutil.rmtree(everything.runs / "mini/eval")
+    out = everything.run("pipeline.py", everything.config, "--status").stdout
+    assert re.search(r"\npretrain +[\d.]+  [\d.]+ bits per byte in training +stale", out)
     shutil.rmtree(everything.runs / "mini/pretrain")
     assert states(everything)["sft"].startswith("stale: mini is not trained")
 
@@ -119,7 +128,7 @@ def test_the_tokenizer_is_replaced_only_with_everything_that_was_made_with_it(tr
     trained.edit(('algorithm="bpe"', 'algorithm="unigram"'))
     refused = trained.run("pipeline.py", trained.config, "tokenizer", "--force", status=2).stderr
     assert "--force-from tokenizer" in refused
-    trained.run("pipeline.py", trained.config, "corpus", "tokenizer", "pack", "pretrain", "--force-from", "corpus")
+    trained.run("pipeline.py", trained.config, "pretrain", "--force-from", "corpus")
     assert not before.items() & times(trained).items()
 
 
@@ -131,13 +140,18 @@ def test_variants_of_a_fine_tuning_make_its_data_once(tuned: Place):
         f"experiment = replace(mini, name='other', sft=replace(mini.sft, lora=None), {shared})\n"
     )
     out = tuned.run("pipeline.py", other, "sft").stdout
-    assert f"next: python pipeline.py {other} dpo, or talk with the model:" in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith(f"next: python pipeline.py {other} dpo, or python serve.py {other} chat")
     assert {path.name for path in (tuned.runs / "other").iterdir()} == {"sft", "seconds.json"}
+    before = times(tuned)  # of the other experiment, whose stages are not made again from here
+    err = tuned.run("pipeline.py", other, "sft", "--force-from", "pretrain").stderr
+    assert f"kept, because other experiments own them: {tuned.runs}/mini/pretrain, {tuned.runs}/mini/sft_data;" in err
+    assert f"python pipeline.py {tuned.config} sft --force-from pretrain" in err
+    assert times(tuned) == before
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_in_training_it_saves_and_resumes_exactly(packed: Place, tmp_path_factory, by):
-    """Ctrl-C reaches every process of the command, SIGHUP here only the first, which has lost its output too."""
+    """Ctrl-C reaches every process of the command, the others only the first, which with SIGHUP loses its output."""
     packed.edit(("steps=24", "steps=100_000"), ("learning_rate=3e-3, w", "learning_rate=3e-3, min_lr=3e-3, w"))
     with packed.start("pipeline.py", packed.config, "pretrain", start_new_session=True) as run:
         run.wait_for("step 1 of")
@@ -147,8 +161,9 @@ def test_stopped_in_training_it_saves_and_resumes_exactly(packed: Place, tmp_pat
         os.killpg(run.pid, by) if by == signal.SIGINT else run.send_signal(by)
         err = run.stderr.read()
     assert run.returncode == 128 + by
-    assert err.count("finishing the step") == err.count("saved at step") == err.strip().count("\n") == 1
-    step = int(re.search(r"saved at step (\d+) of 100000", err)[1])
+    assert err.count("finishing the step") == err.count("saved at step") == 1
+    assert "Traceback" not in err
+    step = int(re.search(r"saved at step (\d+) of 100000; resume with: python train.py", err)[1])
     packed.edit(("steps=100_000", f"steps={step + 3}"))
     straight = Place(shutil.copytree(packed.path, tmp_path_factory.mktemp("straight"), dirs_exist_ok=True))
     shutil.rmtree(straight.runs / "mini/pretrain")
@@ -171,6 +186,16 @@ def test_neither_a_closed_pipe_nor_a_closed_terminal_ends_what_nohup_started(pac
     assert "step 24 of 24" in (packed.runs / "mini/pretrain/log.txt").read_text()
 
 
+def test_stopped_while_it_imports(place: Place):
+    """In an interpreter of its own: the tests' fork server has imported everything."""
+    run = subprocess.Popen([sys.executable, "train.py", place.config], cwd=ROOT, env=place.env, stderr=subprocess.PIPE)
+    while b"libtorch" not in Path(f"/proc/{run.pid}/maps").read_bytes():
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[1] == b""
+    assert run.returncode == -signal.SIGINT  # 130 for a shell
+
+
 def test_stopped_while_making_data(place: Place):
     """Ctrl-C in the shell reaches the workers too; they must be quiet about it."""
     place.edit(('Files(paths=("text.jsonl",), min_chars=20)', "PythonDocs()"), ("import Files", "import PythonDocs"))
@@ -186,10 +211,11 @@ def test_stopped_while_making_data(place: Place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pipeline.py", "sft", "dpo", "--checkpoint", "x"], "--checkpoint is about one stage"),
+        (["pipeline.py", "sft", "dpo", "--checkpoint", "pretrain"], "--checkpoint is about one stage"),
+        (["pipeline.py", "sft", "--checkpoint", "nowhere"], "nowhere is not a checkpoint: there is no such directory"),
         (["pipeline.py", "--resume", "x"], "--resume is about one stage"),
         (["pipeline.py", "sft", "--force", "--checkpoint", "pretrain"], "did you mean"),
-        (["pipeline.py", "--force", "stft"], "no stage 'stft'"),
+        (["pipeline.py", "--force", "stft"], "no stage 'stft'; did you mean sft?"),
         (["pipeline.py", "sft", "--lr", "1"], "no switch --lr: settings live in {}; set pretrain.learning_rate or"),
         (["train.py", "--batch-size=10"], "set pretrain.batch_size or sft.train.batch_size or dpo.train.batch_size"),
         (["serve.py", "generate", "x", "--lr", "1"], "no switch --lr: settings live in {}"),
@@ -208,7 +234,7 @@ def test_a_changed_corpus_is_noticed_by_training_but_raw_text_may_be_moved_away_
         file.write('{"text": "One more document, long enough to count."}\n')
     error = trained.run("train.py", trained.config, status=2).stderr
     assert "corpus was made from something else: text.jsonl was" in error
-    assert f"python pipeline.py {trained.config} --force-from corpus" in error
+    assert error.endswith(f"python pipeline.py {trained.config} pretrain --force-from corpus\n")
     (trained.raw / "text.jsonl").unlink()
     assert "is up to date" in trained.run("train.py", trained.config).stdout
     assert "no file at" in trained.run("pipeline.py", trained.config, "corpus", "--force", status=2).stderr

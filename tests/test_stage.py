@@ -60,21 +60,32 @@ def test_another_config_or_input_stops(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'size was 3, is now 4; names\[0\] was "a", is now "b"\. Give') as error:
         make(tmp_path / "mine/packed", Config(size=4, names=("b",)))
     assert str(error.value).endswith("python pipeline.py configs/mine.py --force-from pack")
-    with pytest.raises(UserError, match=r'limit was not set, is now 7; x was "1", is now "2"; y0 .*; y1 .* and 5 more'):
+    with pytest.raises(UserError, match=r'limit was not set, is now 7; x was "1", is now "2"; y0 .* and 6 more'):
         make(tmp_path / "mine/packed", Config(limit=7), {"x": "2"} | {f"y{i}": str(i) for i in range(7)})
     assert not make(tmp_path / "mine/packed", read={})  # inputs gone: what was made from them stands
     different = stage_of(tmp_path / "mine/packed", Config(size=4, rate=1.0))
-    assert different.state() == "stale: size was 3, is now 4 and 1 more"
+    assert different.state() == "stale: size was 3, is now 4; rate was 0.5, is now 1.0"
 
 
-def test_changed_code_is_a_warning(tmp_path, caplog):
-    make(tmp_path / "sft")
-    manifest = stage.read_manifest(tmp_path / "sft") | {"code": {"model.py": "0", "optim.py": "0", "lora.py": "0"}}
-    stage.write_manifest(tmp_path / "sft", manifest)
-    assert not make(tmp_path / "sft")
-    assert "sft is kept, but model.py and 2 more changed since" in caplog.messages[-1]
-    assert caplog.messages[-1].endswith(f"configs/{tmp_path.name}.py --force-from sft")
-    assert stage_of(tmp_path / "sft").state() == "done, but model.py and 2 more changed since"
+def test_changed_code_is_one_warning(tmp_path, monkeypatch, caplog):
+    """However many stages it made. The commands are about the stages that this command wants."""
+    monkeypatch.setattr(stage, "CONFIGS", {tmp_path.name: "mine.py"})
+    directories = [tmp_path / name for name in ("corpus", "packed", "pretrain", "sft")]
+    for directory in directories[1:]:
+        make(directory)
+        manifest = stage.read_manifest(directory) | {
+            "code": dict.fromkeys(("a.py", "b.py", "c.py", "d.py", "e.py"), "0")
+        }
+        stage.write_manifest(directory, manifest)
+        assert not make(directory)
+        assert stage_of(directory).state() == "done, but a.py, b.py, c.py and 2 more changed since"
+    for goal, command in {"": "--force-from pack", "pretrain": "pretrain --force-from pack"}.items():
+        monkeypatch.setattr(stage, "GOAL", goal)
+        caplog.clear()
+        stage.warn_of_changed_code(directories, {"e.py": "0"})
+        [warning] = caplog.messages
+        assert "packed is kept, but a.py, b.py, c.py and 1 more changed since" in warning
+        assert warning.endswith(f"python pipeline.py mine.py {command}")
 
 
 def test_the_code_that_makes_a_stage(tmp_path, monkeypatch):

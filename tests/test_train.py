@@ -53,6 +53,9 @@ def killing(*a, original={module}.{function}, **k):
 )
 
 
+KILLED = 128 + signal.SIGKILL
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -258,6 +261,32 @@ def test_impossible_settings_are_refused(field, value):
         replace(CONFIG, warmup_steps=1, warmup_fraction=0.1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (
+            5,
+            {"epochs": 3},
+            "32, but there are only 5 rows to train on; try batch_size=1 and epochs=10, .* 50 steps$",
+        ),
+        (31, {"steps": 1000}, "batch_size is 32, but there are only 31 rows to train on"),
+        (1, {"epochs": 1, "batch_size": 2}, "only 1 row to train on; try batch_size=1 and epochs=10"),
+        (40, {"epochs": 3}, "3 epochs of 40 rows in batches of 32 make only 4 steps; try batch_size=4 and epochs=10"),
+        (40, {"epochs": 200}, "training reads 40 rows 200 times and learns them by heart"),
+        (40, {"steps": 40, "batch_size": 4}, "^$"),  # steps are as many as the user says
+        (1600, {"epochs": 1}, "^$"),
+    ],
+)
+def test_too_few_steps_or_too_many_epochs_are_named_before_training(caplog, rows, changes, message):
+    config = TrainConfig(**{"batch_size": 32, "learning_rate": 1e-3} | changes)
+    if config.batch_size > rows:
+        with pytest.raises(UserError, match=message):
+            trainer.plan_steps(config, rows, "row")
+    else:
+        trainer.plan_steps(config, rows, "row")
+        assert re.search(message, "".join(caplog.messages))
+
+
 @pytest.mark.parametrize(("count", "rows", "ranks"), [(7, 2, 1), (7, 2, 2), (8, 3, 3), (1, 4, 3)])
 def test_rows_of_an_evaluation_are_shared_once_each(monkeypatch, count, rows, ranks):
     """Every process is called equally often, so that sharded models can be gathered; each row counts once."""
@@ -297,7 +326,7 @@ def test_what_is_missing_for_compiling_or_tensorboard_is_named(monkeypatch, tmp_
     monkeypatch.setattr(torch, "compile", no_compiler)
     model = counting(CONFIG)[0]
     assert not machine.compile_blocks(model, torch.device("cpu"))
-    assert "training goes on uncompiled, which is slower; set compile=False, or fix this: no C++" in caplog.text
+    assert "training continues uncompiled, which is slower; set compile=False, or fix this: no C++" in caplog.text
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         metrics.Report(tmp_path, counting(CONFIG)[1], 1, None).open(0, tensorboard=True)
@@ -309,13 +338,14 @@ def test_what_is_missing_for_compiling_or_tensorboard_is_named(monkeypatch, tmp_
 def test_a_run_logs_and_saves_what_it_should(made: Place):
     assert [m["step"] for m in made.metrics()] == list(range(1, 25))
     assert [m["step"] for m in made.metrics() if "val_loss" in m] == [8, 16, 24]
+    assert made.metrics()[8]["epoch"] < 1 < made.metrics()[9]["epoch"]  # for KILLS
     first, last = made.metrics()[0], made.metrics()[-1]
     assert first["loss"] == pytest.approx(math.log(512), rel=0.02)
     assert last["val_loss"] < 0.9 * first["loss"]
     assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
     assert re.search(r"^memory: [\d.]+ [MG]iB at the peak of the first step, of [\d.]+ [MG]iB$", made.output, re.M)
     assert f"trained: {made.runs / 'mini/pretrain/final'}" in made.output
-    assert f"next: python pipeline.py {made.config} sft\n" in made.output
+    assert f"next: python pipeline.py {made.config} sft, or python serve.py" in made.output
     assert sorted(p.name for p in (made.runs / "mini/pretrain").glob("*_*")) == ["step_0000015", "step_0000020"]
 
 
@@ -324,7 +354,7 @@ FORWARD = ("model", "Transformer.forward")
 KILLS = [
     pytest.param(*FORWARD, 3 * 11 + 2 + 2, id="step 12, second micro-batch"),
     pytest.param(*FORWARD, 3 * 8 + 1, id="evaluation after step 8"),
-    pytest.param("data.batches", "Mixture.batch", None, id="epoch's edge"),
+    pytest.param("data.batches", "Mixture.batch", 10, id="the batch with rows of two epochs"),
     pytest.param("os", "rename", 1, id="first checkpoint written, not yet renamed"),
     pytest.param("torch", "save", 4, id="second checkpoint, between its files"),
     pytest.param("checkpoint", "stage.write_json", 6, id="a later checkpoint, before its manifest"),
@@ -334,12 +364,7 @@ KILLS = [
 
 @pytest.mark.parametrize(("module", "function", "at"), KILLS)
 def test_killed_and_restarted_equals_undisturbed(packed: Place, made: Place, module, function, at):
-    if at is None:  # the first batch with windows of two epochs
-        windows = (len(np.fromfile(made.runs / "mini/packed/train.bin", "<u2")) - 1) // 64
-        at = windows // 12 + 1
-        assert windows % 12
-        assert at < 20
-    packed.run("-c", KILL.format(module=module, function=function, at=at), packed.config, status=-signal.SIGKILL)
+    packed.run("-c", KILL.format(module=module, function=function, at=at), packed.config, status=KILLED)
     complete = [p for p in (packed.runs / "mini/pretrain").glob("step_*") if (p / "manifest.json").exists()]
     again = packed.run("train.py", packed.config)
     assert ("resumed from step" in again.stdout) == bool(complete)
@@ -357,25 +382,11 @@ def test_compiled_training_is_exact_too(packed: Place, tmp_path_factory: pytest.
     disturbed.run("train.py", disturbed.config)
     disturbed.edit(("steps=5", "steps=24"))
     code = KILL.format(module="checkpoint", function="save", at=3)
-    disturbed.run("-c", code, disturbed.config, status=-signal.SIGKILL)
+    disturbed.run("-c", code, disturbed.config, status=KILLED)
     disturbed.run("train.py", disturbed.config)
     for file in ("weights.pt", "state.pt"):
         ours, theirs = (p.runs / "mini/pretrain/final" / file for p in (disturbed, packed))
         assert digest(ours) == digest(theirs)
-
-
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_the_message_says_how_to_resume(packed: Place, signum, status):
-    packed.edit(("steps=24", "steps=100_000"))
-    run = packed.start("train.py", packed.config)
-    run.wait_for("step 1 of")
-    run.send_signal(signum)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == status
-    step = int(re.search(r"saved at step (\d+) of 100000; resume with: python train.py", err)[1])
-    packed.edit(("steps=100_000", f"steps={step + 3}"))
-    assert f"resumed from step {step} " in packed.run("train.py", packed.config).stdout
-    assert packed.metrics()[-1]["step"] == step + 3
 
 
 def test_force_trains_again_and_a_finished_run_is_up_to_date(trained: Place, made: Place):
@@ -429,6 +440,7 @@ def test_fewer_steps_than_were_trained_are_refused(trained: Place, made: Place):
         ("interrupted", ("n_layers=2", "n_layers=3"), "model.n_layers was 2, is now 3"),
         ("packed", ("learning_rate=3e-3", "learning_rate=1e30"), "Lower learning_rate"),
         ("packed", ("d_model=32, n_heads=2", "d_model=65_536, n_heads=2"), "parameters take .* GiB for weights"),
+        ("packed", ("batch_size=12, micro_batch_size=4", "batch_size=1000"), "batch_size is 1000, but there are only"),
         ("packed", ("context_length=64", "context_length=100_000"), "one window of context_length 100,000"),
     ],
 )
@@ -535,7 +547,7 @@ def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
 
     packed.edit(("compile=False", "compile=False, tensorboard=True"))
     code = KILL.format(module="trainer", function="Report.write", at=13)
-    packed.run("-c", code, packed.config, status=-signal.SIGKILL)
+    packed.run("-c", code, packed.config, status=KILLED)
     packed.run("train.py", packed.config)
     events = EventAccumulator(str(packed.runs / "mini/pretrain/tensorboard")).Reload()
     for name in ("loss", "val_loss", "lr", "grad_norm"):

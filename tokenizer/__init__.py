@@ -36,13 +36,15 @@ class Tokenizer:
             raise UserError("the tokenizer is damaged: its bytes are not a SentencePiece model") from None
         # LLaMA's model puts a space before every text. A long text is encoded in parts, and only the first has it.
         self._prefix = pieces.normalize("x") == SPACE + "x"
-        # A model that changes white space, or has no byte pieces, must see the text whole.
+        # Only a model with byte pieces, which keeps white space and has no piece with a space inside, works in parts.
         keeps_space = pieces.normalize("x  x").removeprefix(SPACE) == f"x{SPACE}{SPACE}x"
-        self._whole = not keeps_space or not pieces.is_byte(pieces.piece_to_id("<0xE2>"))
+        names = pieces.id_to_piece(list(range(pieces.get_piece_size())))
+        crosses = any(SPACE in name.lstrip(SPACE) for name in names)
+        self._whole = not keeps_space or crosses or not pieces.is_byte(pieces.piece_to_id("<0xE2>"))
         if self._prefix and not self._whole:
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
         self.pieces, self.model, self.sha256 = pieces, model, sha256
-        self.vocab_size, self.eos = pieces.get_piece_size(), pieces.eos_id()
+        self.vocab_size, self.eos = len(names), pieces.eos_id()
         if self.eos < 0:
             raise UserError("the SentencePiece model has no end-of-text piece; expected one, usually </s>")
         self.bos = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
@@ -50,14 +52,10 @@ class Tokenizer:
         # SentencePiece would decode U+2581 in a text to a space: it is encoded in bytes.
         space_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_bytes = np.array(space_bytes, np.int32)
-        self._cuts = True  # a text can be cut before any space that follows another character
         self.control: dict[str, int] = {}
-        for id in range(self.vocab_size):
-            piece = pieces.id_to_piece(id)
-            if SPACE in piece.lstrip(SPACE):
-                self._cuts = False
+        for id, name in enumerate(names):
             if pieces.is_control(id) and id not in (pieces.unk_id(), self.bos, self.eos):
-                self.control[piece] = id
+                self.control[name] = id
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """The ids of a text, without an end token. begins: False if the text continues another."""
@@ -77,9 +75,8 @@ class Tokenizer:
         for number, part in enumerate(text.split(SPACE.encode())):
             if number:
                 ids.append(self._space_bytes)
-            for cut in self._parts(part):
-                ids.append(self.pieces.encode(cut, return_type="numpy"))
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+            ids += [self.pieces.encode(cut, return_type="numpy") for cut in self._parts(part)]
+        return np.concatenate(ids)
 
     def _parts(self, text: bytes) -> Iterator[bytes]:
         """A long text in parts whose ids joined are the ids of the text."""
@@ -88,7 +85,7 @@ class Tokenizer:
         start = 0
         while len(text) - start > PART:
             end = start + 64 * PART  # without a space to cut at: costs at most a token
-            if self._cuts and (match := CUT.search(text, start + PART - 1, end)):
+            if match := CUT.search(text, start + PART - 1, end):
                 end = match.end()
             while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
                 end -= 1

@@ -114,15 +114,17 @@ class HuggingFace:
                         raise UserError(f'{problem}, so answers cannot be found in it; set template="instruct"')
                     bounds.append(len(before))
         ids, trained = [], []
+        begins = True  # also after a special token, if the tokenizer puts a space there
         for number, (first, last) in enumerate(itertools.pairwise([*bounds, len(text)])):
             answer = number % 2 == 1  # the parts between bounds are in turn not an answer and an answer
             learnt, start = answer, first
             for match in [*self.pattern.finditer(text, first, last), None]:
                 end = match.start() if match else last
-                new = self.encode(text[start:end].replace(mark, ""), begins=start == 0 or self.prefixed)
+                new = self.encode(text[start:end].replace(mark, ""), begins) if end > start else []
+                begins = begins and end == start
                 if match:
                     new.append(self.special[match[0]])
-                    start = match.end()
+                    start, begins = match.end(), self.prefixed
                 ids += new
                 trained += [learnt] * len(new)
                 learnt = learnt and match is None  # the first special token ends the answer

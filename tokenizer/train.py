@@ -1,16 +1,17 @@
 """Corpus to tokenizer: a SentencePiece model that can encode any text."""
 
+import collections
 import hashlib
 import io
 import itertools
 import math
 import operator
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 import cli
@@ -121,16 +122,13 @@ def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float
         with cli.pool(1) as pool:  # SentencePiece does not react to Ctrl-C; this process does
             model = pool.submit(train, corpus, total, config, val_fraction).result()
         name, sha256 = f"{directory.parent.name}/{directory.name}/spm.model", hashlib.sha256(model).hexdigest()
-        others = []
-        for path in sorted([*stage.runs().glob("*/*/manifest.json"), *stage.runs().glob("*/*/*/manifest.json")]):
+        for path in sorted(stage.runs().rglob("manifest.json")):
             read = stage.read_manifest(path.parent)["read"]
             if read.get(name, sha256) != sha256 and not set(path.parents) & set(replaced):
-                others.append(str(path.parent))
-        if others:
-            raise UserError(
-                f"{', '.join(others)} was made with another tokenizer in {directory}, and the new one would not fit. "
-                "Make it all again with --force-from tokenizer, or give the experiment another name"
-            )
+                raise UserError(
+                    f"{path.parent} was made with another tokenizer in {directory}, and the new one would not fit. "
+                    "Make it all again with --force-from tokenizer, or give the experiment another name"
+                )
         job.clear()
         spm = write(directory, model)
         numbers = measure(spm, sample(corpus, total, MEASURED))
@@ -153,28 +151,27 @@ def write(directory: Path, model: bytes) -> Tokenizer:
 
 def measure(spm: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict:
     """Measures the tokenizer on (source, text) pairs: rates of all texts, and of each source in `sources`."""
-    # fertility: tokens per word. score: bits of text per bit of an id, 8 · bytes per token / log2(vocab_size).
-    sums: dict[str, Counter] = {}
+    sums = collections.defaultdict(lambda: np.zeros(7, np.int64))
     for source, text in texts:
         ids = spm.encode(text)
-        counts = Counter(documents=1, tokens=len(ids), bytes=len(text.encode()), characters=len(text))
-        counts.update(words=len(text.split()), unknown=ids.count(0), same=int(spm.decode(ids) == text))
-        for name in ("", source):
-            sums.setdefault(name, Counter()).update(counts)
-    rates = {}
-    for name, counts in sums.items():
-        tokens = counts["tokens"]
-        rates[name] = {
-            "documents": counts["documents"],
-            "bytes_per_token": round(counts["bytes"] / tokens, 4),
-            "characters_per_token": round(counts["characters"] / tokens, 4),
-            "fertility": round(tokens / max(1, counts["words"]), 4),
-            "unknown_rate": counts["unknown"] / tokens,
-            "round_trips": counts["same"],
-        }
-    total = rates.pop("")
-    score = 8 * total["bytes_per_token"] / math.log2(spm.vocab_size)
-    return {**total, "score": round(score, 4), "sources": rates}
+        words, unknown, same = len(text.split()), ids.count(0), spm.decode(ids) == text
+        sums[source] += (1, len(ids), len(text.encode()), len(text), words, unknown, same)
+    total = _rates(sum(sums.values()))
+    # Bits of text per bit of an id.
+    score = round(8 * total["bytes_per_token"] / math.log2(spm.vocab_size), 4)
+    return total | {"score": score, "sources": {source: _rates(counts) for source, counts in sums.items()}}
+
+
+def _rates(counts: np.ndarray) -> dict:
+    documents, tokens, size, characters, words, unknown, same = counts.tolist()
+    return {
+        "documents": documents,
+        "bytes_per_token": round(size / tokens, 4),
+        "characters_per_token": round(characters / tokens, 4),
+        "fertility": round(tokens / max(1, words), 4),
+        "unknown_rate": unknown / tokens,
+        "round_trips": same,
+    }
 
 
 def card(name: str, config: TokenizerConfig, spm: Tokenizer, numbers: dict) -> str:

@@ -1,12 +1,19 @@
 """The corpus: what is kept and dropped, for any number of workers and after any interruption."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import random
+import sqlite3
+import subprocess
+import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import pyarrow.parquet
 import pytest
 
 import data.corpus
@@ -15,7 +22,7 @@ from data.corpus import CorpusConfig, Tally, gather, records
 from data.dedup import Index
 from data.quality import C4, Quality
 from data.sections import sections
-from data.sources import Files
+from data.sources import Files, Hub, Record
 from tests.conftest import Place, write_lines
 from tests.data.test_quality import FOREIGN, GOOD
 
@@ -26,7 +33,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def make(config: CorpusConfig, directory: Path, workers: int = 1) -> tuple[Tally, list[dict[str, str]]]:
     directory.mkdir()
-    tally = gather(config, directory, workers, {})
+    tally = gather(config, directory / "partial", workers)
     return tally, list(records(directory))
 
 
@@ -48,7 +55,7 @@ def varied(count: int, seed: int = 0, words: int = 10**6) -> list[str]:
 def test_what_is_dropped_is_counted(raw, tmp_path):
     a = varied(4)
     rest = [a[1].upper(), f"{a[0]} indeed", a[1], "!!! ??? ...", "... ??? !!!", "!!! ??? ..."]
-    write(raw / "a.jsonl", [a[0], "short", *rest])
+    write(raw / "a.jsonl", [f"{a[0]}\n{a[0]}\n{a[0]}", "short", *rest])
     long = " ".join(a)
     write(raw / "b.jsonl", [a[2], a[0].replace(" ", "\n"), long])
     config = CorpusConfig(sources=(source("a"), source("b", max_chars=len(long) - 1)))
@@ -56,9 +63,10 @@ def test_what_is_dropped_is_counted(raw, tmp_path):
     kept = [*(("a", f"a.jsonl:{i}") for i in (1, 3, 6, 7)), ("b", "b.jsonl:1")]
     assert [(r["source"], r["id"]) for r in documents] == kept
     counts = tally.counts()
-    assert counts["sources"]["a"]["dropped"] == {"too_short": 1, "near_duplicate": 1, "duplicate": 2}
-    assert counts["sources"]["b"]["dropped"] == {"duplicate": 1, "too_long": 1}
-    assert counts["dropped"] == {"duplicate": 3, "near_duplicate": 1, "too_long": 1, "too_short": 1}
+    of_a = {"repeated_lines": 1, "too_short": 1, "near_duplicate": 1, "duplicate": 2}
+    of_b = {"duplicate": 1, "too_long": 1}
+    assert [counts["sources"][name]["dropped"] for name in "ab"] == [of_a, of_b]
+    assert counts["dropped"] == Counter(of_a) + Counter(of_b)
     assert (counts["read"], counts["documents"]) == (11, 5)
     assert counts["bytes"] == sum(len(r["text"].encode()) for r in documents)
     for table in tally.sources.values():
@@ -76,10 +84,11 @@ def test_each_source_has_its_own_rules(raw, tmp_path):
     write(raw / "a.jsonl", [GOOD + "\n\nA heading", *FOREIGN])
     write(raw / "b.jsonl", [GOOD, *FOREIGN])
     line = " ".join(f"Sentence number {i} has some words in it." for i in range(900))
-    write(raw / "c.jsonl", [line])
+    (raw / "c").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [line]}), raw / "c/train.parquet")
     strict = Quality(c4=C4(min_line_words=1))
     lines = Quality(gopher=None, min_english=None)  # sections are cut after C4 has seen whole lines
-    sources = source("b"), source("a", quality=strict), source("c", quality=lines)
+    sources = source("b"), source("a", quality=strict), Hub(dataset=str(raw / "c"), quality=lines)
     tally, documents = make(CorpusConfig(sources=sources), tmp_path / "corpus")
     assert len(documents) == 6
     assert tally.sources["a"]["dropped"] == {"not_english": 4, "c4_sentences": 1, "c4_lines": 1}
@@ -127,15 +136,19 @@ def test_what_a_source_lacks_is_logged(place: Place, caplog):
     lines = (place.raw / "text.jsonl").read_text().splitlines()
     lines[20:20] = ["{", '{"body": 3}']
     (place.raw / "text.jsonl").write_text("\n".join([*lines, *[json.dumps({"text": GOOD})] * 99]))
-    place.edit(("min_chars=20", 'min_chars=20, unreadable="skip", max_tokens=1_000_000'))
+    write_lines(place.raw / "test.jsonl", [{"text": "x"}, {"body": "y"}])
+    options = 'min_chars=20, unreadable="skip", max_tokens=1_000_000'
+    test = ', decontaminate=(Files(name="test", paths=("test.jsonl",), unreadable="skip"),)'
+    place.edit(("min_chars=20),)", f"{options}),){test}"))
     card = (place.make("corpus") / "DATA_CARD.md").read_text()
-    assert f"files: 2 of {len(lines) + 99} records could not be read; see the card" in caplog.text
+    assert "files: records that could not be read: 2; see the card" in caplog.text
+    assert "test: records of this evaluation set that could not be read: 1" in caplog.text
     assert "of the 1,000,000 tokens of max_tokens" in caplog.text
     assert "files: duplicate dropped" in caplog.text  # more than a third
-    assert "line 21: not JSON" in card
+    assert "line 21 is not JSON" in card
     assert "line 22: expected an object whose 'text' is a string" in card
     place.edit(("min_chars=20", "min_chars=20_000"))
-    with pytest.raises(UserError, match=r"the corpus is empty: none of \d+ documents was kept; add sources"):
+    with pytest.raises(UserError, match=r"the corpus is empty: documents read \d+, kept 0; add sources"):
         place.make("corpus", force=True)
     with pytest.raises(ValueError, match="sources are called a, a; give each a name of its own"):
         CorpusConfig(sources=(source("a"), source("a")))
@@ -178,10 +191,10 @@ def test_interruptions_and_workers_change_no_byte(mixed, tmp_path, crash):
     broken.mkdir()
     for shards in range(1, 16):
         with pytest.raises(InterruptedError):
-            gather(mixed, broken, 2, {})
+            gather(mixed, broken / "partial", 2)
         (broken / f"shard_{shards:05d}.jsonl").write_text("half a li")
     crash.undo()
-    tally = gather(mixed, broken, 4, {})
+    tally = gather(mixed, broken / "partial", 4)
     whole, _ = make(mixed, tmp_path / "whole")
     assert files(broken) == files(tmp_path / "whole")
     assert len(files(broken)) > 15
@@ -195,6 +208,13 @@ def test_interruptions_and_workers_change_no_byte(mixed, tmp_path, crash):
     assert card.split("## Ten documents at random\n\n")[1].count("jsonl:") == 10
 
 
+def test_a_full_disk_is_named(place: Place, monkeypatch):
+    monkeypatch.setattr(Index, "commit", Mock(side_effect=sqlite3.OperationalError("database or disk is full")))
+    with pytest.raises(UserError, match="mini/corpus: database or disk is full; fix that and run the same command"):
+        place.make("corpus")
+    assert not (place.runs / "mini/corpus/manifest.json").exists()
+
+
 def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, crash, caplog):
     monkeypatch.setattr(data.corpus, "SHARD_BYTES", 3_000)
     caplog.set_level("INFO", "lumi")
@@ -204,10 +224,13 @@ def test_only_a_build_of_the_same_corpus_continues(place: Place, monkeypatch, cr
             place.make("corpus")
         for worker in multiprocessing.active_children():  # a killed worker holds the lock until it is gone
             worker.join()
-        assert caplog.text.count("continuing after 1 finished shards") == continued
+        assert caplog.text.count("continuing with shard_00001.jsonl") == continued
     crash.undo()
-    place.make("corpus")
-    assert not (place.runs / "mini/corpus/partial").exists()
+    (place.runs / "mini/corpus/shard_00099.jsonl").write_text("left by another build")
+    place.edit(("min_chars=21", "min_chars=22"))
+    names = sorted(path.name for path in place.make("corpus").glob("[!.]*"))
+    assert [name for name in names if "shard" not in name] == ["DATA_CARD.md", "log.txt", "manifest.json"]
+    assert "shard_00099.jsonl" not in names
 
 
 @pytest.mark.parametrize("quality", [None, Quality()])
@@ -219,3 +242,32 @@ def test_odd_documents_go_through_every_rule(raw, tmp_path, quality):
     tally, documents = make(CorpusConfig(sources=(source("a", quality=quality),)), tmp_path / "corpus")
     assert tally.sources["a"]["read"] == len(odd)
     assert sum(tally.sources["a"]["dropped"].values()) + len(documents) >= len(odd)
+
+
+def test_empty_records_fill_a_batch_too(monkeypatch):
+    monkeypatch.setattr(data.corpus, "BATCH_CHARS", 1_000)
+    assert [len(batch) for batch in data.corpus._batches([Record("", "", "", "")] * 95)] == [10] * 9 + [5]
+
+
+SMALL = """
+import runpy, data.corpus, data.pack
+data.corpus.SHARD_BYTES, data.corpus.BATCH_CHARS, data.pack.CHUNK = 30_000, 3_000, 9_000
+runpy.run_path("pipeline.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ten_random_kills_change_no_byte(place: Place, tmp_path):
+    write(place.raw / "text.jsonl", varied(4_000))
+    started = time.monotonic()
+    place.run("-c", SMALL, place.config, "pack", "--workers", 1)
+    seconds = time.monotonic() - started
+    whole, place.env["RUNS"] = files(place.runs), str(tmp_path / "killed")
+    for _ in range(10):
+        process = place.start("-c", SMALL, place.config, "pack", "--workers", 4)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(random.uniform(0, 0.4) * seconds)
+        process.kill()
+        process.communicate()
+    place.run("-c", SMALL, place.config, "pack", "--workers", 4)
+    assert files(tmp_path / "killed") == whole

@@ -38,9 +38,8 @@ def changed(text: list[str], share: float, rng: random.Random) -> list[str]:
 
 
 def test_bands_are_chosen_by_the_threshold():
-    assert (Deduplication().rows, MinHash(Deduplication()).bands) == (8, 16)
-    assert Deduplication(threshold=0.5).rows < Deduplication(threshold=0.7).rows < Deduplication().rows
-    assert Deduplication(threshold=0.01, permutations=2).rows == 1
+    """16 bands of 8 rows at 0.85: the README's. The lower the threshold, the more bands."""
+    assert [MinHash(Deduplication(threshold=t)).bands for t in (0.85, 0.7, 0.5, 0.01)] == [16, 32, 42, 128]
     for field, value in {"threshold": 1.1, "ngram": 0, "permutations": 0}.items():
         with pytest.raises(ValueError, match=f"{field}.* {value}"):
             Deduplication(**{field: value})
@@ -54,15 +53,28 @@ def test_shingles_are_the_distinct_runs_of_three(text):
     assert (np.diff(shingles.astype(np.int64)) > 0).all()
 
 
-def test_against_all_pairs(tmp_path):
-    """The index is closed now and then, and forgets what it has not committed."""
+def test_signatures_estimate_similarity_without_bias():
+    """The share of equal minima has the true similarity as its mean, and the spread of independent permutations."""
+    minhash, rng, errors = MinHash(Deduplication()), np.random.default_rng(1), []
+    for both in rng.integers(50, 350, 300):
+        union, half, true = rng.integers(0, 1 << 32, 400, dtype=np.uint32), 200 + both // 2, both / 400
+        a, b = union[:half], np.append(union[:both], union[half:])
+        equal = (minhash.signature(a) == minhash.signature(b)).mean()
+        errors.append((equal - true) / (true * (1 - true) / 128) ** 0.5)
+    assert abs(np.mean(errors)) < 0.2
+    assert 0.85 < np.std(errors) < 1.15
+
+
+def test_against_all_pairs(tmp_path, monkeypatch):
+    """The index sorts its keys and is closed now and then, and forgets what it has not committed."""
+    monkeypatch.setattr("data.dedup.RECENT", 100)
     rng, texts = random.Random(0), []
     for _ in range(70):
         original = [f"w{rng.randrange(400)}" for _ in range(rng.randrange(60, 300))]
         texts += [original, *(changed(original, rng.choice([0, 0.01, 0.05, 0.2]), rng) for _ in "ab")]
     minhash, kept, near = MinHash(Deduplication()), [], 0
     index = Index(Deduplication(), tmp_path)
-    assert index.state() is None
+    assert index.state() == {}
     for number, text in enumerate(texts):
         similarity = max((true_similarity(text, other) for other in kept), default=0)
         expected = "duplicate" if text in kept else "near_duplicate" if similarity >= 0.85 else None

@@ -11,19 +11,19 @@ import configs
 import data.pack
 import stage
 import tokenizer
-from data.holdout import Holdout, held_out, split_hash, threshold
+from data.corpus import holdout
+from data.holdout import Holdout, split_hash, threshold
 from data.sections import SECTION_CHARS, cut, sections
-from tests.conftest import Place, build
+from tests.conftest import Place, build, write_lines
 from tests.data.test_corpus import varied
 
 
 def test_many_documents_are_held_out_by_their_own_hash():
-    texts = [b"document number %d" % i for i in range(4000)]
-    share = sum(held_out(text, 0.05) for text in texts) / len(texts)
-    assert share == pytest.approx(0.05, abs=0.015)
-    assert all(held_out(text, 0.1) for text in texts if held_out(text, 0.05))
+    numbers = [split_hash(b"document number %d" % i) for i in range(4000)]
+    limit = threshold(numbers, 0.05)
+    assert limit == math.ceil(0.05 * 2**64)
+    assert sum(number < limit for number in numbers) / 4000 == pytest.approx(0.05, abs=0.015)
     assert split_hash(b"x") == 0x2D711642B726B044  # sha256sum
-    assert threshold(map(split_hash, texts), 0.05) == math.ceil(0.05 * 2**64)
     assert threshold([7, 7], 0.05) is threshold([7], 0.05) is None  # no threshold separates them
 
 
@@ -33,6 +33,15 @@ def test_of_few_documents_neither_side_is_empty(numbers, fraction):
     below = {number for number in numbers if number < limit}
     usual = {number for number in numbers if number < fraction * 2**64}
     assert below == (numbers - {max(numbers)} if usual == numbers else usual or {min(numbers)})
+
+
+def test_a_document_with_most_of_the_text_is_not_held_out_whole(tmp_path):
+    note = "A note."
+    numbers = {text: split_hash(text.encode()) for text in (f"{i} " + "word " * 99 for i in range(99))}
+    for larger in (min(numbers, key=numbers.get), max(numbers, key=numbers.get)):
+        write_lines(tmp_path / "shard_00000.jsonl", [{"text": note}, {"text": larger}])
+        held = split_hash(note.encode())
+        assert holdout(tmp_path, 1e-9).threshold == (None if numbers[larger] < held else held + 1)
 
 
 @pytest.mark.parametrize("gap", ["\n\n", "\n", ". ", " ", ""])
@@ -64,7 +73,7 @@ def test_sections_join_to_the_text(book, more):
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, "0.1"), (2, "0.1"), (5, "1e-9"), (3, "0.999")])
-def test_few_text_files_are_packed(place: Place, count, fraction):
+def test_few_text_files_are_packed(place: Place, count, fraction, caplog):
     """The tokenizer does not learn the word at the end of a single document."""
     text = [*varied(200, words=500), *["Zyzzyva"] * 60 * (count == 1)]
     for i in range(count):
@@ -78,22 +87,11 @@ def test_few_text_files_are_packed(place: Place, count, fraction):
     assert all(texts.values())
     assert len(" ".join(texts.values()).split()) == len(" ".join(text).split())
     if fraction == "1e-9":
+        assert "of the text is held out, but val_fraction is 1e-09" in caplog.text
         assert texts["val"] == min(place.raw.glob("*.txt"), key=lambda p: split_hash(p.read_bytes())).read_text()
     if count == 1:
         assert texts["val"].endswith("Zyzzyva")
         assert "yzz" not in (place.runs / "mini/tokenizer/spm.vocab").read_text()
-
-
-def test_the_tokenizer_does_not_learn_what_is_held_out(place: Place):
-    """One document: its end has a word that would become a piece."""
-    (place.raw / "input.txt").write_text("\n\n".join([*varied(300, words=2_000), *["Zyzzyva"] * 60]))
-    place.edit(("text.jsonl", "input.txt"))
-    place.make("pack")
-    spm = tokenizer.load(place.runs / "mini/tokenizer")
-    ids = data.pack.load(place.runs / "mini/packed", spm.sha256)["val"].tokens
-    assert spm.decode(ids.tolist()[:-1]).endswith("Zyzzyva")
-    pieces = (place.runs / "mini/tokenizer/spm.vocab").read_text()
-    assert "yzz" not in pieces
 
 
 def test_a_text_file_of_a_megabyte_goes_through_the_config_of_the_readme(place: Place):

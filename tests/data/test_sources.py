@@ -53,14 +53,14 @@ def test_files_of_every_kind(raw):
 
 
 BAD = [
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is not JSON"),
     ("a.jsonl", b'{"body": "x"}\n', "line 1: expected an object whose 'text' is a string, found body"),
     ("a.jsonl", b'{"text": "x"}\nnull\n{"text": "z"}\n', "line 2: expected an object"),
     ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1 is not UTF-8"),
-    ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
-    ("a.json", b'[{"text": "x"},', "not JSON"),
+    ("a.jsonl", b"[" * 200_000, "line 1 is not JSON"),
+    ("a.json", b'[{"text": "x"},', "is not JSON"),
     ("a.json", b'[{"body": "x"}]', "element 1: expected an object"),
-    ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 0xe9 at 3\)"),
+    ("a.txt", b"caf\xe9", r"is not UTF-8 \(.* byte 0xe9 in position 3"),
 ]
 
 
@@ -96,9 +96,8 @@ def test_damaged_files_are_named_whatever_the_policy(raw, name, content):
 
 @pytest.mark.parametrize(("end", "compress"), [("xz", lzma.compress), ("bz2", bz2.compress), ("gz", gzip.compress)])
 def test_streams_one_after_another(raw, end, compress):
-    """As `cat a.xz b.xz > c.xz` makes them, padded as xz allows; damage in the last is seen, however short."""
-    pad = b"\0" * 8 * (end == "xz")
-    (raw / f"a.txt.{end}").write_bytes(pad.join(compress(part) for part in (NOISE, b"two", NOISE)) + pad)
+    """As `cat a.xz b.xz > c.xz` makes them. Damage in the last is seen, however short."""
+    (raw / f"a.txt.{end}").write_bytes(b"".join(compress(part) for part in (NOISE, b"two", NOISE)))
     assert read(f"a.txt.{end}") == [(f"a.txt.{end}", (NOISE + b"two" + NOISE).decode())]
     (raw / f"b.txt.{end}").write_bytes(compress(NOISE) + compress(b"two")[:-3])
     with pytest.raises(UserError, match=f"b.txt.{end} cannot be read"):
@@ -134,9 +133,11 @@ def test_any_file_name_is_read(raw, name, directory):
 
 def test_impossible_sources_are_refused(raw):
     (raw / "a.pdf").write_bytes(b"%PDF")
+    (raw / "folder").mkdir()
     for path, message in (
-        ("a.pdf", "is none of .txt, .md, .*.parquet"),
+        ("a.pdf", "has another format; expected .txt, .md, .jsonl, .json or .parquet"),
         ("no*.txt", "no file at .*; correct the path"),
+        ("folder/", r"no file at .*folder; .* name its files: folder/\*\.txt"),
     ):
         with pytest.raises(UserError, match=message):
             read(path)
@@ -146,7 +147,7 @@ def test_impossible_sources_are_refused(raw):
 
 
 def test_python_docs_are_the_same_for_any_number_of_workers():
-    source = PythonDocs(packages=("jinja2", "not_installed"))
+    source = PythonDocs(packages=("jinja2", "not_installed", "not.installed"))
     one, three = list(source.documents(1)), list(source.documents(3, 17))
     assert one[17:] == three
     docs = {d.id: d.value for d in one}
@@ -190,7 +191,7 @@ def test_a_failed_read_is_tried_again_where_it_failed(dataset, tmp_path, monkeyp
             shutil.copy(whole, dataset / "train-1.parquet")  # and then it is whole
 
     monkeypatch.setattr("data.sources.time.sleep", sleep)
-    with pytest.raises(UserError, match="cannot be read, tried 3 times"):
+    with pytest.raises(UserError, match=r"ArrowInvalid.*\(attempt 3\); the same command continues"):
         list(Hub(dataset=str(dataset), retries=2).documents(1))
     source = Hub(dataset=str(dataset), name="set")
     assert [d.value for d in source.documents(1)] == [f"document {i}" for i in range(300)]
@@ -200,14 +201,14 @@ def test_a_failed_read_is_tried_again_where_it_failed(dataset, tmp_path, monkeyp
 
 def test_what_a_dataset_lacks_is_named(dataset):
     for options, message in (
-        ({"subset": "en"}, "subset en.*not found"),
-        ({"split": "a"}, "a.*its splits are train"),
+        ({"subset": "en"}, "set: .*'en' not found"),
+        ({"split": "a"}, "set: no split 'a'; there are train"),
     ):
         with pytest.raises(UserError, match=message):
             Hub(dataset=str(dataset), **options).inputs()
     message = "expected an object whose 'body' is a string, found text, n; set field"
     skipped = [d.value for d in Hub(dataset=str(dataset), field="body").documents(1)]
     assert all(isinstance(text, Unreadable) for text in skipped)
-    assert skipped[7].startswith(f"record 8: {message}")
-    with pytest.raises(UserError, match=f"set, subset None, .*record 1: {message}"):
+    assert skipped[7].startswith(f"{dataset}, record 8: {message}")
+    with pytest.raises(UserError, match=f"{dataset}, record 1: {message}"):
         list(Hub(dataset=str(dataset), field="body", unreadable="stop").documents(1))

@@ -1,14 +1,11 @@
 """Filters of pairs: for each rule a pair that fails it and one that just passes."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.filters import PairFilters, PairJudge
 from dpo.pairs import Pair
 from sft.conversations import Message
-
-GERMAN, ENGLISH = "Der Hund und die Katze sind nicht da. " * 4, "The dog and the cat are not in the house. " * 4
 
 
 def pair(
@@ -31,13 +28,6 @@ def test_either_answer_may_be_short_and_all_texts_count_for_the_length():
     longer = [longest._replace(chosen="450"), longest._replace(rejected="670")]
     longer += [pair("123", "45", "67", system=s, about=i) for s, i in (("88", "90"), ("8", "900"))]
     assert rules(longest, *longer, max_chars=10) == [None, *["too_long"] * 4]
-
-
-def test_language_by_the_data_or_by_frequent_words_in_any_text():
-    assert rules(pair(GERMAN, "Ja", "Nein", "en"), pair(ENGLISH, "Yes", "No", "de")) == [None, "other_language"]
-    assert rules(pair(GERMAN, "Yes", "No"), pair(ENGLISH, "Yes", "No")) == ["other_language", None]
-    assert rules(pair("Hi", GERMAN, "No"), pair("Hi", "Yes", GERMAN)) == ["other_language"] * 2
-    assert rules(pair(GERMAN, "Ja", "Nein", "de"), language=None) == [None]
 
 
 def test_copies_and_contradictions():
@@ -63,9 +53,3 @@ def test_each_choice_is_kept_once(triples):
     assert set(kept) == {(asked, frozenset(answers)) for asked, *answers in triples if len({*answers} - {""}) == 2}
     assert found.count("empty_answer") == sum(not (a and b) for _, a, b in triples)
     assert found.count("identical") == sum(a == b != "" for _, a, b in triples)
-
-
-def test_impossible_settings_are_refused():
-    for field, value, error in (("min_answer_chars", 0, ValueError), ("language", 3, TypeError)):
-        with pytest.raises(error, match=f"^{field} is {value}"):
-            PairFilters(**{field: value})

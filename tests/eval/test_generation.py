@@ -27,10 +27,8 @@ CONFIG = EvalConfig(continuations=2, prompt_tokens=8, new_tokens=8, answer_token
 COLOURS = Prompt("x", "List two colours.", ("red", "blue*", "light green"), words=(2, 6), least=2)
 
 
-def test_the_prompts_and_an_empty_answer():
-    assert list(Counter(prompt.category for prompt in SMOKE).values()) == [3] * 8
-    assert (len(TEXTS["prompts"]), len(TEXTS["everyday"])) == (5, 15)
-    assert not any(all(rule["passed"] for rule in judge(prompt, "").values()) for prompt in SMOKE)
+def test_the_baseline_is_an_empty_answer_which_passes_nothing():
+    assert not any(all(rule["passed"] for rule in judge(prompt, "").values()) for prompt in SMOKE.values())
 
 
 def test_measures_by_hand():
@@ -59,9 +57,6 @@ def test_each_rule(answer, fails):
     found = judge(COLOURS, answer)
     assert {name for name, rule in found.items() if not rule["passed"]} == fails
     assert all(rule["rule"] and rule["found"] for rule in found.values())
-
-
-# ----------------------------------------------------------------------------------------------------------- base model
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +96,12 @@ def test_answers_are_what_generate_gives(subject):
 def test_smoke_counts_what_passed(subject):
     numbers = smoke(subject[0])
     texts = numbers["texts"]
-    for prompt, text in zip(SMOKE, texts, strict=True):
+    assert list(Counter(text["category"] for text in texts).values()) == [3] * 8
+    for prompt, text in zip(SMOKE.values(), texts, strict=True):
         assert (text["prompt"], text["rules"]) == (prompt.text, judge(prompt, text["answer"]))
     assert numbers["passed"] == sum(text["passed"] for text in texts) / 24
     assert numbers["length"] == sum(text["rules"]["length"]["passed"] for text in texts) / 24
     assert sum(numbers["by_category"].values()) == pytest.approx(8 * numbers["passed"])
-
-
-# ----------------------------------------------------------------------------------------------------- held-out answers
 
 
 @pytest.fixture
@@ -179,9 +172,8 @@ def test_stages_are_measured_alike_and_the_report_sets_them_side_by_side(measure
     new = generate.generate(model, ids, 128, temperature=0.7, top_p=0.9, seed=0, stop=stop)
     assert first["answer"] == spm.decode(new, begins=False)
     out = measured.run("pipeline.py", measured.config, "report").stdout
-    assert re.findall(r"(?m)^(prompt|pretrain|sft|dpo|truth) +\D", out)[-5:] == [
-        "prompt", "pretrain", "sft", "dpo", "truth",
-    ]  # fmt: skip
+    shown = re.findall(r"(?m)^(prompt|pretrain|sft|dpo|truth) +\D", out)[-5:]
+    assert shown == ["prompt", "truth", "pretrain", "sft", "dpo"]
     page = (measured.runs / "mini/REPORT.md").read_text()
     for text in texts["pretrain"]["answers"]:
         at = page.index(text["prompt"].splitlines()[1], page.index("## Samples"))

@@ -78,8 +78,6 @@ def test_weights_that_are_not_finite(strong):
         token_nats(strong._replace(model=broken), np.arange(20))
 
 
-# ---------------------------------------------------------------------------------------------------------- WikiText-2
-
 RAW = (
     ' \n = Ice ( water ) = \n \n Ice is " frozen " water , mostly : it is 0 @.@ 9 times as dense . \n'
     " \n = = Uses = = \n The Inuits ' houses cost 1 @,@ 000 @-@ odd ; [ citation needed ] 4 ° C ! \n"

@@ -140,6 +140,26 @@ def test_an_interrupted_run_continues_with_the_next_task(trained: Place, signum)
         assert (trained.runs / "mini/eval" / name).read_bytes() == undisturbed
 
 
+SHARES = """
+from dataclasses import replace
+owners = dict.fromkeys(("corpus", "tokenizer", "pack", "pretrain"), experiment)
+experiment = replace(experiment, name="other", shared=owners)
+"""
+
+
+def test_a_shared_model_is_not_measured_again(trained: Place):
+    trained.make("sft_data")  # of mini alone: the other experiment has no such data
+    evaluate(trained)
+    measured = {task: entry for task, entry in results(trained).items() if "n" in entry and task != "answers"}
+    trained.config.write_text(trained.config.read_text() + SHARES)
+    out = evaluate(trained)
+    assert not [name for name in TASKS if f"\n{name}: " in out]
+    other = json.loads((trained.runs / "other/eval/results.json").read_text())["pretrain"]
+    assert {task: entry for task, entry in other.items() if "n" in entry} == measured
+    texts = json.loads((trained.runs / "other/eval/generations.json").read_text())["pretrain"]
+    assert list(texts) == ["smoke", "prompts", "everyday", "continuations"]
+
+
 def test_an_unfinished_run_keeps_nothing_of_another_config(trained: Place):
     trained.edit(("prompt_tokens=8", "prompt_tokens=10_000"))
     evaluate(trained)

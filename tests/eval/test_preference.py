@@ -33,9 +33,8 @@ def measured(monkeypatch, policy: list, reference: list, ends: list, prompts: li
 def test_by_hand(monkeypatch):
     # Rewards times β = 2: (2, 0) won; (0, 2) lost; (−2, −2) a tie; (−2, −4) won. Prompts: two pairs, one, one.
     policy, reference = [(-4, -6), (-3, -5), (-9, -3), (-5, -8)], [(-5, -6), (-3, -6), (-8, -2), (-4, -6)]
-    found = measured(
-        monkeypatch, policy, reference, [(3, 4, 2), (5, 2, 4), (1, 6, 6), (2, 5, 1)], [0, 0, 1, 2], [0, 0, 1, 1], 2.0
-    )
+    ends, prompts, kinds = [(3, 4, 2), (5, 2, 4), (1, 6, 6), (2, 5, 1)], [0, 0, 1, 2], [0, 0, 1, 1]
+    found = measured(monkeypatch, policy, reference, ends, prompts, kinds, beta=2.0)
     assert found["win_rate"] == (1 + 0 + 0.5 + 1) / 4
     assert found["margin"] == (2 - 2 + 0 + 2) / 4
     assert (found["reward_chosen"], found["reward_rejected"]) == ((2 + 0 - 2 - 2) / 4, (0 + 2 - 2 - 4) / 4)
@@ -45,10 +44,8 @@ def test_by_hand(monkeypatch):
     assert found["perplexity_rejected"] == pytest.approx(math.exp(22 / 13))
     assert found["likelier"] == 3 / 4
     assert found["longer_wins"] == (1 + 0 + 0.5 + 1) / 4
-    assert {name: (kind["win_rate"], kind["n"]) for name, kind in found["by_kind"].items()} == {
-        "a": (0.5, 2),
-        "b": (0.75, 2),
-    }
+    kinds = {name: (kind["win_rate"], kind["n"]) for name, kind in found["by_kind"].items()}
+    assert kinds == {"a": (0.5, 2), "b": (0.75, 2)}
     assert (found["n"], found["prompts"], found["baseline"]) == (4, 3, 0.5)
 
 
@@ -60,7 +57,8 @@ def test_who_looks_at_lengths_alone_wins_half_of_matched_pairs(longer):
     weights = task.matched(longer)
     assert ((weights >= 0) & (weights <= 1)).all()
     if weights.any():
-        assert task.clustered(task.half_ties(longer), weights, np.arange(len(longer)))[0] == pytest.approx(0.5)
+        wins = task.chosen_greater(np.stack([longer, np.zeros_like(longer)], axis=1))
+        assert task.clustered(wins, weights, np.arange(len(longer)))[0] == pytest.approx(0.5)
 
 
 @given(longer)

@@ -136,4 +136,4 @@ def server(served: Served) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def endless(served: Served) -> Served:
-    return Endless(**{field.name: getattr(served, field.name) for field in dataclasses.fields(served)})
+    return Endless(**vars(served))

@@ -31,12 +31,12 @@ runpy.run_path("serve.py", run_name="__main__")
 
 
 class Terminal:
-    """A chat on a pseudo-terminal. fresh: what was shown since the last `expect`."""
+    """A command on a pseudo-terminal. fresh: what was shown since the last `expect`."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, *words: str):
         self.fd, child = pty.openpty()
         self.fresh = ""
-        command = [sys.executable, "-c", START, "serve.py", place.config, "chat", *SEEDED]
+        command = [sys.executable, "-c", START, "serve.py", place.config, *words]
         env = place.env | {"TERM": "xterm-256color"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=child, stdout=child, stderr=child)
         os.close(child)
@@ -81,7 +81,7 @@ def piped(place: Place, *options, **input) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_a_conversation_on_a_terminal(fine_tuned: Place):
-    with Terminal(fine_tuned) as chat:
+    with Terminal(fine_tuned, "chat", *SEEDED) as chat:
         assert re.search(r"mini-sft: [\d,]+ parameters; /help", chat.prompt())
         assert chat.say("Say a in.")
         assert re.findall(r"/\w+", chat.say("/foo"))[1:] == re.findall(r"^/\w+|(?<=, )/\w+", chat.say("/help"), re.M)
@@ -109,6 +109,14 @@ def test_a_conversation_on_a_terminal(fine_tuned: Place):
         assert "(stopped)" in chat.prompt()
         chat.type(CTRL_D)
         assert chat.process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_generate_asks_for_a_prompt_on_a_terminal(fine_tuned: Place):
+    with Terminal(fine_tuned, "generate") as terminal:
+        terminal.expect("Ctrl-D")
+        terminal.type(f"Say a in.\n{CTRL_D}")
+        assert terminal.process.wait(20) == 0
 
 
 def test_a_pipe_gets_the_answers_only(fine_tuned: Place, served):

@@ -1,13 +1,11 @@
 """The engine against what the model and the tokenizer give for each request alone."""
 
-import io
 import itertools
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +18,11 @@ from model import ModelConfig, Transformer
 from serving.engine import Engine, Generation, Piece, Refused
 from tests.conftest import Place
 from tests.serving.conftest import slow, until
+from tests.test_convert import OTHERS, spm_model
 
 SHAPE = ModelConfig(vocab_size=512, context_length=40, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
 GREEDY = Sampling(temperature=0)
-KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-OTHERS = {"LLaMA's": {**KEPT, "model_type": "bpe"}, "SentencePiece's defaults": {}}
+KINDS = ["LLaMA's", "SentencePiece's defaults"]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +45,8 @@ def ours(made: Place) -> tokenizer.Tokenizer:
 def spms(ours, text) -> dict[str, tokenizer.Tokenizer]:
     """Ours, and tokenizers that put a space before every text, or change white space."""
     lines = [line for part in text for line in part.split("\n")]
-    spms = {"ours": ours}
-    for name, options in OTHERS.items():
-        model = io.BytesIO()
-        options = {"sentence_iterator": iter(lines), "model_writer": model, "byte_fallback": True} | options
-        sentencepiece.SentencePieceTrainer.train(vocab_size=600, minloglevel=2, **options)
-        spms[name] = tokenizer.Tokenizer(model.getvalue(), "")
-    return spms
+    others = {kind: tokenizer.Tokenizer(spm_model(lines, vocab_size=600, **OTHERS[kind]), "") for kind in KINDS}
+    return {"ours": ours} | others
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -101,7 +94,7 @@ def sequences(spm: tokenizer.Tokenizer) -> st.SearchStrategy[list[int]]:
     return parts.map(lambda lists: list(itertools.chain(*lists)))
 
 
-@pytest.mark.parametrize("name", ["ours", *OTHERS])
+@pytest.mark.parametrize("name", ["ours", *KINDS])
 def test_the_pieces_add_up_to_the_decoded_text_before_a_stop_string(spms, name):
     spm = spms[name]
 
@@ -226,6 +219,17 @@ def test_a_request_ends_when_its_time_is_up(model, ours):
         engine.decoder.step = step
         engine.submit([text := ask(ours)])
         assert whole(text)[1] == "length"
+
+
+def test_a_closed_engine_ends_its_texts_with_an_error(model, ours):
+    with Engine(model, rows=1) as engine:
+        slow(engine, 0.05)
+        engine.submit([decoded := ask(ours, most=1000), waiting := ask(ours)])
+    for text in (decoded, waiting):
+        with pytest.raises(Refused, match="has stopped"):
+            list(text)
+    with pytest.raises(Refused, match="has stopped"):
+        engine.submit([ask(ours)])
 
 
 def test_logits_that_are_not_finite_fail_that_request_alone(model, ours):

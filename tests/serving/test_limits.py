@@ -1,5 +1,8 @@
 """The key, CORS, limits of size and time, metrics, and the schema: as browsers, strangers and Prometheus see them."""
 
+import argparse
+import time
+
 import pytest
 import schemathesis
 import schemathesis.checks
@@ -7,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.specs.openapi import checks
 
+import serve as serve_command
 from serving import api
 from serving.schema import BODY
 from tests.serving.conftest import Server, posted, problem, received, serve, slow, until
@@ -40,7 +44,7 @@ def test_without_the_key_nothing_is_answered(locked: Server):
     assert locked.post("/generate", json={"prompt": "x", "max_length": 1}, headers=RIGHT).status_code == 200
 
 
-def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Server):
+def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Server, monkeypatch):
     """A browser first sends a preflight, which never carries the key."""
     asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
@@ -50,11 +54,23 @@ def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Se
     for response in (preflight, locked.get("/v1/models", headers={"Origin": ORIGIN} | RIGHT)):
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == ORIGIN
-    error = locked.get("/v1/models", headers={"Origin": ORIGIN})
-    assert (error.status_code, error.headers["access-control-allow-origin"]) == (401, ORIGIN)
+    json_type = {"Origin": ORIGIN, "Content-Type": "application/json"}
+    monkeypatch.setattr(locked.engine, "submit", lambda _: {}["a defect"])
+    for status, headers, content in (401, {}, b"{}"), (413, RIGHT, b" " * (BODY + 1)), (500, RIGHT, b'{"prompt": "x"}'):
+        error = locked.post("/generate", content=content, headers=json_type | headers)
+        assert (error.status_code, error.headers["access-control-allow-origin"]) == (status, ORIGIN)
     evil = locked.request("OPTIONS", "/v1/chat/completions", headers=asked | {"Origin": "http://evil.example"})
     for response in (evil, server.get("/v1/models", headers={"Origin": ORIGIN})):  # the second server allows none
         assert "access-control-allow-origin" not in response.headers
+
+
+def test_an_origin_is_what_browsers_send():
+    for text in (ORIGIN, f"{ORIGIN}/", ORIGIN.upper(), "*"):
+        assert serve_command.origin(text) in (ORIGIN, "*")
+    assert serve_command.origin("https://x.org:443") == "https://x.org"
+    for text in ("localhost:3000", "http://", "http://localhost:3000/chat", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not an origin; expected one like http://localhost"):
+            serve_command.origin(text)
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -65,9 +81,9 @@ def test_a_body_may_be_as_large_as_the_limit_and_no_larger(server: Server):
     content += b" " * (BODY - len(content))
     json_type = {"Content-Type": "application/json"}
     assert server.post("/v1/completions", content=content, headers=json_type).is_success
-    assert server.post("/v1/completions", content=content + b" ", headers=json_type).status_code == 413
-    chunked = iter([content, b" "])  # no length is announced
-    assert server.post("/v1/completions", content=chunked, headers=json_type).status_code == 413
+    for larger in (content + b" ", iter([content, b" "])):  # the length of the second one is not announced
+        response = server.post("/v1/completions", content=larger, headers=json_type)
+        assert "more than 1,048,576 bytes" in problem(response, 413)["message"]
     server.works()
 
 
@@ -84,6 +100,15 @@ def test_a_client_that_sends_too_slowly_is_dropped(server: Server, monkeypatch):
     connections = [(server.connect(), sent) for sent in UNFINISHED * 10]
     for connection, sent in connections:
         connection.sendall(sent)
+
+    def trickle() -> None:
+        with server.connect() as connection:
+            for letter in b"GET /health HTTP/1.1\r\nX: " + b"x" * 100:
+                connection.sendall(bytes([letter]))
+                time.sleep(0.02)
+
+    with pytest.raises(ConnectionError):
+        trickle()
     server.works()
     for connection, _ in connections:
         received(connection)
@@ -115,18 +140,21 @@ def test_an_answer_may_take_longer_than_the_patience(endless, monkeypatch):
 
 
 def test_after_many_requests_nothing_is_left(endless):
-    """Good and bad requests, streams, and clients that leave."""
+    """Good and bad requests, streams, and clients that leave: their answers would take longer than `until` waits."""
     with serve(endless, rows=3, waiting=4) as server:
-        for _ in range(10):
+        slow(server.engine, 0.01)
+        body = {"prompt": "Return", "max_tokens": 8}
+        for stream in (True, False) * 3:
             server.works()
             problem(server.post("/v1/completions", json={"prompt": 1}), 400)
-            body = {"prompt": "Return", "max_tokens": 8, "stream": True}
-            assert server.post("/v1/completions", json=body).text.endswith("data: [DONE]\n\n")
-            for stream in (True, False):
-                with server.connect() as connection:
-                    connection.sendall(posted("/v1/completions", body | {"max_tokens": 4000, "stream": stream}))
-                    until(lambda: server.engine.open)
-                until(lambda: not server.engine.open)
+            assert server.post("/v1/completions", json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
+            with server.connect() as connection:
+                connection.sendall(posted("/v1/completions", body | {"max_tokens": 4000, "stream": stream}))
+                until(lambda: server.engine.open)
+                [generation] = server.engine.open.values()
+                until(lambda generation=generation: generation.tokens)
+            until(lambda: not server.engine.open)
+            assert generation.cancelled
         server.idle()
         assert server.engine.decoder.cache.used.sum() == 0
         until(lambda: not server.server.server_state.connections)

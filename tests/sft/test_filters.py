@@ -97,7 +97,7 @@ def test_copies_are_dropped():
     assert rules(first, talk("So be it.", text), language=None) == [None, None]
     assert rules(talk("?", "!"), talk("?", "!"), talk("¿", "!")) == [None, "duplicate", None]  # no words
     # 62 words have 60 shingles of three words; with another last word, 59 of 61 are shared.
-    first, second = talk(numbered(62), "yes"), talk(numbered(61) + " other", "yes")
+    first, second = talk("Count.", numbered(62)), talk("Count.", numbered(61) + " other")
     for threshold, expected in ((59 / 61, "near_duplicate"), (59 / 61 + 1e-6, None)):
         strict = Deduplication(threshold=threshold)
         assert rules(first, second, language=None, near_duplicates=strict) == [None, expected]
@@ -113,7 +113,18 @@ SHARED = {  # conversations that differ in their shorter text
     "answer": [talk(f"May I do {i}?", f"{numbered(19)} {i}") for i in range(500)],
     "earlier turns": [talk(LONG, "Well.", f"And number {i}?", WORDS[i % 3]) for i in range(500)],
     "one letter": [talk(LONG + f"\n\n{sign}", "yes") for sign in "+-*/"],
+    "words": [talk(f"Fix: a{sign}b", "yes") for sign in "+-*/"],
 }
+
+
+def test_questions_that_differ_in_one_place_are_no_copies():
+    """After a beginning on the same line, before an end, or in signs only; a word more or a full stop makes a copy."""
+    films = [talk(f"{LONG} Review: film {i}", WORDS[i % 3]) for i in range(100)]
+    assert rules(*films, language=None) == [None] * 100
+    assert rules(*(talk(f"Film {i}: {LONG}", "yes") for i in range(100)), language=None) == [None] * 100
+    languages = [talk(f"What is {name}?", f"{name}.") for name in ("C", "C++", "C#")]
+    assert rules(*languages, talk("what is c++", "C++!")) == [None, None, None, "near_duplicate"]
+    assert rules(talk(LONG, "yes"), talk(f"Now {LONG}.", "Yes!"), language=None) == [None, "near_duplicate"]
 
 
 @pytest.mark.parametrize("shared", SHARED)

@@ -237,7 +237,7 @@ def test_a_question_is_asked_as_it_is_trained(spms, tmp_path, layout, template):
     (conversation,) = Chats(paths=(str(tmp_path / "a.json"),)).conversations(1)
     ids, trained = render(template, conversation.messages, spms["bpe"])
     model = SimpleNamespace(config=SimpleNamespace(context_length=10_000))
-    served = Served("mini", "sft", tmp_path, model, spms["bpe"], template)
+    served = Served("mini", tmp_path, model, spms["bpe"], template)
     for number, message in enumerate(conversation.messages):
         if message.role == "assistant":
             asked = served.conversation(conversation.messages[:number])
