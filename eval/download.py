@@ -18,6 +18,8 @@ from eval.tasks import PUBLISHED, Published
 
 def main(arguments: argparse.Namespace) -> None:
     for name in arguments.tasks or PUBLISHED:
+        if name not in PUBLISHED:
+            raise UserError(f"no task {name} has data of its own; there are {', '.join(PUBLISHED)}")
         published = PUBLISHED[name]
         log.info(f"{name}: {published.find() or download(published)}")
 
@@ -51,5 +53,6 @@ def download(published: Published) -> Path:
 
 if __name__ == "__main__":
     p = cli.parser(__doc__, config=False)
-    p.add_argument("tasks", nargs="*", choices=list(PUBLISHED), help="default: all")
+    # Without choices=: Python 3.11 refuses no argument at all then.
+    p.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(PUBLISHED)}; default: all")
     cli.run(main, p.parse_args())
