@@ -133,9 +133,8 @@ def arguments() -> argparse.ArgumentParser:
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
         precisions = {"choices": ("float32", "bfloat16"), "default": "float32"}
-        parser.add_argument(
-            "--precision", **precisions, help="dtype of the weights; bfloat16 halves their memory (float32)"
-        )
+        about = "type of the weights; bfloat16 halves their memory (float32)"
+        parser.add_argument("--precision", **precisions, help=about)
     return p
 
 

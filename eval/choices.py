@@ -55,7 +55,7 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
         for context, ending in question.choices:
             texts.append(encode(subject.tokenizer, context, ending))
             owners.append(number)
-    log_p = log_likelihoods(subject, [fit(text, length) for text in texts], what)
+    log_p, _ = log_likelihoods(subject, [fit(text, length) for text in texts], what)
     truncated = set()
     for i, (ids, start) in enumerate(texts):
         if len(ids) - start > length:  # the ending alone does not fit: score all of it, in windows
@@ -67,10 +67,10 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
     return np.split(log_p, ends[:-1]), len(truncated)
 
 
-def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> np.ndarray:
-    """log p in nats of the scored ids of each text, (texts,) float64. A text has at most context_length inputs."""
-    # Sorting makes texts with equal beginnings neighbours. The first of them, the base, is read whole. A later text is
-    # read from input `first` on, which predicts the first id that differs from the base.
+def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> tuple[np.ndarray, np.ndarray]:
+    """log p in nats of each text's scored ids, (texts,) float64; and whether greedy decoding would write them, bool."""
+    # A text has at most context_length inputs. Sorting makes texts with equal beginnings neighbours. The first of them,
+    # the base, is read whole. A later text is read from input `first` on, which predicts the first id that differs.
     base = Scored([], 0)
     before = size = 0
     batches = [[]]
@@ -93,14 +93,15 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
         size += len(ids) - first
         before = len(ids)
     log_p = np.zeros(len(texts))
+    greedy = np.zeros(len(texts), bool)
     with torch.inference_mode():
         for batch in progress(batches, len(batches), "batches", what):
-            read(subject, texts, batch, log_p)
-    return log_p
+            read(subject, texts, batch, log_p, greedy)
+    return log_p, greedy
 
 
-def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray) -> None:
-    """Computes log p of a batch. batch: (number of the text, first input to read); 0 makes the text a base."""
+def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray, greedy: np.ndarray) -> None:
+    """Fills in log_p and greedy for a batch of (number of a text, first input to read); 0 makes the text a base."""
     tokens, targets, positions, ends = [], [], [], []
     for i, first in batch:
         ids, start = texts[i]
@@ -112,14 +113,16 @@ def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarr
     hidden = subject.model.hidden(inputs, positions=torch.tensor([positions]))[0]  # packed: no text sees another
     targets = torch.tensor(targets)
     scored = targets != IGNORED
-    losses = np.zeros(len(tokens))
-    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device))
-    parts = np.split(losses, ends[:-1])
+    losses, likeliest, hits = np.zeros(len(tokens)), np.ones(len(tokens), bool), []
+    losses[scored.numpy()] = token_losses(subject, hidden[scored], targets[scored].to(subject.device), hits)
+    likeliest[scored.numpy()] = hits
+    parts = zip(np.split(losses, ends[:-1]), np.split(likeliest, ends[:-1]), strict=True)
     for (i, first), part in zip(batch, parts, strict=True):
         if first == 0:
             base = part
-        shared = base[texts[i].start - 1 : first]
-        log_p[i] = -shared.sum() - part.sum()
+        shared = slice(texts[i].start - 1, first)
+        log_p[i] = -base[0][shared].sum() - part[0].sum()
+        greedy[i] = base[1][shared].all() and part[1].all()
 
 
 def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
@@ -134,7 +137,7 @@ def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
 
 
 def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majority: bool) -> dict:
-    """The numbers of a task. majority: the baseline is the most frequent answer every time, if it beats chance."""
+    """The numbers of a task. majority: the baseline is the most frequent answer to all, if it beats chance."""
     answers = np.array([question.answer for question in questions])
     chances = np.array([1 / len(question.choices) for question in questions])
     per_character = []

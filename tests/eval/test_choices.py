@@ -32,12 +32,13 @@ def model() -> Transformer:
     return model
 
 
-def alone(model: Transformer, text: Scored) -> float:
-    """log p of the scored ids, by one forward pass over nothing else."""
+def alone(model: Transformer, text: Scored) -> tuple[float, bool]:
+    """By one forward pass over nothing else: log p of the scored ids, and whether each is the likeliest."""
     ids = list(text.ids)
     with torch.no_grad():
         log_p = torch.log_softmax(model(torch.tensor([ids[:-1]]))[0].double(), 1)
-    return float(sum(log_p[i - 1, ids[i]] for i in range(text.start, len(ids))))
+    scored = range(text.start, len(ids))
+    return float(sum(log_p[i - 1, ids[i]] for i in scored)), all(log_p[i - 1].argmax() == ids[i] for i in scored)
 
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(lambda x: [30, *x])  # beginnings are shared often
@@ -49,8 +50,10 @@ scored = st.tuples(ids, st.integers(1, 3)).map(lambda pair: Scored(pair[0], min(
 def test_a_text_scores_what_it_scores_alone(model, texts, batch_tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(choices.BATCH_TOKENS, "cpu", batch_tokens)
-        found = log_likelihoods(Subject(model, None), texts)
-    assert found == pytest.approx([alone(model, text) for text in texts], abs=2e-4)
+        log_p, greedy = log_likelihoods(Subject(model, None), texts)
+    expected, likeliest = zip(*(alone(model, text) for text in texts), strict=True)
+    assert log_p == pytest.approx(expected, abs=2e-4)
+    assert greedy.tolist() == list(likeliest)
 
 
 def test_what_texts_share_is_read_once(model, monkeypatch):
@@ -135,7 +138,7 @@ def test_what_does_not_fit(spm, text):
         last = fit(whole, 64)
         assert last.ids == whole.ids[-65:]
         assert len(last.ids) - last.start == len(whole.ids) - whole.start
-        assert found == pytest.approx(alone(model, last), abs=1e-4)
+        assert found == pytest.approx(alone(model, last)[0], abs=1e-4)
     torch.nn.init.zeros_(model.head.weight)  # now each token costs log 512
     [scores], truncated = score(Subject(model, spm), [Question((("Q:", " " + passage), ("Q:", " no")), 0)])
     lengths = [len(whole.ids) - whole.start for whole in (encode(spm, "Q:", " " + passage), encode(spm, "Q:", " no"))]
