@@ -81,7 +81,7 @@ class Tuning(Task):
         """sets: the training rows by source, or all under ""."""
         for name, rows in sets.items():
             if not rows.count:  # rows.holds: "conversations" or "pairs"
-                raise UserError(f"weights names {name}, but no training {rows.holds} are left of it")
+                raise UserError(f"weights names {name}, but no training {rows.holds} of this source are left")
         self.config, self.sets = config, sets
         self.steps, self.epoch = plan_steps(config, sum(rows.count for rows in sets.values()), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)

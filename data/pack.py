@@ -54,7 +54,7 @@ class Packed:
     def of(self, source: str) -> "Packed":
         """The tokens of one source of the corpus. They are consecutive: the corpus has one source after another."""
         if source not in self.counts["sources"]:
-            raise UserError(f"{self.name} has nothing of {source}; there are {', '.join(self.counts['sources'])}")
+            raise UserError(f"{self.name} has no text of {source}; its sources are {', '.join(self.counts['sources'])}")
         counts = self.counts["sources"][source]
         start, end = counts["start"], counts["start"] + counts["tokens"]
         first, last = np.searchsorted(self.starts, (start, end)).tolist()
