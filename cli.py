@@ -198,7 +198,7 @@ def positive(text: str) -> int:
 
 
 def handle(handler) -> dict:
-    """Handles the signals that stop a command; returns the old handlers. Ignored signals stay ignored (`nohup`)."""
+    """Sets the handler for signals that stop a command; returns the old handlers. Ignored signals stay so (`nohup`)."""
     numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 

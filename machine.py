@@ -180,7 +180,7 @@ def peak_memory(device: torch.device) -> str:
 
 @contextmanager
 def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
-    """Turns an out-of-memory error in the block into a UserError that names the fields to change, the best first."""
+    """Turns an out-of-memory error in the block into a UserError that says what to change, the mildest change first."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # PyTorch has no exception type for the machine's memory

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 
-SECTION_CHARS = 6_000  # documents over twice this length are judged in sections of one to two times this length
+SECTION_CHARS = 6_000  # documents over twice this length are judged in sections of about this to twice this length
 GAPS = [re.compile(gap) for gap in (r"\n{2,}", r"\n", r"(?<=[.!?]) +", " +")]
 
 

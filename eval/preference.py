@@ -33,7 +33,7 @@ def preference(subject: Subject, pairs: PairRows, reference: Tensor, beta: float
         "stderr_length_matched": stderr_matched,
         "pairs_length_matched": float(weights.sum()),
         "longer_wins": float(chosen_greater(lengths).mean()),  # the win rate of always taking the longer answer
-        "likelier": float(chosen_greater(policy).mean()),  # how often the chosen answer is likelier; no reference
+        "likelier": float(chosen_greater(policy).mean()),  # how often the chosen answer is likelier
         "reward_chosen": float(rewards[:, 0].mean()),
         "reward_rejected": float(rewards[:, 1].mean()),
         "perplexity_chosen": perplexity(chosen),
