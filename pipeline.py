@@ -185,8 +185,8 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
             state = next((f"stale: {need} is stale" for need in stale if need in needs), state)
         if state.startswith("stale"):
             stale.append(name)
-        seconds = stage.read_seconds(directory.parent).get(directory.name, "")
-        rows.append((name, seconds and f"{seconds:,.1f}", run.result(name), state))
+        seconds = stage.read_seconds(directory.parent).get(directory.name)
+        rows.append((name, "" if seconds is None else f"{seconds:,.1f}", run.result(name), state))
     return cli.table(rows, right=(1,))
 
 
