@@ -1,7 +1,7 @@
-"""Checkpoints: saved whole or not at all, checked before they are read, and unable to run code.
+"""Checkpoints: saved whole or not at all, checked before they are read. Reading one cannot run code.
 
-weights.pt       float32 weights by parameter name; if most are frozen, adapter.pt with the others instead
-state.pt         what else resuming needs: optimizers, random generators, the step
+weights.pt       float32 weights by parameter name; if some are frozen, adapter.pt with only the trained ones instead
+state.pt         the other things that resuming needs: optimizers, random generators, the step
 manifest.json    SHA-256 of both; for an adapter also the path and the SHA-256 of its base
 """
 
@@ -37,7 +37,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # A directory cannot be renamed over another. So first mark the new one as complete: from here on, `recover` puts it
+    # A directory cannot be renamed over another. So first mark the new one as complete. From now on `recover` puts it
     # in place, in this process or in the next one.
     os.rename(temporary, directory.with_name(f".{directory.name}.new"))
     stage.sync(directory.parent)
@@ -46,7 +46,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 def recover(parent: Path, name: str | None = None) -> None:
     """Finishes what `replacing` began: puts new directories in their places, removes partial ones."""
-    # name: of the directory; None: all in the parent. Nobody else may be writing them.
+    # name: of the directory; None: all in the parent. No other process may be writing them.
     pattern = glob.escape(name) if name else "*"
     for new in parent.glob(f".{pattern}.new"):
         directory = parent / new.name[1:-4]
@@ -111,7 +111,7 @@ def read(directory: Path, file: str) -> dict:
         raise UserError(f"{wrong}: the checkpoint is damaged; use another")
     try:
         return torch.load(directory / file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a malicious file can fail anywhere in the reader; torch's message suggests to trust it
+    except Exception as error:  # of any type, if a file is malicious; torch's own message suggests to trust the file
         what = f"{directory / file} holds something other than tensors and numbers ({type(error).__name__})"
         raise UserError(f"{what}; use another checkpoint") from None
 
@@ -158,14 +158,14 @@ def template(directory: Path) -> str | None:
 
 
 def weights(model: torch.nn.Module) -> tuple[str, dict]:
-    """The file in which a checkpoint keeps a model, and its tensors: all, or the trained ones if the rest is frozen."""
+    """The name and content of a checkpoint's file: all tensors, or only the trained ones if some are frozen."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     return "adapter.pt" if frozen else "weights.pt", kept
 
 
 def load_weights(directory: Path, model: torch.nn.Module, name: str = "default") -> None:
-    """Loads the tensors that `weights` kept into a model. UserError if they are damaged, or another model's."""
+    """Loads a checkpoint's tensors into a model. UserError if they are damaged, or belong to another model."""
     # name: the adapter's name in this model; on disk it is always "default".
     file, expected = weights(model)
     tensors = read(directory, file)
@@ -184,7 +184,7 @@ def load_model(
 ) -> Transformer:
     """The trained model in a checkpoint directory, ready to generate. An adapter is merged into its base."""
     # dtype: of the parameters; bfloat16 takes half of the memory. The tables of rotary positions stay float32.
-    # UserError: something is missing or damaged, the base is not the adapter's, or the shape is not the expected one.
+    # UserError: a file is missing or damaged, the adapter's base has changed, or the shape is not the expected one.
     directory = Path(directory)
     if adapts(directory):
         model = load_model(base(directory), shape=shape)
@@ -210,7 +210,7 @@ def load_model(
 
 
 def full(shape: ModelConfig) -> dict:
-    """The fields of a shape, with the numbers that None stands for. Without `kernels`, which changes no result."""
+    """The fields of a shape, with None replaced by its number. Without `kernels`, which changes no result."""
     fields = asdict(shape) | {"n_kv_heads": shape.n_kv_heads or shape.n_heads, "d_ff": shape.d_ff or 4 * shape.d_model}
     del fields["kernels"]
     return fields
@@ -238,7 +238,7 @@ def load_adapter(directory: Path | str, model: Transformer, name: str = "default
     if getattr(model, "digest", "none") not in manifest["read"].values():
         raise UserError(f"{directory} holds an adapter of another model; load the one in {base(directory)}")
     if pieces := manifest["config"].get("begin"):
-        lora.init_end_piece(model, **pieces)  # may change a row of its output projection
+        lora.init_end_piece(model, **pieces)  # may change a row of the output projection
     fields = dict(manifest["config"]["lora"])
     del fields["type"]
     lora.attach(model, lora.LoRAConfig(**fields | {"targets": tuple(fields["targets"])}), name)

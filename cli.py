@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 log = logging.getLogger("lumi")
-logging.raiseExceptions = False  # no traceback for every line that a full disk keeps out of log.txt
+logging.raiseExceptions = False  # on a full disk: no traceback for every line that log.txt cannot take
 LEVELS = ("debug", "info", "warning", "error")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -51,12 +51,12 @@ def extra(module: str, package: str, why: str) -> types.ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # a package that this one needs
+            raise  # it is installed, but another package that it needs is not
         raise UserError(f"{why} needs {package}; install it with: pip install {package}") from None
 
 
 class _Console(logging.Handler):
-    """Prints records above a progress bar, warnings and errors on standard error."""
+    """Prints log records above a progress bar. Warnings and errors go to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -85,7 +85,7 @@ def logging_to(directory: Path) -> Iterator[None]:
 
 def progress(items: Iterable, total: int | Callable[[], tuple[float, float]], unit: str, what: str) -> Iterator:
     """Yields the items under a bar with rate and time left. Without a terminal it logs a line every ten seconds."""
-    # total: the number of items, or a function that returns the units done and the units expected (0: unknown).
+    # total: the number of items, or a function that returns units done and expected (0: unknown). what: the label.
     started = shown = time.monotonic()
     with tqdm(desc=what, unit=f" {unit}", leave=False, disable=not sys.stderr.isatty()) as bar:
         for count, item in enumerate(items, start=1):
@@ -116,8 +116,8 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), markdown: bo
 @contextlib.contextmanager
 def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Iterator[ProcessPoolExecutor]:
     """Worker processes that end with this process. UserError if one of them is killed."""
-    # Forked, not spawned: a worker needs what is already in memory and must not run the caller's script again. All of
-    # them start here, with signals blocked: a fork that a signal handler interrupts can leave a lock closed forever.
+    # Forked, not spawned: a worker needs the data in memory and must not run the caller's script again. All workers
+    # start here, with signals blocked: a signal handler that interrupts a fork can leave a lock held forever.
     fork = multiprocessing.get_context("fork")
     executor = ProcessPoolExecutor(workers, fork, _become_worker, (initializer, *initargs))
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -133,7 +133,7 @@ def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Itera
 
 
 def _become_worker(initializer: Callable, *initargs) -> None:
-    for number in STOPPING:  # a terminal signals every process: the parent decides
+    for number in STOPPING:  # Ctrl-C reaches every process, but only the parent reacts to it
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     end_with_parent(signal.SIGKILL)
@@ -142,7 +142,7 @@ def _become_worker(initializer: Callable, *initargs) -> None:
 
 
 def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Yields function(item) for each item, in order. At most `ahead` items are in the pool, the rest unread."""
+    """Yields function(item) for each item, in order. Reads only `ahead` items in advance."""
     waiting = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -153,13 +153,13 @@ def ordered(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahea
 
 
 def end_with_parent(signum: int) -> None:
-    """Asks Linux to send this process a signal when its parent ends, however the parent ends. Others cannot do it."""
+    """Asks Linux to send this process a signal when its parent ends for any reason. Other systems cannot do this."""
     if prctl := getattr(ctypes.CDLL(None), "prctl", None):
         prctl(1, signum)  # PR_SET_PDEATHSIG
 
 
 def meant(word: str, known: Sequence[str]) -> str:
-    """A hint for a word that is none of the known ones."""
+    """A hint for an unknown word: the most similar known word, or all known words."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
@@ -181,7 +181,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str, config: bool = True, places: Callable = lambda name: []) -> argparse.ArgumentParser:
     """A parser with the arguments that commands share: CONFIG, unless config=False, and --log-level."""
-    # places(name): where a config has a field of this name, for the error about `--learning_rate 1`.
+    # places(name): the config's fields of this name, for the error about a switch such as `--learning_rate 1`.
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.places = places if config else None
     if config:
@@ -198,7 +198,7 @@ def positive(text: str) -> int:
 
 
 def handle(handler) -> dict:
-    """Sets the handler of the signals that stop a command, and returns the old ones. Ignored ones stay (`nohup`)."""
+    """Sets the handler for signals that stop a command; returns the old handlers. Ignored signals stay so (`nohup`)."""
     numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
@@ -211,7 +211,7 @@ def _stop(signum, frame):
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Runs a command and exits with its status."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows the rest
+        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks becomes an escape
     log.setLevel(arguments.log_level.upper())
     log.addHandler(_Console())
     handle(_stop)
@@ -220,7 +220,7 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
 
 def apart(function: Callable[[], None]) -> None:
     """Calls a function in a forked process and waits for it. Raises Stopped with its status if that is not 0."""
-    # Random state, matrix precision and deterministic mode that the function sets end with its process.
+    # So random state, matrix precision and deterministic mode that the function sets do not reach the next stage.
     sys.stdout.flush()
     if (child := os.fork()) == 0:
         end_with_parent(signal.SIGTERM)
@@ -237,13 +237,13 @@ def apart(function: Callable[[], None]) -> None:
     if code < 0:
         raise Stopped(128 - code, f"ended by {signal.Signals(-code).name}; run the same command again to continue")
     if code:
-        raise Stopped(code, "")  # the child said why
+        raise Stopped(code, "")  # the child has printed the reason
     if caught:
         raise Stopped(128 + caught[0])
 
 
 def _exit_after(function: Callable[[], None]) -> None:
-    """Calls a function and exits: 0, or the status that its exception stands for."""
+    """Calls a function and exits, with status 0 or the status of its exception."""
     status, message = 0, ""
     follower = os.environ.get("RANK", "0") != "0"  # under torchrun: not the first process
     try:
@@ -252,7 +252,7 @@ def _exit_after(function: Callable[[], None]) -> None:
         status, message = 2, "" if follower else f"error: {error}"
     except Stopped as stop:
         status, message = stop.status, str(stop)
-    except BrokenPipeError:  # the reader of the output has closed it
+    except BrokenPipeError:  # the program that reads the output has ended, such as `head`
         status = 128 + signal.SIGPIPE
     except Exception as error:
         if not isinstance(error, OSError) or error.errno in (None, errno.ENOENT):
@@ -262,7 +262,7 @@ def _exit_after(function: Callable[[], None]) -> None:
         status, message = 2, f"error: {error.strerror}: {where}; fix that and run the same command again"
     handle(signal.SIG_IGN)
     if follower and status and not message:
-        # torchrun ends all processes as soon as one has ended, and the first must still print the reason.
+        # torchrun ends all processes as soon as one ends: give the first process time to print the reason.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     _leave(status, message)
@@ -270,8 +270,8 @@ def _exit_after(function: Callable[[], None]) -> None:
 
 def _leave(status: int, message: str) -> None:
     """Ends the process at once, without Python's clean-up."""
-    # The threads of a stopped pool would print tracebacks then, those of torch's connections can abort, and a forked
-    # process would run its parent's clean-up.
+    # In the clean-up, threads of a stopped pool print tracebacks, threads of torch's connections can abort, and a
+    # forked process runs its parent's clean-up.
     with contextlib.suppress(OSError):
         if message:
             print(" ".join(message.split()) if status == 2 else message, file=sys.stderr, flush=True)

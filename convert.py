@@ -1,8 +1,8 @@
 """To and from the Hugging Face LLaMA layout, and to GGUF.
 
-    python convert.py to-hf configs/tiny.py OUT    # what transformers opens: AutoModelForCausalLM, AutoTokenizer
-    python convert.py from-hf DIR OUT              # a LLaMA in that layout, or owner/name on the Hub, comes over
-    python convert.py to-gguf configs/tiny.py OUT.gguf    # what llama.cpp and Ollama open. Needs: pip install gguf
+    python convert.py to-hf configs/tiny.py OUT    # for transformers: AutoModelForCausalLM, AutoTokenizer
+    python convert.py from-hf DIR OUT              # reads a LLaMA in that layout; DIR may be owner/name on the Hub
+    python convert.py to-gguf configs/tiny.py OUT.gguf    # for llama.cpp and Ollama. Needs: pip install gguf
 
 The first two keep every bit of weights and tokenizer, and compare both models' logits; they need transformers and
 protobuf.
@@ -66,7 +66,7 @@ SCALING = {  # field of RopeScaling: its name in config.json
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
 }
-NEVER = -1e4  # score of pieces that Unigram must not find in a text, such as "</s>": it is to read characters there
+NEVER = -1e4  # score of pieces that Unigram must not use for a text: it must encode a typed "</s>" by its characters
 # --force replaces only a directory that holds nothing but these.
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"special_tokens_map.json", "tokenizer.model", "weights.pt", "manifest.json", "config.py", "tokenizer"}
@@ -81,7 +81,7 @@ def theirs(name: str) -> str:
 
 def extra(module: str):
     """Imports a module of an optional package. UserError, with the command that installs it, if it is missing."""
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # UserErrors say enough
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -89,7 +89,7 @@ def extra(module: str):
 
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
-    """UserError if writing to `out` would lose anything. force: an earlier conversion may be lost."""
+    """UserError if writing to `out` would lose anything. force: an earlier conversion may be replaced."""
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} is or holds {source}, which is in use; name another directory to write")
     checkpoint.recover(out.parent, out.name)
@@ -101,7 +101,7 @@ def must_be_free(out: Path, force: bool, source: Path) -> None:
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
-    """Writes a trained model and its tokenizer as transformers reads them."""
+    """Writes a trained model and its tokenizer in the Hugging Face layout, which transformers reads."""
     experiment, out = configs.load(arguments.config), arguments.out
     directory = arguments.checkpoint or experiment.latest()
     spm = experiment.load_tokenizer(directory)
@@ -175,7 +175,7 @@ def llama_config(config: ModelConfig, spm: Tokenizer) -> dict:
 
 
 def must_be_llama(model: Transformer, llama: torch.nn.Module) -> None:
-    """UserError if a LLaMA of transformers computes other logits with the same weights. Tried on random tokens."""
+    """UserError if transformers' LLaMA computes other logits from random tokens with the same weights."""
     c = model.config
     tokens = torch.randint(c.vocab_size, (1, c.context_length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -187,7 +187,7 @@ def must_be_llama(model: Transformer, llama: torch.nn.Module) -> None:
 
 
 def imported_files(spm: HuggingFace, taught: str | None) -> dict[str, dict]:
-    """As `tokenizer_files`, for a tokenizer that came as tokenizer.json: that file is copied."""
+    """As `tokenizer_files`, but for an imported tokenizer.json, which is copied as it is."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     marks = {mark: spm.settings[mark] for mark in ("bos_token", "eos_token")}
     jinja = TEMPLATES[taught].jinja if taught in TEMPLATES else spm.settings["chat_template"]
@@ -218,7 +218,7 @@ def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
 
 
 def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
-    """tokenizer.json, which gives the ids of SentencePiece. template: cut a text where an answer in it begins."""
+    """tokenizer.json with the same ids as SentencePiece. template: cut a text where this template begins an answer."""
     model = spm.proto()
     must_be_exact(model)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -226,7 +226,7 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     for i, piece in enumerate(model.pieces):
         text, score = piece.piece, NEVER
         if piece.type == piece.NORMAL:
-            text, score = text.replace("▁", " "), piece.score  # so that U+2581 in a text stays what it is: bytes
+            text, score = text.replace("▁", " "), piece.score  # so that U+2581 in a text is encoded in bytes
             scores[text] = score
         elif piece.type == piece.CONTROL:
             added.append({"id": i, "content": text} | plain)
@@ -278,7 +278,7 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def from_hf(arguments: argparse.Namespace) -> None:
-    """Writes a LLaMA in the Hugging Face layout as a checkpoint, with its tokenizer and a config to use it by."""
+    """Turns a LLaMA in the Hugging Face layout into a checkpoint with its tokenizer and a config."""
     source, out = arguments.source, arguments.out
     must_be_free(out, arguments.force, source)
     if not source.is_dir():
@@ -324,7 +324,7 @@ def download(name: str, revision: str | None) -> Path:
 
 
 def read_model(source: Path, context_length: int | None) -> Transformer:
-    """The LLaMA in a directory. UserError, naming all of it, for what is missing, damaged or not supported."""
+    """The LLaMA in a directory. UserError, naming the problems, if it is incomplete, damaged or not supported."""
     if not (source / "config.json").is_file():
         raise UserError(f"no {source / 'config.json'}; expected the directory of a model in the Hugging Face layout")
     library = extra("transformers")
@@ -377,7 +377,7 @@ def read_config(given: dict) -> ModelConfig:
 
 
 def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | None]:
-    """The tokenizer in a directory, and the template in which the model learnt to answer, if it did."""
+    """The tokenizer in a directory, and the template in which the model learnt to answer; None if it learnt none."""
     texts = {}
     for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
         texts[name] = (source / name).read_text(encoding="utf-8") if (source / name).is_file() else ""
@@ -388,7 +388,7 @@ def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | 
     fast, pieces = texts["tokenizer.json"], source / "tokenizer.model"
     if pieces.is_file():
         spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
-        # to-hf gives chatml to a model that was only pretrained too: then tokenizer.json does not cut before answers.
+        # to-hf also gives chatml to a model that was only pretrained; then tokenizer.json does not cut before answers.
         for name, form in TEMPLATES.items():
             taught = not fast or json.dumps(form.cut) in json.dumps(json.loads(fast)["pre_tokenizer"])
             if jinja == form.jinja and set(form.needs) <= spm.control.keys():
@@ -470,7 +470,7 @@ def arguments() -> argparse.ArgumentParser:
             c.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
             c.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model, instead of the latest")
         if command is to_gguf:
-            c.add_argument("--type", choices=("f32", "f16", "q8_0"), default="f32", help="of the matrices (f32)")
+            c.add_argument("--type", choices=("f32", "f16", "q8_0"), default="f32", help="type of the matrices (f32)")
         c.add_argument("out", type=Path, metavar="OUT", help="the directory, or GGUF file, to write")
         c.add_argument("--force", action="store_true", help="replace an earlier conversion")
     return p

@@ -1,8 +1,8 @@
 """A model and its tokenizer as one GGUF file for llama.cpp and Ollama: `convert.py to-gguf`."""
 
 # llama.cpp computes the same logits. Its tokenizers differ in places: a text that spells a control piece, such as
-# "</s>", may become that piece; U+2581 in a text becomes a space; and a unigram model has no byte pieces there, so a
-# character beyond ASCII that is no piece becomes the unknown piece.
+# "</s>", may become that piece; U+2581 in a text becomes a space; and in a unigram model, which has no byte pieces in
+# llama.cpp, a character beyond ASCII that is no piece becomes the unknown piece.
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ TENSORS = {  # part of a parameter's name in `Transformer`: the same part in GGU
     "mlp_norm.": "ffn_norm.",
     "mlp.": "ffn_",
 }
-PRE_TOKENIZERS = {  # of byte-level BPE: what GGUF calls it, and how tokenizer.json describes it
+PRE_TOKENIZERS = {  # how byte-level BPE splits a text: the name in GGUF, and the description in tokenizer.json
     "gpt-2": ["ByteLevel use_regex"],
     "smollm": ["Digits individual_digits", "ByteLevel use_regex"],
     "llama-bpe": [
@@ -37,7 +37,7 @@ PRE_TOKENIZERS = {  # of byte-level BPE: what GGUF calls it, and how tokenizer.j
         "ByteLevel",
     ],
 }
-PROMPTS = {  # of the templates for Ollama, in the language of Go's templates
+PROMPTS = {  # our chat templates in the template language of Go, for Ollama
     "chatml": "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
     "<|im_start|>assistant\n",
     "instruct": '{{ range .Messages }}{{ if eq .Role "user" }}### Instruction:\n{{ .Content }}\n\n### Response:\n'
@@ -82,7 +82,7 @@ def write(path: Path, model: Transformer, spm: Tokenizer | HuggingFace, template
             continue
         weight = parameter.detach().float().cpu().numpy()
         if ".attn.q." in name or ".attn.k." in name:
-            # llama.cpp turns neighbours, x_{2i} and x_{2i+1}, where we turn x_i and x_{i + E/2}.
+            # llama.cpp rotates the pair x_{2i} and x_{2i+1}; we rotate x_i and x_{i + E/2}, E the head dimension.
             halves = weight.reshape(-1, 2, config.head_dim // 2, config.d_model)
             weight = halves.swapaxes(1, 2).reshape(weight.shape)
         for ours, theirs in TENSORS.items():
@@ -122,7 +122,7 @@ def add_sentencepiece(writer, types, spm: Tokenizer, rows: int) -> None:
     pieces = []
     for piece in proto.pieces:
         text, score, kind = piece.piece, piece.score, kinds[piece.type]
-        if kind == types.BYTE and not is_bpe:  # "t5" has no bytes; the ASCII ones are characters
+        if kind == types.BYTE and not is_bpe:  # "t5" has no byte pieces: make ASCII bytes characters
             character = chr(int(text[3:5], 16))
             if character.isascii() and character not in known:
                 text, score, kind = character, unknown, types.NORMAL
@@ -149,7 +149,7 @@ def add_byte_level(writer, types, spm: HuggingFace, rows: int) -> None:
     names = [name for name, expected in PRE_TOKENIZERS.items() if expected == splits]
     if not names or described["normalizer"]:
         known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"the tokenizer splits text in a way that GGUF has no name for; to-gguf knows those of {known}")
+        raise UserError(f"GGUF has no name for the way in which the tokenizer splits text; expected that of {known}")
     pieces, special = [], set(spm.special.values())
     for id in range(spm.vocab_size):
         kind = types.CONTROL if id in special else types.NORMAL

@@ -28,7 +28,7 @@ ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 
 
 def check_weights(weights: Mapping[str, float], sources: Iterable[Records]) -> None:
-    """ValueError for weights that are not positive numbers, or not of these sources. Empty is allowed."""
+    """ValueError if a weight is not a positive number or names none of the sources. Empty is allowed."""
     if weights:
         Phase(start=0, weights=weights)  # raises the error
     if unknown := set(weights) - {source.name for source in sources}:
@@ -44,7 +44,7 @@ class Base:
     unseen: dict[str, int] | None  # the template's control pieces that it has never seen, for `lora.init_end_piece`
 
     def load(self) -> Transformer:
-        """The model as training starts with it. UserError if its shape is not the config's."""
+        """The model in its state before training. UserError if its shape is not the config's."""
         model = checkpoint.load_model(self.checkpoint, shape=self.shape)
         if self.unseen:
             lora.init_end_piece(model, **self.unseen)
@@ -54,9 +54,9 @@ class Base:
 def job(
     name: str, config, settings: dict, base: Base, data: Path, spm: Tokenizer, directory: Path, command: str, code: str
 ) -> Stage:
-    """The stage `name`, which trains the base. settings: recorded beside the config's. data: its directory."""
+    """The stage `name`, which trains the base. settings: more values to record. data: the directory of the data."""
     settings |= {"model": base.shape, name: config.train, "lora": config.lora, "begin": base.unseen}
-    # A relative path if both are in runs/ and move together.
+    # A relative path if both are in runs/, so that runs/ can be moved.
     start, final = base.checkpoint.resolve(), (directory / "final").resolve()
     inside = start.is_relative_to(stage.runs().resolve())
     settings["base"] = os.path.relpath(start, final) if inside else str(start)
@@ -66,7 +66,7 @@ def job(
 
 
 def adapt(model: Transformer, adapter: LoRAConfig | None) -> Transformer:
-    """The model, with a new adapter if the config asks for one."""
+    """Adds a new adapter to the model, if the config has one. Returns the model."""
     if adapter:
         lora.attach(model, adapter)
     return model
@@ -81,7 +81,7 @@ class Tuning(Task):
         """sets: the training rows by source, or all under ""."""
         for name, rows in sets.items():
             if not rows.count:  # rows.holds: "conversations" or "pairs"
-                raise UserError(f"weights names {name}, but no training {rows.holds} are left of it")
+                raise UserError(f"weights names {name}, but no training {rows.holds} of this source are left")
         self.config, self.sets = config, sets
         self.steps, self.epoch = plan_steps(config, sum(rows.count for rows in sets.values()), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
@@ -119,7 +119,7 @@ def step_flops(
 ) -> float:
     """FLOPs of a training step, counted from the layers as in PaLM (arXiv:2204.02311)."""
     # in_blocks, in_head: tokens that pass the blocks and the output projection. keys: pairs of a query and a key.
-    # plain: with one more forward pass, of the plain model.
+    # plain: with one more forward pass, of the model without its adapter.
     # A weight costs 2 FLOPs forward, 2 for the gradient of its input, and 2 for its own gradient unless it is frozen.
     with torch.device("meta"):  # no memory, no random draws
         model = Transformer(shape)

@@ -19,8 +19,8 @@ from cli import UserError, log
 from model import ModelConfig, Transformer
 
 CHINCHILLA = 20  # tokens per parameter that give the best model for its training FLOPs (arXiv:2203.15556)
-# TFLOP/s by the vendors' data sheets: the name that CUDA gives the card; 16-bit floats; float32 (TF32 where the card
-# has it). Tensor cores without sparsity, accumulating in float32. Cards called Tesla have no bfloat16.
+# The card's name in CUDA; TFLOP/s in 16-bit floats; TFLOP/s in float32 (TF32 where the card has it). From the vendors'
+# data sheets: tensor cores without sparsity, accumulating in float32. Cards called Tesla have no bfloat16.
 DATASHEET = (
     ("NVIDIA (H200|H100 80GB HBM3)", 989.4, 494.7),
     ("NVIDIA H[12]00 NVL", 835.5, 417.5),
@@ -44,9 +44,9 @@ DATASHEET = (
 
 
 def pick_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
+    """This process's GPU, or a Mac's GPU ("mps"), or the CPU."""
     if not torch.cuda.is_available():
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # mps: written for, not tested on
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # nobody has tested "mps" yet
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -61,7 +61,7 @@ def training_dtype(device: torch.device, config) -> torch.dtype:
         return dtype
     if device.type == "cuda":
         halves = [torch.bfloat16, torch.float16]
-    else:  # in bfloat16, results depend on the CPU
+    else:  # bfloat16 gives other results on another CPU
         halves = [] if config.deterministic else [torch.bfloat16]
     return next((half for half in halves if native(device, half)), torch.float32)
 
@@ -74,17 +74,17 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def native(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the hardware multiplies matrices of a half precision."""
+    """True if the hardware itself multiplies matrices of this 16-bit dtype."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 0))
-    # A CPU is measured, because flags mislead: one with amx_bf16 and avx512_bf16 took 200 times as long as in float32.
+    # Measure a CPU, because its flags mislead: one with amx_bf16 and avx512_bf16 took 200 times as long as in float32.
     return slowdown(device, dtype) <= 0.5  # native is at least twice as fast; noise does not cross that margin
 
 
 @functools.cache
 def slowdown(device: torch.device, dtype: torch.dtype) -> float:
-    """The time of a matrix product in dtype, divided by its time in float32: the least of eight, measured in turn."""
-    # Stop early after half a second, but never after one call: something may have disturbed that one.
+    """The time of a matrix product in dtype, divided by its time in float32. Each is the fastest of up to 8 runs."""
+    # Stop early after half a second, but never after one run: something may have disturbed it.
     size = 512 if device.type == "cpu" else 4096
     seconds = {torch.float32: [], dtype: []}
     while len(seconds[dtype]) < 2 or (len(seconds[dtype]) < 8 and sum(seconds[dtype]) < 0.5):
@@ -99,7 +99,7 @@ def slowdown(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of dense matrix products by the vendor's data sheet; None for a device that is not in the table."""
+    """Peak FLOP/s of matrix products from the vendor's data sheet; None for a device that is not in the table."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for pattern, half, single in DATASHEET:
         if re.fullmatch(pattern, card) and not (dtype == torch.bfloat16 and "Tesla" in card):
@@ -108,21 +108,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
-    """Fuses the operations between matrix products with torch.compile. False, with a warning, if it cannot here."""
+    """Fuses the operations between matrix products with torch.compile. False, with a warning, if it cannot compile."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning(f"training continues uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
-    for block in model.blocks:  # one block's code serves all of them: 11 s for tiny, where the whole model takes 29
+    for block in model.blocks:  # all blocks use the code of the first: 11 s for tiny; the whole model would take 29 s
         block.compile()
     return True
 
 
 def keep_freed_memory() -> None:
     """Makes the C library keep freed memory for the next step."""
-    # Returning it and getting it again costs a step of tiny on a CPU 37,000 page faults, a twelfth of its time.
+    # Otherwise each step of tiny on a CPU has 37,000 page faults, which take a twelfth of its time.
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc has it
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -134,19 +134,19 @@ def rows_held(config, processes: int) -> int:
 
 
 def numbers(parameters: Iterable[Tensor]) -> int:
-    """How many numbers the parameters hold that are trained."""
+    """How many numbers are in those parameters that are trained."""
     return sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def memory_available(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes that this process can still get: of the GPU, or of the machine and the control groups (containers)."""
+    """Bytes that this process can still allocate: on the GPU, or on the machine within its container's limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not (root / "proc/meminfo").is_file():  # not Linux: the whole memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     inner = root / "sys/fs/cgroup" / (root / "proc/self/cgroup").read_text().partition("0::/")[2].strip()
-    for group in (inner, *inner.parents):  # the limit of every group above holds too
+    for group in (inner, *inner.parents):  # the limits of the enclosing groups hold too
         if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
             files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
             free = min(free, int(limit) - int((group / "memory.current").read_text()) + int(files[1]))
@@ -154,10 +154,10 @@ def memory_available(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def must_fit(model: Transformer, config, processes: int) -> None:
-    """UserError if weights, gradients and optimizer alone do not fit. model: on "meta", before its weights exist."""
+    """UserError if weights, gradients and optimizer do not fit into memory. model: on "meta", without weights."""
     total = model.num_parameters()
     needed = 4 * total + 12 * numbers(model.parameters())  # gradients, and AdamW's two averages
-    if config.optimizer == "muon":  # keeps one, of the matrices of the blocks
+    if config.optimizer == "muon":  # keeps only one average for each matrix of the blocks
         needed -= 4 * numbers(p for p in model.blocks.parameters() if p.dim() == 2)
     if config.parallel == "fsdp":
         needed //= processes
@@ -180,7 +180,7 @@ def peak_memory(device: torch.device) -> str:
 
 @contextmanager
 def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
-    """Turns running out of memory inside the block into a UserError that says what to change, the mildest first."""
+    """Turns an out-of-memory error in the block into a UserError that says what to change, the mildest change first."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # PyTorch has no exception type for the machine's memory
@@ -196,7 +196,7 @@ def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
 
 
 def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:
-    """What training is about to do: lines of a label and a value. task: trainer.Task."""
+    """The plan of a training run: one line for each label and value. task: trainer.Task."""
     steps, total, batch = task.steps, model.num_parameters(), config.batch_size
     trained, held = numbers(model.parameters()), rows_held(config, processes)
     row, length = task.row or ("row", model.config.context_length)
@@ -229,7 +229,7 @@ def devices(config, processes: int) -> str:
 
 
 def name(device: torch.device) -> str:
-    """The name of a device; of a CPU with its threads."""
+    """The name of a device. A CPU's name includes the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""

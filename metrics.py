@@ -1,4 +1,4 @@
-"""What a training run reports: metrics.jsonl, a bar on a terminal, plain lines elsewhere, and TensorBoard."""
+"""The report of a training run: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
 
 import contextlib
 import json
@@ -17,15 +17,15 @@ SHOWN = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_margin", "val_a
 
 
 class Report:
-    """The numbers of a run, for people and for files. task and progress are trainer's."""
+    """Shows and saves the numbers of a run. task: trainer.Task. progress: trainer.Progress."""
 
     def __init__(self, directory: Path, task, parameters: int, peak: float | None):
-        """parameters: the model's. peak: FLOP/s of all processes together, for the MFU; None if unknown."""
+        """parameters: their number. peak: FLOP/s of all processes together, for the MFU; None if unknown."""
         self.path, self.board = directory / "metrics.jsonl", None
         self.task, self.parameters, self.peak = task, parameters, peak
 
     def open(self, step: int, tensorboard: bool) -> None:
-        """Removes the lines of the step and later ones: an interrupted run wrote them after its last checkpoint."""
+        """Removes the lines of this and later steps: an interrupted run wrote them after its last checkpoint."""
         kept = b""
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):  # the run was killed while it wrote this line
@@ -54,7 +54,7 @@ class Report:
             self.began, self.since = self.time, progress.step
 
     def measure(self, progress, means: dict[str, float], lr: float, norm: float) -> dict:
-        """The record of a step. means: what the task's loss returned."""
+        """The record of a step. means: the averages that the task's loss returned."""
         seconds = time.perf_counter() - self.time
         record = {
             "step": progress.step,
@@ -67,7 +67,7 @@ class Report:
             "tokens_per_second": (progress.tokens - self.tokens) / seconds,
             "skipped": progress.skipped,
         }
-        if self.peak:  # model FLOPs utilisation (arXiv:2204.02311): the share of what the hardware could do
+        if self.peak:  # model FLOPs utilisation (arXiv:2204.02311): share of the hardware's peak
             record["mfu"] = (progress.step - self.step) * self.task.flops / seconds / self.peak
         if seen := self.task.seen(progress.step):
             record["seen"] = seen
@@ -75,7 +75,7 @@ class Report:
         return record
 
     def numbers(self, record: dict) -> str:
-        """The main numbers first, for a narrow terminal."""
+        """The numbers in one line, the main ones first: a narrow terminal cuts off the end."""
         mfu = f", {record['mfu']:.1%} MFU" if "mfu" in record else ""
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
         return f"{text}, epoch {record['epoch']:.2f}, lr {record['lr']:.1e}, gradient {record['grad_norm']:.2f}"

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py configs/base.py
 
-Every process computes the gradient of its rows of the global batch; all of them step by the sum. With "ddp" each holds
-the whole model. With "fsdp" each holds a share of every matrix, its gradient and its optimizer state, and gathers a
-block when it needs it. Only the first process writes to the disk.
+Every process computes the gradient of its rows of the global batch; the optimizer steps with their sum. With "ddp" each
+process holds the whole model. With "fsdp" it holds a share of every matrix, its gradient and its optimizer state, and
+gathers a block when it needs it. Only the first process writes to the disk.
 """
 
 import datetime
@@ -37,7 +37,7 @@ def ranks() -> int:
 @contextmanager
 def joined(timeout: float) -> Iterator[None]:
     """Joins the processes that torchrun started, and leaves them at the end. timeout: seconds to wait for another."""
-    # If one ends or does not answer, this one stops with one line and status 1 (amid NCCL's work, by NCCL's watchdog).
+    # If another one ends or does not answer, this one stops with one line and status 1 (or NCCL's watchdog stops it).
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -108,8 +108,8 @@ class Signals:
 
 
 def lead(function: Callable, timeout: float | None = None):
-    """Calls a function in the first process only, and returns its result in all. If it raises, all processes stop."""
-    # timeout: seconds that the other processes wait; by default as long as for anything else.
+    """Calls a function in the first process only. All processes return its result, or stop if it raises."""
+    # timeout: seconds that the other processes wait; None: the timeout of `joined`.
     if ranks() == 1:
         return function()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)) if timeout else None
@@ -148,7 +148,7 @@ def largest(number: int) -> int:
 
 
 def command(remake: str) -> str:
-    """The user's command, with torchrun if it started this process. Several machines need more switches."""
+    """The command `remake`, by torchrun if torchrun started this process. Several machines need more switches."""
     torchrun = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks())}"
     return remake.replace("python", torchrun, 1) if ranks() > 1 else remake
 
@@ -156,8 +156,8 @@ def command(remake: str) -> str:
 class Exchange:
     """Adds up the processes' gradients while the backward pass still computes the rest (arXiv:2006.15704)."""
 
-    # Not torch's DistributedDataParallel: after its first step that regroups the gradients which travel together. A
-    # resumed run would then sum three or more processes' numbers in another order, and differ in the last digits.
+    # Not torch's DistributedDataParallel: after its first step, it changes the groups of gradients that it sends
+    # together. A resumed run of three or more processes would sum in another order, and differ in the last digits.
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.parameters = [p for p in parameters if p.requires_grad]
@@ -168,7 +168,7 @@ class Exchange:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Around the last backward pass of a step. After it, every gradient is the sum over all processes."""
+        """Encloses the last backward pass of a step. After it, every gradient is the sum over all processes."""
         self.waiting, self.ready, self.sent = self.parameters.copy(), set(), []
         yield
         for p in self.parameters:
@@ -187,8 +187,8 @@ class Exchange:
 
 
 def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype) -> Exchange:
-    """Moves a model, or this process's share of it, to the device. Returns what adds up its gradients."""
-    # dtype: of matrix products; with "fsdp" the blocks travel in it, and gradients in float32.
+    """Moves a model, or this process's share of it, to the device. Returns the object that adds up its gradients."""
+    # dtype: of matrix products; with "fsdp", processes send the weights of blocks in it, and gradients in float32.
     if how == "ddp" or ranks() == 1:
         model.to(device)
         return Exchange(model.parameters() if ranks() > 1 else [])
@@ -207,7 +207,7 @@ def distribute(model: nn.Module, how: str, device: torch.device, dtype: torch.dt
 
 
 def whole(x):
-    """Gathers sharded tensors in nested containers, on the CPU. Every process must call it; the first gets them."""
+    """Gathers sharded tensors in nested containers. Every process must call it; the first gets them, on its CPU."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     if isinstance(x, list):

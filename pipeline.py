@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 pipeline.py configs/base.py sft
 
 Stages, in order: corpus tokenizer pack pretrain sft_data sft dpo_data dpo_reference dpo eval report.
-Each runs in a process of its own, so that it gives the same bytes alone and after others. A stage makes its input if
-that takes minutes. If the input takes hours (a trained model), it stops and names the command.
+Each stage runs in its own process, so that it gives the same bytes alone and after other stages. A stage makes missing
+input that takes minutes. If the input takes hours (a trained model), the stage stops and names the command.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from stage import Step
 from tokenizer import Tokenizer
 
 NAMES = tuple(configs.INPUTS)
-BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # whose trained model a stage starts from
+BASES = {"sft": "pretrain", "dpo_reference": "sft", "dpo": "sft"}  # stage: the stage whose model it starts from
 
 
 def step(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
@@ -103,12 +103,12 @@ def start(name: str, experiment: Experiment, switches: argparse.Namespace) -> tu
 
 
 def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace, apart: bool = True) -> None:
-    """Makes stages, and before them the inputs that they lack. apart: each in a process of its own."""
+    """Makes stages, and before them their missing inputs. apart: each stage in its own process."""
     # switches.again: the directories to make again. Others are kept if they are up to date.
     todo = {}
     for name in chosen:
         if name in BASES and BASES[name] not in chosen:
-            start(name, experiment, switches)  # UserError now, before minutes of making data, if it cannot start
+            start(name, experiment, switches)  # if its model is missing: UserError now, not after making data
         inputs = experiment.inputs(name, experiment.directory(name) in switches.again)
         for owner, needed in [*inputs, (experiment.owner(name), name)]:
             todo.setdefault(owner.directory(needed), (owner, needed))
@@ -149,7 +149,7 @@ def main(arguments: argparse.Namespace) -> None:
         kept = f"kept, because other experiments own them: {', '.join(map(str, others))}"
         log.warning(f"{kept}; make them again with: {stage.remaker(others[0])}")
     training = {"sft": experiment.sft.train, "dpo": experiment.dpo.train}.get(chosen[0], experiment.pretrain)
-    with parallel.joined(training.timeout):  # the processes that torchrun started, if it did
+    with parallel.joined(training.timeout):  # joins the processes of torchrun, if it started this one
         make(chosen, experiment, arguments, apart="RANK" not in os.environ)
         if following := experiment.following(chosen[-1]):
             log.info(f"next: {following}")
@@ -178,28 +178,28 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
         else:
             try:
                 state = step(name, experiment.owner(name), switches).job.state()
-            except UserError as error:  # the model that the stage starts from is missing
+            except UserError as error:  # such as: the model that the stage starts from is missing
                 state = f"stale: {error}"
         needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
         if state.startswith("done"):
             state = next((f"stale: {need} is stale" for need in stale if need in needs), state)
         if state.startswith("stale"):
             stale.append(name)
-        seconds = stage.read_seconds(directory.parent).get(directory.name, "")
-        rows.append((name, seconds and f"{seconds:,.1f}", run.result(name), state))
+        seconds = stage.read_seconds(directory.parent).get(directory.name)
+        rows.append((name, "" if seconds is None else f"{seconds:,.1f}", run.result(name), state))
     return cli.table(rows, right=(1,))
 
 
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, places=configs.places)
     p.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: every stage")
-    p.add_argument("--status", action="store_true", help="show what is done, and make nothing")
-    p.add_argument("--force", action="store_true", help="discard what an earlier run left and make it again")
+    p.add_argument("--status", action="store_true", help="show which stages are done; make nothing")
+    p.add_argument("--force", action="store_true", help="make the stages again; discard the old ones")
     p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and the later ones again")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
-    p.add_argument("--checkpoint", metavar="DIR", help="for sft, dpo and eval: a trained model")
+    p.add_argument("--checkpoint", metavar="DIR", help="a trained model to start from (sft, dpo) or to measure (eval)")
     p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
     p.set_defaults(again=())
     return p

@@ -17,11 +17,11 @@ from pathlib import Path
 import cli
 from cli import UserError
 
-# Each command imports what takes long to import: before that, Ctrl-C and --help are answered at once.
+# Each command does its slow imports itself, so that --help and Ctrl-C are answered at once before them.
 
 
 def load(arguments: argparse.Namespace):
-    """The model, and how the command's switches sample its tokens."""
+    """The model, and the sampling that the command's switches ask for."""
     import configs
     import serving.served
     from generate import Sampling
@@ -82,7 +82,7 @@ def chat(arguments: argparse.Namespace) -> None:
 
 def api(arguments: argparse.Namespace) -> None:
     """Serves OpenAI's API and a page to chat on. If the environment has LUMI_API_KEY, clients must send that key.
-    Ctrl-C or SIGTERM ends the server after the answers under way."""
+    After Ctrl-C or SIGTERM, the server finishes the unfinished answers and ends."""
     from serving.engine import Engine
 
     try:
@@ -112,7 +112,7 @@ def arguments() -> argparse.ArgumentParser:
     g.add_argument("--max-tokens", type=cli.positive, default=200, help="the largest number of new tokens (200)")
     c = commands.add_parser("chat", description=chat.__doc__, help="chat with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
-    c.add_argument("--max-tokens", type=cli.positive, help="the largest number of new tokens (what fits the context)")
+    c.add_argument("--max-tokens", type=cli.positive, help="the largest number of new tokens (as fits the context)")
     for parser in (g, c):
         parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)")
         parser.add_argument("--top-p", type=float, default=0.9, help="the likeliest tokens that reach this share (0.9)")
@@ -133,7 +133,8 @@ def arguments() -> argparse.ArgumentParser:
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
         precisions = {"choices": ("float32", "bfloat16"), "default": "float32"}
-        parser.add_argument("--precision", **precisions, help="of the weights; bfloat16 halves their memory (float32)")
+        about = "type of the weights; bfloat16 halves their memory (float32)"
+        parser.add_argument("--precision", **precisions, help=about)
     return p
 
 

@@ -48,7 +48,7 @@ def matches(value, expected) -> bool:
 
 
 def describe(value):
-    """A config as JSON holds it. A dataclass keeps its class name, because several classes may fit one field."""
+    """A config as JSON values. A dataclass keeps its class name, because several classes may fit one field."""
     return json.loads(json.dumps(value, default=lambda config: {"type": type(config).__name__} | vars(config)))
 
 
@@ -77,7 +77,7 @@ def _first(phrases: list[str]) -> str:
 
 
 def runs() -> Path:
-    """Where experiments live: `runs/`, or RUNS in the environment."""
+    """The directory of all experiments: `runs/`, or RUNS in the environment."""
     return Path(os.environ.get("RUNS") or "runs")
 
 
@@ -139,10 +139,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def imported_code(main: str) -> dict[str, str]:
-    """{file: SHA-256} of one of the project's modules and of those that it imports, directly or not."""
-    # From the source text, so that the answer does not depend on what else the process has imported. Each file is read
-    # once per process: call this before long work, and a file that is edited meanwhile keeps the digest of the code
-    # that runs. Configs are compared by value, and no results depend on cli.py and stage.py.
+    """{file: SHA-256} of a module of this project and of the project's modules that it imports, directly or not."""
+    # From the source text, so that other modules in the process make no difference. Each file is read once per
+    # process. Call this before long work: if a file is edited meanwhile, its digest is still that of the running code.
+    # Left out are configs, which are compared by value, and cli.py and stage.py, which change no results.
     path = Path(main).resolve()
     name = path.relative_to(ROOT).as_posix()
     if name in ("cli.py", "stage.py", "configs/__init__.py"):
@@ -161,13 +161,13 @@ def imported_code(main: str) -> dict[str, str]:
 
 
 def changed_code(directory: Path, code: dict[str, str]) -> str:
-    """The files that made a finished directory and are others in `code`, {file: SHA-256}; "" if none."""
+    """The source files that changed since they made a finished directory; "" if none. code: {file: SHA-256} now."""
     was = (read_manifest(directory) or {}).get("code", {})
     return _first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
 
 
 def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> None:
-    """Warns of the first finished directory that other code made. It is kept, and so are the later ones."""
+    """Warns of the first finished directory that was made by other code. All directories are kept."""
     for directory in directories:
         if changed := changed_code(directory, code):
             kept = f"{directory} is kept, but {changed} changed since it was made"
@@ -176,7 +176,7 @@ def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> N
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
-    """Writes manifest.json: the directory is finished. Its `sha256` is the digest of everything else in it."""
+    """Writes manifest.json, which makes the directory finished. Its key `sha256` is the digest of its other keys."""
     write_json(directory / "manifest.json", manifest | {"sha256": _digest(manifest)})
 
 
@@ -207,7 +207,7 @@ def damage(directory: Path, wrote: dict[str, dict], contents: bool = True) -> st
 
 
 def outputs(directory: Path) -> dict[str, str]:
-    """{path: SHA-256} of a finished directory's files, as a stage that reads them records it; {} if unfinished."""
+    """{path: SHA-256} of a finished directory's files, as `read` in the next stage's manifest; {} if unfinished."""
     wrote = (read_manifest(directory) or {"wrote": {}})["wrote"]
     return {f"{directory.parent.name}/{directory.name}/{name}": file["sha256"] for name, file in wrote.items()}
 
@@ -219,7 +219,7 @@ def maker(directory: Path) -> str:
 
 
 def remaker(directory: Path) -> str:
-    """The command that makes runs/NAME/STAGE again, and the later stages that this command wants."""
+    """The command that makes runs/NAME/STAGE again, and the later stages up to GOAL."""
     command, _, stage = maker(directory).rpartition(" ")
     return " ".join(filter(None, [command, GOAL, "--force-from", stage]))
 
@@ -235,18 +235,18 @@ def finished(directory: Path, command: str | None = None) -> dict:
 
 
 def read_seconds(run: Path) -> dict[str, float]:
-    """How long each directory of a run took to make: `seconds.json`, because the outputs themselves carry no clock."""
+    """Seconds that each directory of a run took. In `seconds.json`, so that manifests are the same in every run."""
     return read_json(run / "seconds.json") or {}
 
 
 def record_seconds(directory: Path, seconds: float) -> None:
-    """Notes how long a directory took to make."""
+    """Records how long a directory took to make."""
     write_json(directory.parent / "seconds.json", read_seconds(directory.parent) | {directory.name: round(seconds, 1)})
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Locks a directory against a second process. The lock ends with the process, however that ends."""
+    """Locks a directory against a second process. The lock ends with the process, even if the process is killed."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as handle:
         try:
@@ -262,10 +262,10 @@ class Stage:
 
     directory: Path
     config: object  # its dataclass, or several by name
-    read: dict[str, str]  # {path: SHA-256} of its direct inputs; empty if they are gone: what was made stays valid
+    read: dict[str, str]  # {path: SHA-256} of its direct inputs; empty if they are gone: the outputs stay valid
     command: str  # what the user types to make it
-    code: str  # the file of the module that makes it; then {file: SHA-256} of it and its imports
-    free: Collection[str] = ()  # config fields that may change without another result
+    code: str  # the file of the module that makes it; after __post_init__ {file: SHA-256} of it and its imports
+    free: Collection[str] = ()  # config fields that may change: the directory still matches
     earlier: float = 0.0  # seconds that interrupted runs have spent on it
 
     def __post_init__(self):
@@ -278,7 +278,7 @@ class Stage:
         return finished
 
     def is_finished(self, force: bool = False) -> bool:
-        """True if the directory is finished and not forced. UserError if its config or inputs are others."""
+        """True if the directory is finished and not forced. UserError if its config or inputs have changed."""
         if force or (manifest := read_manifest(self.directory)) is None:
             return False
         self.must_match(self.directory)
@@ -325,7 +325,7 @@ class Stage:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def about(self, wrote: dict, counts: dict) -> dict:
-        """The stage's manifest, and that of a checkpoint that it saves on the way."""
+        """The content of the stage's manifest, or of the manifest of a checkpoint during training."""
         about = {"config": self.config, "read": self.read, "wrote": wrote, "counts": counts}
         return about | {"versions": versions(), "code": self.code}
 
@@ -341,4 +341,4 @@ class Stage:
         return self.earlier + time.perf_counter() - self.started
 
 
-Step = collections.namedtuple("Step", ["job", "make"])  # a Stage, and the function that makes it if that is necessary
+Step = collections.namedtuple("Step", ["job", "make"])  # a Stage, and the function that makes it unless it is done

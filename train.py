@@ -1,7 +1,7 @@
 """Pretraining: the model learns to predict the next token.
 
     python train.py configs/tiny.py                                 ->  runs/tiny/pretrain
-    torchrun --nproc_per_node=8 train.py configs/base.py            the same on eight GPUs
+    torchrun --nproc_per_node=8 train.py configs/base.py            on eight GPUs
 
 Makes the corpus, the tokenizer and the packed tokens if they are missing. The loop itself is in trainer.py.
 """
@@ -44,13 +44,13 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
         targets = targets.to(device, non_blocking=True)  # (B, T), already shifted by `Windows.read`
         return {"loss": model(tokens, targets)}
 
-    # All evaluations read the same rows, to be comparable. Rows are spread out: neighbours may share a document.
+    # All evaluations read the same rows, so that losses compare. Rows are far apart: neighbours may share a document.
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         loss = mean_loss(model, held_out, chosen, rows)
-        # A loss per token depends on the tokenizer: longer pieces are fewer, but each is harder to guess.
+        # A loss per token depends on the tokenizer: a text has fewer long pieces, but each is harder to guess.
         # Bits per byte can be compared across tokenizers.
         tokens_per_byte = len(validation.tokens) / validation.bytes
         return {
@@ -83,7 +83,7 @@ def mean_loss(model: nn.Module, held_out: Windows, chosen: list[int], rows: int)
     for windows, counts in shared_rows(chosen, rows):
         tokens, targets = held_out.read(windows)
         mean = model(tokens.to(device), targets.to(device))
-        total += mean.cpu().double() * (len(windows) * counts)  # weight by rows: the last may be fewer
+        total += mean.cpu().double() * (len(windows) * counts)  # weight by rows: the last share may have fewer
     return float(parallel.add_up(total)) / len(chosen)
 
 
@@ -99,7 +99,7 @@ def train(job: Stage, experiment: Experiment, force: bool, resume: str) -> None:
     task = pretraining(config, shape, batches, packed["val"], mixed=bool(phases))
 
     def make() -> Transformer:
-        with torch.device("meta"):  # takes no memory: a model that cannot fit is refused at once
+        with torch.device("meta"):  # takes no memory, so a model that does not fit is refused at once
             machine.must_fit(Transformer(shape), config, parallel.ranks())
         if experiment.imported:  # a model from Hugging Face: see convert.py
             log.info(f"training continues from the weights in {experiment.imported}")

@@ -1,7 +1,7 @@
 """The one training loop."""
 
-# A stage hands the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest. A run that is
-# killed and started again ends with the same bytes as an undisturbed run: on a CPU in float32, on a GPU with
+# A stage gives the loop a model and a `Task`: batches, a loss and an evaluation. The loop does the rest. A run that is
+# killed and started again ends with the same bytes as an uninterrupted run: on a CPU in float32, on a GPU with
 # deterministic=True. To read this file, start with `TrainConfig` and `Task`, then go to `train`.
 
 import math
@@ -56,11 +56,11 @@ class TrainConfig:
     momentum: float = 0.95  # Muon: weight of the old average gradient in the new average
     beta1: float = 0.9  # AdamW: weight of the old average gradient in the new average
     beta2: float = 0.95  # AdamW: the same for the average squared gradient
-    weight_decay: float = 0.1  # of matrices; times the learning rate
+    weight_decay: float = 0.1  # of matrices; multiplied by the learning rate
     grad_clip: float = 1.0  # a gradient with a larger norm is scaled down to this norm
     max_skipped: int = free(5)  # stop after this many steps in a row whose gradient is not finite
     seed: int = 0  # of the initial weights and of the order of the data
-    compile: bool = free(True)  # torch.compile: half a minute the first time, seconds after that
+    compile: bool = free(True)  # torch.compile: takes half a minute the first time, then seconds
     precision: str = free("auto")  # of matrix products; "auto": the fastest on this machine; the rest is float32
     gradient_checkpointing: bool = free(False)  # less memory: recompute activations in backward (arXiv:1604.06174)
     parallel: str = free("ddp")  # over processes: "ddp" copies the model to each, "fsdp" splits it
@@ -105,7 +105,7 @@ FREE = {f.name for f in fields(TrainConfig) if "free" in f.metadata}
 
 @dataclass
 class Task:
-    """What a stage hands the loop. A batch is a tuple of CPU tensors with rows along the first axis."""
+    """The parts that a stage gives the loop. A batch is a tuple of CPU tensors with rows along the first axis."""
 
     # batch(step, rank, ranks): this process's rows of a step, counted from 0. Pure: a resumed run reads the same rows.
     batch: Callable[[int, int, int], tuple[Tensor, ...]]
@@ -118,9 +118,9 @@ class Task:
     epoch: float  # steps per pass over the data
     flops: float  # floating-point operations per step, of all processes together
     tokens: Callable[..., int] | None = None  # tokens(*batch): tokens trained; None: as many as targets
-    row: tuple[str, float] | None = None  # what a row is called, average tokens; None: ("row", context_length)
+    row: tuple[str, float] | None = None  # name of a row, its average tokens; None: ("row", context_length)
     seen: Callable[[int], dict[str, int]] = lambda step: {}  # tokens drawn from each set of a mixture before a step
-    documents: Callable[[int], str] = lambda step: ""  # what the batch of a step holds, for error messages
+    documents: Callable[[int], str] = lambda step: ""  # names the documents in a step's batch, for error messages
 
 
 def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
@@ -128,7 +128,7 @@ def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
     size, rows = config.batch_size, plural(count, row)
     epoch = count / size
     steps = config.steps or max(1, round(config.epochs * epoch))
-    # A proposal for little data: at least eight batches per epoch, and 300 steps, but in no more than ten epochs.
+    # A proposal for little data: at least eight batches per epoch, and about 300 steps, but no more than ten epochs.
     batch = 2 ** int(math.log2(max(1, count / 8)))
     epochs = min(10, math.ceil(300 * batch / count))
     proposed = round(epochs * count / batch)
@@ -140,13 +140,13 @@ def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
             f"{config.epochs:g} epochs of {rows} in batches of {size} make only {plural(steps, 'step')}; {advice}"
         )
     if steps > 100 * epoch:
-        log.warning(f"training reads {rows} {steps / epoch:,.0f} times and learns them by heart; more data are better")
+        log.warning(f"training reads {rows} {steps / epoch:,.0f} times and learns them by heart; more data is better")
     return steps, epoch
 
 
 def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
     """Yields this process's share of `chosen`, at most `rows` at a time, and whether the share counts."""
-    # All processes must call a sharded model together. A process with no row left reads the first again, uncounted.
+    # All processes must call a sharded model together. A process with no row left reads the first row, uncounted.
     rank, ranks = parallel.rank(), parallel.ranks()
     for start in range(0, len(chosen), rows * ranks):
         share = chosen[start + rank * rows : start + (rank + 1) * rows]
@@ -155,7 +155,7 @@ def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], b
 
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end. Writes checkpoints, metrics.jsonl, the manifest. resume: "auto", or a checkpoint."""
-    # UserError: another config's checkpoint, or too many skipped steps. Stopped: Ctrl-C or SIGTERM; all is saved.
+    # UserError: a checkpoint of another config, or too many skipped steps. Stopped: by Ctrl-C or SIGTERM, after saving.
     trainer = Trainer(model, task, config, job, resume)
     trainer.begin()
     config, progress, scale, report = trainer.config, trainer.progress, trainer.scale, trainer.report
@@ -207,7 +207,7 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
 
             # Ctrl-C sets `caught` at any moment: read it once per step, and let all processes agree on it.
             stopping, last = parallel.largest(signals.caught), progress.step == steps
-            # No regular checkpoint after a step with a bad gradient: it may be better to resume from the last good one.
+            # No regular checkpoint after a bad gradient: it may be better to resume from the checkpoint before it.
             saving = trainer.due(config.save_every) or progress.step == trainer.stable
             saving = stopping or last or (saving and not progress.skipped_in_a_row)
             due = trainer.due(config.eval_every) or trainer.due(config.log_every)
@@ -307,7 +307,7 @@ class Trainer:
     def begin(self) -> None:
         """Prepares the directory. After a resume, evaluates and logs the checkpoint's step if that is due."""
         manifest, report = self.job.directory / "manifest.json", self.report
-        parallel.lead(lambda: manifest.unlink(missing_ok=True))  # left by a finished run that is extended
+        parallel.lead(lambda: manifest.unlink(missing_ok=True))  # exists if this extends a finished run
         parallel.lead(lambda: report.open(self.progress.step, self.config.tensorboard))
         if self.record is None:
             return
@@ -361,7 +361,7 @@ class Trainer:
             self.report.write(record)
 
     def save(self, name: str) -> None:
-        """Saves a checkpoint. All processes must call it, because FSDP gathers their shares; the first one writes."""
+        """Saves a checkpoint. All processes must call it, because FSDP gathers their shares; only the first writes."""
         # State and weights are all that a resumed run needs: batches and learning rates are functions of the step.
         state = {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         state |= {"progress": vars(self.progress), "loss_scale": vars(self.scale), "rng": torch.get_rng_state()}
@@ -403,7 +403,7 @@ class Progress:
     best_step: int = 0  # the step with that loss
     warned_of: int = -1  # best step in the last overfitting warning
     skipped: int = 0  # steps that changed nothing, because their gradient was not finite
-    skipped_in_a_row: int = 0  # the latest of them in a row, not counting float16 overflows
+    skipped_in_a_row: int = 0  # skipped steps since the last good one, not counting float16 overflows
 
 
 FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000
@@ -444,12 +444,12 @@ def find_checkpoint(job: Stage, resume: str) -> Path | None:
         start = Path(resume)
         if not start.is_dir() or (start / "final").is_dir():
             known = ", ".join(str(path) for _, path in checkpoint.steps(job.directory)) or "none"
-            raise UserError(f"{start} is not a checkpoint; of this run there are: {known}")
+            raise UserError(f"{start} is not a checkpoint; this run has: {known}")
         checkpoint.read(start, "state.pt")
         step = stage.read_manifest(start)["counts"]["step"]
         if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
             newer = f"{', '.join(later)} in {job.directory}"
-            raise UserError(f"{start} is older than {newer}; move these away, or rename the run")
+            raise UserError(f"{start} is older than {newer}; move these away, or give the experiment another name")
     if start is not None:
         job.must_match(start)
     return start
@@ -464,7 +464,7 @@ def is_done(job: Stage, steps: int) -> bool:
 
 
 def run(job: Stage, make: Callable[[], Transformer], task: Task, config: TrainConfig, force: bool, resume: str) -> None:
-    """Makes a training stage in its locked directory, unless it is done. make: returns the model to train."""
+    """Trains in the stage's locked directory, unless that is done. make: returns the model to train."""
     if force and resume != "auto":
         parallel.refuse("--force discards what --resume would continue; use one of them")
     if not force and resume == "auto" and parallel.lead(lambda: is_done(job, task.steps)):

@@ -1,4 +1,4 @@
-"""Experiments. One file sets one `experiment`; another derives from it with `dataclasses.replace`."""
+"""Experiments. A config file sets one `experiment`; another file derives from it with `dataclasses.replace`."""
 
 import dataclasses
 import difflib
@@ -30,7 +30,7 @@ from tokenizer import Tokenizer
 from tokenizer.train import TokenizerConfig
 from trainer import TrainConfig
 
-INPUTS = {  # what a stage makes first if it is missing; a trained model takes hours and is never made this way
+INPUTS = {  # stages that a stage makes first if they are missing; none of them trains a model, which takes hours
     "corpus": (),
     "tokenizer": ("corpus",),
     "pack": ("corpus", "tokenizer"),
@@ -71,15 +71,15 @@ class Experiment:
     eval: EvalConfig = field(default_factory=EvalConfig)
     # Stages whose directory is another experiment's: {"corpus": tiny, "tokenizer": tiny}. See SHARED.
     shared: Mapping[str, "Experiment"] = field(default_factory=dict, repr=False)
-    # The sets that training batches are drawn from, by weight and from which step on; empty: all packed tokens.
+    # Phases of pretraining: the step where each starts, and the weight of each set; empty: all packed tokens.
     mixture: tuple[Phase, ...] = ()
     # Experiments whose packed tokens the mixture may name too; they share the tokenizer.
     beside: tuple["Experiment", ...] = field(default=(), repr=False)
     # The directory of a converted model (`convert.py from-hf`): training continues from its weights and, in tokenizer/,
     # its tokenizer. Its embedding may have more rows than the tokenizer has pieces.
     imported: Path | None = field(default=None, repr=False)
-    # The usual range of a number, such as {"pretrain.validation.bits_per_byte": (1.6, 1.7)}: the report says whether a
-    # run is in it. A key is a stage, then a path in results.json, or for a stage of data in the counts of its manifest.
+    # Usual ranges of numbers, such as {"pretrain.validation.bits_per_byte": (1.6, 1.7)}: the report marks a number
+    # outside its range. A key is a stage, then a path in its part of results.json or in its manifest's counts.
     # A derived experiment does not inherit it.
     expected: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ class Experiment:
                 raise ValueError(f"mixture names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         starts = [phase.start for phase in self.mixture]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
-            raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then later and later ones")
+            raise ValueError(f"mixture has phases from steps {starts}; expected 0 first, then rising steps")
         for key, usual in self.expected.items():
             if not stage.matches(usual, tuple[float, ...]) or len(usual) != 2 or usual[0] > usual[1]:
                 raise ValueError(f"expected of {key!r} is {usual!r}; expected two numbers, the smaller one first")
@@ -120,7 +120,7 @@ class Experiment:
 
     @property
     def path(self) -> str:
-        """The config file, as a shell reads it: for commands in messages."""
+        """The config file, quoted for a shell: for commands in messages."""
         return stage.CONFIGS.get(self.name, f"configs/{self.name}.py")
 
     def command(self, name: str) -> str:
@@ -131,9 +131,9 @@ class Experiment:
         return f"python train.py {owner.path}" if name == "pretrain" else f"python pipeline.py {owner.path} {name}"
 
     def owner(self, name: str) -> "Experiment":
-        """The experiment whose directory a stage has: itself, or the one that it shares the stage with."""
+        """The experiment that owns a stage's directory: this one, or the experiment that it shares the stage with."""
         if name == "sft_data" and name not in self.shared:
-            return self.owner("sft")  # a shared model brings its data
+            return self.owner("sft")  # an experiment that shares a model also shares the data of that model
         return self.shared[name].owner(name) if name in self.shared else self
 
     def directory(self, name: str) -> Path:
@@ -144,7 +144,7 @@ class Experiment:
         return stage.runs() / owner.name / DIRECTORIES[name]
 
     def inputs(self, name: str, force: bool = False) -> list[tuple["Experiment", str]]:
-        """What must be up to date before a stage: (experiment, stage), in running order."""
+        """The stages that must be up to date before a stage, as (experiment, stage), in running order."""
         owner = self.owner(name)
         if name == "tokenizer" and owner.imported:
             return []  # it came with the model
@@ -153,7 +153,7 @@ class Experiment:
             needed += [(other, "pack") for other in owner.beside]
         if name == "dpo" and owner.dpo.reference != "stored":
             needed.remove((owner, "dpo_reference"))
-        # Finished data stands without its inputs; those that are still there must still match.
+        # Finished data stays valid if its inputs are gone; inputs that still exist must match.
         is_data = name in ("tokenizer", "pack", "sft_data", "dpo_data")
         stands, order = is_data and not force and stage.read_manifest(owner.directory(name)), []
         for other, need in needed:
@@ -168,7 +168,7 @@ class Experiment:
         if name in TRAINED:
             use = 'generate "The"' if name == "pretrain" else "chat"
             commands.append(f"python serve.py {self.path} {use}")
-        # By default, SFT and DPO are about Python's documentation: no use to a model of the user's own text or chats.
+        # By default, SFT and DPO learn from Python's documentation: useless after the user's own text or chats.
         own_text = not isinstance(self.corpus.sources[0], PythonDocs)
         own_chats, own_pairs = self.sft.data != SFTConfig().data, self.dpo.data != DPOConfig().data
         useless = {"pretrain": own_text and not own_chats, "sft": own_chats and not own_pairs}
@@ -177,13 +177,13 @@ class Experiment:
         return ", or ".join(commands)
 
     def load_tokenizer(self, checkpoint: Path | None = None) -> Tokenizer:
-        """The experiment's tokenizer, or that of a converted model. UserError if it is missing or damaged."""
+        """The experiment's tokenizer, or the one inside a converted checkpoint. UserError if missing or damaged."""
         if checkpoint and stage.read_manifest(checkpoint / "tokenizer"):
             return tokenizer.load(checkpoint / "tokenizer", f"python convert.py from-hf DIR {checkpoint}")
         return tokenizer.load(self.directory("tokenizer"), self.command("tokenizer"))
 
     def trained(self, name: str) -> Path:
-        """A stage's final checkpoint. UserError, with the command that trains it, while there is none."""
+        """A stage's final checkpoint. UserError, with the command that trains it, if there is none."""
         final = self.directory(name) / "final"
         if stage.read_manifest(final) is not None:
             return final
@@ -192,7 +192,7 @@ class Experiment:
         raise UserError(f"{self.name} is not trained: no {final}; train it with: {self.command(name)}")
 
     def all_trained(self) -> dict[str, Path]:
-        """The final checkpoints of the stages that are trained, in order. UserError while not even the first is."""
+        """The final checkpoints of all trained stages, in order. UserError if the model is not even pretrained."""
         finals = {"pretrain": self.trained("pretrain")}
         for name in ("sft", "dpo"):
             if stage.read_manifest(self.directory(name) / "final"):
@@ -200,12 +200,12 @@ class Experiment:
         return finals
 
     def latest(self) -> Path:
-        """The final checkpoint of the latest stage that is trained. UserError while none is."""
+        """The final checkpoint of the latest trained stage. UserError if none is trained."""
         return list(self.all_trained().values())[-1]
 
 
 def load(path: str | Path) -> Experiment:
-    """Runs a config file and returns its experiment. UserError, in one line, if it is missing or mistaken."""
+    """Runs a config file and returns its experiment. UserError, in one line, if it is missing or wrong."""
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, os.listdir(stage.ROOT / "configs"), n=1, cutoff=0.75)
@@ -238,7 +238,7 @@ def _explain(error: Exception) -> str:
 
 
 def places(name: str, config: type = Experiment, path: str = "") -> list[str]:
-    """Where an experiment has a setting: "steps" in pretrain.steps, sft.train.steps and dpo.train.steps."""
+    """The paths of a setting in an experiment: of "steps" pretrain.steps, sft.train.steps and dpo.train.steps."""
     paths = []
     for setting, kind in typing.get_type_hints(config).items():
         if setting == {"lr": "learning_rate"}.get(name, name):

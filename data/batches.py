@@ -69,7 +69,7 @@ class Windows(Shuffled):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What batches are drawn from, starting at a step. Raises TypeError or ValueError, naming the field."""
+    """The sets that batches are drawn from, starting at a step. Raises TypeError or ValueError, naming the field."""
 
     start: int  # first step of the phase, counted from 0; it lasts until the next phase starts
     # Share of each set, in any unit. A set is a source of the corpus, or an experiment named in `beside`.
@@ -99,8 +99,8 @@ class Phase:
 class Turns:
     """An endless sequence of sets. At any point each set is less than one turn off its share."""
 
-    # Random draws would meet the weights only on average. This is the quota method (Balinski and Young 1975): of the
-    # sets below their share, counting this turn, the one with the most weight per turn is next.
+    # Random draws would meet the weights only on average. This is the quota method (Balinski and Young 1975): among the
+    # sets below their share, counting this turn, the set with the most weight per turn is next.
 
     def __init__(self, units: Sequence[int]):
         self.units, self.period = units, sum(units)  # after `period` turns the sequence repeats
@@ -130,7 +130,7 @@ class Mixture:
         self.sets, self.size = sets, size
         self.phases = []  # (first sample, names, turns, samples that each set gave before)
         for phase in phases:
-            # Each set continues where the last phase left it: no window repeats before all are read once.
+            # Each set continues where the last phase stopped: no window repeats before all are read once.
             given = self.seen(phase.start) if self.phases else dict.fromkeys(sets, 0)
             self.phases.append((phase.start * size, list(phase.weights), Turns(phase.units), given))
 
@@ -156,7 +156,7 @@ class Mixture:
         return name, self.sets[name].drawn(number)
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
-        """A process's part of the global batch of a step, counted from 0: inputs and targets, (B, T) int64."""
+        """A process's part of a step's global batch, as `read` returns it: inputs and targets, (B, T) int64."""
         # The global batch is the same for any number of processes, so a run on one GPU can resume on eight.
         rows = []
         for row in range(self.size * rank // ranks, self.size * (rank + 1) // ranks):
@@ -165,7 +165,7 @@ class Mixture:
         return tuple(map(torch.cat, zip(*rows, strict=True)))
 
     def documents(self, step: int) -> list[str]:
-        """The documents in the global batch of a step, a line per packed file. `python -m data.inspect` shows them."""
+        """The documents in a step's global batch, one line per packed file. `python -m data.inspect` shows them."""
         numbers = {}  # (file, kind): the documents of that file
         for sample in range(step * self.size, (step + 1) * self.size):
             name, window = self.drawn(sample)

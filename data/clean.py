@@ -1,4 +1,4 @@
-"""Raw text to clean text: removes what no reader would miss; keeps paragraphs and indentation."""
+"""Raw text to clean text: removes invisible characters, markup and repeats; keeps paragraphs and indentation."""
 
 import html
 import re
@@ -11,7 +11,7 @@ from stage import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """Cleaning beyond control characters, broken Unicode, line ends and trailing blanks, which always takes place."""
+    """Optional cleaning. Control characters, broken Unicode, line ends and trailing blanks are always cleaned."""
 
     html: bool = True  # removes tags, comments, scripts and styles, and decodes entities. Not for text about HTML
     urls: str = "keep"  # "keep", "drop", or "replace" (by <url>)
@@ -36,7 +36,7 @@ INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff"
     "\ufdd0-\ufdef\ufeff\ufff9-\uffff\U000f0000-\U0010ffff]"
 )
-TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # the lookbehind: each run of blanks is tried once
+TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)  # the lookbehind: tries each run of blanks only once
 EMPTY_LINES = re.compile(r"\n{4,}")
 URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]}'’]", re.IGNORECASE)
 
@@ -53,14 +53,14 @@ MAY_STAY_OPEN = {"br", "dd", "dt", "hr", "img", "input", "li", "link", "meta", "
 ATTRIBUTES = r"\s+(?:[\w:-]+\s*=|(?:checked|compact|disabled|hidden|noshade|nowrap|readonly|selected)\b)[^<>]*"
 TAG = re.compile(rf"<(/?)(?:({BLOCK})|({INLINE}))({ATTRIBUTES})?\s*/?>|<!doctype[^<>]*>", re.IGNORECASE)
 CLOSING = re.compile(r"</(\w+)\s*>")
-# The text between an opening and its closing is not for readers.
+# The text between these opening and closing marks is not for readers.
 HIDDEN = (("<!--", "-->"), (r"<script\b", r"</script\s*>"), (r"<style\b", r"</style\s*>"))
 AMPERSANDS = re.compile(r"&(?:(?:amp|#0*38|#x0*26);)+", re.IGNORECASE)  # escaped more than once
 ENTITY = re.compile(r"&(#\d{1,7}|#x[0-9a-f]{1,6}|\w{2,31});", re.IGNORECASE)
 
 
 def clean(text: str, config: Cleaning = Cleaning()) -> tuple[str, str]:
-    """The text without what `config` and this module remove, with \\n line ends; and the repeated lines dropped."""
+    """The clean text, with \\n line ends, and the repeated lines that were dropped."""
     if config.mojibake:
         ftfy = extra("ftfy", "ftfy", "Cleaning(mojibake=True)")
         text = "\n".join(map(ftfy.fix_encoding, text.split("\n")))
@@ -82,7 +82,7 @@ def clean(text: str, config: Cleaning = Cleaning()) -> tuple[str, str]:
 
 def _without_html(text: str) -> str:
     for opening, closing in HIDDEN:
-        # Only before the last closing: an opening that is never closed would cost quadratic time.
+        # Search only before the last closing mark: an opening mark without one would cost quadratic time.
         end = max((match.end() for match in re.finditer(closing, text, re.IGNORECASE)), default=0)
         before = re.sub(f"{opening}.*?{closing}", "", text[:end], flags=re.IGNORECASE | re.DOTALL)
         text = before + text[end:]

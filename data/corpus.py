@@ -1,7 +1,7 @@
 """Sources to corpus: clean, judged, decontaminated, deduplicated documents in JSONL shards, and a data card."""
 
-# Workers clean and judge. This process finds duplicates, text after text: they depend on the texts kept before. So the
-# same inputs give the same bytes for any number of workers. An interrupted build continues after its last shard.
+# Workers clean and judge. This process finds duplicates, one text after another, because they depend on the texts kept
+# so far. So any number of workers gives the same bytes. An interrupted build continues after its last finished shard.
 # Long documents are judged by section: a bad chapter is dropped, the book stays.
 
 import contextlib
@@ -33,9 +33,9 @@ from data.words import fingerprint, hashes, ngrams, words
 from stage import Stage, check_types
 
 SHARD_BYTES = 64 << 20
-BATCH_CHARS = 1 << 19  # of documents that one worker takes at a time
-BYTES_PER_TOKEN = 4.25  # of English prose with 32,768 pieces: token budgets count before there is a tokenizer
-EXAMPLES = 2  # in the card: rejected texts per source and rule
+BATCH_CHARS = 1 << 19  # characters of the documents that one worker takes at a time
+BYTES_PER_TOKEN = 4.25  # English prose, 32,768 pieces: token budgets need an estimate before there is a tokenizer
+EXAMPLES = 2  # rejected texts that the card shows for each source and rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def holdout(directory: Path, fraction: float) -> Holdout:
     """The rule that holds out about `fraction` of a finished corpus."""
     numbers = (split_hash(record["text"].encode()) for record in records(directory))
     rule = Holdout(fraction, threshold(numbers, fraction))
-    if rule.threshold and rule.threshold > math.ceil(fraction * 2**64):  # of few documents, the smallest hash
+    if rule.threshold and rule.threshold > math.ceil(fraction * 2**64):  # few documents: one is held out
         train, val = 0, 0
         for record in records(directory):
             parts = rule.split(record["text"])
@@ -91,12 +91,12 @@ class Piece(NamedTuple):
 
 
 def runs_of(sources: Sequence[Source], n: int) -> dict[str, np.ndarray]:
-    """{name: the sorted runs of n words} of evaluation sets. Memory: 8 bytes per run."""
+    """{name: the sorted hashes of its runs of n words} of evaluation sets. Memory: 8 bytes per run."""
     sets = {}
     for source in sources:
         runs, unreadable = [np.zeros(1, np.uint64)], 0
         for document in source.documents(1):
-            # Training text is compared once it is clean; the set may be clean already.
+            # Training text is cleaned before it is compared. So compare the set as it is, and cleaned.
             for text in {document.value, clean(document.value, source.cleaning)[0]}:
                 runs.append(ngrams(hashes(words(text)), n))
             unreadable += isinstance(document.value, Unreadable)
@@ -107,7 +107,7 @@ def runs_of(sources: Sequence[Source], n: int) -> dict[str, np.ndarray]:
 
 
 def pieces(text: str, source: Source) -> Iterator[Piece]:
-    """The pieces of a document, dropped ones included."""
+    """The pieces of a document, dropped pieces included."""
     if isinstance(text, Unreadable):
         yield Piece(text, 0, "unreadable")
         return
@@ -128,7 +128,7 @@ def pieces(text: str, source: Source) -> Iterator[Piece]:
     for i, part in enumerate(parts):
         numbers = hashes(spelled[i])
         rule = judge(part, spelled[i], numbers, source.quality) if source.quality else None
-        following = hashes(spelled[i + 1][: n - 1])  # no run hides across a cut
+        following = hashes(spelled[i + 1][: n - 1])  # also finds runs across a cut
         runs = ngrams(np.append(numbers, following), n)
         for name, known in sets.items():
             at = np.searchsorted(known[1:], runs, side="right")  # the last known run that is not greater
@@ -142,7 +142,7 @@ def pieces(text: str, source: Source) -> Iterator[Piece]:
 
 
 def _prepare(source: Source, documents: list[Record]) -> list[tuple[Record, list[Piece]]]:
-    """Each document of a batch, without its text, and its pieces. Runs in a worker."""
+    """For each document of a batch: its record without the text, and its pieces. Runs in a worker."""
     return [(document._replace(value=""), [*pieces(document.value, source)]) for document in documents]
 
 
@@ -158,7 +158,7 @@ def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 class Tally:
-    """How far a build has come: what was read, kept and dropped, with examples. JSON types only: `Index` saves it."""
+    """Counts of what a build has read, kept and dropped, with examples. Only JSON types, because `Index` saves it."""
 
     def __init__(self, config: CorpusConfig):
         self.source, self.shards = 0, 0  # the number of the source that is read; finished shards
@@ -303,7 +303,7 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
             examples.append(f"- {rule or source}, `{id}`: " + (f"`{text}`" if text else "(empty)"))
     kept = len(tally.examples[""])
     near = f" or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words" if config.dedup else ""
-    sets = ", ".join(source.name for source in config.decontaminate) or "no evaluation set: none is named"
+    sets = ", ".join(source.name for source in config.decontaminate) or "an evaluation set: none is configured"
     lines = [
         f"# Corpus of {name}\n",
         f"Documents: {counts['documents']:,}. Bytes of UTF-8 text: {counts['bytes']:,}. Words: {counts['words']:,}.",
@@ -315,7 +315,7 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
         f"text kept before{near}. Contaminated text shares {config.decontaminate_ngram} words in a row with {sets}.\n",
         cli.table(dropped, (2, 3), markdown=True),
         "\n## Examples of what was left out\n",
-        *(examples[kept:] or ["Nothing was."]),
+        *(examples[kept:] or ["Nothing was left out."]),
         "\n## Ten documents at random\n",
         *examples[:kept],
     ]

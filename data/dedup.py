@@ -38,7 +38,7 @@ class MinHash:
     """Signatures as band keys. The permutations are x -> a·x + b mod 2³² with odd a, the same in every run."""
 
     def __init__(self, config: Deduplication):
-        # As many rows per band as still find 99 of 100 pairs whose similarity is exactly `threshold`.
+        # The most rows per band that still find 99 of 100 pairs whose similarity is exactly `threshold`.
         self.ngram, rows = config.ngram, config.permutations
         while rows > 1 and (1 - config.threshold**rows) ** (config.permutations // rows) > 0.01:
             rows -= 1
@@ -49,7 +49,7 @@ class MinHash:
         self.numbers = np.arange(self.bands, dtype=np.uint64)
 
     def shingles(self, hashes: np.ndarray) -> np.ndarray:
-        """(s,) uint32, sorted: the distinct shingles of a text. A shorter text is one shingle."""
+        """(s,) uint32, sorted: the distinct shingles of a text. A text of fewer words is one shingle."""
         runs = ngrams(hashes, min(self.ngram, max(1, len(hashes))))
         return np.unique((runs >> np.uint64(32)).astype(np.uint32))
 
@@ -60,7 +60,7 @@ class MinHash:
         return permuted.min(axis=1, initial=0xFFFFFFFF)
 
     def keys(self, shingles: np.ndarray) -> np.ndarray:
-        """(bands,) uint64: a number for each band, equal where the whole band is."""
+        """(bands,) uint64: a number for each band. Equal bands have equal numbers."""
         bands = self.signature(shingles).reshape(self.bands, -1)
         return mix((bands * self.powers).sum(axis=1) + self.numbers)
 
@@ -72,7 +72,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Index:
-    """The texts kept so far, their keys in memory and all else in an SQLite database. Finds repeated texts."""
+    """Finds repeated texts among those kept so far: their keys are in memory, the rest in an SQLite database."""
 
     def __init__(self, config: Deduplication | None, directory: Path):
         """config: None finds exact duplicates only. Continues after the last `commit` in the directory."""

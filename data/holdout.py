@@ -1,8 +1,8 @@
-"""Which text is held out for validation: one rule for the tokenizer, packed tokens, conversations and pairs."""
+"""The rule that holds out text for validation, the same for the tokenizer, packed tokens, conversations and pairs."""
 
-# A document is held out if the hash of its beginning is below a threshold, so the decision does not depend on the
-# corpus around it. Few documents can all fall on one side: the threshold then moves to the document with the smallest
-# hash. Of a single document, and where that document is more than half of the text, the last part of each is held out.
+# A document is held out if the hash of its beginning is below a threshold. So the decision does not depend on other
+# documents. If few documents all fall on one side, the threshold moves until one of them is on the other side. If there
+# is only one document, or the one held out has more than half of the text, the last part of every document is held out.
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""Packed tokens as text: documents with their boundaries, and any batch as training sees it.
+"""Shows packed tokens as text: documents with their boundaries, and any batch as training sees it.
 
 python -m data.inspect configs/tiny.py                    # sizes, the first documents, the first batch
 python -m data.inspect configs/tiny.py --step 1000        # the batch of that step

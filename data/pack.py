@@ -27,7 +27,7 @@ SPLITS = ("train", "val")
 class PackConfig:
     """How a corpus becomes tokens. Raises TypeError or ValueError, naming the field, for an impossible setting."""
 
-    # Share of the documents held out for validation, each by its own hash; of a single document, its last part.
+    # Share of the documents held out for validation, by the hash of each. A single document loses its last part.
     val_fraction: float = 0.05
 
     def __post_init__(self):
@@ -52,9 +52,9 @@ class Packed:
         self.bytes, self.file, self.first = counts["bytes"], file or name, first
 
     def of(self, source: str) -> "Packed":
-        """The tokens of one source of the corpus: the corpus has one source after another."""
+        """The tokens of one source of the corpus. They are consecutive: the corpus has one source after another."""
         if source not in self.counts["sources"]:
-            raise UserError(f"{self.name} has nothing of {source}; there are {', '.join(self.counts['sources'])}")
+            raise UserError(f"{self.name} has no text of {source}; its sources are {', '.join(self.counts['sources'])}")
         counts = self.counts["sources"][source]
         start, end = counts["start"], counts["start"] + counts["tokens"]
         first, last = np.searchsorted(self.starts, (start, end)).tolist()
@@ -105,7 +105,7 @@ def _encode(chunk: tuple[Path, int]) -> list[tuple[str, str, np.ndarray, int]]:
 def job(config: PackConfig, corpus: Path, spm: Path, directory: Path, command: str) -> Stage:
     """The stage that packs a corpus. corpus, spm: directories. command: what the user types."""
     shards, model = stage.outputs(corpus), tokenizer.identity(spm)
-    read = shards | model if shards and model else {}  # an input is gone: packed tokens stay valid
+    read = shards | model if shards and model else {}  # if an input is gone, packed tokens stay valid
     return Stage(directory, config, read, command, __file__)
 
 
@@ -134,7 +134,7 @@ def pack(corpus: Path, spm: tokenizer.Tokenizer, val_fraction: float, directory:
     dtype, rule = token_dtype(spm.vocab_size), holdout(corpus, val_fraction)
     _settings = spm, rule, dtype
     if rule.threshold is None:
-        log.info(f"packed: too few documents to hold one out: the last {val_fraction:.1%} of each is held out")
+        log.info(f"packed: too few documents to hold out a whole one: the last {val_fraction:.1%} of each is held out")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}} for split in SPLITS}
     chunks = []
     for shard in sorted(corpus.glob("shard_*.jsonl")):

@@ -1,4 +1,4 @@
-"""Which text is worth learning from: the published rules of C4 and Gopher, and a test for English."""
+"""Rules that reject poor text: the published rules of C4 and Gopher, and a test for English."""
 
 import re
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Gopher:
     min_alphabetic: float = 0.8  # share of words that contain a letter
     min_stop_words: int = 2  # how many of the, be, to, of, and, that, have, with
     max_duplicate_lines: float = 0.3  # share of lines that repeat an earlier line
-    max_duplicate_line_chars: float = 0.2  # share of characters in them
+    max_duplicate_line_chars: float = 0.2  # share of characters in such lines
     max_duplicate_paragraphs: float = 0.3
     max_duplicate_paragraph_chars: float = 0.2
     # Share of characters in all occurrences of the most frequent run of 2, 3, 4 words, if it occurs more than once.
@@ -59,7 +59,7 @@ class Quality:
 
     c4: C4 | None = C4()
     gopher: Gopher | None = Gopher()
-    # Share of words among some 100 frequent English words. Words that are also French, German or Spanish do not count.
+    # Least share of words that are in ENGLISH, 85 frequent words that are not also French, German or Spanish.
     min_english: float | None = 0.15
 
     __post_init__ = check_types
@@ -73,14 +73,14 @@ ENGLISH = frozenset(
     your can said there use each which she how their if would up other about out many then them these some her make
     like him into time has look two more write go see could people my than first been call who its now find long down
     day did get come made may part i you are""".split()
-)  # no: "a", "an", "in", "on", "me", "no", "do", "so", "as", "will", "son", "one"
+)  # other languages have these too: "a", "an", "in", "on", "me", "no", "do", "so", "as", "will", "son", "one"
 
 BULLETS = ("•", "‣", "◦", "●", "▪", "-", "*", "–", "—")
 ELLIPSES = ("...", "…")
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)")
 TERMINAL = (".", "!", "?", '"', "”")
-LETTER = re.compile(r"[^\W\d_]\S*")  # from the first letter of a word to its end: once a word
+LETTER = re.compile(r"[^\W\d_]\S*")  # from the first letter of a word to its end: matches once per word
 
 
 def select_lines(text: str, c4: C4) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def _gopher(text: str, words: list[bytes], hashes: np.ndarray, gopher: Gopher) -
         share = _duplicate_share(ngrams(hashes, n), ends, n)
         if share > limit:
             yield f"gopher_duplicate_{n}grams"
-        if share <= min(gopher.max_duplicate_ngrams):  # longer runs cover even less
+        if share <= min(gopher.max_duplicate_ngrams):  # longer runs cover less
             break
 
 

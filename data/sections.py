@@ -5,13 +5,13 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 
-SECTION_CHARS = 6_000  # a longer document is judged in sections of this to twice this length
+SECTION_CHARS = 6_000  # documents over twice this length are judged in sections of about this to twice this length
 GAPS = [re.compile(gap) for gap in (r"\n{2,}", r"\n", r"(?<=[.!?]) +", " +")]
 
 
 def sections(text: str) -> list[str]:
     """Cuts a text that is longer than two sections. The sections joined give the text."""
-    # The paragraph before a cut decides on it: copies of a text are cut alike, even if one of them has a preface.
+    # The text before a gap decides if it is a cut: so copies of a text are cut alike, even if one has a preface.
     if len(text) <= 2 * SECTION_CHARS:
         return [text]
     cuts, last = [0], 0  # last: the latest gap at which the section can end

@@ -29,30 +29,30 @@ from stage import check_types, read_manifest, sha256
 
 
 def raw() -> Path:
-    """Where raw text with a relative path is found: `data/raw/`, or DATA in the environment."""
+    """The directory for relative paths of raw text: `data/raw/`, or DATA in the environment."""
     return Path(os.environ.get("DATA") or "data/raw")
 
 
 class Unreadable(str):
-    """Why a record cannot be read. It takes the place of the record's value where `unreadable` is "skip"."""
+    """The reason why a record cannot be read. It replaces the record's value if `unreadable` is "skip"."""
 
 
 class Record(NamedTuple):
-    """A line of JSON, an element of a JSON list, a row of a table, or a whole text file. In a document it is text."""
+    """A line of JSON, an element of a JSON list, a row of a table, or a whole text file."""
 
     id: str
     file: str  # path of its file, "" in a dataset
     where: str  # for messages: "path, line 3"; "name, record 3" in a dataset
-    value: object  # as JSON has it, the text of a text file, or Unreadable
-    read: float = 0.0  # share of the source that has been read with it, if known
+    value: object  # a JSON value, the text of a file or of a document, or Unreadable
+    read: float = 0.0  # share of the source that has been read so far, with this record; 0 if unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """A source of records. Raises TypeError or ValueError, naming the field, for an impossible setting."""
 
-    # A subclass has `inputs()`, {input: SHA-256} for the manifest, and `records(workers)`, whose order depends on
-    # nothing but the input.
+    # A subclass has `inputs()`, {input: SHA-256} for the manifest, and `records(workers)`, whose order depends only on
+    # the input.
 
     name: str = ""  # unique among the sources of a stage
     licence: str = "not stated"  # for the data card
@@ -68,7 +68,7 @@ class Records:
             raise ValueError(f'unreadable is {self.unreadable!r}; expected "stop" or "skip"')
 
     def refuse(self, message: str) -> Unreadable:
-        """Takes the place of a record that cannot be read. UserError if `unreadable` is "stop"."""
+        """The Unreadable that replaces a record's value. UserError if `unreadable` is "stop"."""
         if self.unreadable == "stop":
             raise UserError(f'{message}; or set unreadable="skip"')
         return Unreadable(message)
@@ -79,10 +79,10 @@ class Source(Records):
     """A source of documents for a corpus: its limits, cleaning and rules."""
 
     max_tokens: int | None = None  # stops once about this many tokens are kept, at data.corpus.BYTES_PER_TOKEN
-    min_chars: int = 64  # drops a document that is shorter once clean
-    max_chars: int | None = None  # drops a document that is longer once clean
+    min_chars: int = 64  # drops a document that is shorter after cleaning
+    max_chars: int | None = None  # drops a document that is longer after cleaning
     cleaning: Cleaning = Cleaning()
-    quality: Quality | None = None  # the rules its texts must pass; None takes all
+    quality: Quality | None = None  # the rules that its texts must pass; None keeps all texts
 
     def documents(self, workers: int, skip: int = 0) -> Iterator[Record]:
         """The records after the first `skip`, each with its text, or Unreadable, as value."""
@@ -131,7 +131,7 @@ def log_kept(name: str, kept: int, read: int, unit: str, dropped: Mapping[str, i
 
 
 def _strict(kind: type, file):
-    """A decompressed file that refuses damage after its first stream, which Python's readers ignore."""
+    """Opens a compressed file. Reading fails if bytes after its first stream are damaged; Python would ignore them."""
     opened = kind(file)
     opened._buffer.raw._trailing_error = ()
     return opened
@@ -181,7 +181,7 @@ class FileRecords(Records):
         return list(files.values())
 
     def inputs(self) -> dict[str, str]:
-        # Named by the path under DATA: the same files in another place are the same input.
+        # Keys are paths under DATA: the same files in another place are the same input.
         return {str(path).removeprefix(f"{raw()}/"): sha256(path) for path in self.files()}
 
     def records(self, workers: int) -> Iterator[Record]:
@@ -264,7 +264,7 @@ class HubRecords(Records):
     def _builder(self):
         datasets = extra("datasets", "datasets", f"the source {self.name}")
         datasets.utils.logging.disable_progress_bar()
-        datasets.utils.logging.set_verbosity(logging.CRITICAL)  # failed reads are logged here
+        datasets.utils.logging.set_verbosity(logging.CRITICAL)  # `records` logs failed reads
         key = self.dataset, self.revision
         for wait in (1, 4, 16, None):
             try:
@@ -320,7 +320,7 @@ class Hub(HubRecords, Source):
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocs(Source):
-    """The documentation in every installation: docstrings, parsed and never imported, and the topics of `pydoc`."""
+    """The documentation that comes with Python: docstrings, read without importing a module, and topics of `pydoc`."""
 
     name: str = "python_docs"
     licence: str = "those of Python (PSF-2.0) and of the packages"
@@ -331,7 +331,7 @@ class PythonDocs(Source):
     field = "text"
 
     def inputs(self) -> dict[str, str]:
-        return {}  # the environment: its versions are in the manifest
+        return {}  # the input is the installed packages; the manifest has the versions of the main ones
 
     def records(self, workers: int) -> Iterator[Record]:
         roots, modules = {"": sysconfig.get_path("stdlib")}, []

@@ -1,4 +1,4 @@
-"""A text as words, and runs of words as numbers: quality, deduplication and decontamination compare these."""
+"""A text as words, and runs of words as numbers, for quality, deduplication and decontamination."""
 
 import hashlib
 import re

@@ -1,8 +1,8 @@
 """Pairs of answers to tokens: read, filtered, rendered by the fine-tuned model's template, cut to the context."""
 
 # For each split, `train.bin` holds the ids of all pairs, little-endian uint16 (uint32 past 65,536 pieces): prompt,
-# chosen answer, rejected answer. `train.idx` has six int64 numbers for each pair: where the prompt, the chosen and the
-# rejected answer start and the pair ends, the number of its kind, and of its prompt. `train.txt` has the origins.
+# chosen answer, rejected answer. `train.idx` has six int64 numbers for each pair: the starts of prompt, chosen and
+# rejected answer, the end of the pair, the number of its kind, the number of its prompt. `train.txt` has the origins.
 
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class PairConfig(DataConfig):
 def rendered(pair: Pair, template: str, spm: Tokenizer) -> list[list[int]]:
     """The ids of prompt, chosen and rejected answer."""
     parts = [render(template, pair.prompt, spm, ask=True)[0]]
-    # An answer's ids do not depend on the question, so a short one does: long prompts are rendered once.
+    # An answer's ids do not depend on the question: put a short question before it, and render the prompt only once.
     for answer in pair.answers:
         ids, trained = render(template, [Message("user", "?"), Message("assistant", answer)], spm)
         first, last = np.flatnonzero(trained)[[0, -1]]  # the template may have more after an answer
@@ -49,7 +49,7 @@ def rendered(pair: Pair, template: str, spm: Tokenizer) -> list[list[int]]:
 
 
 def fitted(parts: list[list[int]], context: int) -> list[list[int]]:
-    """The three parts of a pair, cut to the context. The last id of an answer is predicted, not read."""
+    """The three parts of a pair, cut to the context. The last id of an answer is a target, but no input."""
     # First the prompt loses its beginning, except for the id that begins every text, down to half of the context; then
     # the answers lose their ends.
     prompt, chosen, rejected = parts
@@ -94,7 +94,7 @@ def write(directory: Path, name: str, items: list[Item], sources: Sequence[str])
 
 
 def job(config: PairConfig, template: str, context: int, spm: Path, directory: Path, command: str) -> Stage:
-    """The stage that makes pairs of at most `context` tokens. spm: the tokenizer's directory. command: the user's."""
+    """The stage that makes pairs of `context` tokens. spm: the tokenizer's directory. command: what the user types."""
     settings = {"dpo_data": config, "template": template, "context_length": context}
     return Stage(directory, settings, digests(config.sources, spm, directory), command, __file__)
 

@@ -1,4 +1,4 @@
-"""Filters: which pairs are worth learning from. Dropped pairs are counted by rule."""
+"""Filters: rules that drop poor pairs. Dropped pairs are counted by rule."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sft.filters import Judge, Limits
 
 @dataclass(frozen=True, kw_only=True)
 class PairFilters(Limits):
-    """The rules for pairs. "identical", "duplicate" and "contradiction" (the other order) always apply."""
+    """The rules for pairs. "identical", "duplicate" and "contradiction" (an earlier pair, swapped) always apply."""
 
 
 class PairJudge(Judge):

@@ -121,7 +121,7 @@ def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
     losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,), −log π of each target
     answers = (targets[0] != IGNORED).nonzero()[:, 0]
     losses = losses[answers.to(device, non_blocking=True)]
-    # float64: the loss is a small difference of large sums, and float32 would lose the last digits. Macs lack it.
+    # float64: the loss is a small difference of large sums, and float32 would lose digits. A Mac's GPU lacks float64.
     wide = torch.float32 if device.type == "mps" else torch.float64
     sums = [part.sum() for part in losses.to(wide).split(lengths)]
     return -torch.stack(sums).view(-1, 2)

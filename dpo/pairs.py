@@ -38,8 +38,8 @@ SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message]) -> Pair:
     """The pair in a record. Refused if a field has a wrong type, or the two answers do not belong to one prompt."""
-    # Each answer is a text, or a list of messages, which may begin with the prompt. Without a prompt, texts are
-    # transcripts of Anthropic's HH; there the prompt may be a transcript too, which the answers continue.
+    # Each answer is a text, or a list of messages, which may begin with the prompt. Without a prompt, each text is a
+    # transcript as in Anthropic's HH. If the prompt is such a transcript, the answers continue it.
     prompt, beginning, sides = [], "", []
     if layout != "hh":
         prompt = take_question(fields, ("prompt", "question", "instruction"))
@@ -59,7 +59,7 @@ def read_pair(record: Record, fields: dict, layout: str, earlier: list[Message])
         sides.append(in_turn(earlier + messages))
     (*prompt, chosen), (*other, rejected) = sides
     if prompt != other:
-        raise Refused("chosen and rejected part before the last message; expected two answers to the same messages")
+        raise Refused("chosen and rejected differ before the last message; expected two answers to the same messages")
     question = next(message.text() for message in prompt if message.role == "user")
     return Pair(record.id, tuple(prompt), chosen.content, rejected.content, (question,))
 
@@ -98,7 +98,7 @@ class HubPairs(HubRecords):
 
 @dataclass(frozen=True, kw_only=True)
 class DocPairs(Records):
-    """Questions about Python's documentation: a docstring against another, its words shuffled, a sentence twice."""
+    """Questions about Python's documentation. Rejected: another docstring, shuffled words, a repeated sentence."""
 
     name: str = "python_pairs"
     licence: str = PythonDocs.licence
@@ -109,7 +109,7 @@ class DocPairs(Records):
 
     def pairs(self, workers: int) -> Iterator[Pair]:
         questions = list(DocQuestions(docs=self.docs, max_documents=self.max_documents).conversations(workers))
-        # Neighbours in the order of the hashes that decide what is held out are in the same split, but for one.
+        # Questions sorted by the hash that decides what is held out: nearly all neighbours are in the same split.
         ring = sorted(questions, key=lambda question: split_hash(question.keys[0].encode()))
         neighbours = {question.id: ring[place - 1] for place, question in enumerate(ring)}
         for question in questions:

@@ -25,7 +25,7 @@ from model import Transformer
 from stage import Stage
 from tokenizer import Tokenizer
 
-TOKENS = {"cpu": 8_192, "cuda": 131_072}  # per batch, at most
+TOKENS = {"cpu": 8_192, "cuda": 131_072}  # the most tokens per batch
 
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:

@@ -1,8 +1,8 @@
 """Direct preference optimisation (DPO): a fine-tuned model learns which of two answers is preferred."""
 
 #     python pipeline.py configs/tiny.py dpo   ->  runs/tiny/dpo
-# The reference is the fine-tuned model as it was: either the trained model with its adapter switched off, or numbers
-# that dpo.reference computed before training. The losses are in dpo/loss.py.
+# The reference is the fine-tuned model before this training. Its log-probabilities come from the trained model with its
+# adapter switched off, or dpo.reference computes them before training. The losses are in dpo/loss.py.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ class DPOConfig:
 
     data: PairConfig = PairConfig()
     loss: LossConfig = LossConfig()
-    # The adapter that is trained; None trains every weight. The head stays: preferences need no sharper distribution.
+    # The adapter that is trained; None trains every weight. Not for the head: preferences need no sharper distribution.
     lora: LoRAConfig | None = LoRAConfig(dropout=0.0, targets=lora.BLOCKS)
     # Where the reference's log-probabilities come from. "stored": one pass over all pairs before training; steps are
     # faster. "adapter_off": computed at each step with the adapter switched off; stores nothing, and rewards are
@@ -65,7 +65,7 @@ class DPOConfig:
         if self.lora is None and self.reference == "adapter_off":
             raise ValueError('reference is "adapter_off" and lora None; expected "stored" where there is no adapter')
         if self.lora and self.lora.dropout:
-            raise ValueError(f"dropout of lora is {self.lora.dropout}; expected 0: the reference is read without any")
+            raise ValueError(f"dropout of lora is {self.lora.dropout}; expected 0: the reference has none")
         check_weights(self.weights, self.data.sources)
 
 
@@ -84,7 +84,7 @@ class PreferenceLearning(Tuning):
         self.row = ("pair", np.average(lengths, weights=list(weights.values())))
         self.held_out = PairRows(directory, "val", counts)
         count = min(config.train.eval_rows, self.held_out.count)
-        # At random, not evenly spaced: a source may repeat its kinds of pairs in turn.
+        # At random: evenly spaced pairs could all be of one kind, because a source may give its kinds in turn.
         order = np.random.default_rng(0).permutation(self.held_out.count)
         self.chosen = sorted(order[:count].tolist())
         # An answer attends to its prompt and to itself. Logits are made only for answers.
@@ -152,7 +152,7 @@ def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[],
 def job(
     config: DPOConfig, template: str, base: Base, pairs: Path, spm: Tokenizer, directory: Path, command: str
 ) -> Stage:
-    """The stage that teaches the base the pairs in a directory, written in `template`. command: what the user types."""
+    """The stage that trains the base on the pairs in a directory, written in `template`. command: as the user types."""
     settings = {"weights": dict(config.weights), "template": template}
     settings |= {"loss": config.loss, "reference": config.reference}
     return finetune.job("dpo", config, settings, base, pairs, spm, directory, command, __file__)
@@ -162,7 +162,7 @@ def train(
     job: Stage, config: DPOConfig, template: str, base: Base, pairs: Path, spm: Tokenizer, reference: Path,
     force: bool = False, resume: str = "auto",
 ) -> None:  # fmt: skip
-    """Teaches the base, unless that is done. reference: the directory of dpo.reference, read only if it is "stored"."""
+    """Trains the base, unless that is done. reference: the directory of dpo.reference, read only for "stored"."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
     must_be_taught(base.checkpoint, template)
     stored = dpo.reference.load(reference) if config.reference == "stored" else None

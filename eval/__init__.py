@@ -10,12 +10,12 @@ from stage import check_types
 class EvalConfig:
     """What the evaluation measures and generates. Raises TypeError or ValueError that names the field."""
 
-    # The task `validation` reads all held-out documents. If they have more tokens, it reads every k-th document, so
-    # that about as many tokens are left.
+    # The task `validation` reads all held-out documents. If they have more tokens than this, it reads only every k-th
+    # document, so that about this many tokens are left.
     validation_tokens: int = 1_000_000
     continuations: int = 3  # held-out documents whose beginning the model continues
-    prompt_tokens: int = 48  # length of the beginning
-    new_tokens: int = 64  # length of the continuation
+    prompt_tokens: int = 48  # length of such a beginning
+    new_tokens: int = 64  # greatest length of a continuation
     answer_tokens: int = 128  # greatest length of an answer to a prompt
     answers: int = 16  # held-out conversations whose question the model answers
     temperature: float = 0.7  # of sampling; 0 is greedy

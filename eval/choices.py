@@ -17,7 +17,7 @@ BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # tokens read at once
 
 
 class Question(NamedTuple):
-    """choices: (context, ending) of each; the endings are scored. kind: {"field": "syntax"}, say."""
+    """choices: (context, ending) of each; the endings are scored. kind: for results by kind, as {"field": "syntax"}."""
 
     choices: list[tuple[str, str]]
     answer: int
@@ -48,7 +48,7 @@ def fit(text: Scored, context_length: int) -> Scored:
 
 
 def score(subject: Subject, questions: Sequence[Question], what: str = "choices") -> tuple[list[np.ndarray], int]:
-    """log p in nats of every ending, per question; and how many questions lost the beginning of a context."""
+    """log p in nats of every ending, by question; and how many questions lost the beginning of a context."""
     length = subject.model.config.context_length
     texts, owners = [], []
     for number, question in enumerate(questions):
@@ -69,9 +69,8 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
 
 def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> tuple[np.ndarray, np.ndarray]:
     """log p in nats of each text's scored ids, (texts,) float64; and whether greedy decoding would write them, bool."""
-    # A text has at most context_length inputs.
-    # Sorted, texts with equal beginnings are neighbours. A base is read whole. A text that shares its beginning with
-    # the base before it is read from `first` on, the input that predicts the first id in which they differ.
+    # A text has at most context_length inputs. Sorting makes texts with equal beginnings neighbours. The first of them,
+    # the base, is read whole. A later text is read from input `first` on, which predicts the first id that differs.
     base = Scored([], 0)
     before = size = 0
     batches = [[]]
@@ -102,7 +101,7 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
 
 
 def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray, greedy: np.ndarray) -> None:
-    """Writes both for a batch: (text, the first input that is read) of each. An input of 0 makes a text a base."""
+    """Fills in log_p and greedy for a batch of (number of a text, first input to read); 0 makes the text a base."""
     tokens, targets, positions, ends = [], [], [], []
     for i, first in batch:
         ids, start = texts[i]
@@ -127,8 +126,8 @@ def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarr
 
 
 def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
-    """What each question earns, (n,)."""
-    # 1 for the right choice, 0 for a wrong one, 1/k where k choices score highest alike and one of them is right.
+    """The credit for each question, (n,)."""
+    # 1 for the right choice, 0 for a wrong choice, 1/k if k choices tie for the best score and one of them is right.
     earned = np.zeros(len(scores))
     for i, (values, answer) in enumerate(zip(scores, answers, strict=True)):
         best = values.max()
@@ -138,7 +137,7 @@ def credit(scores: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
 
 
 def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majority: bool) -> dict:
-    """The numbers of a task. majority: always giving the commonest answer is the baseline, if it beats chance."""
+    """The numbers of a task. majority: the baseline is the most frequent answer to all, if it beats chance."""
     answers = np.array([question.answer for question in questions])
     chances = np.array([1 / len(question.choices) for question in questions])
     per_character = []
@@ -156,7 +155,7 @@ def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majorit
         always = answers == np.bincount(answers).argmax()
         numbers["majority"] = float(always.mean())
         if numbers["majority"] > chance:
-            # A sign test: by chance, the model is the better one in half of the questions in which the two differ.
+            # A sign test: by chance, the model is better in half of the questions in which the two differ.
             differ = (right != always).sum()
             baseline = numbers["majority"]
             p = p_value((right > always).sum(), np.full(differ, 0.5))

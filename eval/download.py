@@ -1,6 +1,6 @@
 """The data of the published tasks, from the Hugging Face Hub to files under DATA.
 
-    python -m eval.download              # all that is missing
+    python -m eval.download              # all tasks whose data is missing
     python -m eval.download boolq piqa
 
 Needs: pip install datasets
@@ -40,7 +40,7 @@ def download(published: Published) -> Path:
                     line = json.dumps(record, ensure_ascii=False) + "\n"
                     # A record of WikiText is a line, and "" a blank line.
                     file.write(line if published.question else record["text"] or " \n")
-        published.load(temporary)  # UserError if the dataset is not what it was
+        published.load(temporary)  # UserError if the dataset has changed its fields
         temporary.replace(path)
     except UserError:
         raise

@@ -1,7 +1,7 @@
 """Trained models to numbers: `pipeline.py CONFIG eval` writes runs/NAME/eval/results.json and generations.json."""
 
-# Every task whose data exists is measured on every stage that is trained, and saved at once: an interrupted run
-# continues with the next task, and data and stages that come later are added.
+# Every task whose data exists is measured on every trained stage, and each result is saved at once. So an interrupted
+# run continues with the next task, and a later run adds new data and stages.
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def step(experiment: Experiment, given: str | None, where: str | None, force: bo
     for published in PUBLISHED.values():
         if path := published.find():
             read[published.file] = stage.sha256(path)
-    # What an earlier run read is compared, if it still exists. What is new is measured now.
+    # Compare the inputs of an earlier run that still exist. New inputs are measured now.
     before = stage.read_manifest(directory) or {"read": {}}
     compared = {path: read.get(path, digest) for path, digest in before["read"].items()}
     job = Stage(directory, {"eval": experiment.eval}, compared, command, __file__)
@@ -79,7 +79,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
         identity = {"checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
         results[name] = {task: {"skipped": why} for task, why in missing.items()}
         texts[name], waiting[name] = {}, {}
-        if not force:  # another experiment may have measured a shared model; a result of this one stands without data
+        if not force:  # the owner of a shared model may have measured it; results stay valid if their data is gone
             keep(experiment.owner(name).directory("eval"), name, identity, missing | digests, results, texts)
             keep(job.directory, name, identity, digests, results, texts)
         for task in METRICS:
@@ -94,10 +94,10 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
         return
     torch.set_float32_matmul_precision("highest")  # TF32, which training may use, would blur the comparison
     for task in METRICS:
-        if any(task in tasks for tasks in waiting.values()):  # damaged data stops before the long work
+        if any(task in tasks for tasks in waiting.values()):  # now: damaged data must stop before the long work
             measures[task] = prepare(task, experiment, trained, spm)
     with job.making(keep=not force):
-        (job.directory / "manifest.json").unlink(missing_ok=True)  # a finished evaluation is added to
+        (job.directory / "manifest.json").unlink(missing_ok=True)  # adds to a finished evaluation
         job.earlier = sum(stage.read_seconds(job.directory).values())
         device = machine.pick_device()
         for name, tasks in waiting.items():
@@ -129,7 +129,7 @@ def evaluate(experiment: Experiment, job: Stage, trained: dict[str, Path], read:
 
 
 def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict) -> tuple[dict, dict]:
-    """{task: digest of all that its numbers depend on, but for the model}, and {task: why it cannot be measured}."""
+    """{task: digest of everything but the model that its numbers depend on}, {task: why it cannot be measured}."""
     settings = stage.describe(experiment.eval)
     digests = dict.fromkeys(TEXTS, digest(settings, TEXTS))
     missing = {}
@@ -159,7 +159,7 @@ def digest(*values) -> str:
 
 
 def keep(directory: Path, name: str, identity: dict, digests: dict, results: dict, texts: dict) -> None:
-    """Takes over the results and texts of earlier runs with the same model, tokenizer and data."""
+    """Keeps the results and texts of earlier runs with the same model, tokenizer and data."""
     earlier = stage.read_json(directory / "results.json") or {}
     written = stage.read_json(directory / "generations.json") or {}
     for task, entry in earlier.get(name, {}).items():
@@ -171,7 +171,7 @@ def keep(directory: Path, name: str, identity: dict, digests: dict, results: dic
 
 
 def prepare(task: str, experiment: Experiment, trained: dict[str, Path], spm: Tokenizer) -> Callable:
-    """Reads a task's data. Returns the function that measures a model: the task's numbers, and "texts" if it writes."""
+    """Reads a task's data. Returns a function that measures a model: it returns numbers, and "texts" if it writes."""
     if task in PUBLISHED:
         published = PUBLISHED[task]
         return partial(published.measure, loaded=published.load(published.find()), name=task)

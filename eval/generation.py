@@ -1,4 +1,4 @@
-"""What a model writes, from prompts, documents and seeds that are fixed beforehand: nothing is selected."""
+"""Texts that a model writes. Prompts, documents and seeds are fixed beforehand, so that nobody selects texts."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def answer(subject: Subject, prompts: Sequence[str]) -> list[dict]:
 
 
 def smoke(subject: Subject) -> dict:
-    """The task `smoke`: the share of short prompts whose answer passes every rule, and each rule; and the answers."""
+    """The task `smoke`: the share of answers to short prompts that pass all rules, and each rule; and the answers."""
     texts = answer(subject, list(SMOKE))
     passed, categories = {"passed": []}, {}
     for text in texts:
@@ -110,7 +110,7 @@ def share(texts: list[dict], key: str) -> float:
 
 
 def evenly(items: Sequence, most: int) -> list:
-    """At most so many of the items, evenly spaced."""
+    """At most `most` of the items, evenly spaced."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
@@ -134,7 +134,7 @@ def answers(subject: Subject, train: Rows, held_out: Rows, template: str) -> dic
     loss_words, stderr_words = ratio(nats[:, 0], counts[:, 0])
     _, ending_nats = nats.sum(0)
     _, ending_count = counts.sum(0)
-    # The baseline: each piece is as likely as it is frequent in the training answers, plus 1.
+    # The baseline: each piece is as likely as it is frequent in the training answers, where each count is 1 higher.
     learnt = train.tokens[np.flatnonzero(train.trained)]
     frequency = 1 + np.bincount(learnt, minlength=subject.tokenizer.vocab_size)
     wanted = held_out.tokens[np.flatnonzero(held_out.trained)]

@@ -1,9 +1,9 @@
-"""Any task of EleutherAI's lm-evaluation-harness, with our model and decoder.
+"""Runs any task of EleutherAI's lm-evaluation-harness with our model and decoder.
 
     python -m eval.harness configs/tiny.py --tasks arc_easy,gsm8k,mmlu    ->  runs/tiny/eval/harness.json
 
 `lm_eval --model hf --device cpu --model_args pretrained=OUT,dtype=float32` gives the same numbers for the model that
-convert.py exports to OUT; if its tokenizer is ours, add `,add_bos_token=True`: a text opens as in training.
+convert.py exports to OUT. If the tokenizer is ours, add `,add_bos_token=True`: a text begins as in training.
 """
 
 import argparse
@@ -36,7 +36,7 @@ except ModuleNotFoundError:
 
 
 class Harness(TemplateLM):
-    """A model as the harness asks it. A request's `args` are texts. rows: how many texts are written together."""
+    """The methods that the harness calls. A request's `args` are texts. rows: how many texts are decoded together."""
 
     eot_token_id = prefix_token_id = tokenizer_name = ""  # properties in the base class
 
@@ -47,7 +47,7 @@ class Harness(TemplateLM):
         self.length, self.truncated = subject.model.config.context_length, 0  # contexts that lost their beginning
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        """A conversation as JSON, then the beginning of its last answer, if a task gives one."""
+        """A conversation as JSON, then the beginning of its last answer, if a task gives that beginning."""
         begun = "" if add_generation_prompt else chat_history[-1]["content"]
         return json.dumps(chat_history if add_generation_prompt else chat_history[:-1]) + begun
 
@@ -76,7 +76,7 @@ class Harness(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
         """log p in nats of each text, in windows that do not overlap."""
-        # The harness puts bos before what a tokenizer puts before a text: Llama's models read it twice there.
+        # The harness puts bos before a text even if the tokenizer has done so: Llama's models read it twice there.
         log_p, twice = [], self.spm.bos != self.spm.eos
         for request in progress(requests, len(requests), "texts", "rolling log-likelihoods"):
             ids = self.tok_encode(request.args[0], twice)
@@ -84,7 +84,7 @@ class Harness(TemplateLM):
         return log_p
 
     def generate_until(self, requests: list) -> list[str]:
-        """What the model writes after each context, up to the first text that ends it."""
+        """The model's continuation of each context, up to the first stop string."""
         texts, answers = {}, {}
         for seed, request in enumerate(requests):
             text, until = self.continuation(*request.args, seed)
@@ -108,7 +108,7 @@ class Harness(TemplateLM):
         return [answers[text] for text in texts]
 
     def continuation(self, context: str, options: dict, seed: int) -> tuple[Continuation, list[str]]:
-        """A text to continue, and the texts that end it. UserError for options that the decoder does not have."""
+        """A text to continue, and its stop strings. UserError for options that the decoder does not have."""
         ids, options = self.tok_encode(context) or [self.spm.bos], normalize_gen_kwargs(options)
         until, new = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
         greedy = {} if options.pop("do_sample") else {"temperature": 0.0}
@@ -161,10 +161,10 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--tasks", required=True, metavar="TASK,…", help="the harness's tasks or groups, or YAML files")
-    p.add_argument("--include", metavar="DIR", help="a directory with tasks of your own")
-    p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
+    p.add_argument("--include", metavar="DIR", help="a directory with your own tasks")
+    p.add_argument("--checkpoint", metavar="DIR", help="a trained model, instead of the latest")
     p.add_argument("--limit", type=cli.positive, metavar="N", help="items of each task (all)")
     p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (as the task says)")
     p.add_argument("--chat", action="store_true", help="ask in the template in which the model learnt to answer")
-    p.add_argument("--batch-size", type=cli.positive, default=8, metavar="N", help="texts written together (8)")
+    p.add_argument("--batch-size", type=cli.positive, default=8, metavar="N", help="texts decoded together (8)")
     cli.run(main, p.parse_args())

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss, perplexity, and bits per byte beside what xz needs."""
+"""How well a model predicts held-out text: loss, perplexity, and bits per byte, compared with xz."""
 
 import lzma
 import math
@@ -33,8 +33,8 @@ class Subject(NamedTuple):
         return self.model.embed.weight.device
 
 
-# Windows start `step` tokens apart. By default it is half a window: then every token past the first window has at least
-# half a context.
+# Windows start `step` tokens apart. The default is half a window: so every token after the first window has at least
+# half a window of context.
 def token_nats(subject: Subject, tokens: np.ndarray, step: int | None = None, what: str | None = None) -> np.ndarray:
     """−log p in nats of every token of a stream that opens a document, (N,) float64. what: names the progress bar."""
     n = len(tokens)
@@ -62,7 +62,7 @@ def token_losses(
     subject: Subject, hidden: torch.Tensor, targets: torch.Tensor, likeliest: list[bool] | None = None
 ) -> np.ndarray:
     """−log p in nats of each target, (N,) float64. hidden: (N, D). UserError if one is not finite."""
-    # likeliest: a list to which is added, for each target, whether no id is likelier.
+    # likeliest: this list gets one bool for each target, True if no id is likelier.
     losses = []
     rows = max(1, LOGITS.get(subject.device.type, LOGITS["cpu"]) // subject.model.config.vocab_size)
     for x, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -110,8 +110,8 @@ def xz_bits_per_byte(text: bytes) -> float:
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-# As lm-evaluation-harness measures it: each article alone, its spacing repaired, words and bytes counted as they were.
-# Windows do not overlap; for `strided_…` they overlap by half.
+# As in lm-evaluation-harness: each article is read alone, with repaired spacing. Words and bytes are counted before the
+# repair. Windows do not overlap; for `strided_…` they overlap by half.
 def wikitext2(subject: Subject, text: str) -> dict[str, float]:
     """The task `wikitext2`, on the raw test set."""
     pages = articles(text)
@@ -138,7 +138,7 @@ def articles(text: str) -> list[str]:
     return [part for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", text) if part.strip()]
 
 
-# WikiText sets punctuation apart from words. In this order, these rules put it back, as for the published perplexities.
+# WikiText separates punctuation from words. These rules, in this order, undo that, as for published perplexities.
 SPACING = {"s '": "s'", " @-@ ": "-", " @,@ ": ",", r" @\.@ ": "."}
 SPACING |= {" : ": ": ", " ; ": "; ", r" \. ": ". ", " ! ": "! ", r" \? ": "? ", " , ": ", "}
 SPACING |= {r"(\()\s*([^\)]*?)\s*(\))": r"\1\2\3", r"(\[)\s*([^\]]*?)\s*(\])": r"\1\2\3"}

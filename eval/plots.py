@@ -47,7 +47,7 @@ def figure(title: str, panels: int, columns: int) -> Figure:
 
 
 def curves(records: list[dict], title: str) -> Figure:
-    """What training logged over its steps, as it was logged. A null leaves a gap."""
+    """The logged numbers of a training run over its steps. A null leaves a gap."""
     drawing = figure(title, 6 if "reward_chosen" in records[0] else 4, 2)
     steps = [record["step"] for record in records]
     for axis, (label, keys) in zip(drawing.axes, PANELS.items(), strict=False):

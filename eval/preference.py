@@ -1,4 +1,4 @@
-"""Which of two answers a model has learnt to prefer, on held-out pairs."""
+"""How often a model has learnt to prefer the chosen answer of a held-out pair."""
 
 import math
 
@@ -15,8 +15,8 @@ BINS = 10  # of how much two answers differ in length
 
 def preference(subject: Subject, pairs: PairRows, reference: Tensor, beta: float) -> dict:
     """The task `preference`. reference: log-probabilities (pairs, 2) of the model that training started from."""
-    # The model wins a pair if its implied reward of the chosen answer is the greater one. A tie counts half: the
-    # reference ties all pairs, so the baseline is 0.5. Errors are over prompts, because the pairs of one are alike.
+    # The model wins a pair if it implies a greater reward for the chosen answer. A tie counts half: the reference ties
+    # all pairs, so the baseline is 0.5. Errors are over prompts, because the pairs of a prompt are alike.
     policy = of_pairs(subject.model, pairs, "preference").numpy()
     rewards = beta * (policy - reference.numpy())
     lengths = np.diff(pairs.bounds)[:, 1:]  # (pairs, 2)
@@ -32,8 +32,8 @@ def preference(subject: Subject, pairs: PairRows, reference: Tensor, beta: float
         "win_rate_length_matched": win_rate_matched,
         "stderr_length_matched": stderr_matched,
         "pairs_length_matched": float(weights.sum()),
-        "longer_wins": float(chosen_greater(lengths).mean()),  # what always taking the longer answer wins
-        "likelier": float(chosen_greater(policy).mean()),  # the chosen answer, whatever the reference says
+        "longer_wins": float(chosen_greater(lengths).mean()),  # the win rate of always taking the longer answer
+        "likelier": float(chosen_greater(policy).mean()),  # how often the chosen answer is likelier
         "reward_chosen": float(rewards[:, 0].mean()),
         "reward_rejected": float(rewards[:, 1].mean()),
         "perplexity_chosen": perplexity(chosen),
@@ -73,7 +73,7 @@ def clustered(wins: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tup
 
 def matched(longer: np.ndarray) -> np.ndarray:
     """A weight for each pair, so that pairs that differ about as much in length have each order equally often."""
-    # longer: by how many tokens the chosen answer is the longer one. In a bin, pairs of the rarer order keep weight 1.
+    # longer: by how many tokens the chosen answer is longer. In a bin, pairs of the rarer order keep weight 1.
     size = np.abs(longer)
     weights = np.ones(len(longer))
     edges = np.quantile(size, np.arange(1, BINS) / BINS)

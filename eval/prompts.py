@@ -1,7 +1,7 @@
-"""What models are asked to write (prompts.json), and the rules that judge it: fixed before any model had answered."""
+"""The prompts (prompts.json) and the rules that judge the answers. Both were fixed before any model had answered."""
 
-# Anyone can check a rule with the answer in hand. Rules find failures: nothing that was asked for, loops, marks of a
-# chat template, a few words, no end. They do not find quality. An answer passes if it passes every rule.
+# Anyone can check a rule by reading the answer. Rules find failures: expected words are missing, loops, marks of a chat
+# template, too few or too many words. They do not find quality. An answer passes if it passes every rule.
 
 import fnmatch
 import re
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import stage
 
 MARKS = ("<|", "|>", "[INST]", "<s>", "</s>", "###", "```", "Human:", "User:", "Assistant:", "System:", "\ufffd")
-REPEATED = 0.2  # the largest share of four-word runs that may have stood in the answer before
+REPEATED = 0.2  # the largest share of four-word runs that may repeat an earlier run
 
 
 class Prompt(NamedTuple):

@@ -1,4 +1,4 @@
-"""A run as a page: `python pipeline.py CONFIG report` writes runs/NAME/REPORT.md and plots/. It measures nothing."""
+"""The report: `python pipeline.py CONFIG report` writes runs/NAME/REPORT.md and plots/. It measures nothing."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from eval.summary import Run, notes, sample, show, visible, with_error
 from eval.tasks import METRICS
 
 READING = """\
-± is one standard error over a task's items; another training run differs by more. README.md explains the baselines.
+± is one standard error over a task's items; two training runs differ by more. README.md explains the baselines.
 ↑, ↓: above or below the baseline, p < 0.05; =: perhaps by chance. Perplexity compares models of one tokenizer only."""
 
 
@@ -89,7 +89,7 @@ def labelled(entry: dict, main: str, part: str = "") -> dict[str, str]:
 
 
 def samples(run: Run) -> list[str]:
-    lines = ["All that was generated, none of it selected. The prompts are in `eval/prompts.json`."]
+    lines = ["All generated texts; nobody selected them. The prompts are in `eval/prompts.json`."]
     for task in METRICS:
         texts = {name: tasks[task] for name, tasks in run.texts.items() if task in tasks}
         if texts:

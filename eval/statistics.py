@@ -1,4 +1,4 @@
-"""Means with standard errors, and p-values, that also hold for few items and where all items score alike."""
+"""Means with standard errors, and p-values. They also hold for few items, and if all items score alike."""
 
 import math
 
@@ -18,7 +18,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 def error_if_alike(share: float, n: int) -> float:
     """The standard error of a share where n items all score alike. Their spread is 0, but the next may differ."""
-    # Agresti and Coull 1998: as if two items with score 0 and two with score 1 had been among them.
+    # Agresti and Coull 1998: as if there were two more items with score 0 and two with score 1.
     n_more = n + 4
     share_more = (share * n + 2) / n_more
     return math.sqrt(share_more * (1 - share_more) / n_more)
@@ -37,8 +37,8 @@ def ratio(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
 
 
 def p_value(right: float, chances: np.ndarray) -> float:
-    """How often chance alone is as far out as `right` successes: twice the smaller tail, exactly."""
-    # chances: (n,), how likely each item succeeds by chance. Their number has a Poisson binomial distribution.
+    """The probability that chance is as extreme as `right` successes: exactly twice the smaller tail, at most 1."""
+    # chances: (n,), each item's chance of success. The number of successes has a Poisson binomial distribution.
     probabilities = np.ones(1)
     for chance, n in zip(*np.unique(chances, return_counts=True), strict=True):
         successes = Binomial(int(n), torch.tensor(chance))

@@ -1,4 +1,4 @@
-"""What the stages of an experiment left on disk, and the summary that a person reads: one row for each stage."""
+"""The results of an experiment's stages, read from disk, and a summary for people: one row for each stage."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ MARKUP = r"<\|im_\w+\|>(system|user|assistant)?|### \w+:"
 
 
 class Run:
-    """What the stages left, by stage: manifests, manifests of final checkpoints, results, and texts of the models."""
+    """The results of all stages, by stage: manifests, manifests of final checkpoints, results, generated texts."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
@@ -99,7 +99,7 @@ class Run:
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader must know before any number."""
+    """Warnings that a reader needs before the numbers."""
     lines = []
     command = run.experiment.command("eval")
     for name in DIRECTORIES:

@@ -1,7 +1,7 @@
-"""The published tasks: where their data is, and what a record asks."""
+"""The published tasks: where their data is, and the question in each record."""
 
-# A task's data is one file under DATA, as `python -m eval.download` writes it. Prompts are those of
-# lm-evaluation-harness, but a text opens, as in training, with the piece that ends documents.
+# A task's data is one file under DATA, as `python -m eval.download` writes it. Prompts are the same as in
+# lm-evaluation-harness, but each text begins, as in training, with the piece that ends documents.
 
 import json
 import re
@@ -22,11 +22,11 @@ class Published:
     dataset: str  # on the Hub
     subset: str | None  # "*" for all of them
     split: str
-    question: Callable[[dict], Question] | None = None  # that a record asks; None: the data is running text
-    majority: bool = False  # whether always giving the commonest answer is a baseline
+    question: Callable[[dict], Question] | None = None  # makes a record's question; None: the data is running text
+    majority: bool = False  # whether the baseline is the most frequent answer every time
 
     def find(self) -> Path | None:
-        """Its file, if there is one. UserError if there are several."""
+        """The task's file, if there is one. UserError if there are several."""
         wanted = data.sources.raw() / self.file
         end = r"\d*\.jsonl" if self.question else r"\.raw"
         pattern = rf"{re.escape(wanted.name)}{end}(\.(xz|gz|bz2))?"
@@ -36,7 +36,7 @@ class Published:
         return paths[0] if paths else None
 
     def load(self, path: Path) -> str | list[Question]:
-        """Its data. UserError that names file and line if it is damaged."""
+        """The task's data. UserError that names file and line if it is damaged."""
         where = path
         questions = []
         try:
@@ -84,7 +84,7 @@ def checked(question: Question) -> Question:
 
 
 def among(context: str, endings: list[str], answer: int | str) -> Question:
-    """One context and several endings, after a space."""
+    """One context and several endings, each after a space."""
     return Question([(context, " " + ending) for ending in endings], int(str(answer)))
 
 
@@ -109,7 +109,7 @@ def blimp(record: dict) -> Question:
 
 
 def arc_easy(record: dict) -> Question:
-    """ARC-Easy (arXiv:1803.05457): science questions of schools."""
+    """ARC-Easy (arXiv:1803.05457): science questions from school."""
     options = record["choices"]
     texts = dict(zip(options["label"], listed(options["text"]), strict=True))
     answer = list(texts).index(record["answerKey"])

@@ -26,7 +26,7 @@ from serving.schema import ChatRequest, CompletionRequest, GenerateRequest, Samp
 from serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
-DRAIN_SECONDS = 60  # for the answers under way when the server is asked to stop
+DRAIN_SECONDS = 60  # to finish unfinished answers before the server stops
 PATIENCE = 30.0  # seconds that a connection may wait for its client to send or to read
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.04  # seconds between two looks at what the engine has written
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)  # seconds
@@ -83,8 +83,8 @@ class Answers:
 
     async def arriving(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yields (number of the generation, piece) until all have ended. Raises Refused."""
-        # Look from time to time: sending an event takes longer than drawing a small model's token. The pause grows, so
-        # the first tokens arrive quickly, and later ones together.
+        # Pause between looks: sending an event takes longer than drawing a small model's token. The pause grows, so the
+        # first tokens arrive quickly, and later tokens together.
         pause, unfinished = FIRST_PAUSE, dict(enumerate(self.generations))
         while unfinished:
             await asyncio.sleep(pause)
@@ -99,7 +99,7 @@ class Answers:
                     yield number, piece
 
     def usage(self) -> dict[str, int]:
-        """Counts tokens. The prompt of several answers counts once."""
+        """Counts tokens. A prompt with several answers counts once."""
         prompt = sum(generation.prompt_tokens for generation in self.generations[:: self.body.n])
         new = sum(len(generation.tokens) for generation in self.generations)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
@@ -124,7 +124,7 @@ class Answers:
         return columns
 
     def entry(self, id: int, logprob: float) -> dict:
-        """A token in OpenAI's form. If it is a part of a character, its text is such as "bytes:\\xe2"."""
+        """A token in OpenAI's form. The text for a part of a character is written like "bytes:\\xe2"."""
         text, content = f"<row {id}>", b""  # the embedding may have more rows than the tokenizer pieces
         if id < self.tokenizer.vocab_size:
             text, content = self.tokenizer.spelling(id)
@@ -134,7 +134,7 @@ class Answers:
 
 
 class Metrics:
-    """What the server counts, for Prometheus."""
+    """The server's counts and times for Prometheus."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
@@ -191,11 +191,11 @@ class Api:
         return Response(generate_latest(self.counts.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> dict:
-        """The server has one model."""
+        """Lists the one model of the server."""
         return {"object": "list", "data": [self.about]}
 
     async def model(self, name: str) -> dict:
-        """Its size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
+        """The model's size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
         self.check_name(name, 404)
         return self.about
 
@@ -274,14 +274,14 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, respond)
     app.add_middleware(watched, paths={route.path for route in app.routes}, metrics=api.counts)
-    if origins:  # around all that answers, the handler of defects included: else a browser hides the answer from a page
+    if origins:  # outside of every handler, also that of defects: without it, a browser hides the answer from a page
         stack, methods = app.build_middleware_stack(), ["GET", "POST"]
         app.middleware_stack = CORSMiddleware(stack, origins, allow_methods=methods, allow_headers=["*"])
     return app
 
 
 async def respond(request: Request, error: Exception) -> Response:
-    """The response that an exception means."""
+    """Turns an exception into a response."""
     headers = dict(getattr(error, "headers", None) or {})  # Allow, after a wrong method
     if isinstance(error, RequestValidationError):
         error = schema.invalid(error)
@@ -294,7 +294,7 @@ async def respond(request: Request, error: Exception) -> Response:
 
 
 def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
-    """ASGI middleware. Refuses large bodies. At the end of a request it ends its texts, and counts and logs it."""
+    """ASGI middleware. Refuses large bodies. At the end of a request, cancels its texts, counts it and logs it."""
 
     async def run(scope, receive, send) -> None:
         status, size, started = 500, 0, time.perf_counter()  # 500: a defect, which Starlette answers
@@ -333,7 +333,7 @@ def watched(app: Callable, paths: set[str], metrics: Metrics) -> Callable:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket: connections wait there until the server runs. UserError if it cannot be had."""
+    """A listening socket: connections wait there until the server runs. UserError if it cannot listen."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -342,7 +342,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Runs until SIGTERM or Ctrl-C, then finishes the answers under way. A second signal cuts them off."""
+    """Runs until SIGTERM or Ctrl-C, then finishes the unfinished answers. A second signal cuts them off."""
 
     def __init__(self, app: FastAPI, engine: Engine):
         options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False}

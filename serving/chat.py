@@ -42,7 +42,7 @@ def notice(text: str) -> None:
 
 
 class Chat:
-    """The conversation so far. max_tokens: of an answer; None: what fits the context. system: "" for none."""
+    """The conversation so far. max_tokens: of an answer; None: as many as fit the context. system: "" for none."""
 
     def __init__(self, served: Served, engine: Engine, sampling: Sampling, max_tokens, seed, system: str):
         self.served, self.engine = served, engine
@@ -77,7 +77,7 @@ class Chat:
             except UnicodeDecodeError:
                 raise UserError("standard input is not UTF-8") from None
             except (UserError, ValueError) as error:
-                if getattr(error, "status", 0) >= 500:  # the model cannot answer
+                if getattr(error, "status", 0) >= 500:  # the engine has failed
                     raise
                 notice(str(error))
 
@@ -113,7 +113,7 @@ class Chat:
         if answer.finish != "stop":
             notice("(stopped)" if answer.finish == "cancelled" else f"(cut off after {limit:,} tokens)")
         if first:
-            notice("(the conversation is longer than the model's context: its earliest messages are left out)")
+            notice("(the conversation fills the model's context: its earliest messages are left out)")
         self.messages = [*messages, Message("assistant", answer.text)]
         self.answers += 1
 

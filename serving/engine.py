@@ -1,4 +1,4 @@
-"""The engine: one thread decodes many texts together. Each becomes what it would become alone."""
+"""The engine: one thread decodes many texts together. Each text is the same as if it were decoded alone."""
 
 import threading
 import time
@@ -11,12 +11,12 @@ from generate import Continuation, Decoder
 from model import Transformer
 from tokenizer import Tokenizer
 
-CHUNK = 256  # prompt tokens read between two steps: a long prompt delays the other texts by no more
+CHUNK = 256  # the most prompt tokens read between two steps, so that a long prompt does not delay other texts
 PAUSE = 0.01  # seconds between two looks at a text
 
 
 class Refused(UserError):
-    """A request without an answer. status: of its HTTP response. param: the wrong field. code: a short name."""
+    """A request gets no answer. status: of its HTTP response. param: the wrong field. code: a short name."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -24,7 +24,7 @@ class Refused(UserError):
 
 
 def seed_of(seed: int | None, number: int) -> int | None:
-    """The seed of text `number` of a request. None and -1: another one each time."""
+    """The seed of text `number` of a request. For None and -1: None, a new seed each time."""
     return None if seed in (None, -1) else (seed + number) % 2**63
 
 
@@ -38,7 +38,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """More text, and the tokens that begin in it. finish: "stop", "length" or "cancelled" in the last piece."""
+    """New text, and the tokens that begin in it. finish: "stop", "length" or "cancelled" in the last piece."""
 
     text: str
     tokens: Sequence[Token]
@@ -51,13 +51,13 @@ class Generation:
     def __init__(self, tokenizer: Tokenizer, continuation: Continuation, stop: Sequence[str] = ()):
         self.tokenizer, self.continuation, self.stop = tokenizer, continuation, stop
         self.prompt_tokens = len(continuation.ids)
-        self.asked, self.first = time.monotonic(), None  # first: when the first token came
+        self.asked, self.first = time.monotonic(), None  # first: the time of the first token
         self.text = ""
         self.held = max(map(len, stop), default=1) - 1  # characters at the end that may begin a stop string
         self.tokens: list[Token] = []  # without the id that ended the text
-        self.window: list[int] = []  # the last ids: their text depends on each other
+        self.window: list[int] = []  # the last ids, decoded together: an id's text can depend on the ids before it
         self.decoded = 0, ""  # how many ids of the window are decoded, and their text
-        self.sent_text = self.sent_tokens = 0  # what the client has read
+        self.sent_text = self.sent_tokens = 0  # characters and tokens that the client has read
         self.cancelled = False  # set by the client
         self.finish: str | None = None
         self.error: Refused | None = None
@@ -95,7 +95,7 @@ class Generation:
         self.finish = self.finish or finish
 
     def read(self) -> Piece:
-        """What is new since the last call. Raises Refused if the engine cannot continue."""
+        """The new text and tokens since the last call. Raises Refused if the engine cannot continue."""
         if self.error:
             raise self.error
         finish, text = self.finish, self.text  # in this order: the engine's thread sets `finish` last
@@ -187,7 +187,7 @@ class Engine:
         if continuation.error:
             self._end(generation, error=Refused(str(continuation.error), 500))
             return
-        if continuation.ended != "stop":  # else it is an id that ends the text and is no part of it
+        if continuation.ended != "stop":  # else the id ends the text, and is not a part of it
             generation.add(id, *(continuation.logprobs[-1] if continuation.logprobs else ()))
         if generation.finish or continuation.ended:
             self._end(generation, continuation.ended)

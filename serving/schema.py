@@ -1,6 +1,6 @@
 """The bodies of requests and errors, in the form of OpenAI's API.
 
-A field that would change the answer and is not supported is refused by name, never ignored.
+An unsupported field that would change the answer is refused by name, never ignored.
 """
 
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ from sft.conversations import Message
 BODY = 1 << 20  # bytes of a request
 MAX_TOKENS = 4096  # of an answer
 CHOICES = 16  # answers to one request
-# Fields of OpenAI's API that change no answer here. With no tools, the last two have no meaning.
+# Fields of OpenAI's API that change no answer here. The last two have no meaning, because there are no tools.
 IGNORED = {"user", "name", "safety_identifier", "prompt_cache_key", "service_tier", "metadata", "store"}
 IGNORED |= {"include_obfuscation", "tool_choice", "parallel_tool_calls"}
 LIMITS = ("max_tokens", "max_completion_tokens", "max_length", "top_k")  # -1 means none
@@ -152,5 +152,5 @@ def invalid(error: RequestValidationError) -> Refused:
     if kind == "extra_forbidden":
         problem = f"{place[-1]!r} is not supported; leave it out, or see /openapi.json for the fields of this path"
         return Refused(problem, 400, str(place[-1]), "unknown_parameter")
-    reasons = [other["msg"] for other in errors if other["loc"][1] == place[0]]  # several if it may have several types
+    reasons = [other["msg"] for other in errors if other["loc"][1] == place[0]]  # one for each type that it may have
     return Refused(f"{place[0]}: {'; or '.join(dict.fromkeys(reasons))}", 400, str(place[0]))

@@ -58,7 +58,7 @@ class Served:
 
 
 def load(experiment: Experiment, directory: Path | None = None, precision: str = "float32") -> Served:
-    """A checkpoint; None: the experiment's latest. UserError if it is missing, damaged, or needs another tokenizer."""
+    """Loads a checkpoint; None: the experiment's latest. UserError: missing, damaged, or needs another tokenizer."""
     # precision: of the weights in memory, "float32" or "bfloat16".
     directory = directory or experiment.latest()
     tokenizer = experiment.load_tokenizer(directory)

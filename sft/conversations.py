@@ -1,7 +1,7 @@
-"""Conversations: the layouts that instruction data is published in, and questions about Python's documentation."""
+"""Conversations: the usual layouts of instruction data, and questions about Python's documentation."""
 
-# A conversation begins with at most one system message. Then user and assistant take turns; the assistant has the last
-# word. A source yields its conversations in an order that depends only on the input.
+# A conversation begins with at most one system message. Then user and assistant take turns; the last message is the
+# assistant's. A source yields its conversations in an order that depends only on the input.
 
 import itertools
 import json
@@ -34,7 +34,7 @@ class Conversation(NamedTuple):
 
     id: str
     messages: tuple[Message, ...]
-    keys: tuple[str]  # its hash decides if the conversation is held out; for most sources the first question
+    keys: tuple[str]  # a text whose hash decides if the conversation is held out: usually the first question
     language: str | None = None  # such as "en", if the data states it
     kind: str = ""
 
@@ -95,7 +95,7 @@ def take(fields: dict, names: Sequence[str], role: str = "") -> list[Message]:
             wanted = "expected content, and the role system, user or assistant"
             raise Refused(f"{name}: message {number} has the role {speaker} and is {shown(turn)}; {wanted}")
         messages.append(Message(ROLES[speaker], text_of(text, f"{name}: content of message {number}")))
-        for key, value in left.items():  # to be counted among the fields that are not read
+        for key, value in left.items():  # `examples` counts them among the fields that are not read
             fields[f"{name}.{key}"] = value
     return messages
 
@@ -125,7 +125,7 @@ def take_earlier(fields: dict) -> list[Message]:
 
 
 def in_turn(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages without blank system messages and without a last question that has no answer. May be Refused."""
+    """Drops blank system messages and a last question without an answer. Refused if the order of roles is wrong."""
     kept: list[Message] = []
     for message in messages:
         if message.role == "system" and (not message.content.strip() or kept == [message]):
@@ -176,7 +176,7 @@ def recognise(record, formats: dict) -> str:
 
 
 def examples(source: Records, records: Iterator[Record], formats: dict, read: Callable) -> Iterator:
-    """read(record, fields, layout, earlier turns) of at most `max_documents` records; for a bad one an Unreadable."""
+    """Yields read(record, fields, layout, earlier turns) for `max_documents` records; Unreadable for a bad one."""
     # `read` removes the fields that it uses; the log names the others. With format="auto" the first good record of a
     # file decides the layout of the whole file.
     allowed = formats if source.format == "auto" else {source.format: formats[source.format]}
@@ -204,7 +204,7 @@ def examples(source: Records, records: Iterator[Record], formats: dict, read: Ca
 
 
 def trees(source: Records, records: Iterator[Record]) -> Iterator[Record]:
-    """A tree of OASST1, one record or one message per row, becomes its path of best-ranked replies. Others stay."""
+    """Replaces a tree of OASST1 (one record, or a row for each message) by its path of best-ranked replies."""
 
     def tree(record: Record) -> str | None:
         return record.value.get(TREE) if isinstance(record.value, dict) else None
@@ -246,7 +246,7 @@ def read_conversation(record: Record, fields: dict, layout: str, earlier: list[M
 
 @dataclass(frozen=True, kw_only=True)
 class Chats(FileRecords):
-    """The user's own conversations: one per record; in OASST1's rows one per tree."""
+    """The user's own conversations: one per record, or one per tree of OASST1."""
 
     name: str = "chats"
     format: str = "auto"  # a name in FORMATS; "auto": for each file the layout of its first record
@@ -279,7 +279,7 @@ QUESTIONS = (
 class DocQuestions(Records):
     """Questions about Python's documentation, each answered by the first paragraph of a docstring."""
 
-    # A question is held out if its docstring is: its key is the document in a corpus of the same `docs`.
+    # A question's key is its docstring. So it is held out if a corpus of the same `docs` holds out the docstring.
 
     name: str = "python_questions"
     licence: str = PythonDocs.licence
@@ -323,5 +323,5 @@ def first_sentences(text: str) -> str | None:
         return None
     if not answer[0].isupper() or not answer.endswith("."):
         return None
-    paired = answer.count("(") == answer.count(")") and answer.count("`") % 2 == 0  # else it breaks off, or is odd code
+    paired = answer.count("(") == answer.count(")") and answer.count("`") % 2 == 0  # else cut off, or code
     return answer if paired and not NO_PROSE.search(answer) and not LIST.search(paragraph) else None

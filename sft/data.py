@@ -1,4 +1,4 @@
-"""Conversations to rows of tokens: read, filtered, rendered by the template, packed. Pairs share the first half."""
+"""Conversations to rows of tokens: read, filtered, rendered by the template, packed. `gather` also reads pairs."""
 
 # For each split, `train.bin` holds the ids of all conversations, little-endian uint16 (uint32 past 65,536 pieces), and
 # `train.mask` a byte for each id, 1 if it is trained. `train.idx` has the start of each conversation in tokens, and
@@ -38,7 +38,7 @@ class DataConfig:
     """Settings of conversations and of pairs. Raises TypeError or ValueError, with the field's name."""
 
     sources: tuple[Records, ...]
-    too_long: str = "cut"  # an example longer than the context: "cut" its end (a pair: its beginning first), or "drop"
+    too_long: str = "cut"  # examples longer than the context: "cut" (the end; of pairs first the beginning) or "drop"
     val_fraction: float = 0.05  # share of the examples held out, by the hash of the first question
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class ConversationConfig(DataConfig):
     unit, formats, limit = "conversations", FORMATS, "max_tokens"
 
 
-ADVICE = {  # what helps if most examples are dropped by a rule that no filter sets
+ADVICE = {  # for the error about too few examples: what helps if one of these rules dropped most of them
     "unreadable": 'unreadable="stop" gives the reason',
     "longer_than_context": "shorten the prompts, or raise context_length",
     "identical_when_cut": "shorten what the answers have in common, or raise context_length",
@@ -176,7 +176,7 @@ def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversatio
     """Ids and mask of a conversation, and True if it was cut; or the name of the rule that drops it."""
     ids, trained = render(config.template, conversation.messages, spm)
     end = len(trained) - trained[::-1].index(True)
-    fits = min(end, context + 1)  # the last id of a row is only predicted
+    fits = min(end, context + 1)  # the last id of a row is a target, but no input
     if True not in trained[:fits] or (fits < end and config.too_long == "drop"):
         return "longer_than_context"
     ids = np.array(ids[:fits], dtype=token_dtype(spm.vocab_size))
@@ -187,7 +187,7 @@ def encode(config: ConversationConfig, spm: Tokenizer, context: int, conversatio
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of at most `capacity` tokens that hold every text once: for each row the numbers of its texts."""
     # Best fit, decreasing (Johnson 1974): the longest text first, each into the row where it leaves the least room.
-    rows, rooms = [], []  # rooms, sorted: tokens that still fit, minus the last step of the row, the row
+    rows, rooms = [], []  # rooms, sorted: (tokens that still fit, minus the step that last added a text, row)
     longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     for step, text in enumerate(longest_first):
         at = bisect.bisect_left(rooms, (lengths[text],))  # the least room that is enough
@@ -269,8 +269,8 @@ class Rows(Shuffled):
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets and positions of rows, (rows, length) int64 each."""
-        # A conversation's targets are its ids shifted by one: the only shift in fine-tuning. A target is IGNORED where
-        # the next id is not trained, and in the padding after the last conversation, which is a text of its own.
+        # A conversation's targets are its ids shifted by one: the only shift in fine-tuning. A target is IGNORED if the
+        # next id is not trained, or is padding. The padding after the last conversation counts as another text.
         inputs = np.zeros((len(rows), self.length), dtype=np.int64)
         targets = np.full_like(inputs, IGNORED)
         positions = np.zeros_like(inputs)

@@ -1,4 +1,4 @@
-"""Filters: which conversations are worth learning from. What a rule drops is counted under its name."""
+"""Filters: rules that drop poor conversations. Each rule's drops are counted under its name."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ from sft.conversations import Message
 from stage import check_types
 
 SIGNS = re.compile(r"\w+|[^\w\s.,;:!?'\"]")  # a word, or a sign other than those of a sentence
-JUDGED = 20  # shorter texts, in words, are not judged by their language or their repetitions
+JUDGED = 20  # texts of fewer words are not judged by language or repetition
 # Frequent words of French, German, Spanish, Italian, Portuguese and Dutch that are not English words.
 FOREIGN = frozenset(
     """de la le les et des un une du que est pour qui dans au sur pas avec ce il sont cette der und das den von zu mit
@@ -47,11 +47,11 @@ class Limits:
 class Filters(Limits):
     """The rules for conversations."""
 
-    # Largest share of an answer's four-word runs that repeat an earlier one ("repeats_itself"); answers of 20 words.
+    # Largest share of repeated four-word runs in an answer of 20 words or more ("repeats_itself").
     max_repetition: float = 0.5
-    max_same_answers: int | None = 20  # so many conversations may give the same answer of 20 words ("same_answer")
-    # Drops a copy ("duplicate"), and a conversation that is near an earlier one in every message ("near_duplicate"): a
-    # shared system message, instruction or context alone makes no copy. None keeps near ones.
+    max_same_answers: int | None = 20  # most conversations with the same answer of 20 words or more ("same_answer")
+    # Drops a copy ("duplicate"), and a conversation that is similar to an earlier one in every message
+    # ("near_duplicate"), not only in a system message, instruction or context. None keeps similar conversations.
     near_duplicates: Deduplication | None = Deduplication()
 
     def __post_init__(self):
@@ -66,11 +66,11 @@ class Judge:
     def __init__(self, filters: Limits):
         self.filters, self.seen, self.answers = filters, set(), Counter()
         self.minhash = getattr(filters, "near_duplicates", None) and MinHash(filters.near_duplicates)
-        self.bands: dict[int, int] = {}  # a band of a signature -> the first conversation that has it
-        self.texts: list[list[tuple[str, np.ndarray]]] = []  # for each conversation the words of its texts
+        self.bands: dict[int, int] = {}  # {a band of a signature: the first conversation that has it}
+        self.texts: list[list[tuple[str, np.ndarray]]] = []  # for each conversation the hashed words of its texts
 
     def rule(self, example) -> str | None:
-        """The name of the first rule that an example fails; None if it passes all, and it is remembered."""
+        """The name of the first rule that an example fails. None if it passes all; then it is remembered."""
         texts = [text for message in example.messages for text in (message.content, message.input)]
         shortest = min(len(answer.strip()) for answer in example.answers)
         if shortest < self.filters.min_answer_chars:
@@ -108,15 +108,15 @@ class Judge:
         texts = []  # (role, hashes of words)
         for message in messages:
             lines = [message.content]
-            if message.role != "assistant":  # by lines: a prompt may begin with an instruction that all prompts have
+            if message.role != "assistant":  # line by line: all prompts may begin with the same instruction
                 lines = filter(str.strip, f"{message.content}\n{message.input}".split("\n"))
             for line in lines:
                 spelled = words.words(line)
                 if len(spelled) < JUDGED:  # in a short text signs count too: C is not C++
                     spelled = [word.encode() for word in SIGNS.findall(line.lower()) or [line]]
                 texts.append((message.role, words.hashes(spelled)))
-        # The texts take turns to give the rows of one signature: so conversations that differ in one text seldom have
-        # a band in common, however long the texts are that they share.
+        # The texts take turns to give the rows of one signature. So conversations that differ in one text seldom share
+        # a band, even if their other texts are long and equal.
         signatures = [self.minhash.signature(self.minhash.shingles(hashes)) for _, hashes in texts]
         rows = np.arange(len(signatures[0]))
         signature = np.stack(signatures)[rows % len(texts), rows].reshape(self.minhash.bands, -1)
@@ -132,7 +132,7 @@ class Judge:
     def alike(self, text: tuple[str, np.ndarray], other: tuple[str, np.ndarray]) -> bool:
         """True if two texts are of one role and near each other."""
         (role, a), (other_role, b) = text, other
-        if role == "user":  # after a beginning that many prompts have, a few words make another question
+        if role == "user":  # many prompts begin alike, and a few other words make another question
             left = without_common_ends(a, b)
             if all(map(len, left)):
                 a, b = left

@@ -1,4 +1,4 @@
-"""What is trained, as text: rows of packed conversations, or pairs. In a file the colours are brackets.
+"""Shows training data as text: rows of packed conversations, or pairs. In a file, brackets replace the colours.
 
 python -m sft.inspect configs/tiny.py                   # the first rows: trained text is green, or in ⟦ ⟧
 python -m sft.inspect configs/tiny.py --first 100       # from that row on

@@ -28,7 +28,7 @@ OPENING = (  # Stanford Alpaca's first lines, for an instruction without an inpu
 
 
 class Part(NamedTuple):
-    """Text of a conversation or, with `control`, the name of a control piece; the name "" is eos, which ends a text."""
+    """Text of a conversation or, with `control`, the name of a control piece. The name "" means eos."""
 
     text: str
     trained: bool = False
@@ -176,11 +176,11 @@ def render(
 
 def unseen(base: Path, template: str, tokenizer: Tokenizer, imported: bool) -> dict[str, int] | None:
     """The ids for `lora.init_end_piece`; None if the template has no control pieces, or `base` may know them."""
-    # Pretraining shows a model no control pieces. Fine-tuning shows it those of its template.
+    # Pretraining shows a model no control pieces. Fine-tuning shows it the control pieces of its template.
     if imported or END not in TEMPLATES[template].needs:  # what an imported model has seen is not known
         return None
     taught = checkpoint.template(base)
-    # An adapter that learnt a template without control pieces saw none, but its base may have seen them.
+    # An adapter for a template without control pieces has seen none, but its base may have seen some.
     while taught is not None and END not in TEMPLATES[taught].needs and checkpoint.adapts(base):
         base = checkpoint.base(base)
         taught = checkpoint.template(base)

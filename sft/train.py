@@ -78,9 +78,9 @@ class FineTuning(Tuning):
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         """Inputs, targets and positions, (rows, T) int64 each, and each row's number in the whole run, (rows,)."""
-        # A row packs several conversations, so that little is computed for padding. Positions restart at 0 in each: the
-        # model takes that as a new text, which sees no other. `Rows.read` has already shifted the targets: do not shift
-        # again. They are IGNORED except where the assistant speaks: the model should learn to answer, not to ask.
+        # A row packs several conversations, so that there is little padding to compute. Positions restart at 0 in each:
+        # to the model this is a new text, which sees no other. `Rows.read` has already shifted the targets: do not
+        # shift again. They are IGNORED except where the assistant speaks: the model learns to answer, not to ask.
         size = self.config.batch_size // ranks
         numbers = torch.arange(size) + step * self.config.batch_size + rank * size  # (rows,)
         return *self.mixture.batch(step, rank, ranks), numbers
@@ -88,8 +88,8 @@ class FineTuning(Tuning):
     def loss(
         self, model: nn.Module, tokens: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor
     ) -> dict[str, Tensor]:
-        # LoRA's dropout is random. The seed is the micro-batch's first row: a resumed run draws the same numbers, as do
-        # processes that cut the same micro-batches.
+        # LoRA's dropout is random. The seed depends on the micro-batch's first row, so a resumed run draws the same
+        # numbers. Another number of processes does too, if it makes the same micro-batches.
         torch.manual_seed(((self.config.seed << 32) + int(numbers[0])) % 2**63)
         # Targets and positions stay on the CPU: the model reads them there without waiting for a GPU.
         tokens = tokens.to(device_of(model), non_blocking=True)
@@ -114,7 +114,7 @@ class FineTuning(Tuning):
 
 
 def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
-    """Logs how the model answers the same few held-out questions: a loss does not reveal nonsense."""
+    """Logs the model's answers to the same few held-out questions: a loss does not reveal nonsense."""
     count = len(held_out.starts) - 1
     stop = (spm.eos, *spm.control.values())  # any of them: the model may not have learnt which one ends an answer
     with torch.autocast(device_of(model).type, enabled=False):

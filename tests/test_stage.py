@@ -55,7 +55,8 @@ def test_made_once(tmp_path):
 
 
 def test_another_config_or_input_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "CONFIGS", {})  # other tests have loaded configs of the name "mine" too
+    monkeypatch.setattr(stage, "CONFIGS", {})  # other tests have loaded configs of the name "mine"
+    monkeypatch.setattr(stage, "GOAL", "")  # and made stages
     make(tmp_path / "mine/packed")
     with pytest.raises(UserError, match=r'size was 3, is now 4; names\[0\] was "a", is now "b"\. Give') as error:
         make(tmp_path / "mine/packed", Config(size=4, names=("b",)))

@@ -404,7 +404,7 @@ def test_more_steps_continue_from_the_end(trained: Place):
     assert "is older than" in trained.run("train.py", trained.config, "--resume", start, status=2).stderr
     for wrong in ("nowhere", trained.runs / "mini/pretrain"):
         error = trained.run("train.py", trained.config, "--resume", wrong, status=2).stderr
-        assert f"{wrong} is not a checkpoint; of this run there are: " in error
+        assert f"{wrong} is not a checkpoint; this run has: " in error
         assert str(start) in error
     out = trained.run("train.py", trained.config).stdout
     assert "resumed from step 24" in out

@@ -1,4 +1,4 @@
-"""The tokenizer as everything else uses it: `tokenizer.load(DIR)`, lossless in both directions."""
+"""The tokenizer that all other code uses: `tokenizer.load(DIR)` has `encode` and `decode`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import stage
 from cli import UserError, extra
 
 SPACE = "▁"  # U+2581: SentencePiece writes a space like this inside its pieces
-PART = 1 << 13  # about so many bytes are encoded at a time
+PART = 1 << 13  # about this many bytes are encoded at a time
 CUT = re.compile(rb"[^ ](?= )")
 NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: its normalizer_spec (field 3) with add_dummy_prefix (3) false
 
@@ -20,10 +20,10 @@ FILES = ("spm.model", "tokenizer.json")  # a tokenizer is one of these; its SHA-
 
 
 class Tokenizer:
-    """A SentencePiece model. `decode(encode(text)) == text` for every text, if the model is ours or LLaMA's."""
+    """A SentencePiece model. `decode(encode(text)) == text` for every text, unless the model normalises text."""
 
-    # sha256: the digest of the model, its identity. eos: the id after a document. bos: the id before a text; eos in a
-    # model without one. opening: the ids before every text.
+    # sha256: the digest of the model, its identity. eos: the id after a document. bos: the id before a text; it is eos
+    # if the model has no bos. opening: the ids before every text.
     # control: {piece: id} of the pieces for chat templates, which no text is encoded to.
 
     file = FILES[0]
@@ -34,9 +34,9 @@ class Tokenizer:
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError("the tokenizer is damaged: its bytes are not a SentencePiece model") from None
-        # LLaMA's model puts a space before every text. A long text is encoded in parts, and only the first has it.
+        # LLaMA's model puts a space before every text. A long text is encoded in parts; only the first gets the space.
         self._prefix = pieces.normalize("x") == SPACE + "x"
-        # Only a model with byte pieces, which keeps white space and has no piece with a space inside, works in parts.
+        # Parts need a model that has byte pieces, keeps white space, and has no piece with a space inside.
         keeps_space = pieces.normalize("x  x").removeprefix(SPACE) == f"x{SPACE}{SPACE}x"
         names = pieces.id_to_piece(list(range(pieces.get_piece_size())))
         crosses = any(SPACE in name.lstrip(SPACE) for name in names)
@@ -49,7 +49,7 @@ class Tokenizer:
             raise UserError("the SentencePiece model has no end-of-text piece; expected one, usually </s>")
         self.bos = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
         self.opening = [self.bos]
-        # SentencePiece would decode U+2581 in a text to a space: it is encoded in bytes.
+        # SentencePiece would decode U+2581 in a text to a space, so U+2581 is encoded in bytes.
         space_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_bytes = np.array(space_bytes, np.int32)
         self.control: dict[str, int] = {}
@@ -84,7 +84,7 @@ class Tokenizer:
         # encodings.
         start = 0
         while len(text) - start > PART:
-            end = start + 64 * PART  # without a space to cut at: costs at most a token
+            end = start + 64 * PART  # the place to cut if there is no space: this costs at most a token
             if match := CUT.search(text, start + PART - 1, end):
                 end = match.end()
             while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
@@ -95,7 +95,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], begins: bool = True) -> str:
         """The text of ids; broken byte sequences give U+FFFD. begins: False if the ids continue a text."""
-        # Control pieces have no text, nor have ids past the vocabulary, which an embedding may have.
+        # Control pieces have no text. Nor have ids past the vocabulary: an embedding may have more rows than pieces.
         text = self.pieces.decode([id for id in ids if id < self.vocab_size])
         return text.removeprefix(" ") if self._prefix and begins and not self._whole else text
 

@@ -48,7 +48,7 @@ class HuggingFace:
         self.opening = full[: len(full) - len(plain)]  # the ids before every text
         if full != self.opening + plain:
             raise UserError("tokenizer.json adds ids after a text; expected a tokenizer of a causal language model")
-        # Some put a space before a text only at its start, others after every special token too.
+        # Some tokenizers put a space only at the start of a text, others also after every special token.
         after = self.recognise(f"{settings['eos_token']}x")[1:]
         self.prefixed = after == plain != self.encode("x", begins=False)
         self.anchor = self.encode("x", begins=False)
@@ -97,8 +97,8 @@ class HuggingFace:
 
     def render(self, messages: Sequence[dict], ask: bool) -> tuple[list[int], list[bool]]:
         """The ids of a conversation by the chat template, and for each id True if it is trained."""
-        # messages: {"role", "content"}. ask: end where an answer begins. Special tokens in a message must not count: a
-        # mark, a character that no message has, breaks them until the text is cut at those of the template.
+        # messages: {"role", "content"}. ask: end where an answer begins. A special token spelt in a message must stay
+        # text: a mark, a character that no message has, breaks it until the text is cut at the template's own tokens.
         contents = "".join(message["content"] for message in messages)
         mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in contents)
         broken = []
@@ -116,7 +116,7 @@ class HuggingFace:
         ids, trained = [], []
         begins = True  # also after a special token, if the tokenizer puts a space there
         for number, (first, last) in enumerate(itertools.pairwise([*bounds, len(text)])):
-            answer = number % 2 == 1  # the parts between bounds are in turn not an answer and an answer
+            answer = number % 2 == 1  # every second part between bounds is an answer
             learnt, start = answer, first
             for match in [*self.pattern.finditer(text, first, last), None]:
                 end = match.start() if match else last
@@ -142,7 +142,7 @@ class HuggingFace:
 
 @functools.cache
 def compiled(template: str):
-    """A chat template with what transformers gives it, but for the date of today: the same messages, the same ids."""
+    """A chat template with the functions of transformers, except today's date: ids depend only on the messages."""
     import jinja2.ext
     import jinja2.sandbox
 

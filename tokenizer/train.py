@@ -32,8 +32,8 @@ class TokenizerConfig:
     """How a tokenizer is trained. Raises TypeError or ValueError, naming the field, for an impossible setting."""
 
     vocab_size: int = 32_768  # pieces, including 256 bytes and the control pieces
-    # "bpe" (arXiv:1508.07909): as LLaMA; transformers reproduces its ids exactly. "unigram" (arXiv:1804.10959):
-    # encodes three times as fast.
+    # "bpe" (arXiv:1508.07909): LLaMA uses it, and transformers reproduces its ids exactly. "unigram"
+    # (arXiv:1804.10959): encodes three times as fast.
     algorithm: str = "bpe"
     sample_bytes: int = 20_000_000  # trains on about this much text, taken evenly from all documents
     normalization: str = "identity"  # "identity": lossless; "nfkc": replaces characters by their compatible forms
@@ -50,7 +50,7 @@ class TokenizerConfig:
 
 
 def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None) -> Iterator[tuple[str, str]]:
-    """(source, text) evenly from all text that is not held out: about `limit` of the `total` bytes of a corpus."""
+    """(source, text) spread evenly over the text that is not held out: about `limit` of a corpus's `total` bytes."""
     share = min(1.0, limit / max(1, total))
     for source, documents in itertools.groupby(data.corpus.records(corpus), operator.itemgetter("source")):
         passed, taken, part = 0, 0, ""
@@ -63,12 +63,12 @@ def sample(corpus: Path, total: int, limit: int, held_out: Holdout | None = None
                 if taken + size / 2 <= share * passed:  # closer to an even share with the part than without it
                     taken += size
                     yield source, part
-        if part and not taken:  # every source is represented
+        if part and not taken:  # take something from every source
             yield source, part
 
 
 def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float) -> bytes:
-    """A SentencePiece model with byte fallback, all white space, and digits apart. total: bytes of the corpus."""
+    """A SentencePiece model that keeps white space, separates digits and falls back to bytes. total: as in `sample`."""
     texts = sample(corpus, total, config.sample_bytes, data.corpus.holdout(corpus, val_fraction))
     model = io.BytesIO()
     try:
@@ -90,12 +90,12 @@ def train(corpus: Path, total: int, config: TokenizerConfig, val_fraction: float
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            num_threads=4,  # fixed: the sums of the training depend on it
+            num_threads=4,  # fixed, because the result depends on it
             minloglevel=2,
         )
     except RuntimeError as error:
         size, setting = f"vocab_size = {config.vocab_size:,}", "set it in the tokenizer and in the model to"
-        message = f"SentencePiece cannot make a tokenizer with {size} of this corpus ({error})"
+        message = f"SentencePiece cannot make a tokenizer with {size} from this corpus ({error})"
         if most := re.search(r"too high .* <= (\d+)", str(error)):
             smaller = f", or {setting} {int(most[1]):,} or less" if int(most[1]) >= SMALLEST else ""
             message = f"too little text for {size}: add text{smaller}"
@@ -112,7 +112,7 @@ def job(config: TokenizerConfig, corpus: Path, val_fraction: float, directory: P
 
 
 def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float, force=False, replaced=()) -> None:
-    """Makes the tokenizer if it is missing. replaced: directories that are made again after it."""
+    """Makes the tokenizer if it is missing. replaced: directories that will be made again after it."""
     directory = job.directory
     if job.up_to_date(force):
         return
@@ -127,7 +127,7 @@ def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float
             if read.get(name, sha256) != sha256 and not set(path.parents) & set(replaced):
                 raise UserError(
                     f"{path.parent} was made with another tokenizer in {directory}, and the new one would not fit. "
-                    "Make it all again with --force-from tokenizer, or give the experiment another name"
+                    "Make all of it again with --force-from tokenizer, or give the experiment another name"
                 )
         job.clear()
         spm = write(directory, model)
@@ -139,7 +139,7 @@ def build(job: Stage, config: TokenizerConfig, corpus: Path, val_fraction: float
 
 
 def write(directory: Path, model: bytes) -> Tokenizer:
-    """Writes a SentencePiece model, its vocabulary to read, and its settings."""
+    """Writes a SentencePiece model, its vocabulary as readable text, and its settings."""
     (directory / "spm.model").write_bytes(model)
     spm = Tokenizer(model, hashlib.sha256(model).hexdigest())
     pieces = [f"{spm.pieces.id_to_piece(i)}\t{spm.pieces.get_score(i):g}\n" for i in range(spm.vocab_size)]
@@ -157,7 +157,7 @@ def measure(spm: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict:
         words, unknown, same = len(text.split()), ids.count(0), spm.decode(ids) == text
         sums[source] += (1, len(ids), len(text.encode()), len(text), words, unknown, same)
     total = _rates(sum(sums.values()))
-    # Bits of text per bit of an id.
+    # Bits of text for each bit of an id.
     score = round(8 * total["bytes_per_token"] / math.log2(spm.vocab_size), 4)
     return total | {"score": score, "sources": {source: _rates(counts) for source, counts in sums.items()}}
 
@@ -184,7 +184,7 @@ def card(name: str, config: TokenizerConfig, spm: Tokenizer, numbers: dict) -> s
     lines = [
         f"# Tokenizer of {name}\n",
         f"SentencePiece {config.algorithm}, {spm.vocab_size:,} pieces, SHA-256 `{spm.sha256}`.",
-        f"It {lossless}, keeps white space, separates digits, and encodes text without a piece in bytes.",
+        f"It {lossless}, keeps white space, separates digits, and encodes a character without a piece in bytes.",
         f"Piece {spm.eos} ends a document. It was not trained on held-out text. Control pieces, which no text",
         f"is encoded to: {', '.join(f'`{piece}`' for piece in config.control) or 'none'}.\n",
         "Measured on documents taken evenly from its corpus; it was trained on most of them. Fertility is tokens per",

@@ -79,7 +79,7 @@ def test_a_mixture_of_two_sources_is_trained_on_and_shown(place: Place, capsys, 
     assert sum(len(part.starts) for part in parts) == len(packed.starts)
     assert sum(part.bytes for part in parts) == packed.bytes
     assert all(spm.decode(ids.tolist()).split()[1].startswith("word") for ids in parts[1].documents())
-    with pytest.raises(UserError, match="has nothing of x; there are files, more, one"):
+    with pytest.raises(UserError, match="has no text of x; its sources are files, more, one"):
         packed.of("x")
     assert "no document of one is held out" in caplog.text
     seen = [line["seen"] for line in place.metrics()]

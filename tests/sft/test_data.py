@@ -336,5 +336,5 @@ def test_weights_name_sources_that_have_rows(here: Place):
     with pytest.raises(ValueError, match="weights are"):
         task_of(here, chats=0)
     write_lines(here.raw / "chats.jsonl", [HELD])
-    with pytest.raises(UserError, match="weights names chats, but no training conversations are left of it"):
+    with pytest.raises(UserError, match="weights names chats, but no training conversations of this source are left"):
         task_of(here, chats=1, other=1)
