@@ -200,7 +200,8 @@ def load_model(
         shape = shape or saved
         # The names and shapes of tensors do not show rope_theta or rms_norm_eps: compare every field.
         if different := "; ".join(stage.differences(full(saved), full(shape))):
-            raise UserError(f"{directory} holds a model of another shape than the config describes: {different}")
+            problem = f"{directory} holds a model of another shape than the config describes: {different}"
+            raise UserError(f"{problem}; correct `model` in the config, or make the model again")
         model = Transformer(shape)
         load_weights(directory, model)
     model.digest = digest(directory)

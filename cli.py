@@ -25,7 +25,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:
+    print("error: no package tqdm; run make install, then `. .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 log = logging.getLogger("lumi")
 logging.raiseExceptions = False  # on a full disk: no traceback for every line that log.txt cannot take
@@ -170,12 +174,20 @@ def plural(number: int, noun: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    switches: list[str] = []  # noqa: RUF012 - all switches of the command, for "did you mean"
+
+    def add_argument(self, *names, **options):
+        self.switches += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> None:
         unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
         if unknown and self.places:
             config = next((word for word in sys.argv[1:] if word.endswith(".py")), "the config")
             where = " or ".join(self.places(unknown[1].replace("-", "_")))
             message = f"no switch --{unknown[1]}: settings live in {config}" + (f"; set {where} there" if where else "")
+            if near := difflib.get_close_matches(f"--{unknown[1]}", self.switches, n=1):
+                message = f"no switch --{unknown[1]}; did you mean {near[0]}?"
         _leave(2, f"error: {message}; see {self.prog} --help")
 
 

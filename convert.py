@@ -4,8 +4,7 @@
     python convert.py from-hf DIR OUT              # reads a LLaMA in that layout; DIR may be owner/name on the Hub
     python convert.py to-gguf configs/tiny.py OUT.gguf    # for llama.cpp and Ollama. Needs: pip install gguf
 
-The first two keep every bit of weights and tokenizer, and compare both models' logits; they need transformers and
-protobuf.
+The first two keep every bit of weights and tokenizer and compare logits; they need transformers and protobuf.
 """
 
 import argparse
@@ -138,8 +137,6 @@ def to_gguf(arguments: argparse.Namespace) -> None:
     checkpoint.must_match(directory, spm.sha256)
     if out.exists() and not arguments.force:
         raise UserError(f"{out} exists; name another file, or replace it: --force")
-    if isinstance(spm, Tokenizer):
-        must_be_exact(spm.proto())
     temporary = out.with_name(f".{out.name}.partial")
     try:
         convert_gguf.write(temporary, checkpoint.load_model(directory), spm, template, arguments.type)
@@ -219,8 +216,7 @@ def tokenizer_files(spm: Tokenizer, taught: str | None) -> dict[str, dict]:
 
 def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
     """tokenizer.json with the same ids as SentencePiece. template: cut a text where this template begins an answer."""
-    model = spm.proto()
-    must_be_exact(model)
+    model = convert_gguf.exact(spm)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     scores, added, vocabulary = {}, [], []
     for i, piece in enumerate(model.pieces):
@@ -254,17 +250,6 @@ def fast_tokenizer(spm: Tokenizer, template: str | None = None) -> dict:
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": body,
     }
-
-
-def must_be_exact(model) -> None:
-    """UserError if tokenizer.json or GGUF cannot give the ids of a SentencePiece ModelProto."""
-    trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
-    types = [piece.type for piece in model.pieces]
-    changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
-    known = trainer.model_type in (trainer.UNIGRAM, trainer.BPE) and types.count(kinds.BYTE) == 256
-    if changes_text or trainer.treat_whitespace_as_suffix or not known or kinds.USER_DEFINED in types:
-        problem = "another format cannot reproduce this tokenizer exactly; expected unigram or BPE with 256 byte pieces"
-        raise UserError(f"{problem}, no text normalisation, white space kept, and no user-defined pieces")
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -451,7 +436,10 @@ experiment = Experiment(
     corpus=CorpusConfig(sources=(PythonDocs(),)),  # your own text: Files(paths=("FILE.txt",)), in data/raw/
     pack=PackConfig(),
     pretrain=TrainConfig(steps=1_000, batch_size=8, learning_rate=1e-4),
-    sft=SFTConfig(data=ConversationConfig(template="{template or "chatml"}")),
+    sft=SFTConfig(
+        data=ConversationConfig(template="{template or "chatml"}"),
+        train=TrainConfig(epochs=1, batch_size=8, learning_rate=2e-4),
+    ),
 )
 '''
 

@@ -111,9 +111,22 @@ def add_pieces(writer, types, pieces: list[tuple[str, float, object]], rows: int
     writer.add_token_types(kinds)
 
 
+def exact(spm: Tokenizer):
+    """The ModelProto of a SentencePiece model. UserError if another format cannot give its ids."""
+    model = spm.proto()
+    trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
+    types = [piece.type for piece in model.pieces]
+    changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    known = trainer.model_type in (trainer.UNIGRAM, trainer.BPE) and types.count(kinds.BYTE) == 256
+    if changes_text or trainer.treat_whitespace_as_suffix or not known or kinds.USER_DEFINED in types:
+        problem = "another format cannot reproduce this tokenizer exactly; expected unigram or BPE with 256 byte pieces"
+        raise UserError(f"{problem}, no text normalisation, white space kept, and no user-defined pieces")
+    return model
+
+
 def add_sentencepiece(writer, types, spm: Tokenizer, rows: int) -> None:
     """Adds a SentencePiece model: BPE is "llama" in GGUF, unigram is "t5"."""
-    proto = spm.proto()
+    proto = exact(spm)
     kinds = {proto.SentencePiece.CONTROL: types.CONTROL, proto.SentencePiece.BYTE: types.BYTE}
     kinds |= {proto.SentencePiece.NORMAL: types.NORMAL, proto.SentencePiece.UNKNOWN: types.UNKNOWN}
     is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
@@ -150,7 +163,7 @@ def add_byte_level(writer, types, spm: HuggingFace, rows: int) -> None:
     if not names or described["normalizer"]:
         known = ", ".join(PRE_TOKENIZERS)
         raise UserError(f"GGUF has no name for the way in which the tokenizer splits text; expected that of {known}")
-    pieces, special = [], set(spm.special.values())
+    pieces, special = [], set(spm.control.values())
     for id in range(spm.vocab_size):
         kind = types.CONTROL if id in special else types.NORMAL
         pieces.append((spm.whole.id_to_token(id), 0.0, kind))

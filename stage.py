@@ -171,7 +171,7 @@ def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> N
     for directory in directories:
         if changed := changed_code(directory, code):
             kept = f"{directory} is kept, but {changed} changed since it was made"
-            log.warning(f"{kept}; make it and the later stages again with: {remaker(directory)}")
+            log.warning(f"{kept}; only to reproduce its numbers, make it again with: {remaker(directory)}")
             return
 
 

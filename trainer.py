@@ -132,7 +132,9 @@ def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
     batch = 2 ** int(math.log2(max(1, count / 8)))
     epochs = min(10, math.ceil(300 * batch / count))
     proposed = round(epochs * count / batch)
-    advice = f"try batch_size={batch} and epochs={epochs}, which make {plural(proposed, 'step')}"
+    advice = f"try batch_size={batch}, epochs={epochs}, which make {plural(proposed, 'step')}"
+    if config.micro_batch_size and batch % config.micro_batch_size:
+        advice = advice.replace(",", f", micro_batch_size={batch},", 1)
     if count < size:
         parallel.refuse(f"batch_size is {size}, but there are only {rows} to train on; {advice}")
     if config.epochs and steps < min(50, proposed):

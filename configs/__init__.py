@@ -209,7 +209,10 @@ def load(path: str | Path) -> Experiment:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, os.listdir(stage.ROOT / "configs"), n=1, cutoff=0.75)
-        raise UserError(f"no config at {path}; " + (f"did you mean configs/{near[0]}?" if near else "see configs/"))
+        hint = f"did you mean configs/{near[0]}?" if near else "see configs/"
+        if (stage.ROOT / path).is_file():
+            hint = f"run the command in {stage.ROOT}"
+        raise UserError(f"no config at {path}; {hint}")
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # the config is the user's code: any error is the user's to fix

@@ -1,6 +1,6 @@
 """smollm2: a real model, SmolLM2-135M-Instruct, is measured, fine-tuned on a part of Alpaca, and served.
 
-python convert.py from-hf HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2_base --context-length 1024
+python convert.py from-hf HuggingFaceTB/SmolLM2-135M-Instruct models/smollm2_base --context-length 1024
 python pipeline.py configs/smollm2.py sft eval          # then: dpo
 python serve.py configs/smollm2.py chat
 """
@@ -36,7 +36,7 @@ TRAIN = TrainConfig(
 
 experiment = Experiment(
     name="smollm2",
-    imported=Path("runs/smollm2_base"),  # what from-hf wrote; for another model, take `model` from its config.py too
+    imported=Path("models/smollm2_base"),  # what from-hf wrote; for another model, take `model` from its config.py too
     model=ModelConfig(
         vocab_size=49_152,
         context_length=1_024,

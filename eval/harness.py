@@ -151,7 +151,7 @@ def main(arguments: argparse.Namespace) -> None:
     about = {"chat": arguments.chat, "checkpoint": checkpoint.digest(final), "tokenizer": spm.sha256}
     for task, numbers in out["results"].items():
         about |= {"num_fewshot": out["n-shot"].get(task), "version": out["versions"].get(task)}
-        found.setdefault(str(final), {})[task] = numbers | about
+        found.setdefault(f"{final}{' --chat' * arguments.chat}", {})[task] = numbers | about
     text = json.dumps(found, default=float)
     stage.write_json(directory / "harness.json", json.loads(text, parse_constant=lambda _: None))  # not finite: null
     print(utils.make_table(out))

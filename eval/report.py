@@ -1,6 +1,5 @@
 """The report: `python pipeline.py CONFIG report` writes runs/NAME/REPORT.md and plots/. It measures nothing."""
 
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ def write(experiment: Experiment) -> None:
     log.info(f"The whole report: {home}/REPORT.md")
     if run.finals:
         use = "chat" if "sft" in run.finals else "generate"
-        python = os.path.relpath(sys.executable)  # `make demo` activates no environment
+        python = ".venv/bin/python" if ".venv" in sys.executable else "python"  # `make demo` activates no environment
         log.info(f"Next: {python} serve.py {experiment.path} {use}   # or api: a page in the browser")
 
 

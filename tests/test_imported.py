@@ -1,6 +1,7 @@
 """Models of other people: their weights, tokenizer and chat template come over, are trained on, and go back."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import zipfile
@@ -96,7 +97,7 @@ def test_chats_are_learnt_in_the_models_own_template(place: Place, imported):
     config = place.path / "tuned.py"
     text = (imported / "config.py").read_text().replace("Path(__file__).resolve().parent", f"Path({str(imported)!r})")
     text = text.replace('name="small"', 'name="tuned"').replace("from sft.train", CHATS_IMPORT + "from sft.train")
-    config.write_text(text.replace('ConversationConfig(template="imported")', SFT))
+    config.write_text(re.sub(r'data=ConversationConfig\(template="imported"\),\s+train=.*', f"data={SFT},", text))
     place.run("pipeline.py", config, "sft")
     spm = tokenizer.load(imported / "tokenizer")
     rows = sft.data.Rows(

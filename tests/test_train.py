@@ -267,11 +267,11 @@ def test_impossible_settings_are_refused(field, value):
         (
             5,
             {"epochs": 3},
-            "32, but there are only 5 rows to train on; try batch_size=1 and epochs=10, .* 50 steps$",
+            "32, but there are only 5 rows to train on; try batch_size=1, epochs=10, .* 50 steps$",
         ),
         (31, {"steps": 1000}, "batch_size is 32, but there are only 31 rows to train on"),
-        (1, {"epochs": 1, "batch_size": 2}, "only 1 row to train on; try batch_size=1 and epochs=10"),
-        (40, {"epochs": 3}, "3 epochs of 40 rows in batches of 32 make only 4 steps; try batch_size=4 and epochs=10"),
+        (1, {"epochs": 1, "batch_size": 2}, "only 1 row to train on; try batch_size=1, epochs=10"),
+        (40, {"epochs": 3}, "3 epochs of 40 rows in batches of 32 make only 4 steps; try batch_size=4, epochs=10"),
         (40, {"epochs": 200}, "training reads 40 rows 200 times and learns them by heart"),
         (40, {"steps": 40, "batch_size": 4}, "^$"),  # steps are as many as the user says
         (1600, {"epochs": 1}, "^$"),

@@ -41,8 +41,7 @@ class HuggingFace:
         for id, token in self.whole.get_added_tokens_decoder().items():
             if token.special:
                 special[token.content] = id
-        self.control = {text: id for text, id in special.items() if id not in (self.bos, self.eos)}
-        self.special = special
+        self.control = special
         self.pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         full, plain = self.whole.encode("x").ids, self.encode("x")
         self.opening = full[: len(full) - len(plain)]  # the ids before every text
@@ -83,7 +82,7 @@ class HuggingFace:
     def spelling(self, id: int) -> tuple[str, bytes]:
         """A token's text, U+FFFD where it is a part of a character, and its bytes."""
         name = self.whole.id_to_token(id) or ""
-        if name in self.special:
+        if name in self.control:
             return name, name.encode()
         if re.fullmatch("<0x[0-9A-F]{2}>", name):
             content = bytes.fromhex(name[3:5])
@@ -123,7 +122,7 @@ class HuggingFace:
                 new = self.encode(text[start:end].replace(mark, ""), begins) if end > start else []
                 begins = begins and end == start
                 if match:
-                    new.append(self.special[match[0]])
+                    new.append(self.control[match[0]])
                     start, begins = match.end(), self.prefixed
                 ids += new
                 trained += [learnt] * len(new)

@@ -92,7 +92,7 @@ def test_ids_are_those_of_transformers(both, text):
     ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert ours.encode(text) == ids
     assert ours.encode_array(text.encode()).tolist() == ids
-    assert not set(ids) & set(ours.special.values())
+    assert not set(ids) & set(ours.control.values())
     if "▁" not in text and "<0x" not in text and not text.startswith(" "):  # some of these are lost by design
         assert ours.decode(ids) == text
         assert ours.decode(ours.encode(text, begins=False), begins=False) == text
@@ -129,7 +129,7 @@ def test_answers_and_their_ends_are_trained(both, template):
     ours.settings["chat_template"] = template
     messages = [{"role": role, "content": text} for role, text in TALK]
     ids, trained = ours.render(messages, ask=False)
-    end = ours.special["<|im_end|>" if template == CHATML else "</s>"]
+    end = ours.control["<|im_end|>" if template == CHATML else "</s>"]
     turns = np.split(np.array(ids)[trained], np.flatnonzero(np.array(ids)[trained] == end)[:-1] + 1)
     assert [ours.decode(turn.tolist(), begins=False).strip() for turn in turns] == ["Fine.", "</s>"]
     assert all(turn[-1] == end for turn in turns)
