@@ -9,7 +9,6 @@ The first two keep every bit of weights and tokenizer and compare logits; they n
 
 import argparse
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -78,13 +77,10 @@ def theirs(name: str) -> str:
     return name
 
 
-def extra(module: str):
+def extra(module: str, packages: str = "transformers protobuf"):
     """Imports a module of an optional package. UserError, with the command that installs it, if it is missing."""
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"convert.py lacks a package ({error}): pip install transformers protobuf") from None
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # UserErrors say enough
+    return cli.extra(module, packages, "convert.py")
 
 
 def must_be_free(out: Path, force: bool, source: Path) -> None:
@@ -135,8 +131,9 @@ def to_gguf(arguments: argparse.Namespace) -> None:
     directory = arguments.checkpoint or experiment.latest()
     spm, template = experiment.load_tokenizer(directory), checkpoint.template(directory)
     checkpoint.must_match(directory, spm.sha256)
-    if out.exists() and not arguments.force:
-        raise UserError(f"{out} exists; name another file, or replace it: --force")
+    if out.exists() and (out.is_dir() or not arguments.force or out.read_bytes()[:4] != b"GGUF"):
+        raise UserError(f"{out} exists; name another file, or replace a GGUF file: --force")
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.partial")
     try:
         convert_gguf.write(temporary, checkpoint.load_model(directory), spm, template, arguments.type)
@@ -144,7 +141,7 @@ def to_gguf(arguments: argparse.Namespace) -> None:
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
-    log.info(f"converted: {out.stat().st_size:,} bytes -> {out}; a Modelfile for `ollama create`:")
+    log.info(f"converted: {directory} -> {out}, {out.stat().st_size:,} bytes; a Modelfile for `ollama create`:")
     print(convert_gguf.modelfile(out, spm, template))
 
 
@@ -296,7 +293,7 @@ def download(name: str, revision: str | None) -> Path:
     """The directory of a model from the Hugging Face Hub, such as "HuggingFaceTB/SmolLM2-135M-Instruct"."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"no directory {name}; expected one, or a model's name on the Hub, such as owner/name")
-    hub = extra("huggingface_hub")
+    hub = extra("huggingface_hub", "huggingface_hub")
     try:
         config = hub.hf_hub_download(name, "config.json", revision=revision)
         read_config(json.loads(Path(config).read_text()))  # refuses an unsupported model before its weights arrive
@@ -317,7 +314,9 @@ def read_model(source: Path, context_length: int | None) -> Transformer:
         described = library.AutoConfig.from_pretrained(source)
         shape = read_config(described.to_dict())
         if context_length:
-            shape = dataclasses.replace(shape, context_length=min(context_length, shape.context_length))
+            if context_length > (most := shape.context_length):
+                raise UserError(f"--context-length is {context_length}; the model's context is {most}")
+            shape = dataclasses.replace(shape, context_length=context_length)
         options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         llama, report = library.AutoModelForCausalLM.from_pretrained(source, config=described, **options)
     except UserError:
@@ -363,32 +362,42 @@ def read_config(given: dict) -> ModelConfig:
 
 def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | None]:
     """The tokenizer in a directory, and the template in which the model learnt to answer; None if it learnt none."""
-    texts = {}
-    for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
-        texts[name] = (source / name).read_text(encoding="utf-8") if (source / name).is_file() else ""
-    settings, generation = (json.loads(texts[f"{name}_config.json"] or "{}") for name in ("tokenizer", "generation"))
-    jinja = texts["chat_template.jinja"] or settings.get("chat_template")  # transformers 5 has a file for it
+    files = {}
+    for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
+        files[name] = stage.read_json(source / f"{name}.json") or {}
+    settings = files["special_tokens_map"] | files["tokenizer_config"]
+    ends = files["generation_config"].get("eos_token_id", files["config"].get("eos_token_id"))
+    jinja = settings.get("chat_template")
+    if (source / "chat_template.jinja").is_file():  # as transformers 5 saves it
+        jinja = (source / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(jinja, list):  # several by name
         jinja = {form["name"]: form["template"] for form in jinja}.get("default")
-    fast, pieces = texts["tokenizer.json"], source / "tokenizer.model"
+    fast, pieces = source / "tokenizer.json", source / "tokenizer.model"
+    cuts = json.dumps((stage.read_json(fast) or {"pre_tokenizer": None})["pre_tokenizer"])
+    spm = None
     if pieces.is_file():
-        spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
+        try:
+            spm = Tokenizer(pieces.read_bytes(), stage.sha256(pieces))
+        except UserError:  # not SentencePiece, as Llama 3's
+            if not fast.is_file():
+                raise
+    if spm:
         # to-hf also gives chatml to a model that was only pretrained; then tokenizer.json does not cut before answers.
         for name, form in TEMPLATES.items():
-            taught = not fast or json.dumps(form.cut) in json.dumps(json.loads(fast)["pre_tokenizer"])
+            taught = not fast.is_file() or json.dumps(form.cut) in cuts
             if jinja == form.jinja and set(form.needs) <= spm.control.keys():
                 return spm, name if taught else None
-        if not (jinja and fast):
-            return spm, None
-    if not fast:
-        return None, None
+    if not fast.is_file() or (spm and not jinja):
+        return spm, None
     kept = {"chat_template": jinja}
     for mark in ("bos_token", "eos_token"):
         token = settings.get(mark)
         kept[mark] = token["content"] if isinstance(token, dict) else token
-    ends = generation.get("eos_token_id") or []
-    kept["ends"] = ends if isinstance(ends, list) else [ends]
-    return HuggingFace(fast.encode(), stage.sha256(source / "tokenizer.json"), kept), IMPORTED if jinja else None
+    kept["ends"] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    spm = HuggingFace(fast.read_bytes(), stage.sha256(fast), kept)
+    if spm.problem:
+        log.warning(f"{spm.problem} for fine-tuning")
+    return spm, IMPORTED if jinja else None
 
 
 def write_tokenizer(directory: Path, spm: Tokenizer | HuggingFace, name: str) -> None:

@@ -157,16 +157,19 @@ def add_byte_level(writer, types, spm: HuggingFace, rows: int) -> None:
         if part.get("type") == "Split":
             splits.append(part["pattern"].get("Regex"))
         else:
-            switches = [name for name in ("individual_digits", "use_regex") if part.get(name)]
+            switches = [name for name in ("individual_digits", "add_prefix_space", "use_regex") if part.get(name)]
             splits.append(" ".join([str(part.get("type")), *switches]))
     names = [name for name, expected in PRE_TOKENIZERS.items() if expected == splits]
-    if not names or described["normalizer"]:
+    ignores_merges = bool(described["model"].get("ignore_merges"))
+    if not names or described["normalizer"] or ignores_merges != (names == ["llama-bpe"]):
         known = ", ".join(PRE_TOKENIZERS)
         raise UserError(f"GGUF has no name for the way in which the tokenizer splits text; expected that of {known}")
-    pieces, special = [], set(spm.control.values())
+    kinds = dict.fromkeys(spm.control.values(), types.CONTROL) | dict.fromkeys(spm.added.values(), types.USER_DEFINED)
+    pieces = []
     for id in range(spm.vocab_size):
-        kind = types.CONTROL if id in special else types.NORMAL
-        pieces.append((spm.whole.id_to_token(id), 0.0, kind))
+        name = spm.whole.id_to_token(id)
+        kind = types.UNUSED if name is None else kinds.get(id, types.NORMAL)
+        pieces.append((name or f"[PAD{id}]", 0.0, kind))
     merges = []
     for merge in described["model"]["merges"]:
         merges.append(merge if isinstance(merge, str) else " ".join(merge))

@@ -118,7 +118,11 @@ class Harness(TemplateLM):
         stop |= {self.spm.control[piece] for piece in until if piece in self.spm.control}
         room = self.length - new
         self.truncated += len(ids) > room
-        return Continuation(ids[-room:], new, Sampling(**options | greedy), seed, stop), until
+        try:
+            sampling = Sampling(**options | greedy)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"a task asks for sampling that the decoder does not have: {error}") from None
+        return Continuation(ids[-room:], new, sampling, seed, stop), until
 
 
 def main(arguments: argparse.Namespace) -> None:

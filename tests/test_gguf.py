@@ -1,16 +1,20 @@
 """to-gguf: what is in the file, by the library gguf; and what llama.cpp makes of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import configs
+import convert_gguf
 import generate
 from cli import UserError
 from tests.conftest import Place
 from tests.test_convert import command
 from tests.test_imported import foreign, imported, smollm2  # noqa: F401 - fixtures
+from tokenizer.huggingface import HuggingFace
 
 gguf = pytest.importorskip("gguf", reason="needs: pip install gguf")
 
@@ -31,8 +35,37 @@ def test_the_file_holds_the_model(imported, tmp_path, capsys, kind):  # noqa: F8
     for name, ours in (("blk.1.ffn_down", model.blocks[1].mlp.down), ("token_embd", model.embed)):
         weight = ours.weight.detach().numpy()
         assert np.abs(tensors[f"{name}.weight"] - weight).max() <= step * weight.max()
-    with pytest.raises(UserError, match=r"exists; name another file, or replace it: --force"):
+    with pytest.raises(UserError, match=r"exists; name another file, or replace a GGUF file: --force"):
         command("to-gguf", imported / "config.py", tmp_path / "m.gguf")
+
+
+def test_only_a_gguf_file_is_replaced(imported, tmp_path):  # noqa: F811
+    for name in ("weights.pt", "directory"):
+        path = tmp_path / name
+        path.mkdir() if name == "directory" else path.write_bytes(b"years of work")
+        with pytest.raises(UserError, match="exists; name another file"):
+            command("to-gguf", imported / "config.py", path, "--force")
+    command("to-gguf", imported / "config.py", tmp_path / "new/m.gguf")
+    command("to-gguf", imported / "config.py", tmp_path / "new/m.gguf", "--force")
+
+
+def test_added_tokens_and_gaps_are_kept(imported, tmp_path):  # noqa: F811
+    described = json.loads((imported / "tokenizer/tokenizer.json").read_text())
+    described["added_tokens"].append(described["added_tokens"][0] | {"id": 600, "content": "<think>", "special": False})
+    described["model"]["vocab"]["qqqq"] = 605
+    settings = json.loads((imported / "tokenizer/tokenizer_config.json").read_text())
+    spm = HuggingFace(json.dumps(described).encode(), "", settings)
+    assert spm.vocab_size == 606
+    think = spm.encode("<think>")[0]
+    convert_gguf.write(tmp_path / "m.gguf", checkpoint.load_model(imported), spm, "imported", "f32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert types[think] == gguf.TokenType.USER_DEFINED
+    assert types[604] == gguf.TokenType.UNUSED
+    described["model"]["ignore_merges"] = True
+    spm = HuggingFace(json.dumps(described).encode(), "", settings)
+    with pytest.raises(UserError, match="GGUF has no name for the way in which the tokenizer splits text"):
+        convert_gguf.write(tmp_path / "m.gguf", checkpoint.load_model(imported), spm, "imported", "f32")
 
 
 def same_in_llama_cpp(directory, spm, path, texts: list[str]) -> None:

@@ -155,7 +155,7 @@ def test_from_one_to_two_to_one(packed: Place, made: Place):
     """Each run is killed; the next has another number of processes, the second is sharded."""
     killed = packed.start(faulty(packed), 0, "SIGKILL", 8, packed.config)
     killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.returncode == 128 + signal.SIGKILL
     packed.edit(("compile=False", 'compile=False, parallel="fsdp"'))
     assert "resumed from step 5 " in train(packed, 2, 1, "SIGKILL", 18, works=False)
     assert "resumed from step 15 " in packed.run("train.py", packed.config).stdout

@@ -21,9 +21,8 @@ class HuggingFace:
 
     def __init__(self, content: bytes, sha256: str, settings: dict):
         library = extra("tokenizers", "tokenizers", "the tokenizer of an imported model")
-        described = json.loads(content)
-        described |= {"truncation": None, "padding": None}
         try:
+            described = json.loads(content) | {"truncation": None, "padding": None}
             if (kind := described["model"].get("type")) not in ("BPE", "Unigram"):
                 raise ValueError(f"its model is {kind}; expected BPE or Unigram")
             self.whole = library.Tokenizer.from_str(json.dumps(described))
@@ -33,16 +32,20 @@ class HuggingFace:
         for pieces in (self.whole, self.inner):
             pieces.encode_special_tokens = True  # "<|im_end|>" in a text is spelt in pieces that are not special
         self.content, self.sha256, self.settings = content, sha256, settings
-        self.vocab_size = self.whole.get_vocab_size()
-        self.eos = self.whole.token_to_id(settings["eos_token"])
+        self.vocab_size = 1 + max(self.whole.get_vocab().values())
+        self.eos = self.whole.token_to_id(settings["eos_token"] or "")
         self.bos = self.whole.token_to_id(settings["bos_token"]) if settings["bos_token"] else self.eos
         self.ends = tuple(dict.fromkeys([self.eos, *settings["ends"]]))
-        special = {}
+        if not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in (self.bos, *self.ends)):
+            named = f"bos_token {settings['bos_token']!r}, eos_token {settings['eos_token']!r}, ends {self.ends[1:]}"
+            raise UserError(f"the model's files name {named}; tokenizer.json lacks one of these")
+        self.control, self.added = {}, {}
         for id, token in self.whole.get_added_tokens_decoder().items():
-            if token.special:
-                special[token.content] = id
-        self.control = special
-        self.pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+            (self.control if token.special else self.added)[token.content] = id
+            if token.special and (token.lstrip or token.rstrip):
+                raise UserError(f"the special token {token.content} takes the white space beside it; not supported")
+        names = sorted(self.control, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         full, plain = self.whole.encode("x").ids, self.encode("x")
         self.opening = full[: len(full) - len(plain)]  # the ids before every text
         if full != self.opening + plain:
@@ -50,8 +53,21 @@ class HuggingFace:
         # Some tokenizers put a space only at the start of a text, others also after every special token.
         after = self.recognise(f"{settings['eos_token']}x")[1:]
         self.prefixed = after == plain != self.encode("x", begins=False)
+        if self.prefixed and self.added:
+            raise UserError(f"the added token {min(self.added)} is not special and cuts a text; not supported")
         self.anchor = self.encode("x", begins=False)
         self.anchor_text = self.whole.decode(self.anchor)
+        self.problem = ""  # why the chat template cannot be used for answers; "" if it can
+        if settings["chat_template"]:
+            try:
+                ids, trained = self.render(
+                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], False
+                )
+                last = [id for id, learnt in zip(ids, trained, strict=True) if learnt][-1]
+                if last in self.control.values():  # what the template writes after an answer ends an answer
+                    self.ends = tuple(dict.fromkeys([*self.ends, last]))
+            except UserError as error:
+                self.problem = str(error)
 
     def recognise(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are recognised."""
@@ -63,6 +79,7 @@ class HuggingFace:
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """The ids of a text, without special tokens. begins: False if the text continues another."""
         try:
+            text.encode()
             return (self.whole if begins else self.inner).encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
             lone = f"{text[error.start]!a}, at character {error.start}"
@@ -98,20 +115,23 @@ class HuggingFace:
         """The ids of a conversation by the chat template, and for each id True if it is trained."""
         # messages: {"role", "content"}. ask: end where an answer begins. A special token spelt in a message must stay
         # text: a mark, a character that no message has, breaks it until the text is cut at the template's own tokens.
-        contents = "".join(message["content"] for message in messages)
-        mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in contents)
+        used = set().union(*(message["content"] for message in messages))
+        mark = next((chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used), "")
+        if not mark:
+            raise UserError("the messages hold every character from U+F0000 on; shorten them")
         broken = []
         for message in messages:
-            content = self.pattern.sub(lambda match: match[0][0] + mark + match[0][1:], message["content"])
+            content = message["content"]
+            while self.pattern.search(content):  # again: a special token may lie inside another
+                content = self.pattern.sub(lambda match: match[0][0] + mark + match[0][1:], content)
             broken.append(message | {"content": content})
-        text, bounds = self.fill(broken, ask), [0]
-        for number, message in enumerate(broken):
-            if message["role"] == "assistant":
-                for before in (self.fill(broken[:number], True), self.fill(broken[: number + 1], False)):
-                    if not text.startswith(before):
-                        problem = "the chat template of the imported tokenizer does not write turns one after another"
-                        raise UserError(f'{problem}, so answers cannot be found in it; set template="instruct"')
-                    bounds.append(len(before))
+        text = self.fill(broken, ask)
+        try:
+            bounds = self.answers(broken, text)
+        except UserError:
+            if not ask:
+                raise
+            bounds = [0]  # nothing is trained, so the answers need not be found
         ids, trained = [], []
         begins = True  # also after a special token, if the tokenizer puts a space there
         for number, (first, last) in enumerate(itertools.pairwise([*bounds, len(text)])):
@@ -129,14 +149,30 @@ class HuggingFace:
                 learnt = learnt and match is None  # the first special token ends the answer
         return ids, trained
 
+    def answers(self, messages: Sequence[dict], text: str) -> list[int]:
+        """0, then where each answer begins and ends in the text of a conversation, its end piece included."""
+        bounds, problem = [0], ""
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                for before in (self.fill(messages[:number], True), self.fill(messages[: number + 1], False)):
+                    bounds.append(len(before))
+                    if not text.startswith(before):
+                        problem = "does not write turns one after another"
+                if message["content"] and self.pattern.match(text, bounds[-2]):
+                    problem = "has no generation prompt"
+        if problem:
+            raise UserError(f'the chat template {problem}, so answers cannot be found in it; set template="instruct"')
+        return bounds
+
     def fill(self, messages: Sequence[dict], ask: bool) -> str:
         """The text of a conversation by the chat template."""
         settings = self.settings
-        names = {"bos_token": settings["bos_token"] or "", "eos_token": settings["eos_token"]}
+        names = {"bos_token": settings["bos_token"] or "", "eos_token": settings["eos_token"], "tools": None}
         try:
-            return compiled(settings["chat_template"]).render(messages=messages, add_generation_prompt=ask, **names)
+            form = compiled(settings["chat_template"])
+            return form.render(messages=messages, add_generation_prompt=ask, documents=None, **names)
         except Exception as error:  # the template is a program: it may raise anything
-            raise UserError(f"the chat template of the imported tokenizer: {error}") from None
+            raise UserError(f'the chat template cannot be used: {error}; set template="instruct"') from None
 
 
 @functools.cache
@@ -152,7 +188,9 @@ def compiled(template: str):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
+    # `generation` marks answers for trainers; here they are found by rendering.
+    template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", template)
+    return environment.from_string(re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template))
 
 
 def without_prefix(value):

@@ -149,6 +149,87 @@ def test_a_template_that_forgets_turns_is_refused(both):
         ours.render([{"role": "system", "content": "Be brief."}], ask=True)
 
 
+THINKS = CHATML.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>' }}")
+UNPROMPTED = CHATML.partition("{% if add_generation_prompt")[0]
+
+
+@pytest.mark.parametrize(("template", "problem"), [(THINKS, "one after another"), (UNPROMPTED, "no generation prompt")])
+def test_a_template_without_findable_answers_can_still_ask(template, problem):
+    ours = made("byte-level", chat_template=template)
+    assert problem in ours.problem
+    talk = [{"role": role, "content": text} for role, text in TALK]
+    with pytest.raises(UserError, match=problem):
+        ours.render(talk, ask=False)
+    prompt, trained = ours.render(talk[:3], ask=True)
+    assert not any(trained)
+    text = ours.whole.decode(prompt, skip_special_tokens=False)
+    assert text.endswith("assistant\n<think>" if template == THINKS else "now?<|im_end|>\n")
+
+
+def made(kind: str, special: tuple[str, ...] = (), **settings) -> HuggingFace:
+    """Our tokenizer. special: more special tokens."""
+    tok = build(kind)
+    tok.add_special_tokens(list(special))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "ends": [], "chat_template": CHATML} | settings
+    return HuggingFace(tok.to_str().encode(), "0" * 64, settings)
+
+
+def test_what_the_template_writes_after_an_answer_ends_an_answer():
+    ours = made("byte-level")
+    assert ours.ends == (1, 3)
+
+
+def test_a_special_token_inside_another_cannot_be_faked():
+    ours = made("byte-level", special=("<<|im_end|>>",))
+    ids, _ = ours.render([{"role": "user", "content": "a <<|im_end|>> b <|im_end|>"}], ask=True)
+    assert ids.count(3) == 2  # the system's and the user's own
+    assert ours.control["<<|im_end|>>"] not in ids
+
+
+def test_templates_get_what_transformers_gives_them():
+    asks = "{% if tools is not none or documents is not none %}TOOLS{% endif %}" + CHATML
+    marks = asks.replace("message['content'] +", "message['content'] -}}{% generation %}{{- '' +").replace(
+        "+ '<|im_end|>'", "}}{% endgeneration %}{{- '<|im_end|>'"
+    )
+    message = [{"role": "user", "content": "Hi"}]
+    plain = made("byte-level").render(message, ask=True)
+    assert made("byte-level", chat_template=asks).render(message, ask=True) == plain
+    assert made("byte-level", chat_template=marks).problem == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": None}, "eos_token None"),
+        ({"eos_token": "<|endoftext|>"}, "tokenizer.json lacks one of these"),
+        ({"ends": ["</s>"]}, "tokenizer.json lacks one of these"),
+        ({"ends": [99_999]}, "tokenizer.json lacks one of these"),
+    ],
+)
+def test_tokens_that_are_not_there_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        made("byte-level", **changes)
+
+
+def test_hostile_messages():
+    ours = made("byte-level")
+    every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    ids, _ = ours.render([{"role": "user", "content": every}], ask=True)
+    assert every in ours.whole.decode(ids)
+    with pytest.raises(UserError, match="lone surrogate"):
+        ours.encode("\ud800 hi")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be used"):
+        HuggingFace(b"version https://git-lfs", "", {})
+
+
+def test_special_tokens_that_take_white_space_are_refused():
+    tok = build("byte-level")
+    tok.add_special_tokens([tokenizers.AddedToken("<|end|>", rstrip=True)])
+    settings = {"bos_token": None, "eos_token": "</s>", "ends": [], "chat_template": None}
+    with pytest.raises(UserError, match="takes the white space beside it"):
+        HuggingFace(tok.to_str().encode(), "0" * 64, settings)
+
+
 def test_another_kind_of_tokenizer_is_refused():
     described = json.loads(build("byte-level").to_str())
     described["model"] = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}
