@@ -132,15 +132,13 @@ def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
     batch = 2 ** int(math.log2(max(1, count / 8)))
     epochs = min(10, math.ceil(300 * batch / count))
     proposed = round(epochs * count / batch)
-    advice = f"try batch_size={batch}, epochs={epochs}, which make {plural(proposed, 'step')}"
-    if config.micro_batch_size and batch % config.micro_batch_size:
-        advice = advice.replace(",", f", micro_batch_size={batch},", 1)
+    micro = f"micro_batch_size={batch}, " if config.micro_batch_size and batch % config.micro_batch_size else ""
+    advice = f"try batch_size={batch}, {micro}epochs={epochs}, which make {plural(proposed, 'step')}"
     if count < size:
         parallel.refuse(f"batch_size is {size}, but there are only {rows} to train on; {advice}")
     if config.epochs and steps < min(50, proposed):
-        log.warning(
-            f"{config.epochs:g} epochs of {rows} in batches of {size} make only {plural(steps, 'step')}; {advice}"
-        )
+        made = f"{config.epochs:g} epochs of {rows} in batches of {size}"
+        log.warning(f"{made} make only {plural(steps, 'step')}; {advice}")
     if steps > 100 * epoch:
         log.warning(f"training reads {rows} {steps / epoch:,.0f} times and learns them by heart; more data is better")
     return steps, epoch
