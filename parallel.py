@@ -97,13 +97,15 @@ class Signals:
 
     def _handle(self, signum, frame):
         # One Ctrl-C can arrive twice: the terminal sends it to all processes, and the parent (pipeline.py, or
-        # torchrun, which takes longer) passes it on.
+        # torchrun, which takes longer) passes it on. The second one may interrupt this function at a call, so there is
+        # no call between reading `caught` and setting it.
+        now = time.monotonic()
         if not self.caught:
-            self.caught, self.when = signum, time.monotonic()
+            self.caught, self.when = signum, now
             if rank() == 0:
                 with suppress(OSError):  # the terminal is closed
                     os.write(2, b"\nfinishing the step and saving; once more to exit at once\n")
-        elif time.monotonic() - self.when > (1 if ranks() == 1 else 5):
+        elif now - self.when > (1 if ranks() == 1 else 5):
             os._exit(128 + signum)
 
 
