@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,23 @@ def test_a_signal_that_arrives_twice_is_one(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert exits == [128 + signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_interrupts_the_handler_is_one_with_the_first(monkeypatch, capfd):
+    """Ctrl-C comes from the terminal and from the parent, at almost the same time."""
+    real, inside = time.monotonic, []
+
+    def interrupted() -> float:
+        if not inside:
+            inside.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return real()
+
+    with parallel.Signals() as signals:
+        monkeypatch.setattr(parallel.time, "monotonic", interrupted)
+        signal.raise_signal(signal.SIGINT)
+    assert signals.caught == signal.SIGINT
+    assert capfd.readouterr().err.count("finishing the step") == 1
 
 
 def test_what_is_missing_for_compiling_or_tensorboard_is_named(monkeypatch, tmp_path, caplog):
