@@ -110,8 +110,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
     must_be_llama(model, llama)
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
-    description_files = tokenizer_files if isinstance(spm, Tokenizer) else imported_files
-    files = {"config.json": description} | description_files(spm, checkpoint.template(directory))
+    describe = tokenizer_files if isinstance(spm, Tokenizer) else imported_files
+    files = {"config.json": description} | describe(spm, checkpoint.template(directory))
     files["tokenizer_config.json"]["model_max_length"] = model.config.context_length
     with checkpoint.replacing(out) as temporary:
         content = extra("safetensors.torch").save(weights, {"format": "pt"})
@@ -185,8 +185,9 @@ def imported_files(spm: HuggingFace, taught: str | None) -> dict[str, dict]:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     marks = {mark: spm.settings[mark] for mark in ("bos_token", "eos_token")}
     jinja = TEMPLATES[taught].jinja if taught in TEMPLATES else spm.settings["chat_template"]
+    stop = list(ends(taught or IMPORTED, spm))
     return {
-        "generation_config.json": {"bos_token_id": spm.bos, "eos_token_id": list(spm.ends)},
+        "generation_config.json": {"bos_token_id": spm.bos, "eos_token_id": stop},
         "tokenizer_config.json": settings | marks | {"chat_template": jinja},
         "special_tokens_map.json": marks,
     }

@@ -14,8 +14,6 @@ SPACE = "▁"  # U+2581: SentencePiece writes a space like this inside its piece
 PART = 1 << 13  # about this many bytes are encoded at a time
 CUT = re.compile(rb"[^ ](?= )")
 NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: its normalizer_spec (field 3) with add_dummy_prefix (3) false
-
-
 FILES = ("spm.model", "tokenizer.json")  # a tokenizer is one of these; its SHA-256 is the tokenizer's identity
 
 
@@ -114,7 +112,7 @@ class Tokenizer:
         return text, text.encode()
 
 
-def load(directory: Path | str, command: str | None = None) -> "Tokenizer":
+def load(directory: Path | str, command: str | None = None) -> Tokenizer:
     """The tokenizer in a finished directory. UserError, naming the command, if it is missing or damaged."""
     wrote, directory = stage.finished(Path(directory), command)["wrote"], Path(directory)
     if FILES[0] in wrote:

@@ -32,6 +32,7 @@ class HuggingFace:
         for pieces in (self.whole, self.inner):
             pieces.encode_special_tokens = True  # "<|im_end|>" in a text is spelt in pieces that are not special
         self.content, self.sha256, self.settings = content, sha256, settings
+        self.byte_level = b"ByteLevel" in content
         self.vocab_size = 1 + max(self.whole.get_vocab().values())
         self.eos = self.whole.token_to_id(settings["eos_token"] or "")
         self.bos = self.whole.token_to_id(settings["bos_token"]) if settings["bos_token"] else self.eos
@@ -57,17 +58,7 @@ class HuggingFace:
             raise UserError(f"the added token {min(self.added)} is not special and cuts a text; not supported")
         self.anchor = self.encode("x", begins=False)
         self.anchor_text = self.whole.decode(self.anchor)
-        self.problem = ""  # why the chat template cannot be used for answers; "" if it can
-        if settings["chat_template"]:
-            try:
-                ids, trained = self.render(
-                    [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], False
-                )
-                last = [id for id, learnt in zip(ids, trained, strict=True) if learnt][-1]
-                if last in self.control.values():  # what the template writes after an answer ends an answer
-                    self.ends = tuple(dict.fromkeys([*self.ends, last]))
-            except UserError as error:
-                self.problem = str(error)
+        self.problem = self.try_template() if settings["chat_template"] else ""
 
     def recognise(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are recognised."""
@@ -103,7 +94,7 @@ class HuggingFace:
             return name, name.encode()
         if re.fullmatch("<0x[0-9A-F]{2}>", name):
             content = bytes.fromhex(name[3:5])
-        elif set(name) <= byte_letters().keys() and "ByteLevel" in self.content.decode():
+        elif self.byte_level and set(name) <= byte_letters().keys():
             content = bytes(byte_letters()[letter] for letter in name)
         else:
             content = name.replace("▁", " ").encode()
@@ -148,6 +139,18 @@ class HuggingFace:
                 trained += [learnt] * len(new)
                 learnt = learnt and match is None  # the first special token ends the answer
         return ids, trained
+
+    def try_template(self) -> str:
+        """Why the chat template cannot be used for fine-tuning; "" if it can. Adds its end piece to `ends`."""
+        try:
+            talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+            ids, trained = self.render(talk, ask=False)
+        except UserError as error:
+            return str(error)
+        last = [id for id, learnt in zip(ids, trained, strict=True) if learnt][-1]
+        if last in self.control.values():
+            self.ends = tuple(dict.fromkeys([*self.ends, last]))
+        return ""
 
     def answers(self, messages: Sequence[dict], text: str) -> list[int]:
         """0, then where each answer begins and ends in the text of a conversation, its end piece included."""
