@@ -281,14 +281,12 @@ class HubRecords(Records):
                 time.sleep(wait)
 
     def inputs(self) -> dict[str, str]:
-        """The digest of its files: of their content, or of the ids that they have on the Hub in whatever commit."""
+        """The digest of its files: of their content, or of their ids on the Hub, which a new commit may keep."""
         files = list(map(str, self._builder().config.data_files[self.split]))
         ids = {file: sha256(Path(file)) for file in files if Path(file).is_file()}
-        system, folders = extra("huggingface_hub", "datasets", "the Hub").HfFileSystem(), set()
-        if not ids:
-            folders = {file.rpartition("/")[0] for file in files}
+        system = extra("huggingface_hub", "datasets", "the Hub").HfFileSystem()
         try:
-            for folder in folders:
+            for folder in {file.rpartition("/")[0] for file in files if file not in ids}:
                 ids |= {f"hf://{entry['name']}": entry.get("blob_id") for entry in system.ls(folder)}
         except Exception as error:  # of the network
             raise UserError(f"dataset {self.dataset}: {error}") from None
