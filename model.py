@@ -490,6 +490,7 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 IGNORED = -100  # the target of a token that is not trained; F.cross_entropy ignores it too
+CHUNK, BLOCK = 2**28, 2**21  # bytes of the logits in memory at once, and of a block that a processor's cache holds
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels="auto", reduction="mean") -> Tensor:
@@ -547,9 +548,9 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
         targets = targets.to(x.device, non_blocking=True)
     loss = x.new_zeros(len(x) if per_target else (), dtype=wide)
     dx = x.new_empty(x.shape) if learn_x else None
-    dw = weight.new_zeros(weight.shape, dtype=wide) if learn_weight else None
+    dw = None
     # One buffer for all chunks: on a CPU, new memory each time would cost more than the arithmetic.
-    chunk = 512 if x.device.type == "cpu" else 4096
+    chunk = max(1, CHUNK // (len(w) * w.element_size()))
     buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, len(x), chunk):
@@ -565,10 +566,11 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
                 logits *= factors[rows, None]
             if learn_x:
                 dx[rows] = logits @ w
-            if learn_weight and x.is_cuda and dtype != wide:
-                dw += torch.mm(logits.T, x_chunk, out_dtype=wide)
-            elif learn_weight:
-                dw.addmm_(logits.T.to(wide), x_chunk.to(wide))
+            if learn_weight:  # on a CPU each chunk's product is rounded to dtype, as in PyTorch's own backward pass
+                product = torch.mm(logits.T, x_chunk, **({"out_dtype": wide} if x.is_cuda else {}))
+                dw = product.to(wide) if dw is None else dw.add_(product)
+    if learn_weight and dw is None:  # no rows
+        dw = weight.new_zeros(weight.shape, dtype=wide)
     if keep is not None:  # the ignored rows have a loss and a gradient of 0
         loss = loss.new_zeros(n).index_copy_(0, keep, loss) if per_target else loss
         dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx) if learn_x else None
@@ -586,19 +588,23 @@ def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Ten
         sizes = logits.stride(0), logits.shape[1], columns
         cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, *sizes, num_warps=warps)
         return losses
-    live = targets != IGNORED
-    at = targets.where(live, 0)[:, None]
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = p.amax(1, keepdim=True)
-    target_logit = p.gather(1, at)
-    torch.softmax(p, 1, out=p)
-    # log Σ exp is the largest logit minus the log of its probability, which is at least 1/V: no underflow.
-    losses = (largest - p.amax(1, keepdim=True).log() - target_logit)[:, 0]
-    logits.copy_(p.scatter_add_(1, at, p.new_full(at.shape, -1.0)))
-    if logits.is_cuda or not live.all():  # asking a GPU would wait for it
-        logits.mul_(live[:, None])
-        losses = losses.where(live, 0.0)
-    return losses
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    live = (targets != IGNORED)[:, None]
+    at, live = targets[:, None].where(live, 0), live.to(wide)
+    losses = logits.new_empty(len(logits), 1, dtype=wide)
+    # On a CPU, blocks of rows stay in the processor's cache from operation to operation: half the time.
+    size = BLOCK if logits.device.type == "cpu" else CHUNK
+    block = max(1, size // (logits.shape[1] * wide.itemsize))
+    parts = (tensor.split(block) for tensor in (logits, at, live, losses))
+    for logits_part, at_part, live_part, loss in zip(*parts, strict=True):
+        p = logits_part.to(wide)  # a copy, unless it has this dtype already
+        p -= p.amax(1, keepdim=True)  # no overflow; Σ exp is at least 1, so its log is finite
+        torch.neg(p.gather(1, at_part), out=loss)
+        total = p.exp_().sum(1, keepdim=True)
+        loss += total.log()
+        p.mul_(live_part / total).scatter_add_(1, at_part, -live_part)
+        logits_part.copy_(p)
+    return losses.where(live != 0, 0.0)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ Triton kernels

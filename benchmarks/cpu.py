@@ -1,13 +1,13 @@
-"""Training and generation on a CPU, beside transformers' LLaMA with the same weights and beside the bare arithmetic.
+"""Training and generation on a CPU, beside transformers' LLaMA with the same weights and beside bare matrix products.
 
-    python -m benchmarks.cpu   ->  benchmarks/results/cpu.json
+    python -m benchmarks.cpu [--quick]   ->  benchmarks/results/cpu.json
 
-What is compared is timed in turn, round by round, so that what slows the machine slows all of it; quoted are medians,
-and medians of the rounds' ratios. Both train as they do by default: ours as train.py does, theirs with AdamW.
+Everything that is compared is timed in turn, round by round, so a slow minute slows all of it. Results are medians, and
+medians of the rounds' ratios.
 """
 
-import json
-import platform
+import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -18,154 +18,149 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import cli
 import configs
 import generate
 import machine
-import stage
+from benchmarks.common import interleaved, ratio, write
 from model import Transformer, linear_cross_entropy
 from optim import make_optimizers
 
-RESULT = Path(__file__).parent / "results/cpu.json"
-PROBE = 2048  # the matrix product that the machine's rate is taken from: PROBE³ multiplications and additions
-
-
-def interleaved(rounds: int, functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one that does not count."""
-    seconds = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if i:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median over the rounds."""
-    return round(statistics.median(a / b for a, b in zip(numerator, denominator, strict=True)), 3)
-
-
-def probe() -> Callable[[], object]:
-    a, b, out = torch.randn(PROBE, PROBE), torch.randn(PROBE, PROBE), torch.empty(PROBE, PROBE)
-    return lambda: torch.mm(a, b, out=out)
-
+PROBE = 2048  # the machine's rate is that of a product of two PROBE × PROBE matrices
 
 # ------------------------------------------------------------------------------------------------------------ training
 
+# Ours as train.py trains, and transformers' model by default, with its process keeping freed memory as ours does, and
+# with that and torch.compile too. All use fused AdamW, and clip the gradient.
+WAYS = ("ours", "default", "kept", "compiled")
 
-def training_step(
-    model: torch.nn.Module, loss: Callable, optimizers: list[torch.optim.Optimizer]
-) -> Callable[[], None]:
+
+def training_step(way: str, config: str, precision: str, rows: int, length: int) -> Callable[[], None]:
+    """An optimizer step of one of WAYS on `rows` rows of `length` random tokens."""
+    torch.manual_seed(0)
+    experiment = configs.load(f"configs/{config}.py")
+    model = Transformer(experiment.model)
+    tokens = torch.randint(experiment.model.vocab_size, (rows, length + 1))
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if way != "default":
+        machine.keep_freed_memory()
+    if way == "ours":
+        machine.compile_blocks(model, torch.device("cpu"))
+        optimizers = make_optimizers(model, experiment.pretrain)
+        loss = lambda: model(x, y)  # noqa: E731
+    else:
+        from tests.test_model import to_transformers
+
+        model = to_transformers(model).train()
+        optimizers = [torch.optim.AdamW(model.parameters(), fused=True)]
+        forward = torch.compile(model) if way == "compiled" else model
+        loss = lambda: F.cross_entropy(forward(x, use_cache=False).logits.flatten(0, 1), y.flatten())  # noqa: E731
+    half = precision != "float32"
+    autocast = torch.autocast("cpu", getattr(torch, precision)) if half else contextlib.nullcontext()
+
     def step() -> None:
-        loss().backward()
+        with autocast:
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
     return step
 
 
-def trainer(whose: str, name: str, rows: int, length: int) -> Callable[[], None]:
-    """An optimizer step on `rows` rows of `length` tokens: "ours", "theirs", or theirs "keeping" freed memory as ours
-    does."""
-    torch.manual_seed(0)
-    experiment = configs.load(f"configs/{name}.py")
-    model = Transformer(experiment.model)
-    tokens = torch.randint(experiment.model.vocab_size, (rows, length + 1))
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if whose != "theirs":
-        machine.keep_freed_memory()
-    if whose == "ours":
-        if experiment.pretrain.compile:
-            machine.compile_blocks(model, torch.device("cpu"))
-        optimizers = make_optimizers(model, experiment.pretrain)
-        return training_step(model, lambda: model(x, y), optimizers)
-    from tests.test_model import to_transformers
+def probe(precision: str) -> Callable[[], object]:
+    """Five bare matrix products."""
+    dtype = getattr(torch, precision)
+    a, b, out = torch.randn(PROBE, PROBE).to(dtype), torch.randn(PROBE, PROBE).to(dtype), torch.empty(0, dtype=dtype)
 
-    model = to_transformers(model).train()
-    loss = lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
-    return training_step(model, loss, [torch.optim.AdamW(model.parameters())])
+    def products() -> None:
+        for _ in range(5):  # the first finds cold caches and sleeping threads
+            torch.mm(a, b, out=out)
+
+    return products
 
 
-def worker(*arguments) -> None:
-    """A process that trains: it does what the lines of its standard input say and prints the seconds it took, or for
-    "peak" the most memory it had until then, in MiB."""
-    step, matrix = trainer(*arguments), None
+def worker(way: str, config: str, precision: str, rows: int, length: int) -> None:
+    """A process that obeys the lines of its standard input: "step", "product" or "peak". Prints seconds, or MiB."""
+    step, product = training_step(way, config, precision, rows, length), probe(precision)
     for line in sys.stdin:
+        started = time.perf_counter()
         if line == "peak\n":
             print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024, flush=True)
-            matrix = probe()  # only now, lest it count
-            matrix()
-        else:
-            started = time.perf_counter()
-            step() if line == "step\n" else matrix()
-            print(time.perf_counter() - started, flush=True)
+            continue
+        step() if line == "step\n" else product()
+        print(time.perf_counter() - started, flush=True)
 
 
-def train_vs_transformers(name: str, rows: int, length: int, rounds: int) -> dict[str, float]:
-    """Tokens/s of both, the share of the probed matrix rate that ours turns into the model's arithmetic, and memory.
+def training(config: str, precision: str, rows: int, length: int, rounds: int, ways=WAYS) -> dict[str, float]:
+    """Tokens/s and memory of each way, a step in turn, and the share of the bare product's rate that ours reaches."""
+    workers = {}
+    for way in ways:
+        code = f"from benchmarks.cpu import worker; worker({way!r}, {config!r}, {precision!r}, {rows}, {length})"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        workers[way] = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], text=True, **pipes)
 
-    Each trains in a process of its own, as it does by default, a step in turn; the matrix rate is probed in ours. The
-    model's arithmetic is that of ModelConfig.flops_per_token; of attention's share causal attention needs half.
-    """
-    workers, seconds = {}, {"probe": []}
-    for whose in ("ours", "theirs", "keeping"):
-        code = f"from benchmarks.cpu import worker; worker({whose!r}, {name!r}, {rows}, {length})"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        workers[whose] = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
-        seconds[whose] = []
-
-    def ask(whose: str, what: str) -> float:
-        workers[whose].stdin.write(what + "\n")
-        workers[whose].stdin.flush()
-        taken = float(workers[whose].stdout.readline())
+    def ask(way: str, what: str) -> float:
+        workers[way].stdin.write(what + "\n")
+        workers[way].stdin.flush()
+        answer = workers[way].stdout.readline()
+        if not answer:
+            raise cli.UserError(f"the process that trains {way!r} ended; its error stands above")
         time.sleep(0.05)  # until its threads sleep
-        return taken
+        return float(answer)
 
-    peak = {}
-    for whose in workers:
-        ask(whose, "step"), ask(whose, "step"), ask(whose, "step")
-        peak[whose] = round(ask(whose, "peak"))
+    seconds, peak = {way: [] for way in (*ways, "product")}, {}
+    for way in ways:
+        for _ in range(3):  # compiles
+            ask(way, "step")
+        peak[way] = round(ask(way, "peak"))
+    ask("ours", "product")
     for _ in range(rounds):
-        seconds["probe"].append(ask("ours", "probe"))
-        for whose in workers:
-            seconds[whose].append(ask(whose, "step"))
+        seconds["product"].append(ask("ours", "product"))
+        for way in ways:
+            seconds[way].append(ask(way, "step"))
     for process in workers.values():
         process.communicate()
 
-    c = configs.load(f"configs/{name}.py").model
-    rate = {whose: round(rows * length / statistics.median(times)) for whose, times in seconds.items()}
-    flops = c.flops_per_token(length)
-    arithmetic = {"": flops, "_causal": flops - 6 * c.n_layers * c.d_model * length}
-    work = [2 * PROBE**3 * s / p / (rows * length) for s, p in zip(seconds["ours"], seconds["probe"], strict=True)]
-    return {
-        "tokens_per_second": rate["ours"],
-        "other_tokens_per_second": rate["theirs"],
-        "ratio": ratio(seconds["theirs"], seconds["ours"]),
-        "ratio_if_theirs_keeps_freed_memory_too": ratio(seconds["keeping"], seconds["ours"]),
-        "probe_gflops": round(2 * PROBE**3 / statistics.median(seconds["probe"]) / 1e9),
-        **{f"of_matrix_rate{which}": ratio([n] * rounds, work) for which, n in arithmetic.items()},
-        "peak_mib": peak["ours"],
-        "other_peak_mib": peak["theirs"],
-        "memory_ratio": round(peak["ours"] / peak["theirs"], 3),
-    }
+    tokens, median = rows * length, {way: statistics.median(times) for way, times in seconds.items()}
+    shape = configs.load(f"configs/{config}.py").model
+    # The keys that a causal query cannot see are half of attention's arithmetic: not counted here.
+    flops = tokens * (shape.flops_per_token(length) - 6 * shape.n_layers * shape.d_model * length)
+    rates = [flops / s for s in seconds["ours"]]
+    products = [5 * 2 * PROBE**3 / s for s in seconds["product"]]
+    found = {"tokens_per_second": round(tokens / median["ours"]), "peak_mib": peak["ours"]}
+    found |= {"of_product_rate": ratio(rates, products), "product_gflops": round(statistics.median(products) / 1e9)}
+    others = [way for way in ways if way != "ours"]
+    for way in others:
+        found[f"transformers_{way}_tokens_per_second"] = round(tokens / median[way])
+        found[f"transformers_{way}_peak_mib"] = peak[way]
+        found[f"ratio_vs_transformers_{way}"] = ratio(seconds[way], seconds["ours"])
+    best = min(others, key=median.get)
+    found["ratio_vs_transformers_best"] = found[f"ratio_vs_transformers_{best}"]
+    found["memory_ratio"] = round(peak["ours"] / min(peak[way] for way in others), 3)
+    return found
 
 
-def loss_vs_plain(d_model: int, vocabulary: int, rows: int, rounds: int) -> dict[str, float]:
-    """Projection and cross-entropy, forward and backward: chunked, and with all logits at once."""
+def loss(d_model: int, vocabulary: int, rows: int, precision: str, rounds: int) -> dict[str, float]:
+    """Milliseconds of projection and cross-entropy, forward and backward: chunked, and with all logits at once."""
     x = torch.randn(rows, d_model, requires_grad=True)
     weight = (0.02 * torch.randn(vocabulary, d_model)).requires_grad_()
     targets = torch.randint(vocabulary, (rows,))
+
+    def step(function: Callable) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            value = function()
+        value.backward()
+
     ways = {
-        "ours": lambda: linear_cross_entropy(x, weight, targets).backward(),
-        "plain": lambda: F.cross_entropy(F.linear(x, weight), targets).backward(),
+        "chunked": lambda: step(lambda: linear_cross_entropy(x, weight, targets)),
+        "plain": lambda: step(lambda: F.cross_entropy(F.linear(x, weight), targets)),
     }
-    found = interleaved(rounds, ways)
-    return {name: round(statistics.median(s), 4) for name, s in found.items()} | {
-        "ratio": ratio(found["plain"], found["ours"])
-    }
+    seconds = interleaved(rounds, ways)
+    found = {f"{name}_ms": round(1e3 * statistics.median(s), 1) for name, s in seconds.items()}
+    return found | {"ratio_vs_plain": ratio(seconds["plain"], seconds["chunked"])}
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -205,24 +200,23 @@ def generate_vs_transformers(name: str, batch: int, rounds: int, new: int = 128)
     }
 
 
-def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "commit": commit,
-        "versions": stage.versions(),
-        "generate_tiny_1_vs_transformers": generate_vs_transformers("tiny", 1, 5),
-        "generate_tiny_8_vs_transformers": generate_vs_transformers("tiny", 8, 5),
-        "train_tiny_8x256_vs_transformers": train_vs_transformers("tiny", 8, 256, 9),
-        "train_tiny_2x1024_vs_transformers": train_vs_transformers("tiny", 2, 1_024, 9),
-        "train_demo_vs_transformers": train_vs_transformers("demo", 4, 256, 30),
-        "loss_4096_vs_plain": loss_vs_plain(128, 4_096, 1_024, 30),
-        "loss_32768_vs_plain": loss_vs_plain(256, 32_768, 2_048, 7),
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    stage.write_json(RESULT, found)
-    print(json.dumps(found, indent=2))
+def main(arguments: argparse.Namespace) -> None:
+    quick = arguments.quick
+    if quick:
+        found = {"train_demo_float32": training("demo", "float32", 2, 16, 1, ways=("ours", "default"))}
+        found["loss_1024_float32"] = loss(16, 1_024, 64, "float32", 1)
+        return write("cpu", "python -m benchmarks.cpu", found, quick)
+    found = {}
+    for precision in ("bfloat16", "float32"):
+        found[f"train_tiny_{precision}"] = training("tiny", precision, 4, 1_024, 9)
+        found[f"train_demo_{precision}"] = training("demo", precision, 4, 256, 30)
+        found[f"loss_32768_{precision}"] = loss(256, 32_768, 4_096, precision, 9)
+    found["decode_tiny_1"] = generate_vs_transformers("tiny", 1, 5)
+    found["decode_tiny_8"] = generate_vs_transformers("tiny", 8, 5)
+    write("cpu", "python -m benchmarks.cpu", found)
 
 
 if __name__ == "__main__":
-    main()
+    p = cli.parser(__doc__)
+    p.add_argument("--quick", action="store_true", help="tiny shapes, once: shows that it runs; writes nothing")
+    cli.run(main, p.parse_args())

@@ -261,7 +261,9 @@ LOSSES += [(1, 53, 0, "triton"), (40, 2, 0.6, "triton"), (3, 8191, 0, "triton"),
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("rows", "pieces", "ignored", "kernels"), LOSSES)
-def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction):
+def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction, monkeypatch):
+    monkeypatch.setattr(lumi, "CHUNK", 4 * 97 * 200)  # the 530 rows make three chunks, of blocks of 64 rows
+    monkeypatch.setattr(lumi, "BLOCK", 4 * 97 * 64)
     x, weight, targets, factors = loss_case(rows, pieces, ignored)
     factors = torch.tensor(3.0, device=device) if reduction == "mean" else factors
     exact_x, exact_w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
@@ -277,6 +279,20 @@ def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, re
         assert relative(loss, exact) < 1e-6
         assert relative(x.grad, exact_x.grad) < 1e-6
         assert relative(weight.grad, exact_w.grad) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [2**28, 2 * 97 * 200])
+def test_bfloat16_gradients_are_as_exact_as_those_of_plain_pytorch(chunk, monkeypatch):
+    monkeypatch.setattr(lumi, "CHUNK", chunk)
+    x, weight, targets, _ = loss_case(530, 97, 0.02)
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(x.double(), weight.double()), targets), (x, weight))
+    with torch.autocast(device, torch.bfloat16):
+        plain = F.cross_entropy(F.linear(x, weight), targets)
+        ours = lumi.linear_cross_entropy(x, weight, targets)
+    for gradient, usual, value in zip(
+        torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(plain, (x, weight)), exact, strict=True
+    ):
+        assert relative(gradient, value) < 1.5 * relative(usual, value)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
