@@ -23,6 +23,7 @@ Columns of the table, for 8 rows of 1,024 tokens:
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import re
@@ -175,6 +176,7 @@ def compilations(card: Card) -> dict[str, int]:
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
+@functools.cache  # launches of other shapes share compiled kernels
 def resources(compiled) -> tuple[int, int]:
     """Registers and bytes of spilled registers of a thread, from the machine code."""
     import triton
@@ -191,6 +193,7 @@ def resources(compiled) -> tuple[int, int]:
     return registers, stack + local
 
 
+@functools.cache
 def accesses(compiled) -> dict[tuple[str, str], int]:
     """{("ld" or "st", tensor): bytes of its narrowest instruction}, from NVIDIA's assembly, PTX."""
     # An address is computed in 64-bit registers from a pointer, a parameter of the kernel. Follow it back.
