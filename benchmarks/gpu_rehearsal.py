@@ -346,7 +346,7 @@ def markdown(found: dict) -> str:
         spill, slow, most = summary(table)
         spilling, narrow[arch], backward = spilling + len(spill), len(slow), max(backward, most["rms_norm_backward"])
         count += len(list(rows_of(table)))
-    where = "".join(f", {number} of them on {arch}" for arch, number in narrow.items() if number)
+    where = "".join(f" ({number} on {arch})" for arch, number in narrow.items() if number)
     again = "".join(f", except {kernel}" for kernel, times in found["compiled_again"].items() if times)
     return f"""## GPU kernels, compiled without a GPU
 

@@ -209,5 +209,6 @@ def main() -> None:
     for kind in lines[0][2:]:
         found = sorted(what for other, what in noted if other == kind)
         print(f"\n{kind}: {'none' if not found else ''}", *found, sep="\n    ")
-    if failed:
-        raise cli.UserError("could not be traced: " + "; ".join(failed))
+    print(*(f"\ncould not be traced: {line}" for line in failed), sep="", end="")
+    if failed or any(kind == "wrong device" for kind, _ in noted):
+        raise SystemExit(1)
