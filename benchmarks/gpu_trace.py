@@ -7,7 +7,8 @@ backward pass on CUDA tensors without a driver, so only those gradients are trac
 
     wrong device    an operation that mixes tensors of the GPU with tensors of the CPU: an error on a card, or, for an
                     index, a hidden copy. Should be 0
-    waits           the host reads from the GPU, and so waits until all earlier work there is done
+    waits           the host reads from the GPU, or copies to it without non_blocking, and so waits until all earlier
+                    work there is done
     unpinned        copies to the GPU marked non_blocking that block all the same, because the memory is not pinned
 """
 
@@ -110,8 +111,11 @@ class Watch(TorchDispatchMode):
         return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
 
     def note_copy(self, source: Tensor, non_blocking: bool) -> None:
-        from_cpu = not isinstance(source, FakeTensor)
-        if non_blocking and from_cpu and source.untyped_storage().data_ptr() not in self.pinned:
+        if isinstance(source, FakeTensor):
+            return
+        if not non_blocking:
+            self.note("waits", "copies to the GPU without non_blocking")
+        elif source.untyped_storage().data_ptr() not in self.pinned:
             self.note("unpinned", "copies to the GPU")
 
     def moved(self, operation, leaf: object) -> object:

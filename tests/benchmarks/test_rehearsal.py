@@ -104,10 +104,11 @@ def test_tensors_on_the_wrong_device_are_found(capsys):
         x = host.to("cuda", non_blocking=True)
         assert (x + torch.tensor(1)).device == x[torch.tensor([0, 2])].device == (x * host).device == x.device
         host.pin_memory().to("cuda", non_blocking=True)
+        host.to("cuda")
         assert x.sum().item() == 0
         assert torch.equal(x.cpu(), torch.zeros(4, dtype=torch.int64))
     kinds = [kind for kind, _ in watch.noted.elements()]
-    assert sorted(kinds) == ["unpinned", "waits", "waits", "wrong device", "wrong device"]
+    assert sorted(kinds) == ["unpinned", "waits", "waits", "waits", "wrong device", "wrong device"]
     assert "test_rehearsal.py" in next(what for kind, what in watch.noted if kind == "waits")
 
 
