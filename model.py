@@ -654,7 +654,7 @@ class TritonRMSNorm(torch.autograd.Function):
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(x, weight, scale)
         rows, D = scale.numel(), len(weight)
-        R, C, warps = tile(D)
+        R, C, warps = tile(D, 4096, 32)
         rms_norm_forward_kernel[(triton.cdiv(rows, R),)](x, weight, y, scale, rows, eps, D, R, C, num_warps=warps)
         return y
 
@@ -663,18 +663,21 @@ class TritonRMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
         rows, D = scale.numel(), len(weight)
-        R, C, warps = tile(D)
+        R, C, warps = tile(D, 2048, 8)
         programs = min(PROGRAMS, triton.cdiv(rows, R))
         dw = x.new_empty(programs, D, dtype=torch.float32)
         rms_norm_backward_kernel[(programs,)](x, weight, scale, dy, dx, dw, rows, D, R, C, num_warps=warps)
         return dx, dw.sum(0).to(weight.dtype), None, None
 
 
-def tile(columns: int) -> tuple[int, int, int]:
-    """R, C and warps of a tile: about 4,096 numbers, or one whole row; C ≥ `columns`."""
+def tile(columns: int, numbers: int, per_thread: int) -> tuple[int, int, int]:
+    """R, C and warps of a tile: about this many numbers, or one whole row; C ≥ `columns`."""
+    # A thread holds a few values for each of its numbers, in registers. If a thread takes more than 64 of the 65,536
+    # registers of an SM, less than half of the threads that it could run fit: too few to hide the memory's latency.
+    # `python -m benchmarks.gpu_rehearsal` shows the registers of each kernel; it needs no GPU.
     C = triton.next_power_of_2(columns)
-    R = max(1, 4096 // C)
-    return R, C, min(16, max(4, R * C // 1024))
+    R = max(1, numbers // C)
+    return R, C, min(16, max(4, R * C // (32 * per_thread)))
 
 
 class TritonSwiGLU(torch.autograd.Function):
@@ -702,7 +705,7 @@ if triton is not None:
         """The numbers at these offsets in float32; `other` where they lie past the tensor."""
         return tl.load(tensor + at, mask=live, other=other).to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"])  # or it would be compiled again for 1 row, and for a multiple of 16
     def rms_norm_forward_kernel(x, weight, y, scale, rows, eps, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
         col = tl.arange(0, C)
@@ -716,14 +719,15 @@ if triton is not None:
         tl.store(y + at, y_tile, mask=live)
         tl.store(scale + row, s, mask=row < rows)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"])
     def rms_norm_backward_kernel(x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂."""
         # Each program sums dw over its rows into a float32 row of its own; the caller adds these in a fixed order.
+        # Over R rows only after the loop: that takes a barrier, and without it warps need not wait for each other.
         program = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, C)
         w = load(weight, col, col < D)[None, :]
-        dw_sum = tl.zeros((C,), tl.float32)
+        dw_tile = tl.zeros((R, C), tl.float32)
         for first in range(program * R, rows, tl.num_programs(0) * R):
             row = (first + tl.arange(0, R)).to(tl.int64)
             at = row[:, None] * D + col[None, :]
@@ -735,9 +739,10 @@ if triton is not None:
             mean = tl.sum(wg * x_hat, 1) / D
             dx_tile = s * (wg - x_hat * mean[:, None])
             tl.store(dx + at, dx_tile, mask=live)
-            dw_sum += tl.sum(g * x_hat, 0)
-        tl.store(dw + program * D + col, dw_sum, mask=col < D)
+            dw_tile += g * x_hat
+        tl.store(dw + program * D + col, tl.sum(dw_tile, 0), mask=col < D)
 
+    # n stays specialised: as a multiple of d_ff it is nearly always one of 16, and only then the masked loads are wide.
     @triton.jit
     def swiglu_forward_kernel(gate, up, y, n, C: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)

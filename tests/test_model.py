@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 import types
 
 import pytest
@@ -17,7 +14,6 @@ import configs
 import convert
 import model as lumi
 from model import KVCache, ModelConfig, Transformer
-from tests.conftest import ROOT
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 UNGROUPED = dataclasses.replace(SMALL, n_kv_heads=None, d_ff=None)
@@ -167,39 +163,6 @@ def test_cross_entropy_kernel_past_2_to_the_31_elements():
     losses = lumi.cross_entropy(logits, targets, "triton")
     assert torch.equal(losses, lumi.cross_entropy(near, targets, "triton"))
     assert torch.equal(logits, near)
-
-
-# Compiles every kernel for an H100 (no GPU is needed for that), in a process where Triton is not interpreted.
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import model
-sizes = dict.fromkeys("DRC", "constexpr")
-norm = {"x": "*bf16", "weight": "*fp32", "scale": "*fp32", "rows": "i32"} | sizes
-swiglu = dict.fromkeys(("gate", "up", "y", "dy", "dgate", "dup"), "*bf16") | {"n": "i32"} | sizes
-tile = {"D": 768, "R": 4, "C": 1024}
-cases = [
-    (model.rms_norm_forward_kernel, norm | {"y": "*bf16", "eps": "fp32"}, tile),
-    (model.rms_norm_backward_kernel, norm | {"dy": "*bf16", "dx": "*bf16", "dw": "*fp32"}, tile),
-    (model.swiglu_forward_kernel, swiglu, {"C": 1024}),
-    (model.swiglu_backward_kernel, swiglu, {"C": 1024}),
-    (model.cross_entropy_kernel, {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i32", "V": "i32",
-     "C": "constexpr"}, {"C": 4096}),
-]
-for kernel, types, constants in cases:
-    types = {name: types[name] for name in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
-    print(kernel.__name__, len(compiled.asm["cubin"]))
-"""
-
-
-def test_kernels_compile_for_a_gpu():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("_kernel") == 5
 
 
 def loss_and_gradient(model, inputs, targets, positions=None, run=None) -> tuple[float, torch.Tensor]:
