@@ -43,8 +43,7 @@ PARTS = {
 }
 COUNTED = {
     "bytes": "each input of the operator read once, each output written once; the same for its twins",
-    "flops_per_token": "6 × weights of linear layers + 12 · n_layers · d_model · T (arXiv:2204.02311, appendix B); "
-    "causal: half of the second term",
+    "mfu": "6 × weights of linear layers + 12 · n_layers · d_model · T a token (arXiv:2204.02311, appendix B)",
     "train": "forward, backward, clipping and fused AdamW on random tokens, bfloat16 autocast, T = 1,024",
     "packed": "forward and backward of tiny on 4 × 1,024 tokens: when the shapes of its texts are new, and again",
     "decoding": "greedy, 128 tokens after 16, tiny in float32",
@@ -113,7 +112,6 @@ class Results:
             if Path(frame.filename).is_relative_to(stage.ROOT):
                 lines.append(f"{Path(frame.filename).relative_to(stage.ROOT)}:{frame.lineno}")
         self.found["failed"][name] = f"{type(error).__name__}: {error}"[:2_000] + f" ({', '.join(lines[-4:])})"
-        error.__traceback__ = None  # its frames hold tensors
         print(f"failed: {name}: {self.found['failed'][name]}", file=sys.stderr, flush=True)
 
     def write(self) -> None:
@@ -123,36 +121,34 @@ class Results:
 
 def clean() -> None:
     """Returns what is no longer used to the card."""
-    gc.collect()
     if GPU:
+        gc.collect()
         torch.cuda.empty_cache()
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--all", type=Path, metavar="OUT", help="write here; default: benchmarks/results")
-    p.add_argument(
-        "--packed", type=Path, metavar="DIR", help="a run with tokenizer/ and packed/, such as runs/prose_tiny"
-    )
-    p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    p.add_argument("--packed", type=Path, metavar="DIR", help="has tokenizer/ and packed/, such as runs/prose_tiny")
+    p.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; needs --all")
     return p
 
 
 def main() -> int:
     arguments = parser().parse_args()
+    if arguments.only and not arguments.all:
+        parser().error("--only needs --all: some parts must not replace the results of all parts")
     if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
         print("error: benchmarks.gpu needs a GPU; to only run the code, set TRITON_INTERPRET=1", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as directory:
         results = Results(arguments.all or (common.RESULTS if GPU else Path(directory)), arguments.packed)
         results.measure("stages/data", gpu_life.prepare, results, Path(directory) / "small")
-        return run(results, arguments.only)
+        return run(results, arguments.only or PARTS)
 
 
 def run(results: Results, only: Iterable[str]) -> int:
+    """Runs the parts. Returns the exit status: 1 if something failed."""
     command = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader")
     versions = stage.versions()
     for package in ("transformers", "liger-kernel"):
@@ -167,7 +163,7 @@ def run(results: Results, only: Iterable[str]) -> int:
         "versions": versions,
         "counted": COUNTED,
     }
-    machine.pick_device()  # sets the precision that training has
+    torch.set_float32_matmul_precision("high")  # as in training
     for name in PARTS:
         if name in only:
             results.part(name)
