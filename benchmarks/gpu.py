@@ -37,7 +37,7 @@ PARTS = {
     "packed": (40, gpu_life.packed),  # fine-tuning's packed rows with each kind of attention
     "kernels": (45, gpu_kernels.kernels),  # beside eager and compiled PyTorch, and the bandwidth of a copy
     "micro_batches": (65, gpu_training.micro_batches),  # 4, 16 and 64 rows; cuDNN and flash attention
-    "training": (110, gpu_training.training),  # tokens/s, MFU and memory beside transformers
+    "training": (130, gpu_training.training),  # tokens/s, MFU and memory beside transformers
     "decoding": (40, gpu_decoding.decoding),  # beside transformers, and texts that come and go
     "run": (LIMIT, gpu_life.real_run),  # prose_tiny
 }

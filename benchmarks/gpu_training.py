@@ -24,8 +24,7 @@ from model import Transformer
 from optim import make_optimizers
 
 ROWS = {"tiny": 32, "small": 16, "base": 8}  # of 1,024 tokens, beside transformers
-CUDNN = SDPBackend.CUDNN_ATTENTION if GPU else SDPBackend.MATH
-FLASH = SDPBackend.FLASH_ATTENTION
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION if GPU else SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 def to_transformers(model: Transformer) -> nn.Module:
@@ -152,15 +151,15 @@ def micro_batches(results) -> None:
             return step.rate(timed({"step": step}, 5, step.repeat)["step"], results)
 
     def attentions(name: str, rows: int) -> dict:
-        c, ways = shape(name), {}
+        c = shape(name)
         q, k, v, dy = (normal(rows, c.n_heads, c.context_length, c.head_dim).requires_grad_() for _ in range(4))
 
-        def both_passes(backend: SDPBackend) -> None:
-            with sdpa_kernel(backend):
+        def both_passes(way: str) -> None:
+            with sdpa_kernel(BACKENDS[way]):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             torch.autograd.grad(y, (q, k, v), dy)
 
-        ways = {"cudnn": lambda: both_passes(CUDNN), "flash": lambda: both_passes(FLASH)}
+        ways = {"cudnn": lambda: both_passes("cudnn"), "flash": lambda: both_passes("flash")}
         times = timed(warm(ways), 10, 5)
         found = {f"{way}_ms": round(1e3 * statistics.median(seconds), 3) for way, seconds in times.items()}
         return found | {"cudnn_vs_flash": ratio(times["flash"], times["cudnn"])}
@@ -186,7 +185,8 @@ def compare(name: str, results) -> None:
         steps[way] = step
         return step.rate(timed({way: step}, 2, step.repeat)[way], results)  # at once, lest there be no time for all
 
-    for way in ("ours_compiled", "transformers_compiled", "ours_eager", "transformers_eager", "transformers_liger"):
+    ways = ["ours_compiled", "transformers_compiled", "ours_eager", "transformers_eager"]
+    for way in ways + ["transformers_liger"] * GPU:  # Triton's interpreter cannot run Liger's kernels
         whole = way == "transformers_compiled" and name != "base"
         needs = 10 + 2 * shape(name).n_layers if whole else 12 if way.endswith("_compiled") else 5
         results.measure(f"train_{name}/{way}", enter, way, needs=needs if GPU else 0)

@@ -51,8 +51,7 @@ def test_parts_of_the_gpu_benchmark_in_miniature(monkeypatch, tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert (found["failed"], found["skipped"]) == ({}, {})
     assert list(found["seconds"]) == ["packed", "run"]
-    losses = found["packed"]["losses_agree"]
-    assert set(losses) == {"model", "flash", "varlen", "cudnn"}
+    assert list(found["packed"]) == ["model", "flash", "varlen", "cudnn"]
     run = found["run"]["prose_tiny"]
     assert run["step"] == run["planned_steps"] == 4
     assert run["validation"]["bits_per_byte"] > 0
@@ -101,7 +100,7 @@ def test_the_gpu_benchmark_in_miniature_runs_every_part(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert set(found["skipped"]) <= {"train_tiny/transformers_liger"}
+    assert found["skipped"] == {}
     parts = "checks stages packed kernels micro_batches training decoding run"
     assert list(found["seconds"]) == parts.split()
     assert {"rms_norm_forward_24", "swiglu_backward_24", "projection_and_loss_24"} <= found["kernels"].keys()
