@@ -47,4 +47,3 @@ def write(name: str, command: str, found: dict, quick: bool = False) -> None:
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         stage.write_json(RESULTS / f"{name}.json", found)
-
