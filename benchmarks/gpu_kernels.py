@@ -1,19 +1,27 @@
 """The kernels of model.py on one NVIDIA GPU: checked, then timed beside their twins and the bandwidth of a copy.
 
-A part of `python -m benchmarks.gpu`. What is compared is timed in turn, by CUDA events, with the L2 cache flushed
-before every kernel; quoted are medians. Bytes: each input of the operator read once, each output written once.
+Parts of `python -m benchmarks.gpu`, and what the other parts share.
 """
 
+import importlib.util
 import statistics
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
+import configs
 import model as lumi
+import stage
+from benchmarks.common import ratio
 from model import ModelConfig, Transformer
 
 GPU = torch.cuda.is_available()
@@ -21,8 +29,34 @@ DEVICE, HALF = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
 BACKEND = "inductor" if GPU else "aot_eager"
 
 
-def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return lumi.swiglu(gate, up, "torch")
+def shape(name: str) -> ModelConfig:
+    """The model of a config; without a GPU a miniature of it."""
+    config = configs.load(stage.ROOT / f"configs/{name}.py").model
+    return config if GPU else replace(config, vocab_size=64, context_length=16, n_layers=2, d_model=32, n_heads=2)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE.type, HALF)
+
+
+def normal(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def near(found: Tensor, exact: Tensor, tolerance: float) -> float:
+    """The error's norm as a share of the exact tensor's. AssertionError if it is more than the tolerance."""
+    error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+    assert error <= tolerance, f"relative error {error:.2g}; expected at most {tolerance:.2g}"
+    return error
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def wait() -> None:
+    """Waits until the GPU has done its work."""
+    if GPU:
+        torch.cuda.synchronize()
 
 
 def mark() -> "torch.cuda.Event | float":
@@ -33,8 +67,8 @@ def mark() -> "torch.cuda.Event | float":
     return event
 
 
-def interleaved(functions: dict[str, Callable], rounds: int, repeat: int = 1, flush: bool = False) -> dict[str, list]:
-    """Seconds of one call of each function, in each round. The functions are warm.
+def timed(functions: dict[str, Callable], rounds: int, repeat: int = 1, flush: bool = False) -> dict[str, list[float]]:
+    """Seconds of one call of each function in each round, in turn, by CUDA events. The functions are warm.
 
     Flushing writes 512 MiB, ten times an H100's L2. It also takes longer than a launch, which so is not measured.
     """
@@ -48,15 +82,12 @@ def interleaved(functions: dict[str, Callable], rounds: int, repeat: int = 1, fl
             for _ in range(repeat):
                 function()
             marks[name].append((start, mark()))
-    if GPU:
-        torch.cuda.synchronize()
-        return {name: [a.elapsed_time(b) / 1e3 / repeat for a, b in pairs] for name, pairs in marks.items()}
-    return {name: [(b - a) / repeat for a, b in pairs] for name, pairs in marks.items()}
-
-
-def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median over the rounds."""
-    return round(statistics.median(a / b for a, b in zip(numerator, denominator, strict=True)), 3)
+    wait()
+    seconds = {name: [] for name in functions}
+    for name, pairs in marks.items():
+        for start, end in pairs:
+            seconds[name].append((start.elapsed_time(end) / 1e3 if GPU else end - start) / repeat)
+    return seconds
 
 
 def warm(functions: dict[str, Callable]) -> dict[str, Callable]:
@@ -71,80 +102,50 @@ def peak_mib(function: Callable) -> int:
     if not GPU:
         function()
         return 0
-    torch.cuda.synchronize()
+    wait()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
-def normal(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=dtype)
-
-
-def matmul_peak() -> dict:
-    n = 8192 if GPU else 64
-    a, b = normal(n, n), normal(n, n)
-    times = interleaved(warm({"matmul": lambda: a @ b}), 10, repeat=10)["matmul"]
-    return {"tflops": round(2 * n**3 / statistics.median(times) / 1e12, 1)}
-
-
-def copy_peak() -> dict:
-    source = torch.zeros(2**31 if GPU else 64, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    times = interleaved(warm({"copy": lambda: target.copy_(source)}), 20)["copy"]
-    return {"gb_per_second": round(2 * source.numel() / statistics.median(times) / 1e9)}
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def near(found: Tensor, exact: Tensor, tolerance: float) -> None:
-    error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
-    assert error <= tolerance, f"relative error {error:.2g}; expected at most {tolerance:.2g}"
-
-
-def check_kernels(dtype: torch.dtype) -> dict:
-    """Forward and backward against the twins in float64."""
-    rows, d, tolerance = (4_099, 768, 4e-3 if dtype == HALF else 1e-5) if GPU else (5, 24, 8e-3)
-    x, w, dy = normal(rows, d, dtype=dtype), torch.rand(d, device=DEVICE), normal(rows, d)
-    for kernel, twin, inputs in (
-        (lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton"), lambda x, w: lumi.rms_norm(x, w, 1e-5, "torch"), [x, w]),
-        (lambda a, b: lumi.swiglu(a, b, "triton"), plain_swiglu, [x, dy.to(dtype)]),
-    ):
-        given, exact = [i.clone().requires_grad_() for i in inputs], [i.double().requires_grad_() for i in inputs]
-        found, expected = kernel(*given), twin(*exact)
-        near(found, expected, tolerance)
-        found.backward(dy.to(found.dtype)), expected.backward(dy.double())
-        for a, b in zip(given, exact, strict=True):
-            near(a.grad, b.grad, max(tolerance, 4e-3 if a.dtype == HALF else 0))
-    return {"passed": True}
-
-
-def check_loss(targets_on: torch.device) -> dict:
-    """Against float64 with a fifth of the targets ignored; on a GPU without once waiting for it."""
-    n, d, v = (9_001, 256, 32_768) if GPU else (5, 8, 33)
-    x, w = normal(n, d).requires_grad_(), normal(v, d, dtype=torch.float32).requires_grad_()
-    targets = torch.randint(v, (n,)).where(torch.rand(n) > 0.2, -100).to(targets_on)
+def without_waiting(function: Callable):
+    """What the function returns. AssertionError, naming the places, if the host waits for the GPU in it."""
+    if not GPU:
+        return function()
+    wait()
     try:
-        if GPU:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        loss = lumi.linear_cross_entropy(x, w / 16, targets, kernels="triton")
-        loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        return function()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        torch.cuda.set_sync_debug_mode("warn")  # again, for all of the places
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+        places = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+        raise AssertionError(f"the host waits for the GPU at {', '.join(dict.fromkeys(places))}") from error
     finally:
-        if GPU:
-            torch.cuda.set_sync_debug_mode("default")
-    wide, weight = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    exact = F.cross_entropy(wide @ (weight.T / 16), targets.to(DEVICE))
-    exact.backward()
-    for a, b in ((loss, exact), (x.grad, wide.grad), (w.grad, weight.grad)):
-        near(a, b, 2e-2)
-    return {"passed": True}
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def check_compiled(config: ModelConfig) -> dict:
-    """Compiled blocks under autocast, and the eager kernels, against float32 without kernels."""
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def kernel_tests() -> dict:
+    """The suite's tests of kernels and loss against float64: on a GPU they run what is compiled for it."""
+    which = "kernel or cross_entropy or loss or compiled" if GPU else "masks_ignored"
+    command = [sys.executable, "-m", "pytest", "tests/test_model.py", "-k", which, "-W", "ignore"]
+    command += ["-p", "no:cacheprovider"] + (["-n", "8"] if GPU and importlib.util.find_spec("xdist") else [])
+    done = subprocess.run(command, cwd=stage.ROOT, capture_output=True, text=True, timeout=60)
+    output = (done.stdout + done.stderr).strip()
+    assert done.returncode == 0, output[-1_500:]
+    return {"passed": True, "pytest": output.splitlines()[-1]}
+
+
+def check_model(config: ModelConfig) -> dict:
+    """The kernels under autocast, and compiled blocks, against float32 without kernels."""
     torch.manual_seed(0)
     model = Transformer(replace(config, kernels="torch")).to(DEVICE)
     tokens = torch.randint(config.vocab_size, (2, config.context_length), device=DEVICE)
@@ -155,7 +156,7 @@ def check_compiled(config: ModelConfig) -> dict:
         other.load_state_dict(model.state_dict())
         for block in other.blocks if compiled else ():
             block.compile(fullgraph=True, dynamic=False, backend=BACKEND)
-        with torch.autocast(DEVICE.type, HALF):
+        with autocast():
             loss = other(tokens, tokens)
         loss.backward()
         near(loss, exact.double(), 1e-2)
@@ -163,101 +164,115 @@ def check_compiled(config: ModelConfig) -> dict:
     return {"passed": True}
 
 
-# ------------------------------------------------------------------------------------------------------------ kernels
+def checks(results) -> None:
+    results.measure("checks/model", check_model, replace(shape("tiny"), n_layers=2), needs=15)
+    results.measure("checks/tests", kernel_tests, needs=15)
 
 
-def nbytes(*tensors: Tensor | None) -> int:
-    return sum(t.nbytes for t in tensors if t is not None)
+# ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def norm_case(rows: int, d: int) -> tuple:
-    """Inputs, the gradient given, the kernel, its twin, and bytes of the 1/rms that the kernel keeps."""
-    x, w, dy = normal(rows, d), torch.rand(d, device=DEVICE) + 0.5, normal(rows, d)
-    kernel = lambda x, w: lumi.rms_norm(x, w, 1e-5, "triton")  # noqa: E731
-    return [x, w], dy, kernel, lambda x, w: lumi.rms_norm(x, w, 1e-5, "torch"), 4 * rows
+def peaks() -> dict:
+    """The rate of a matrix product, and the bandwidth of a copy."""
+    n = 8192 if GPU else 64
+    a, b = normal(n, n), normal(n, n)
+    source = torch.zeros(2**31 if GPU else 64, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    times = timed(warm({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}), 10, repeat=10)
+    seconds = {name: statistics.median(each) for name, each in times.items()}
+    found = {"tflops": round(2 * n**3 / seconds["product"] / 1e12, 1)}
+    return found | {"gb_per_second": round(2 * source.numel() / seconds["copy"] / 1e9)}
 
 
-def swiglu_case(rows: int, d: int) -> tuple:
-    """As norm_case."""
-    inputs = [normal(rows, d), normal(rows, d)]
-    return inputs, normal(rows, d), lambda a, b: lumi.swiglu(a, b, "triton"), plain_swiglu, 0
+def elementwise(name: str, d: int, backward: bool) -> tuple[dict[str, Callable], int]:
+    """Ways to compute RMSNorm or SwiGLU, or its gradients, on 256 MiB or more an operand; and the bytes it must move.
 
-
-def time_kernel(make: Callable, d: int, backward: bool, bandwidth: float | None) -> dict:
-    """A kernel beside its twins, eager and compiled, on 256 MiB or more an operand. bandwidth: of a copy, GB/s."""
-    torch._dynamo.reset()
+    Bytes: each input of the operator read once, each output written once; the same for its twins.
+    """
     rows = max(2**16, 2**27 // d) if GPU else 5
-    inputs, dy, kernel, twin, kept = make(rows, d)
-    ways = {"triton": kernel, "eager": twin, "compiled": torch.compile(twin, dynamic=False, backend=BACKEND)}
-    functions = {}
-    for name, function in ways.items():
+    x, dy, moved = normal(rows, d), normal(rows, d), 0
+    if name == "rms_norm":
+        inputs, moved = [x, torch.rand(d, device=DEVICE) + 0.5], 4 * rows  # 1/rms, which is kept
+        operators = {kernels: lambda x, w, k=kernels: lumi.rms_norm(x, w, 1e-5, k) for kernels in ("triton", "torch")}
+    else:
+        inputs = [x, normal(rows, d)]
+        operators = {kernels: lambda a, b, k=kernels: lumi.swiglu(a, b, k) for kernels in ("triton", "torch")}
+    operators["compiled"] = torch.compile(operators["torch"], dynamic=False, backend=BACKEND)
+
+    def way(operator: Callable, dtype: torch.dtype | None = None) -> Callable:
+        given = [i.detach().to(dtype or i.dtype).requires_grad_(backward) for i in inputs]
+        y = operator(*given)
         if backward:
-            given = [x.detach().requires_grad_() for x in inputs]
-            y = function(*given)
-            functions[name] = lambda y=y, given=given: torch.autograd.grad(y, given, dy, retain_graph=True)
-        else:
-            functions[name] = lambda function=function: function(*inputs)
+            return lambda: torch.autograd.grad(y, given, dy.to(y.dtype), retain_graph=True)
+        return lambda: [operator(*given)]
+
+    ways = {kernels: way(operator) for kernels, operator in operators.items()}
+    for found, exact in zip(ways["triton"](), way(operators["torch"], torch.float64)(), strict=True):
+        near(found, exact.double(), 8e-3)
     # Forward the inputs are read and y is written; backward dy is read too, and a gradient of each input written.
-    moved = kept + nbytes(*inputs, dy) + (nbytes(*inputs) if backward else 0)
-    times = interleaved(warm(functions), 20, flush=True)
-    return {"rows": rows, "bytes": moved} | summary(times, moved, bandwidth)
+    inputs_bytes = sum(i.nbytes for i in inputs)
+    return ways, moved + inputs_bytes + dy.nbytes + (inputs_bytes if backward else 0)
 
 
-def summary(times: dict[str, list], moved: int, bandwidth: float | None) -> dict:
-    seconds = statistics.median(times["triton"])
-    found = {"microseconds": round(1e6 * seconds, 1), "gb_per_second": round(moved / seconds / 1e9)}
-    if bandwidth:
-        found["of_copy_bandwidth"] = round(moved / seconds / 1e9 / bandwidth, 3)
-    return found | {f"vs_{name}": ratio(times[name], times["triton"]) for name in times if name != "triton"}
-
-
-def time_cross_entropy(bandwidth: float | None) -> dict:
+def cross_entropy() -> tuple[dict[str, Callable], int]:
     """Loss and gradient of logits: the kernel that overwrites them, beside F.cross_entropy of their float32 copy."""
-    torch._dynamo.reset()
     n, v = (8_192, 32_768) if GPU else (3, 50)
     logits, targets = normal(n, v), torch.randint(v, (n,), device=DEVICE)
-    kernel = lambda: lumi.cross_entropy(logits, targets, "triton")  # noqa: E731
+    given = logits.clone().requires_grad_()
     plain = lambda x: F.cross_entropy(x.float(), targets, reduction="sum")  # noqa: E731
-    compiled, given = torch.compile(plain, dynamic=False, backend=BACKEND), logits.clone().requires_grad_()
-    functions = {"triton": kernel}
-    for name, f in {"eager": plain, "compiled": compiled}.items():
-        functions[name] = lambda f=f: torch.autograd.grad(f(given), given)
-    times = interleaved(warm(functions), 10, flush=True)
-    moved = 2 * logits.nbytes + 4 * n + targets.nbytes
-    memory = {f"{name}_mib": peak_mib(function) for name, function in functions.items()}
-    return {"rows": n, "bytes": moved} | summary(times, moved, bandwidth) | memory
+    ways = {"triton": lambda: lumi.cross_entropy(logits, targets, "triton")}
+    for name, loss in (("torch", plain), ("compiled", torch.compile(plain, dynamic=False, backend=BACKEND))):
+        ways[name] = lambda loss=loss: torch.autograd.grad(loss(given), given)
+    return ways, 2 * logits.nbytes + 4 * n + targets.nbytes
 
 
-def time_loss(d: int) -> dict:
-    """Projection and loss, forward and backward under autocast: chunked, beside all logits at once."""
-    torch._dynamo.reset()
+def projection_and_loss(d: int) -> tuple[dict[str, Callable], int]:
+    """Forward and backward under autocast: chunked and without a wait, beside all logits at once."""
     n, v = (16_384, 32_768) if GPU else (5, 50)
     x, w = normal(n, d).requires_grad_(), (0.02 * normal(v, d, dtype=torch.float32)).requires_grad_()
     targets = torch.randint(v, (n,), device=DEVICE)
     plain = lambda: F.cross_entropy(F.linear(x, w), targets)  # noqa: E731
-    losses = {"triton": lambda: lumi.linear_cross_entropy(x, w, targets, kernels="triton"), "eager": plain}
+    losses = {"triton": lambda: lumi.linear_cross_entropy(x, w, targets, kernels="triton"), "torch": plain}
     losses["compiled"] = torch.compile(plain, dynamic=False, backend=BACKEND)
 
-    def step(loss: Callable) -> None:
-        with torch.autocast(DEVICE.type, HALF):
+    def step(loss: Callable) -> tuple[Tensor, ...]:
+        with autocast():
             value = loss()
-        torch.autograd.grad(value, (x, w))
+        return value, *torch.autograd.grad(value, (x, w))
 
-    functions = warm({name: lambda f=f: step(f) for name, f in losses.items()})
-    times, memory = interleaved(functions, 10), {f"{name}_mib": peak_mib(f) for name, f in functions.items()}
-    found = {"milliseconds": round(1e3 * statistics.median(times["triton"]), 3)}
-    return found | {f"vs_{name}": ratio(times[name], times["triton"]) for name in ("eager", "compiled")} | memory
+    ways = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+    ways["triton"]()  # compiles
+    exact = F.cross_entropy(x.double() @ w.T.double(), targets)
+    exact = exact, *torch.autograd.grad(exact, (x, w))
+    for found, expected in zip(without_waiting(ways["triton"]), exact, strict=True):
+        near(found, expected.double(), 2e-2)
+    return ways, 0
+
+
+def time_kernel(make: Callable, *arguments) -> dict:
+    """A kernel beside its twins, eager and compiled. make: returns the ways, and the bytes moved or 0."""
+    torch._dynamo.reset()
+    ways, moved = make(*arguments)
+    times = timed(warm(ways), 20, flush=True)
+    seconds = statistics.median(times["triton"])
+    found = {"microseconds": round(1e6 * seconds, 1)}
+    if moved:
+        found |= {"bytes": moved, "gb_per_second": round(moved / seconds / 1e9)}
+    for name, function in ways.items():
+        found[f"{name}_mib"] = peak_mib(function)
+        if name != "triton":
+            found[f"vs_{name}"] = ratio(times[name], times["triton"])
+    return found
 
 
 def kernels(results) -> None:
-    """Adds the times of all of them to the `Results`."""
-    bandwidth = results.found.get("peaks", {}).get("copy", {}).get("gb_per_second")
-    cases = [("rms_norm", norm_case, (128, 256, 512, 768, 4096)), ("swiglu", swiglu_case, (512, 1024, 3072, 4096))]
-    for name, make, widths in cases:
-        for d in (widths[-2:-1] if results.quick else widths) if GPU else (24,):
-            for way in ("forward", "backward"):
-                arguments = (make, d, way == "backward", bandwidth)
-                results.measure("kernels", f"{name}_{way}_{d}", time_kernel, *arguments)
-    results.measure("kernels", "cross_entropy_32768", time_cross_entropy, bandwidth)
-    for d in (256, 768) if GPU else (24,):
-        results.measure("kernels", f"linear_cross_entropy_{d}", time_loss, d)
+    """The card's own rates, then each kernel's time."""
+    results.measure("peaks/measured", peaks)
+    with torch._functorch.config.patch(donated_buffer=False):  # a backward pass is timed many times over
+        for name, widths in (("rms_norm", (256, 768)), ("swiglu", (1024, 3072))):
+            for d in widths if GPU else (24,):
+                for way in ("forward", "backward"):
+                    results.measure(f"kernels/{name}_{way}_{d}", time_kernel, elementwise, name, d, way == "backward")
+        results.measure("kernels/cross_entropy_32768", time_kernel, cross_entropy)
+        for d in (256, 768) if GPU else (24,):
+            results.measure(f"kernels/projection_and_loss_{d}", time_kernel, projection_and_loss, d)
