@@ -68,12 +68,17 @@ def fuses(device: torch.device) -> bool:
 
 def prepare(device: torch.device, config) -> None:
     """Sets this process up for training. deterministic: a GPU refuses operations whose result depends on timing."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32; only training uses it
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-            torch.use_deterministic_algorithms(True)
+    allow_tf32(device)
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
     keep_freed_memory()
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Lets a GPU round float32 products to TF32, for training. Evaluation and serving compute them in float32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def training_dtype(device: torch.device, config) -> torch.dtype:
