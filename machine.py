@@ -68,17 +68,12 @@ def fuses(device: torch.device) -> bool:
 
 def prepare(device: torch.device, config) -> None:
     """Sets this process up for training. deterministic: a GPU refuses operations whose result depends on timing."""
-    allow_tf32(device)
+    if device.type == "cuda":  # round float32 products to TF32; evaluation and serving compute them in float32
+        torch.set_float32_matmul_precision("high")
     if config.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
     keep_freed_memory()
-
-
-def allow_tf32(device: torch.device) -> None:
-    """Lets a GPU round float32 products to TF32, for training. Evaluation and serving compute them in float32."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
 
 
 def training_dtype(device: torch.device, config) -> torch.dtype:
@@ -140,8 +135,7 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning(f"training continues uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
-    # DPO with reference="adapter_off" needs six variants of a block: without the adapter, with it, and the first block,
-    # whose input has no gradient, for one length and for any. Past PyTorch's limit of 8, blocks would run uncompiled.
+    # DPO with the adapter off needs six variants of a block. Past PyTorch's limit of 8, blocks would run uncompiled.
     torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:  # all blocks use the code of the first: 11 s for tiny; the whole model would take 29 s
         block.compile()

@@ -172,9 +172,7 @@ class Layout:
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, same_shape: bool = False
-) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, same_shape=False) -> Tensor:
     """softmax(q kᵀ / √E) v over the keys that each query sees. Shapes as in `Layout.attend`."""
     # PyTorch's fused operator never holds all T × S scores (flash attention, arXiv:2205.14135). Its fastest kernels
     # know the causal pattern, but take no mask: that is why `mask` is None wherever the pattern is plain causal.

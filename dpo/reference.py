@@ -60,7 +60,8 @@ def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenize
         return
     counts = dpo.data.load(pairs, spm.sha256)
     device = machine.pick_device()
-    machine.allow_tf32(device)  # as training does
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as training does
     with job.making():
         model = base.load().to(device).eval()
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
