@@ -22,6 +22,7 @@ import stage
 import tokenizer
 from cli import UserError, log
 from model import ModelConfig, RopeScaling, Transformer
+from stage import Stage
 
 
 @contextmanager
@@ -135,6 +136,25 @@ def newest(parent: Path) -> Iterator[Path]:
             log.warning(f"{wrong}: passing over {directory}")
         else:
             yield directory
+
+
+def find(job: Stage, resume: str) -> Path | None:
+    """The named or newest undamaged checkpoint; None if there is none. UserError if it does not fit this run."""
+    if resume == "auto":
+        start = next(newest(job.directory), None)
+    else:
+        start = Path(resume)
+        if not start.is_dir() or (start / "final").is_dir():
+            known = ", ".join(str(path) for _, path in steps(job.directory)) or "none"
+            raise UserError(f"{start} is not a checkpoint; this run has: {known}")
+        read(start, "state.pt")
+        step = read_manifest(start)["counts"]["step"]
+        if later := [path.name for s, path in steps(job.directory) if s > step]:
+            newer = f"{', '.join(later)} in {job.directory}"
+            raise UserError(f"{start} is older than {newer}; move these away, or give the experiment another name")
+    if start is not None:
+        job.must_match(start)
+    return start
 
 
 def digest(directory: Path) -> str:

@@ -2,26 +2,28 @@
 
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cli import UserError, log
-from model import ModelConfig, Transformer
+from cli import UserError, log, progress
+from model import ModelConfig, Transformer, triton_error
 
 CHINCHILLA = 20  # tokens per parameter that give the best model for its training FLOPs (arXiv:2203.15556)
 # The card's name in CUDA; TFLOP/s in 16-bit floats; TFLOP/s in float32 (TF32 where the card has it). From the vendors'
 # data sheets: tensor cores without sparsity, accumulating in float32. Cards called Tesla have no bfloat16.
 DATASHEET = (
+    ("NVIDIA B200", 2250.0, 1125.0),
     ("NVIDIA (H200|H100 80GB HBM3)", 989.4, 494.7),
     ("NVIDIA H[12]00 NVL", 835.5, 417.5),
     ("NVIDIA H100 PCIe", 756.0, 378.0),
@@ -35,8 +37,11 @@ DATASHEET = (
     ("NVIDIA L4", 121.0, 60.0),
     ("NVIDIA RTX A6000", 154.8, 77.4),
     ("NVIDIA RTX 6000 Ada Generation", 364.2, 182.1),
+    ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
     ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    ("NVIDIA GeForce RTX 4080", 97.5, 48.7),
     ("NVIDIA GeForce RTX 3090", 71.0, 35.6),
+    ("NVIDIA GeForce RTX 3060", 25.5, 12.7),
     ("Tesla V100-SXM2-(16|32)GB", 125.0, 15.7),
     ("Tesla V100-PCIE-(16|32)GB", 112.0, 14.0),
     ("Tesla T4", 65.0, 8.1),
@@ -47,8 +52,28 @@ def pick_device() -> torch.device:
     """This process's GPU, or a Mac's GPU ("mps"), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # nobody has tested "mps" yet
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    fuses(device)  # warns
+    return device
+
+
+@functools.cache
+def fuses(device: torch.device) -> bool:
+    """True if Triton works on this GPU. If not, warns once: everything runs as plain operations, uncompiled."""
+    if reason := triton_error(device):
+        remedy = "install a C compiler and Python's headers (apt install gcc python3-dev), or fix this"
+        log.warning(f"nothing is compiled for this GPU, which is slower; {remedy}: {reason}")
+    return not reason
+
+
+def prepare(device: torch.device, config) -> None:
+    """Sets this process up for training. deterministic: a GPU refuses operations whose result depends on timing."""
+    if device.type == "cuda":  # round float32 products to TF32; evaluation and serving compute them in float32
+        torch.set_float32_matmul_precision("high")
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
 
 
 def training_dtype(device: torch.device, config) -> torch.dtype:
@@ -64,13 +89,6 @@ def training_dtype(device: torch.device, config) -> torch.dtype:
     else:  # bfloat16 gives other results on another CPU
         halves = [] if config.deterministic else [torch.bfloat16]
     return next((half for half in halves if native(device, half)), torch.float32)
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Makes a GPU refuse operations whose result depends on timing."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-        torch.use_deterministic_algorithms(True)
 
 
 def native(device: torch.device, dtype: torch.dtype) -> bool:
@@ -109,12 +127,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
     """Fuses the operations between matrix products with torch.compile. False, with a warning, if it cannot compile."""
+    if device.type == "cuda" and not fuses(device):
+        return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Python headers, …: many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning(f"training continues uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
+    # DPO with the adapter off needs six variants of a block. Past PyTorch's limit of 8, blocks would run uncompiled.
+    torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:  # all blocks use the code of the first: 11 s for tiny; the whole model would take 29 s
         block.compile()
     return True
@@ -129,8 +151,34 @@ def keep_freed_memory() -> None:
 
 
 def rows_held(config, processes: int) -> int:
-    """Rows of a batch that one process has in memory at once."""
-    return max(1, min(config.micro_batch_size or config.batch_size, config.batch_size // processes))
+    """Rows of a batch that one process has in memory at once. One GPU starts with all of them: see TrainConfig."""
+    most = config.batch_size if halves_rows(processes) else config.micro_batch_size or config.batch_size
+    return max(1, min(most, config.batch_size // processes))
+
+
+def halves_rows(processes: int) -> bool:
+    """True if training finds out how many rows fit into memory. Several processes cannot: they wait for each other."""
+    return processes == 1 and torch.cuda.is_available()
+
+
+def fewer(rows: int) -> int:
+    """The largest divisor up to half of the rows: micro-batches of one shape are compiled once."""
+    return next(number for number in range(rows // 2 or 1, 0, -1) if rows % number == 0)
+
+
+def in_batches(count: int, size: int, work: Callable[[int, int], int], unit: str, what: str) -> None:
+    """Does `count` items under a progress bar. work(first, size) does about `size` of them, and returns how many."""
+    # A GPU that runs out of memory gets half as many at a time from then on. unit, what: for the bar.
+    done = 0
+    bar = progress(itertools.repeat(None), lambda: (done, count), unit, what)
+    while done < count:
+        next(bar)
+        try:
+            done += work(done, size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2
 
 
 def numbers(parameters: Iterable[Tensor]) -> int:
@@ -141,7 +189,8 @@ def numbers(parameters: Iterable[Tensor]) -> int:
 def memory_available(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes that this process can still allocate: on the GPU, or on the machine within its container's limits."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for later use
+        return torch.cuda.mem_get_info(device)[0] + held
     if not (root / "proc/meminfo").is_file():  # not Linux: the whole memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = int((root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
@@ -188,9 +237,9 @@ def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
         if not known and "DefaultCPUAllocator: can't allocate memory" not in str(error):
             raise
         held, length = rows_held(config, processes), model.context_length
-        fewer = next(rows for rows in range(held // 2 or 1, 0, -1) if held % rows == 0)
+        rows = f"micro_batch_size={fewer(held)} (now {held}), then "
         raise UserError(
-            f"out of memory; set micro_batch_size={fewer} (now {held}), then gradient_checkpointing=True (now "
+            f"out of memory; set {'' if held == 1 or halves_rows(processes) else rows}gradient_checkpointing=True (now "
             f"{config.gradient_checkpointing}), then context_length={max(1, length // 2)} (now {length})"
         ) from None
 

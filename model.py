@@ -9,13 +9,16 @@
 # E head dimension, V vocabulary.
 
 import copy
+import functools
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -161,15 +164,28 @@ class Layout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: (B, H, T, E), k and v: (B, K, T, E), rotated. Returns (B, H, T, E)."""
-        return softmax_attention(q, k, v, self.mask, causal=self.mask is None)
+        return softmax_attention(q, k, v, self.mask, causal=self.mask is None, same_shape=True)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+# What PyTorch may choose from on a GPU for shapes that change: cuDNN, which newer GPUs prefer, would plan for half a
+# second at every new shape.
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, same_shape=False) -> Tensor:
     """softmax(q kᵀ / √E) v over the keys that each query sees. Shapes as in `Layout.attend`."""
     # PyTorch's fused operator never holds all T × S scores (flash attention, arXiv:2205.14135). Its fastest kernels
     # know the causal pattern, but take no mask: that is why `mask` is None wherever the pattern is plain causal.
+    # same_shape: most calls have these shapes, as in pretraining.
     grouped = k.shape[1] < q.shape[1]  # several query heads share one key-value head
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+        # Only flash attention shares heads on a GPU, and it has neither float32 nor masks. Copies of the heads let
+        # PyTorch use another fused kernel, instead of one that holds all scores.
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, E)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        grouped = False
+    with sdpa_kernel(ANY_SHAPE) if q.is_cuda and not same_shape else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -419,7 +435,7 @@ class Packed(Layout):
     # kernels, and no scores between texts, which would be most of T × T.
 
     def __init__(self, model: Transformer, positions: Tensor, device: torch.device):
-        at = positions.to(device, non_blocking=True)
+        at = send(positions, device)
         super().__init__(model.cos[at], model.sin[at], None)
         self.causal = model.causal
         batches: list[list[tuple[int, int, int, int]]] = []
@@ -441,8 +457,8 @@ class Packed(Layout):
             tokens.append(token.flatten())
             self.shapes.append(token.shape)
             start_of_batch += token.numel()
-        self.tokens = torch.cat(tokens).to(device, non_blocking=True)
-        self.places = self.places.to(device, non_blocking=True)
+        self.tokens = send(torch.cat(tokens), device)
+        self.places = send(self.places, device)
 
     # Shapes differ from batch to batch. Like torch.compiler.disable, but imports the compiler (1.3 s) only when used.
     @torch._disable_dynamo
@@ -464,6 +480,12 @@ class Packed(Layout):
         rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)  # (places, H, E)
         parts = rows.split([texts * longest for texts, longest in self.shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the CPU as a tensor on the device, without waiting for the GPU."""
+    # A GPU copies pinned memory while it computes. From other memory it would first finish all it has been given.
+    return (x.pin_memory() if torch.cuda.is_available() else x).to(device, non_blocking=True)
 
 
 def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
@@ -543,9 +565,9 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
         if not live.all():
             keep = live.nonzero()[:, 0]
             targets = targets[keep]
-            keep = keep.to(x.device, non_blocking=True)
+            keep = send(keep, x.device)
             x, factors = x[keep], None if factors is None else factors[keep]
-        targets = targets.to(x.device, non_blocking=True)
+        targets = send(targets, x.device)
     loss = x.new_zeros(len(x) if per_target else (), dtype=wide)
     dx = x.new_empty(x.shape) if learn_x else None
     dw = None
@@ -616,7 +638,20 @@ def use_triton(kernels: str, x: Tensor) -> bool:
     """True if an operation on x runs as a Triton kernel; not under torch.compile, which fuses the plain operations."""
     if triton is None or torch.compiler.is_compiling():
         return False
-    return kernels == "triton" or (kernels == "auto" and x.is_cuda and x.dtype != torch.float64)
+    if kernels == "auto":
+        return x.is_cuda and x.dtype != torch.float64 and not triton_error(x.device)
+    return kernels == "triton"
+
+
+@functools.cache
+def triton_error(device: torch.device) -> str:
+    """Why Triton cannot run on this GPU; "" if it can. When it is first used, it needs a C compiler."""
+    try:
+        one = torch.ones(1, device=device)
+        TritonSwiGLU.apply(one, one)
+    except Exception as error:  # no compiler, no Python headers, no Triton, a GPU that is too old: many types
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -147,6 +147,14 @@ def total(number: int) -> int:
 
 def largest(number: int) -> int:
     return int(add_up(torch.tensor(number), dist.ReduceOp.MAX))
+
+
+def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
+    """Yields this process's share of `chosen`, at most `rows` at a time, and whether the share counts."""
+    # All processes must call a sharded model together. A process with no row left reads the first row, uncounted.
+    for start in range(0, len(chosen), rows * ranks()):
+        share = chosen[start + rank() * rows : start + (rank() + 1) * rows]
+        yield share or chosen[:1], bool(share)
 
 
 def command(remake: str) -> str:

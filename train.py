@@ -29,13 +29,12 @@ from data.batches import Mixture, Windows, mixture
 from data.pack import Packed
 from model import ModelConfig, Transformer
 from stage import Stage
-from trainer import FREE, Task, TrainConfig, plan_steps, run, shared_rows
+from trainer import FREE, Task, TrainConfig, plan_steps, run
 
 
 def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, mixed: bool) -> Task:
     """The task of predicting the next token. batches: training windows. mixed: log each set's tokens."""
     length = model.context_length
-    rows = machine.rows_held(config, parallel.ranks())
     held_out = Windows(validation, length)
 
     def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -48,7 +47,7 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def evaluate(model: nn.Module, rows: int) -> dict[str, float]:
         loss = mean_loss(model, held_out, chosen, rows)
         # A loss per token depends on the tokenizer: a text has fewer long pieces, but each is harder to guess.
         # Bits per byte can be compared across tokenizers.
@@ -80,7 +79,7 @@ def mean_loss(model: nn.Module, held_out: Windows, chosen: list[int], rows: int)
     """The mean loss of the chosen windows, nats per token, over all processes. rows: read at once."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)  # a float32 sum of thousands would lose digits
-    for windows, counts in shared_rows(chosen, rows):
+    for windows, counts in parallel.shared_rows(chosen, rows):
         tokens, targets = held_out.read(windows)
         mean = model(tokens.to(device), targets.to(device))
         total += mean.cpu().double() * (len(windows) * counts)  # weight by rows: the last share may have fewer

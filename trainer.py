@@ -6,7 +6,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import cli
 import machine
 import parallel
 import stage
-from cli import UserError, log, plural
+from cli import log, plural
 from metrics import Report
 from model import Transformer
 from optim import SCHEDULES, decay_start, learning_rate, make_optimizers
@@ -45,7 +45,9 @@ class TrainConfig:
     steps: int | None = free(None)  # optimizer steps; or give epochs
     epochs: float | None = free(None)  # passes over the training data; or give steps
     batch_size: int  # rows of context_length tokens per step, over all processes and micro-batches
-    micro_batch_size: int | None = free(None)  # rows in a process's memory at once; None: all of its share
+    # Rows in a process's memory at once; None: all of its share. One GPU alone ignores it: it begins with all rows and
+    # halves them while they do not fit. A resumed run begins with the number in the checkpoint.
+    micro_batch_size: int | None = free(None)
     learning_rate: float  # the peak
     min_lr: float = 0.0  # the schedule's end value
     schedule: str = "cosine"  # from peak to end: "cosine", "linear", or "wsd", which stays at the peak before it falls
@@ -113,7 +115,8 @@ class Task:
     # call model(…), not one of its methods, or FSDP does not gather the weights.
     loss: Callable[..., dict[str, Tensor]]
     targets: Callable[..., int]  # targets(*batch): the number of targets in a batch
-    evaluate: Callable[[nn.Module], dict[str, float]]  # held-out metrics, with `val_loss`; the same in every process
+    # evaluate(model, rows): held-out metrics, with `val_loss`, the same in every process. rows: to read at once.
+    evaluate: Callable[[nn.Module, int], dict[str, float]]
     steps: int  # to train
     epoch: float  # steps per pass over the data
     flops: float  # floating-point operations per step, of all processes together
@@ -144,15 +147,6 @@ def plan_steps(config: TrainConfig, count: int, row: str) -> tuple[int, float]:
     return steps, epoch
 
 
-def shared_rows(chosen: Sequence[int], rows: int) -> Iterator[tuple[list[int], bool]]:
-    """Yields this process's share of `chosen`, at most `rows` at a time, and whether the share counts."""
-    # All processes must call a sharded model together. A process with no row left reads the first row, uncounted.
-    rank, ranks = parallel.rank(), parallel.ranks()
-    for start in range(0, len(chosen), rows * ranks):
-        share = chosen[start + rank * rows : start + (rank + 1) * rows]
-        yield share or chosen[:1], bool(share)
-
-
 def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resume: str) -> None:
     """Trains the model to the end. Writes checkpoints, metrics.jsonl, the manifest. resume: "auto", or a checkpoint."""
     # UserError: a checkpoint of another config, or too many skipped steps. Stopped: by Ctrl-C or SIGTERM, after saving.
@@ -167,21 +161,14 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             for group in trainer.groups:
                 group["lr"] = lr
 
-            # Add up the gradient of the global batch's mean loss. A micro-batch counts by its targets, not its rows: in
-            # SFT rows have different numbers of targets, and a mean of means would depend on how the batch is cut.
+            # Add up the gradient of the global batch's mean loss. If its rows do not fit into memory, begin again.
             targets = parallel.total(task.targets(*batch))
             tokens = parallel.total(task.tokens(*batch)) if task.tokens else targets
-            means = {}
-            micro_batches = list(zip(*(tensor.split(trainer.rows) for tensor in batch), strict=True))
-            for micro_batch in micro_batches:
-                weight = task.targets(*micro_batch) / max(1, targets)
-                with trainer.autocast:
-                    parts = {name: mean * weight for name, mean in task.loss(model, *micro_batch).items()}
-                # "ddp" sums gradients over processes once per step, in the last backward pass; "fsdp" does it in each.
-                with trainer.exchange.exchanging() if micro_batch is micro_batches[-1] else nullcontext():
-                    (parts["loss"] * scale.value).backward()
-                for name, part in parts.items():
-                    means[name] = means.get(name, 0.0) + part.detach()
+            try:
+                means = trainer.add_gradients(batch, targets)
+            except torch.OutOfMemoryError:
+                trainer.hold_fewer_rows()
+                continue
             if progress.step + 1 < steps:
                 batch = trainer.read_batch(progress.step + 1)  # while the GPU computes
 
@@ -240,11 +227,9 @@ class Trainer:
         self.device, size, ranks = machine.pick_device(), config.batch_size, parallel.ranks()
         if size % ranks:
             parallel.refuse(f"batch_size is {size}, which {ranks} processes cannot share evenly; change one of them")
-        if config.deterministic:
-            machine.make_deterministic(self.device)
-        machine.keep_freed_memory()
+        machine.prepare(self.device, config)
         self.dtype = parallel.lead(lambda: machine.training_dtype(self.device, config))
-        start = parallel.lead(lambda: find_checkpoint(job, resume))
+        start = parallel.lead(lambda: checkpoint.find(job, resume))
         state = self.load(start) if start else None
 
         compiled = config.compile and machine.compile_blocks(model, self.device)
@@ -300,6 +285,7 @@ class Trainer:
         if torch.cuda.is_available() and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
+        self.rows = min(self.rows, self.progress.rows or self.rows)
         log.info(f"resumed from step {self.progress.step} ({start})")
         if changed := stage.changed_code(start, self.job.code):
             log.warning(f"{changed} changed since {start} was saved; the rest of the run uses the new code")
@@ -324,6 +310,34 @@ class Trainer:
         # Pinned memory is copied to the GPU while the GPU computes.
         return tuple(tensor.pin_memory() for tensor in batch) if self.device.type == "cuda" else batch
 
+    def add_gradients(self, batch: tuple[Tensor, ...], targets: int) -> dict[str, Tensor]:
+        """Adds up the gradient over micro-batches. Returns this process's share of the averages to log."""
+        # A micro-batch counts by its targets, not its rows: in SFT rows have different numbers of targets, and a mean
+        # of means would depend on how the batch is cut. targets: in the global batch.
+        means = {}
+        micro_batches = list(zip(*(tensor.split(self.rows) for tensor in batch), strict=True))
+        for micro_batch in micro_batches:
+            weight = self.task.targets(*micro_batch) / max(1, targets)
+            with self.autocast:
+                parts = {name: mean * weight for name, mean in self.task.loss(self.model, *micro_batch).items()}
+            # "ddp" sums gradients over processes once per step, in the last backward pass; "fsdp" does it in each.
+            with self.exchange.exchanging() if micro_batch is micro_batches[-1] else nullcontext():
+                (parts["loss"] * self.scale.value).backward()
+            for name, part in parts.items():
+                means[name] = means.get(name, 0.0) + part.detach()
+        return means
+
+    def hold_fewer_rows(self) -> None:
+        """After an out-of-memory error, prepares to try the step again with fewer rows at once; or raises the error."""
+        rows, fewer = self.rows, machine.fewer(self.rows)
+        if parallel.ranks() > 1 or fewer == rows:
+            raise  # again
+        log.info(f"{rows} rows do not fit into memory: from now on {fewer} at a time")
+        self.rows = self.progress.rows = fewer
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        torch.compiler.reset()  # otherwise it would compile for any number of rows, which is slower
+
     def give_up(self) -> None:
         step, in_a_row = self.progress.step, plural(self.progress.skipped_in_a_row, "step")
         documents = self.task.documents(step - 1) or "documents unknown"
@@ -343,7 +357,7 @@ class Trainer:
             self.model.eval()
             # Not compiled: evaluation batches have other shapes, and each shape would be compiled.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.autocast:
-                record.update(self.task.evaluate(self.model))
+                record.update(self.task.evaluate(self.model, self.rows))
             self.model.train()
             self.report.show(record)
             best, late = progress.best_step, progress.best_step + 2 * self.config.eval_every
@@ -404,6 +418,7 @@ class Progress:
     warned_of: int = -1  # best step in the last overfitting warning
     skipped: int = 0  # steps that changed nothing, because their gradient was not finite
     skipped_in_a_row: int = 0  # skipped steps since the last good one, not counting float16 overflows
+    rows: int | None = None  # in memory at once, if the GPU could not hold more
 
 
 FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000
@@ -434,25 +449,6 @@ def clip_gradient(parameters: list[nn.Parameter], limit: float, scale: float) ->
                 p.grad.div_(scale)
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def find_checkpoint(job: Stage, resume: str) -> Path | None:
-    """The named or newest undamaged checkpoint; None if there is none. UserError if it does not fit this run."""
-    if resume == "auto":
-        start = next(checkpoint.newest(job.directory), None)
-    else:
-        start = Path(resume)
-        if not start.is_dir() or (start / "final").is_dir():
-            known = ", ".join(str(path) for _, path in checkpoint.steps(job.directory)) or "none"
-            raise UserError(f"{start} is not a checkpoint; this run has: {known}")
-        checkpoint.read(start, "state.pt")
-        step = stage.read_manifest(start)["counts"]["step"]
-        if later := [path.name for s, path in checkpoint.steps(job.directory) if s > step]:
-            newer = f"{', '.join(later)} in {job.directory}"
-            raise UserError(f"{start} is older than {newer}; move these away, or give the experiment another name")
-    if start is not None:
-        job.must_match(start)
-    return start
 
 
 def is_done(job: Stage, steps: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import IGNORED
+from model import IGNORED, send
 from stage import check_types
 
 
@@ -117,10 +117,10 @@ def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
     """log π of the chosen and rejected answers, in nats: (pairs, 2) float64. ids, bounds: as in `pack_pairs`."""
     inputs, targets, positions, lengths = pack_pairs(ids, bounds)
     device = next(model.parameters()).device
-    inputs = inputs.to(device, non_blocking=True)
+    inputs = send(inputs, device)
     losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,), −log π of each target
     answers = (targets[0] != IGNORED).nonzero()[:, 0]
-    losses = losses[answers.to(device, non_blocking=True)]
+    losses = losses[send(answers, device)]
     # float64: the loss is a small difference of large sums, and float32 would lose digits. A Mac's GPU lacks float64.
     wide = torch.float32 if device.type == "mps" else torch.float64
     sums = [part.sum() for part in losses.to(wide).split(lengths)]

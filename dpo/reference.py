@@ -4,7 +4,6 @@
 # `train.logp` and `val.logp` hold two little-endian float64 numbers per pair, in the order of dpo_data: the
 # log-probabilities of the chosen and of the rejected answer, in nats, computed in the precision of training.
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import checkpoint
 import dpo.data
 import machine
 import stage
-from cli import UserError, log, progress
+from cli import UserError, log
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
@@ -31,10 +30,14 @@ TOKENS = {"cpu": 8_192, "cuda": 131_072}  # the most tokens per batch
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     """Log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
     size, values = max(1, TOKENS.get(device_of(model).type, TOKENS["cpu"]) // pairs.width), []  # size: pairs per batch
+
+    def read(first: int, size: int) -> int:
+        ids, bounds, _ = pairs.read(range(first, min(first + size, pairs.count)))
+        values.append(log_probs(model, ids, bounds).cpu())
+        return len(ids)
+
     with torch.inference_mode():
-        for start in progress(range(0, pairs.count, size), math.ceil(pairs.count / size), "batches", name):
-            ids, bounds, _ = pairs.read(range(start, min(start + size, pairs.count)))
-            values.append(log_probs(model, ids, bounds).cpu())
+        machine.in_batches(pairs.count, size, read, "pairs", name)
     values = torch.cat(values)
     if not values.isfinite().all():
         what = f"a log-probability of the pairs in {pairs.file} is not finite"
@@ -57,6 +60,8 @@ def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenize
         return
     counts = dpo.data.load(pairs, spm.sha256)
     device = machine.pick_device()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as training does
     with job.making():
         model = base.load().to(device).eval()
         with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():

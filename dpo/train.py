@@ -18,16 +18,16 @@ import dpo.data
 import dpo.reference
 import finetune
 import lora
-import machine
 import parallel
 from cli import UserError
 from dpo.data import PairConfig, PairRows
 from dpo.loss import LossConfig, log_probs, preference_loss, rewards
 from finetune import Base, Tuning, check_weights, device_of
 from lora import LoRAConfig
+from model import send
 from stage import Stage, check_types
 from tokenizer import Tokenizer
-from trainer import TrainConfig, shared_rows
+from trainer import TrainConfig
 
 MEASURED = 16  # held-out pairs on whose chosen answers the divergence from the reference is measured
 
@@ -103,8 +103,8 @@ class PreferenceLearning(Tuning):
                 reference = log_probs(model, ids, bounds)
         policy = log_probs(model, ids, bounds)
         if self.stored is not None:
-            reference = self.stored[split][numbers].to(policy.device, non_blocking=True)
-        lengths = bounds.diff(dim=1).to(policy.device, non_blocking=True)
+            reference = send(self.stored[split][numbers], policy.device)
+        lengths = send(bounds.diff(dim=1), policy.device)
         logged = rewards(policy, reference, self.dpo.loss)
         return {"loss": preference_loss(policy, reference, lengths, self.dpo.loss)} | logged
 
@@ -118,11 +118,11 @@ class PreferenceLearning(Tuning):
     def tokens(self, ids: Tensor, bounds: Tensor, numbers: Tensor) -> int:
         return int((bounds[:, 2] - bounds[:, 0]).sum())
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, rows: int) -> dict[str, float]:
         count = len(self.chosen)
         sums: dict[str, Tensor] = {}
-        for rows, counts in shared_rows(self.chosen, machine.rows_held(self.config, parallel.ranks())):
-            values = self.compared(model, "val", *self.held_out.read(rows))
+        for numbers, counts in parallel.shared_rows(self.chosen, rows):
+            values = self.compared(model, "val", *self.held_out.read(numbers))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.sum() * counts
         metrics = {f"val_{name}": float(parallel.add_up(total)) / count for name, total in sums.items()}
@@ -141,9 +141,10 @@ def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[],
     total, tokens = 0.0, 0
     for row, (prompt, chosen, _) in zip(ids, bounds.tolist(), strict=True):
         text = row[None, : chosen - 1].to(device)
-        policy = model(text)[0, prompt - 1 :].cpu().double().log_softmax(-1)  # (answer, V)
+        positions = torch.arange(chosen - 1)[None]  # as packed rows have: see ANY_SHAPE in model.py
+        policy = model(text, positions=positions)[0, prompt - 1 :].cpu().double().log_softmax(-1)  # (answer, V)
         with lora.without(model) if adapted else nullcontext():
-            base = reference(text)[0, prompt - 1 :].cpu().double().log_softmax(-1)
+            base = reference(text, positions=positions)[0, prompt - 1 :].cpu().double().log_softmax(-1)
         total += float((policy.exp() * (policy - base)).sum())
         tokens += chosen - prompt
     return total / tokens

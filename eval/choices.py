@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import progress
 from eval.language import Subject, token_losses, token_nats
 from eval.statistics import mean_and_error, p_value
+from machine import in_batches
 from model import IGNORED
 from tokenizer import Tokenizer
 
@@ -69,13 +69,30 @@ def score(subject: Subject, questions: Sequence[Question], what: str = "choices"
 
 def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choices") -> tuple[np.ndarray, np.ndarray]:
     """log p in nats of each text's scored ids, (texts,) float64; and whether greedy decoding would write them, bool."""
-    # A text has at most context_length inputs. Sorting makes texts with equal beginnings neighbours. The first of them,
-    # the base, is read whole. A later text is read from input `first` on, which predicts the first id that differs.
+    # A text has at most context_length inputs. Sorting makes texts with equal beginnings neighbours.
+    order = sorted(range(len(texts)), key=lambda i: texts[i].ids)
+    log_p = np.zeros(len(texts))
+    greedy = np.zeros(len(texts), bool)
+
+    def work(first: int, budget: int) -> int:
+        batch = next_batch(texts, order[first:], budget)
+        read(subject, texts, batch, log_p, greedy)
+        return len(batch)
+
+    budget = BATCH_TOKENS.get(subject.device.type, BATCH_TOKENS["cpu"])
+    with torch.inference_mode():
+        in_batches(len(texts), budget, work, "texts", what)
+    return log_p, greedy
+
+
+def next_batch(texts: Sequence[Scored], order: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """The first texts of `order` that fit into a budget of tokens: the number of each, and the first input to read."""
+    # The first text, the base, is read whole. A later text is read from the input on that predicts the first id in
+    # which it differs from the base, or becomes the next base.
     base = Scored([], 0)
     before = size = 0
-    batches = [[]]
-    budget = BATCH_TOKENS.get(subject.device.type, BATCH_TOKENS["cpu"])
-    for i in sorted(range(len(texts)), key=lambda i: texts[i].ids):
+    batch = []
+    for i in order:
         ids, start = texts[i]
         shared = len(os.path.commonprefix((base.ids, ids)))  # noqa: RUF071 - not paths: lists of ids
         first = max(0, shared - 1)
@@ -84,20 +101,14 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
         follows = first == before - 1 < len(ids) - 1  # positions that count on would join the two texts
         if follows or 3 * shared < len(ids):
             first = 0
-        if batches[-1] and size + len(ids) - first > budget:
-            batches.append([])
-            size = first = 0
+        if batch and size + len(ids) - first > budget:
+            break
         if first == 0:
             base = texts[i]
-        batches[-1].append((i, first))
+        batch.append((i, first))
         size += len(ids) - first
         before = len(ids)
-    log_p = np.zeros(len(texts))
-    greedy = np.zeros(len(texts), bool)
-    with torch.inference_mode():
-        for batch in progress(batches, len(batches), "batches", what):
-            read(subject, texts, batch, log_p, greedy)
-    return log_p, greedy
+    return batch
 
 
 def read(subject: Subject, texts: Sequence[Scored], batch: list, log_p: np.ndarray, greedy: np.ndarray) -> None:

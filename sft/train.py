@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import checkpoint
 import finetune
 import generate
-import machine
 import parallel
 import sft.data
 from cli import log
@@ -27,7 +26,7 @@ from sft.data import ConversationConfig, Rows
 from sft.templates import shown
 from stage import Stage, check_types
 from tokenizer import Tokenizer
-from trainer import TrainConfig, shared_rows
+from trainer import TrainConfig
 
 SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs; the most tokens of an answer
 
@@ -98,12 +97,12 @@ class FineTuning(Tuning):
     def targets(self, tokens: Tensor, targets: Tensor, *rest: Tensor) -> int:
         return int((targets != IGNORED).sum())
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, rows: int) -> dict[str, float]:
         device, ranks = device_of(model), parallel.ranks()
         # One sum in float64, divided at the end: the grouping of the rows changes nothing.
         nats = torch.zeros((), dtype=torch.float64)
-        for rows, counts in shared_rows(self.chosen, machine.rows_held(self.config, ranks)):
-            tokens, targets, positions = self.held_out.read(rows)
+        for numbers, counts in parallel.shared_rows(self.chosen, rows):
+            tokens, targets, positions = self.held_out.read(numbers)
             mean = model(tokens.to(device), targets, positions=positions)
             nats += mean.cpu().double() * int((targets != IGNORED).sum()) * counts
         mean = float(parallel.add_up(nats)) / self.measured

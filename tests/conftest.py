@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small f
 import hypothesis
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
@@ -150,6 +151,28 @@ class Command(subprocess.Popen):
         """Reads its output until a line has the text."""
         while text not in (line := self.stdout.readline()):
             assert line, f"the command ended without {text!r}: {self.communicate()}"
+
+
+class AsOnGPU(TorchFunctionMode):
+    """Computes on the CPU what the model would compute on a GPU. Keeps what it asks of PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = []  # heads of the keys, whether query heads share them, whether cuDNN may be used
+        self.pinned, self.copied = [], []  # tensors that were pinned, and that were copied without waiting
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function == torch.Tensor.is_cuda.__get__:
+            return True
+        if function == torch.Tensor.pin_memory:
+            self.pinned.append(args[0])
+            return args[0]
+        if function == torch.Tensor.to and kwargs.get("non_blocking"):
+            self.copied.append(args[0])
+        if function == torch.nn.functional.scaled_dot_product_attention:
+            self.attention.append((args[1].shape[1], kwargs["enable_gqa"], torch.backends.cuda.cudnn_sdp_enabled()))
+        return function(*args, **kwargs)
 
 
 class Place:

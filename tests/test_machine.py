@@ -1,16 +1,23 @@
 """The machine: precision, speed, memory, and the page before training."""
 
 import dataclasses
+import functools
 import itertools
+import math
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import machine
+import model as lumi
 import stage
 from cli import UserError
 from model import ModelConfig, Transformer
@@ -62,6 +69,64 @@ def test_a_slow_precision_that_is_asked_for_gives_a_warning(no_gpu, caplog, monk
 def test_a_gpu_gets_the_precision_of_its_generation(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert dtype(torch.device("cuda", 3), deterministic=True) == expected
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> torch.device:
+    """This process believes that it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    machine.fuses.cache_clear()
+    yield torch.device("cuda", 0)
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_only_training_rounds_float32_to_tf32(gpu):
+    torch.set_float32_matmul_precision("highest")
+    assert machine.pick_device() == gpu
+    assert torch.get_float32_matmul_precision() == "highest"  # evaluation and serving only pick a device
+    machine.prepare(CPU, CONFIG)
+    assert torch.get_float32_matmul_precision() == "highest"
+    machine.prepare(gpu, CONFIG)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton works")
+def test_where_triton_does_not_work_plain_operations_do_and_one_warning_says_why(gpu, caplog):
+    """Triton's first use fails here as it does without a C compiler."""
+    machine.pick_device()
+    assert machine.pick_device() == gpu
+    assert not machine.compile_blocks(meta(SHAPE), gpu)
+    [warning] = caplog.messages
+    assert re.search("nothing is compiled for this GPU.*apt install gcc python3-dev.*not compiled with CUDA", warning)
+    with FakeTensorMode():
+        assert not lumi.use_triton("auto", torch.empty(1, device=gpu))
+        assert lumi.use_triton("triton", torch.empty(1, device=gpu))  # whoever asks for it gets the error
+
+
+def test_why_triton_does_not_work(monkeypatch):
+    class Missing:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    assert lumi.triton_error.__wrapped__(CPU if not torch.cuda.is_available() else torch.device("cuda")) == ""
+    monkeypatch.setattr(lumi, "swiglu_forward_kernel", Missing())
+    assert lumi.triton_error.__wrapped__(CPU) == "Failed to find C compiler."
+
+
+@pytest.mark.filterwarnings("ignore")  # from torch's compiler
+def test_blocks_stay_compiled_for_many_kinds_of_calls(monkeypatch):
+    """PyTorch's limit is 8."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = Transformer(dataclasses.replace(SHAPE, n_layers=1))
+    with torch._dynamo.config.patch(recompile_limit=8, automatic_dynamic_shapes=False):
+        assert machine.compile_blocks(model, CPU)
+        counted = CompileCounter()
+        model.blocks[0].compile(backend=counted)
+        for length in range(2, 12):
+            model(torch.zeros(1, length, dtype=torch.int64))
+    assert counted.frame_count == 10
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(1, 2), (0.01, 8)])
@@ -140,6 +205,53 @@ def test_memory_available_is_the_least_that_machine_and_groups_leave(tmp_path):
     assert machine.memory_available(CPU, tmp_path) == 0
 
 
+def test_memory_that_pytorch_keeps_for_later_is_available(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 9_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2_000)
+    assert machine.memory_available(torch.device("cuda", 0)) == 4_000
+
+
+def test_a_gpu_alone_starts_with_all_rows(gpu, monkeypatch):
+    config = dataclasses.replace(CONFIG, batch_size=16, micro_batch_size=4)
+    assert machine.rows_held(config, 1) == 16
+    assert machine.rows_held(config, 2) == 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.rows_held(config, 1) == 4
+
+
+@given(rows=st.integers(1, 60))
+def test_fewer_rows_divide_them_down_to_one(rows):
+    fewer = machine.fewer(rows)
+    assert rows % fewer == 0
+    assert fewer <= max(1, rows // 2)
+    assert fewer == 1 or 2 * fewer == rows or rows % 2
+
+
+@given(count=st.integers(0, 40), size=st.integers(1, 40), fits=st.integers(1, 40))
+def test_batches_are_halved_until_they_fit(count, size, fits):
+    done, failed = [], []
+
+    def work(first: int, size: int) -> int:
+        if size > fits:
+            failed.append(size)
+            raise torch.OutOfMemoryError
+        done.extend(range(first, min(first + size, count)))
+        return len(done) - first
+
+    machine.in_batches(count, size, work, "items", "test")
+    assert done == list(range(count))
+    assert len(failed) <= math.log2(size) + 1
+
+
+def test_one_item_that_does_not_fit_is_an_error():
+    def work(first: int, size: int) -> int:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        machine.in_batches(3, 4, work, "items", "test")
+
+
 def test_memory_is_measured_here():
     held = torch.ones(2**24)  # 64 MiB
     assert 0 < machine.memory_available(CPU) < 2**50
@@ -149,18 +261,27 @@ def test_memory_is_measured_here():
 
 @pytest.mark.parametrize(
     ("changes", "processes", "rows"),
-    [({}, 1, "2 (now 4)"), ({"batch_size": 12, "micro_batch_size": 6}, 4, "1 (now 3)"), ({"batch_size": 1}, 1, "1 ")],
+    [
+        ({}, 1, "micro_batch_size=2 (now 4), then "),
+        ({"batch_size": 12, "micro_batch_size": 6}, 4, "micro_batch_size=1 (now 3), then "),
+        ({"batch_size": 1}, 1, ""),
+    ],
 )
-def test_the_advice_when_memory_runs_out_can_be_followed(changes, processes, rows):
+def test_the_advice_when_memory_runs_out_can_be_followed(no_gpu, changes, processes, rows):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(UserError) as refusal, machine.fitting(SHAPE, config, processes):
         torch.empty(1 << 60)
-    assert f"out of memory; set micro_batch_size={rows}" in str(refusal.value)
-    assert "gradient_checkpointing=True (now False), then context_length=16 (now 32)" in str(refusal.value)
+    rest = "gradient_checkpointing=True (now False), then context_length=16 (now 32)"
+    assert str(refusal.value) == f"out of memory; set {rows}{rest}"
     with pytest.raises(UserError), machine.fitting(SHAPE, config, processes):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="another"), machine.fitting(SHAPE, config, processes):
         raise RuntimeError("another error")
+
+
+def test_a_gpu_that_cannot_hold_one_row_is_not_advised_to_hold_fewer(gpu):
+    with pytest.raises(UserError, match="set gradient_checkpointing"), machine.fitting(SHAPE, CONFIG, 1):
+        raise torch.OutOfMemoryError
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

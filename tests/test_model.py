@@ -14,6 +14,7 @@ import configs
 import convert
 import model as lumi
 from model import KVCache, ModelConfig, Transformer
+from tests.conftest import AsOnGPU
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 UNGROUPED = dataclasses.replace(SMALL, n_kv_heads=None, d_ff=None)
@@ -419,6 +420,44 @@ def test_impossible_positions_are_refused(wrong):
     for rows in ([wrong], [good, wrong], [wrong, good]):
         with pytest.raises(ValueError, match="do not count from 0 in each text"):
             build()(torch.zeros(len(rows), 6).long(), positions=torch.tensor(rows))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.skipif(device == "cuda", reason="pretends to be a GPU, on a CPU")
+def test_attention_asks_a_gpu_for_kernels_that_it_has(half):
+    """cuDNN only for rows of one shape; float32 and masks without shared heads; and the result stays the same."""
+    model = build(dataclasses.replace(SMALL, kernels="torch"), scale=3.0).eval()
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16 if half else torch.float32)
+    tokens, positions, _ = pack([[(7, [(3, 4)]), (5, [])]], 0)
+
+    def read(name: str) -> torch.Tensor:
+        cache = KVCache(model, 1, 20)
+        if name == "plain":
+            return model(tokens)
+        if name == "packed":
+            return model(tokens, positions=positions)
+        return torch.cat([model(part, cache=cache) for part in tokens.split([9, 6, 1], 1)], 1)  # of the 6, with a mask
+
+    shared, copied = (SMALL.n_kv_heads, True), (SMALL.n_heads, False)
+    expected = {"plain": [shared], "packed": [shared] * 3, "cached": [shared, copied, shared]}
+    with torch.no_grad():
+        for name, heads in expected.items():
+            with AsOnGPU() as gpu:
+                logits = read(name)
+            cudnn = name == "plain"
+            assert set(gpu.attention) == {(*kind, cudnn) for kind in (heads if half else [copied])}, name
+            assert relative(logits, read(name)) < (2e-2 if half else 1e-6)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_packed_rows_are_copied_to_a_gpu_without_waiting(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _, positions, _ = pack([[(7, [(3, 4)]), (5, [])]], 0)
+    with AsOnGPU() as gpu:
+        lumi.Packed(build(), positions, torch.device("cpu"))
+    assert len(gpu.copied) == 3
+    assert all(copied is pinned for copied, pinned in zip(gpu.copied, gpu.pinned, strict=True))
 
 
 @pytest.mark.slow

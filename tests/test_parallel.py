@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import checkpoint
+import stage
 from tests.conftest import ROOT, Place
 from tests.test_train import assert_same_run
 
 # Trains with a fault in one of the processes: a signal when it reads a step's batch, a loss that is not a number, or
 # two seconds from its end to its last words.
 FAULT = """
-import os, signal, sys, time
+import os, signal, sys, time, torch
 sys.path.insert(0, os.getcwd())
 import cli, pipeline
 from data.batches import Mixture
@@ -32,6 +33,8 @@ if int(os.environ.get("RANK", 0)) == rank and first:
     batch, forward, leave, now = Mixture.batch, Transformer.forward, cli._leave, [0]
     def reading(self, step, *rest):
         now[0] = step
+        if step == at and fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         if step == at and fault.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[fault])
         return batch(self, step, *rest)
@@ -42,6 +45,9 @@ if int(os.environ.get("RANK", 0)) == rank and first:
     cli._leave = lambda *rest: (time.sleep(2 * (fault == "late")), leave(*rest))
 cli.run(pipeline.main, pipeline.parser().parse_args([*sys.argv[1:], "pretrain"]))
 """
+
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # a machine with one GPU could not run two processes
 
 
 def faulty(place: Place) -> Path:
@@ -56,8 +62,8 @@ def start(place: Place, count: int, *fault, restarts: int = 0) -> subprocess.Pop
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", f"--max-restarts={restarts}"]
     command += [*([faulty(place), *fault] if fault else ["train.py"]), place.config]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=ROOT, env=place.env, text=True, start_new_session=True, **pipes)
+    words, env = [sys.executable, *map(str, command)], place.env | NO_GPU
+    return subprocess.Popen(words, cwd=ROOT, env=env, text=True, start_new_session=True, **pipes)
 
 
 def train(place: Place, count: int, *fault, works: bool = True, restarts: int = 0) -> str:
@@ -95,6 +101,18 @@ def assert_near(place: Place, made: Place) -> None:
 
 
 @pytest.fixture(scope="session")
+def made(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Trained without a GPU by one process, as the others here are."""
+    if not torch.cuda.is_available():
+        return made
+    place = another(made, tmp_path_factory.mktemp("alone"))
+    shutil.rmtree(place.runs / "mini/pretrain")
+    place.env |= NO_GPU
+    place.run("train.py", place.config)
+    return place
+
+
+@pytest.fixture(scope="session")
 def two(made: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Trained by two processes without a disturbance."""
     place = another(made, tmp_path_factory.mktemp("two"))
@@ -122,6 +140,21 @@ def test_any_way_of_sharing_the_work_gives_the_same(packed: Place, made: Place, 
     packed.edit(("compile=False", f"compile=False, {changes}"))
     train(packed, count)
     assert_near(packed, made)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_can_be_shared_too(packed: Place, made: Place):
+    packed.edit(("compile=False", 'compile=True, parallel="fsdp"'))
+    train(packed, 2)
+    assert_near(packed, made)
+    counts = stage.read_manifest(packed.runs / "mini/pretrain")["counts"]
+    assert counts["machine"].endswith("2 processes by fsdp; float32, compiled")
+
+
+@pytest.mark.slow
+def test_processes_that_run_out_of_memory_say_what_to_change(packed: Place):
+    out = train(packed, 2, 0, "memory", 3, works=False)
+    assert "error: out of memory; set micro_batch_size=2 (now 4), then" in out
 
 
 @pytest.mark.slow

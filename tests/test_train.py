@@ -158,6 +158,61 @@ def test_micro_batches_count_by_their_targets(tmp_path):
         assert np.array(result) == pytest.approx(np.array(results[0]), rel=1e-4)
 
 
+def too_many(rows: int, sizes: list[int]) -> Callable:
+    """A loss that more rows than these do not fit into memory for. sizes: gets the rows of each call."""
+
+    def loss(model, tokens, targets):
+        sizes.append(len(tokens))
+        loss = model(tokens, targets)
+        if len(tokens) > rows:
+            loss.backward()  # the gradient of a step that is begun again must not stay
+            raise torch.OutOfMemoryError
+        return {"loss": loss}
+
+    return loss
+
+
+def test_rows_that_do_not_fit_into_memory_are_halved(tmp_path, caplog):
+    """The same bytes as with that many from the beginning, also after a crash: checkpoints hold the number."""
+    config = replace(CONFIG, steps=6, save_every=2, log_every=1, eval_every=3)
+    run_counting(tmp_path / "two", replace(config, micro_batch_size=2))
+    whole, crashed, resumed = [], [], []
+    with caplog.at_level("INFO", "lumi"):
+        run_counting(tmp_path / "whole", config, loss=too_many(2, whole))
+    assert whole == [8, 4, *[2] * 24]
+    assert [line for line in caplog.messages if "rows do not fit" in line] == [
+        "8 rows do not fit into memory: from now on 4 at a time",
+        "4 rows do not fit into memory: from now on 2 at a time",
+    ]
+    with pytest.raises(Crash):
+        run_counting(tmp_path / "crashed", config, 4, loss=too_many(2, crashed))
+    run_counting(tmp_path / "crashed", config, loss=too_many(2, resumed))
+    assert set(resumed) == {2}  # nothing is tried again
+    results = [saved(tmp_path / name) for name in ("whole", "crashed", "two")]
+    assert results[0][1]["progress"].pop("rows") == results[1][1]["progress"].pop("rows") == 2
+    assert results[2][1]["progress"].pop("rows") is None
+    assert_equal(results[0], results[1])
+    assert_equal(results[0], results[2])
+
+
+def test_one_row_that_does_not_fit_is_an_error(tmp_path):
+    sizes = []
+    with pytest.raises(torch.OutOfMemoryError):
+        run_counting(tmp_path, CONFIG, loss=too_many(0, sizes))
+    assert sizes == [8, 4, 2, 1]
+
+
+def test_evaluation_reads_as_many_rows_as_training(tmp_path):
+    seen, sizes = [], []
+
+    def evaluate(model, rows):
+        seen.append(rows)
+        return {"val_loss": 1.0}
+
+    run_counting(tmp_path, replace(CONFIG, steps=2, eval_every=1), loss=too_many(4, sizes), evaluate=evaluate)
+    assert seen == [4, 4]
+
+
 def test_the_gradient_norm_is_logged_before_clipping_and_a_long_gradient_is_clipped(tmp_path):
     config = replace(CONFIG, steps=1, grad_clip=1e-3)
     model, task = counting(config)
@@ -295,7 +350,7 @@ def test_rows_of_an_evaluation_are_shared_once_each(monkeypatch, count, rows, ra
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        shares.append(list(trainer.shared_rows(list(range(10, 10 + count)), rows)))
+        shares.append(list(parallel.shared_rows(list(range(10, 10 + count)), rows)))
     assert len({len(share) for share in shares}) == 1
     assert all(1 <= len(numbers) <= rows for share in shares for numbers, _ in share)
     counted = [number for share in shares for numbers, counts in share if counts for number in numbers]

@@ -37,6 +37,26 @@ def test_stored_numbers_are_those_of_the_fine_tuned_model_by_hand(preferring: Pl
         assert relative(values, by_hand(model, *held_out(preferring, split))) < 1e-6
 
 
+def test_batches_that_do_not_fit_into_memory_are_halved(preferring: Place, monkeypatch):
+    monkeypatch.setattr(dpo.reference, "log_probs", limited := Limited())
+    model, pairs = checkpoint.load_model(preferring.runs / "mini/sft/final"), rows(preferring, "train")
+    assert relative(dpo.reference.of_pairs(model, pairs, "test"), stored(preferring)["train"]) < 1e-6
+    assert max(limited.sizes) > 3 >= limited.sizes[-1]
+
+
+class Limited:
+    """log_probs on a GPU that holds three pairs."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, model, ids, bounds) -> torch.Tensor:
+        self.sizes.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError
+        return log_probs(model, ids, bounds)
+
+
 def test_a_batch_takes_the_numbers_of_its_own_pairs(preferring: Place):
     """Stored numbers that say which pair and split they belong to."""
     given = {split: torch.arange(2.0 * rows(preferring, split).count).view(-1, 2).double() for split in SPLITS}
@@ -47,7 +67,7 @@ def test_a_batch_takes_the_numbers_of_its_own_pairs(preferring: Place):
     assert task.loss(model, ids, bounds, numbers)["reward_chosen"].item() == pytest.approx(expected[:, 0].mean().item())
     with torch.no_grad():
         expected = 0.1 * (log_probs(model, *held_out(preferring)) - given["val"])
-        assert task.evaluate(model)["val_reward_chosen"] == pytest.approx(expected[:, 0].mean().item())
+        assert task.evaluate(model, 3)["val_reward_chosen"] == pytest.approx(expected[:, 0].mean().item())
 
 
 def test_another_model_or_other_pairs_are_named_with_the_command(ready: Place):  # noqa: F811

@@ -140,7 +140,7 @@ def test_the_held_out_numbers_are_those_of_every_pair_by_hand(preferring: Place)
 def test_before_training_nothing_diverges_and_nothing_is_preferred(preferring: Place):
     """With the adapter off, the model is the SFT model exactly, its head included."""
     with torch.no_grad():
-        metrics = task_of(preferring, reference="adapter_off").evaluate(adapted(preferring))
+        metrics = task_of(preferring, reference="adapter_off").evaluate(adapted(preferring), 3)
     for name in ("val_reward_chosen", "val_reward_rejected", "val_margin", "val_kl"):
         assert metrics[name] == 0, name
     assert metrics["val_accuracy"] == 0.5

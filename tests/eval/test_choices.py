@@ -1,5 +1,6 @@
 """The scorer against known answers: models whose probabilities are written down, chance, and each choice read alone."""
 
+import itertools
 import math
 import statistics
 
@@ -54,6 +55,24 @@ def test_a_text_scores_what_it_scores_alone(model, texts, batch_tokens):
     expected, likeliest = zip(*(alone(model, text) for text in texts), strict=True)
     assert log_p == pytest.approx(expected, abs=2e-4)
     assert greedy.tolist() == list(likeliest)
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved(model, monkeypatch):
+    texts = [Scored([30, *numbers], 1 + len(numbers) // 2) for numbers in itertools.product(range(3), repeat=3)]
+    expected, lengths, hidden = log_likelihoods(Subject(model, None), texts), [], model.hidden
+
+    def limited(ids, **rest):
+        lengths.append(ids.shape[1])
+        if ids.shape[1] > 20:
+            raise torch.OutOfMemoryError
+        return hidden(ids, **rest)
+
+    monkeypatch.setattr(model, "hidden", limited)
+    monkeypatch.setitem(choices.BATCH_TOKENS, "cpu", 80)
+    log_p, greedy = log_likelihoods(Subject(model, None), texts)
+    assert sum(length > 20 for length in lengths) == 2
+    assert log_p == pytest.approx(expected[0], abs=2e-4)
+    assert greedy.tolist() == expected[1].tolist()
 
 
 def test_what_texts_share_is_read_once(model, monkeypatch):
