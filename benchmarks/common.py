@@ -71,7 +71,7 @@ class Worker:
     def __init__(self, name: str, make: Callable[[], Callable]):
         """make: called in the process; returns the function."""
         self.name, (self.pipe, theirs) = name, FORK.Pipe()
-        self.process = FORK.Process(target=_answer, args=(make, theirs), daemon=True)
+        self.process = FORK.Process(target=_answer, args=(make, theirs))
         self.process.start()
         theirs.close()
 
@@ -86,38 +86,41 @@ class Worker:
             raise RuntimeError(f"the process of {self.name} ended with status {status}; see above") from None
 
     def end(self) -> None:
-        self.pipe.send(None)  # closing the pipe is not enough: later workers have copies of its ends
+        self.process.kill()  # it waits, or it has failed
         self.process.join()
 
 
 def _answer(make: Callable[[], Callable], pipe) -> None:
     cli.end_with_parent(9)
     function = make()
-    while (arguments := pipe.recv()) is not None:
-        pipe.send(function(*arguments))
+    while True:
+        pipe.send(function(*pipe.recv()))
 
 
 def in_turn(rounds: int, makers: dict[str, Callable[[], Callable]]) -> dict[str, list]:
     """What each maker's function returns in each round: each in a process of its own, asked in turn."""
     workers = {name: Worker(name, make) for name, make in makers.items()}
     found = {name: [] for name in makers}
-    for i in range(rounds + 1):  # the first round does not count
-        for name, worker in workers.items():
-            answer = worker.ask()
-            time.sleep(0.05)  # until its threads sleep
-            if i:
-                found[name].append(answer)
-    for worker in workers.values():
-        worker.end()
+    try:
+        for i in range(rounds + 1):  # the first round does not count
+            for name, worker in workers.items():
+                answer = worker.ask()
+                time.sleep(0.05)  # until its threads sleep
+                if i:
+                    found[name].append(answer)
+    finally:
+        for worker in workers.values():
+            worker.end()
     return found
 
 
 def once(name: str, function: Callable, *arguments):
     """What a function returns that runs in a process of its own."""
     worker = Worker(name, lambda: function)
-    found = worker.ask(*arguments)
-    worker.end()
-    return found
+    try:
+        return worker.ask(*arguments)
+    finally:
+        worker.end()
 
 
 def command(*arguments: str, stdout: int | None = None) -> multiprocessing.Process:
@@ -127,7 +130,7 @@ def command(*arguments: str, stdout: int | None = None) -> multiprocessing.Proce
         cli.end_with_parent(15)
         if stdout is not None:
             os.dup2(stdout, 1)
-            sys.stdout = open(1, "w")  # noqa: SIM115
+            kept, sys.stdout = sys.stdout, open(1, "w")  # noqa: F841, SIM115  # the old object would close 1
         sys.argv = list(arguments)
         runpy.run_path(arguments[0], run_name="__main__")
 

