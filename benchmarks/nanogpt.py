@@ -48,7 +48,7 @@ README |= {"n_layer": 4, "n_head": 4, "n_embd": 128, "gradient_accumulation_step
 README |= {"learning_rate": 1e-3, "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100}
 # Its process keeps freed memory, as ours does: that is faster.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-# Changes of it that help it, for each number of minutes; train.py computes in float32 on a CPU. Compiled it is no faster.
+# Changes of it that may help. On a CPU train.py computes in float32; bfloat16 and compiling make it no faster there.
 RECIPES = {
     "readme": {},
     "higher_rate": {"learning_rate": 4e-3, "min_lr": 4e-4},
@@ -85,7 +85,7 @@ def bits(logits: Callable[[Tensor], Tensor], ids: np.ndarray, count: int, length
 def experiment(steps: int, quick: bool = False, **changes) -> Experiment:
     """The demo, in shorter rows and at a higher rate, for a megabyte of text. changes: of its model or training."""
     shape = {"context_length": 128} | {k: v for k, v in changes.items() if hasattr(demo.model, k)}
-    how = {"batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 50, "compile": not quick}
+    how = {"batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 50}
     how |= {"eval_every": 10**6, "save_every": 10**6, "log_every": 1, "steps": steps}
     how |= {k: v for k, v in changes.items() if hasattr(demo.pretrain, k)}
     if quick:
@@ -147,7 +147,7 @@ def steps_per_second(log: Path, made: Experiment) -> float:
 
 
 def theirs(nanogpt: Path, text: str, seconds: float, recipe: str, quick: bool = False) -> dict:
-    """Trains nanoGPT for so many seconds, its first step, which may compile, left out."""
+    """Trains nanoGPT for so many seconds, its first step left out."""
     train, held_out = split(text)
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     before, after = (np.array([number[c] for c in part], np.uint16) for part in (train, held_out))
