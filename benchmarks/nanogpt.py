@@ -204,7 +204,7 @@ def compare(text: str, nanogpt: Path | None, minutes: int, quick: bool) -> dict:
     if nanogpt:
         best = min(result["bits_per_byte"] for name, result in found.items() if name != "ours")
         found["nanogpt_best_bits_per_byte"] = best
-        found["less_than_nanogpt_best"] = round(best - found["ours"]["bits_per_byte"], 4)
+        found["below_nanogpt_best"] = round(best - found["ours"]["bits_per_byte"], 4)
     return found
 
 
@@ -222,7 +222,7 @@ def main(arguments: argparse.Namespace) -> None:
     found = {"text_sha256": hashlib.sha256(text.encode()).hexdigest(), "held_out_bytes": len(split(text)[1].encode())}
     found["nanogpt_commit"] = output("git", "-C", str(nanogpt), "rev-parse", "--short", "HEAD") if nanogpt else ""
     for minutes in [0] if arguments.quick else MINUTES:
-        name = {0: "quick", 1: "one_minute"}.get(minutes, f"{minutes}_minutes")
+        name = {0: "quick", 1: "one_minute", 3: "three_minutes"}[minutes]
         found[name] = compare(text, nanogpt, minutes, arguments.quick)
     write("nanogpt", "python -m benchmarks.nanogpt --nanogpt DIR TEXT", found, arguments.quick)
 
