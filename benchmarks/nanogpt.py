@@ -55,7 +55,7 @@ RECIPES = {
     "longer_context": {"block_size": 128, "learning_rate": 3e-3, "min_lr": 3e-4},
     "larger": {"block_size": 128, "n_head": 6, "n_embd": 192, "learning_rate": 3e-3, "min_lr": 3e-4},
 }
-MINUTES = {1: ("readme", "higher_rate", "longer_context"), 3: ("higher_rate", "longer_context", "larger")}
+MINUTES = {1: ("readme", "higher_rate", "longer_context"), 3: ("higher_rate", "larger")}
 PACE = 60  # steps of the short run, of which the first third does not count
 
 
