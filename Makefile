@@ -21,9 +21,7 @@ test-all: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(RUN) -m benchmarks.cpu
-	test -z "$$DATA" || $(RUN) -m benchmarks.data
-	test -z "$$DATA" || $(RUN) -m benchmarks.sft configs/alpaca.py
-	test -z "$$DATA" || $(RUN) -m benchmarks.dpo configs/alpaca.py
+	test -z "$$DATA" || for name in data sft dpo; do $(RUN) -m benchmarks.$$name || exit; done
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -7,13 +7,9 @@ medians of the rounds' ratios.
 """
 
 import argparse
-import contextlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +18,7 @@ import cli
 import configs
 import generate
 import machine
-from benchmarks.common import interleaved, ratio, write
+from benchmarks.common import in_turn, interleaved, once, peak_mib, ratio, training_step, write
 from model import Transformer, linear_cross_entropy
 from optim import make_optimizers
 
@@ -30,13 +26,14 @@ PROBE = 2048  # the machine's rate is that of a product of two PROBE × PROBE ma
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-# Ours as train.py trains, and transformers' model by default, with its process keeping freed memory as ours does, and
-# with that and torch.compile too. All use fused AdamW, and clip the gradient.
+# Ours as train.py trains. Transformers' model as it is by default, then with freed memory kept as ours keeps it, then
+# compiled too. All use fused AdamW and clip the gradient.
 WAYS = ("ours", "default", "kept", "compiled")
 
 
-def training_step(way: str, config: str, precision: str, rows: int, length: int) -> Callable[[], None]:
-    """An optimizer step of one of WAYS on `rows` rows of `length` random tokens."""
+def trainer(way: str, config: str, precision: str, rows: int, length: int) -> Callable[[], dict[str, float]]:
+    """A function that makes an optimizer step of one of WAYS on `rows` rows of `length` random tokens."""
+    # It returns the step's seconds, the process's peak memory in MiB, and for ours the seconds of bare products.
     torch.manual_seed(0)
     experiment = configs.load(f"configs/{config}.py")
     model = Transformer(experiment.model)
@@ -46,8 +43,7 @@ def training_step(way: str, config: str, precision: str, rows: int, length: int)
         machine.keep_freed_memory()
     if way == "ours":
         machine.compile_blocks(model, torch.device("cpu"))
-        optimizers = make_optimizers(model, experiment.pretrain)
-        loss = lambda: model(x, y)  # noqa: E731
+        optimizers, loss = make_optimizers(model, experiment.pretrain), lambda: model(x, y)
     else:
         from tests.test_model import to_transformers
 
@@ -55,81 +51,42 @@ def training_step(way: str, config: str, precision: str, rows: int, length: int)
         optimizers = [torch.optim.AdamW(model.parameters(), fused=True)]
         forward = torch.compile(model) if way == "compiled" else model
         loss = lambda: F.cross_entropy(forward(x, use_cache=False).logits.flatten(0, 1), y.flatten())  # noqa: E731
-    half = precision != "float32"
-    autocast = torch.autocast("cpu", getattr(torch, precision)) if half else contextlib.nullcontext()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
-    def step() -> None:
+    def mean_loss() -> torch.Tensor:
         with autocast:
-            value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+            return loss()
 
-    return step
+    step = training_step(model, optimizers, mean_loss)
+    step(), step()  # compiles
+    products, dtype = [], getattr(torch, precision)
+    if way == "ours":
+        products = [torch.randn(PROBE, PROBE).to(dtype) for _ in range(2)]
 
-
-def probe(precision: str) -> Callable[[], object]:
-    """Five bare matrix products."""
-    dtype = getattr(torch, precision)
-    a, b, out = torch.randn(PROBE, PROBE).to(dtype), torch.randn(PROBE, PROBE).to(dtype), torch.empty(0, dtype=dtype)
-
-    def products() -> None:
-        for _ in range(5):  # the first finds cold caches and sleeping threads
-            torch.mm(a, b, out=out)
-
-    return products
-
-
-def worker(way: str, config: str, precision: str, rows: int, length: int) -> None:
-    """A process that obeys the lines of its standard input: "step", "product" or "peak". Prints seconds, or MiB."""
-    step, product = training_step(way, config, precision, rows, length), probe(precision)
-    for line in sys.stdin:
+    def measured() -> dict[str, float]:
         started = time.perf_counter()
-        if line == "peak\n":
-            print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024, flush=True)
-            continue
-        step() if line == "step\n" else product()
-        print(time.perf_counter() - started, flush=True)
+        step()
+        found = {"seconds": time.perf_counter() - started, "peak_mib": peak_mib()}
+        started = time.perf_counter()
+        for _ in range(5 if products else 0):
+            torch.mm(*products)
+        return found | {"product": (time.perf_counter() - started) / 5}
+
+    return measured
 
 
 def training(config: str, precision: str, rows: int, length: int, rounds: int, ways=WAYS) -> dict[str, float]:
     """Tokens/s and memory of each way, a step in turn, and the share of the bare product's rate that ours reaches."""
-    workers = {}
-    for way in ways:
-        code = f"from benchmarks.cpu import worker; worker({way!r}, {config!r}, {precision!r}, {rows}, {length})"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        workers[way] = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], text=True, **pipes)
-
-    def ask(way: str, what: str) -> float:
-        workers[way].stdin.write(what + "\n")
-        workers[way].stdin.flush()
-        answer = workers[way].stdout.readline()
-        if not answer:
-            raise cli.UserError(f"the process that trains {way!r} ended; its error stands above")
-        time.sleep(0.05)  # until its threads sleep
-        return float(answer)
-
-    seconds, peak = {way: [] for way in (*ways, "product")}, {}
-    for way in ways:
-        for _ in range(3):  # compiles
-            ask(way, "step")
-        peak[way] = round(ask(way, "peak"))
-    ask("ours", "product")
-    for _ in range(rounds):
-        seconds["product"].append(ask("ours", "product"))
-        for way in ways:
-            seconds[way].append(ask(way, "step"))
-    for process in workers.values():
-        process.communicate()
-
+    makers = {way: lambda way=way: trainer(way, config, precision, rows, length) for way in ways}
+    answers = in_turn(rounds, makers)
+    seconds = {way: [answer["seconds"] for answer in answers[way]] for way in ways}
+    peak = {way: round(answers[way][-1]["peak_mib"]) for way in ways}
     tokens, median = rows * length, {way: statistics.median(times) for way, times in seconds.items()}
     shape = configs.load(f"configs/{config}.py").model
     # The keys that a causal query cannot see are half of attention's arithmetic: not counted here.
     flops = tokens * (shape.flops_per_token(length) - 6 * shape.n_layers * shape.d_model * length)
     rates = [flops / s for s in seconds["ours"]]
-    products = [5 * 2 * PROBE**3 / s for s in seconds["product"]]
+    products = [2 * PROBE**3 / answer["product"] for answer in answers["ours"]]
     found = {"tokens_per_second": round(tokens / median["ours"]), "peak_mib": peak["ours"]}
     found |= {"of_product_rate": ratio(rates, products), "product_gflops": round(statistics.median(products) / 1e9)}
     others = [way for way in ways if way != "ours"]
@@ -210,7 +167,7 @@ def main(arguments: argparse.Namespace) -> None:
     for precision in ("bfloat16", "float32"):
         found[f"train_tiny_{precision}"] = training("tiny", precision, 4, 1_024, 9)
         found[f"train_demo_{precision}"] = training("demo", precision, 4, 256, 30)
-        found[f"loss_32768_{precision}"] = loss(256, 32_768, 4_096, precision, 9)
+        found[f"loss_32768_{precision}"] = once("loss", loss, 256, 32_768, 4_096, precision, 9)
     found["decode_tiny_1"] = generate_vs_transformers("tiny", 1, 5)
     found["decode_tiny_8"] = generate_vs_transformers("tiny", 8, 5)
     write("cpu", "python -m benchmarks.cpu", found)

@@ -5,20 +5,17 @@
 Needs the files of configs/prose_tiny.py. What is compared is timed in turn, block by block; quoted are medians.
 """
 
+import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import datasketch
 import numpy as np
 import sentencepiece
 
@@ -26,15 +23,13 @@ import cli
 import configs
 import data.corpus
 import data.pack
-import stage
 import tokenizer
+from benchmarks.common import command, interleaved, parser, ratio, run, write
 from data.clean import clean
 from data.dedup import Deduplication, Index, MinHash
 from data.quality import PROSE, judge
 from data.sources import Files
 from data.words import fingerprint, hashes, words
-
-RESULT = Path(__file__).parent / "results/data.json"
 
 
 def pss(root: int) -> int:
@@ -53,25 +48,24 @@ def pss(root: int) -> int:
     return total
 
 
-def stages(runs: Path) -> dict:
-    """Seconds and peak memory of each stage of configs/prose_tiny.py, as commands with two workers."""
+def stages(path: str) -> dict:
+    """Seconds and peak memory of each data stage of an experiment, as commands with two workers."""
     found = {}
-    for key, name in {"data.corpus": "corpus", "tokenizer.train": "tokenizer", "data.pack": "pack"}.items():
+    for name in ("corpus", "tokenizer", "pack"):
         peak, started = 0, time.perf_counter()
-        command = [sys.executable, "pipeline.py", "configs/prose_tiny.py", name, "--workers", "2"]
-        with subprocess.Popen(command, env=os.environ | {"RUNS": str(runs)}) as process:
-            while process.poll() is None:
-                peak = max(peak, pss(process.pid))
-                time.sleep(0.2)
-        if process.returncode:
-            sys.exit(process.returncode)
-        found[key] = {"seconds": round(time.perf_counter() - started, 1), "peak_gb": round(peak / 1e9, 2)}
+        process = command("pipeline.py", path, name, "--workers", "2")
+        while process.is_alive():
+            peak = max(peak, pss(process.pid))
+            process.join(0.2)
+        if process.exitcode:
+            sys.exit(process.exitcode)
+        found[name] = {"seconds": round(time.perf_counter() - started, 1), "peak_gb": round(peak / 1e9, 2)}
     found["seconds"] = round(sum(each["seconds"] for each in found.values()), 1)
     return found
 
 
-def reviews(count: int) -> list[str]:
-    documents = Files(paths=("imdb.jsonl.xz",)).documents(1)
+def reviews(file: str, count: int) -> list[str]:
+    documents = Files(paths=(file,)).documents(1)
     return [clean(document.value)[0] for document, _ in zip(documents, range(count), strict=False)]
 
 
@@ -113,11 +107,12 @@ class Datasketch:
     """datasketch as its documentation has it: a MinHash, a query, an insertion."""
 
     def __init__(self):
-        self.lsh, self.count = datasketch.MinHashLSH(threshold=0.85, num_perm=128), 0
+        self.module = cli.extra("datasketch", "datasketch", "the comparison with datasketch")
+        self.lsh, self.count = self.module.MinHashLSH(threshold=0.85, num_perm=128), 0
 
     def duplicate(self, text: str) -> bool:
         spelt = text.lower().split()
-        minhash = datasketch.MinHash(num_perm=128)
+        minhash = self.module.MinHash(num_perm=128)
         minhash.update_batch({" ".join(spelt[i : i + 3]).encode() for i in range(max(1, len(spelt) - 2))})
         found = bool(self.lsh.query(minhash))
         if not found:
@@ -145,21 +140,20 @@ def planted(texts: list[str], directory: Path) -> dict:
     }
 
 
-def dedup_vs_datasketch(texts: list[str], directory: Path, block: int = 500) -> dict:
-    ours, theirs, times = Ours(directory), Datasketch(), []
-    for start in range(0, len(texts), block):
-        pair = []
-        for each in (ours, theirs):
-            started = time.perf_counter()
-            for text in texts[start : start + block]:
-                each.duplicate(text)
-            pair.append(time.perf_counter() - started)
-        times.append(pair)
-    mine, others = zip(*times, strict=True)
+def dedup_vs_datasketch(texts: list[str], directory: Path) -> dict:
+    block = len(texts) // 12
+    blocks = [texts[start : start + block] for start in range(0, len(texts) - block + 1, block)]
+
+    def reading(index: Ours | Datasketch):
+        left = iter(blocks)  # a block a round
+        return lambda: [index.duplicate(text) for text in next(left)]
+
+    ways = {"ours": reading(Ours(directory)), "theirs": reading(Datasketch())}
+    seconds = interleaved(len(blocks) - 1, ways)
     return {
-        "documents_per_second": round(block / statistics.median(mine)),
-        "datasketch_documents_per_second": round(block / statistics.median(others)),
-        "ratio": round(statistics.median(b / a for a, b in times), 2),
+        "documents_per_second": round(block / statistics.median(seconds["ours"])),
+        "datasketch_documents_per_second": round(block / statistics.median(seconds["theirs"])),
+        "ratio": ratio(seconds["theirs"], seconds["ours"]),
     }
 
 
@@ -167,25 +161,27 @@ def bare(text: str) -> int:
     return len(_pieces.encode(text))
 
 
-def pack_vs_sentencepiece(runs: Path, rounds: int = 3) -> dict:
+def pack_vs_sentencepiece(experiment: configs.Experiment, rounds: int) -> dict:
     """Tokens a second of data.pack with two workers; of two processes that encode the same texts and keep nothing."""
     global _pieces
-    corpus, spm = (runs / "prose_tiny" / name for name in ("corpus", "tokenizer"))
+    corpus, spm = experiment.directory("corpus"), experiment.directory("tokenizer")
     _pieces = sentencepiece.SentencePieceProcessor(model_file=str(spm / "spm.model"))
     texts = [record["text"] for record in data.corpus.records(corpus)]
-    times, tokens = [], 0
-    for _ in range(rounds):
-        started = time.perf_counter()
+    tokens = sum(map(bare, texts))
+
+    def encode() -> None:
         with multiprocessing.get_context("fork").Pool(2) as pool:
-            tokens = sum(pool.imap(bare, texts, chunksize=64))
-        with tempfile.TemporaryDirectory(dir=runs) as out:
-            middle = time.perf_counter()
+            assert sum(pool.imap(bare, texts, chunksize=64)) == tokens
+
+    def pack() -> None:
+        with tempfile.TemporaryDirectory(dir=corpus.parent) as out:
             data.pack.pack(corpus, tokenizer.load(spm), 0.05, Path(out), 2)
-            times.append((middle - started, time.perf_counter() - middle))
+
+    seconds = interleaved(rounds, {"encode": encode, "pack": pack})
     return {
-        "tokens_per_second": round(tokens / statistics.median(b for _, b in times)),
-        "sentencepiece_tokens_per_second": round(tokens / statistics.median(a for a, _ in times)),
-        "ratio": round(statistics.median(a / b for a, b in times), 3),
+        "tokens_per_second": round(tokens / statistics.median(seconds["pack"])),
+        "sentencepiece_tokens_per_second": round(tokens / statistics.median(seconds["encode"])),
+        "ratio": ratio(seconds["encode"], seconds["pack"]),
     }
 
 
@@ -195,33 +191,25 @@ def english(texts: list[str]) -> float:
     return sum(judge(t, w, hashes(w), PROSE) != "not_english" for t, w in zip(texts, spelt, strict=True)) / len(texts)
 
 
-def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    configs.load("configs/prose_tiny.py").corpus.sources[0].files()  # names what is missing before anything is timed
+def main(arguments: argparse.Namespace) -> None:
+    experiment, quick = configs.load(arguments.config), arguments.quick
+    experiment.corpus.sources[0].files()  # names what is missing before anything is timed
+    cli.extra("datasketch", "datasketch", "the comparison with datasketch")
+    found = {"stages": stages(arguments.config), "pack_vs_sentencepiece": pack_vs_sentencepiece(experiment, 3)}
+    texts = reviews("text.jsonl" if quick else "imdb.jsonl.xz", 75_000)
+    found["reviews_kept_as_english"] = round(english(texts), 5)
     with tempfile.TemporaryDirectory() as place:
-        runs = Path(place)
-        found = {
-            "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-            "commit": commit,
-            "versions": stage.versions(),
-            "stages": stages(runs),
-            "pack_vs_sentencepiece": pack_vs_sentencepiece(runs),
-        }
-        texts = reviews(75_000)
-        found["reviews_kept_as_english"] = round(english(texts), 5)
-        for name, function, some in (
-            ("planted", planted, texts[:20_000]),
-            ("dedup_vs_datasketch", dedup_vs_datasketch, texts[:6_000]),
-        ):
-            (runs / name).mkdir()
-            found[name] = function(some, runs / name)
-    RESULT.parent.mkdir(exist_ok=True)
-    stage.write_json(RESULT, found)
-    print(json.dumps(found, indent=2))
+        for name, function, count in ("planted", planted, 20_000), ("dedup_vs_datasketch", dedup_vs_datasketch, 6_000):
+            (Path(place) / name).mkdir()
+            found[name] = function(texts[:count], Path(place) / name)
+    write("data", f"python -m benchmarks.data {arguments.config}", found, quick)
+
+
+def in_new_runs(arguments: argparse.Namespace) -> None:
+    """Stages are timed in a temporary RUNS, where nothing is made yet."""
+    with tempfile.TemporaryDirectory() as os.environ["RUNS"]:
+        main(arguments)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except cli.UserError as error:
-        sys.exit(f"error: {error}")
+    run(in_new_runs, parser(__doc__, "configs/prose_tiny.py"))

@@ -10,38 +10,32 @@ All ways train the same adapter on the same pairs, PAIRS at a time, and compute 
   logits; a second model as reference, at each step;
 - usual_together: the same, chosen and rejected answers in one batch.
 
-They are timed in turn, a step each, every one in a process of its own; quoted are medians, and medians of the rounds'
-ratios. Weights are random: what is measured does not depend on them.
+They are timed in turn, a few steps each, every one in a process of its own; quoted are medians, and medians of the
+rounds' ratios. Weights are random: what is measured does not depend on them.
 """
 
 import argparse
 import copy
-import json
-import os
 import statistics
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
 import configs
 import lora
 import machine
 import pipeline
 import stage
-from benchmarks.cpu import ratio
-from benchmarks.sft import timed
+from benchmarks.common import in_turn, once, parser, ratio, run, several, training_step, write
 from dpo.data import PairRows
 from dpo.loss import log_probs, preference_loss
 from model import IGNORED, Transformer
 from optim import make_optimizers
 
-RESULT = Path(__file__).parent / "results/dpo.json"
-PAIRS, ROUNDS = 8, 3
+PAIRS, ROUNDS, BATCHES = 8, 3, 3
 WAYS = ("stored", "adapter_off", "usual", "usual_together")
 
 
@@ -105,15 +99,16 @@ def pair_losses(way: str, model: Transformer, base: Transformer | None, stored: 
     return losses
 
 
-def check(experiment) -> None:
-    """AssertionError unless the ways give the first batch the same losses."""
+def check(path: str) -> list[float]:
+    """The mean tokens of prompts and answers. AssertionError unless the ways give the first batch the same losses."""
     torch.manual_seed(0)
+    experiment = configs.load(path)
     base = Transformer(experiment.model)
     model = copy.deepcopy(base)
     lora.attach(model, experiment.dpo.lora)
     for layer in lora.layers(model).values():
         for b in layer.b.values():
-            torch.nn.init.normal_(b, std=0.02)  # trained a little: else all rewards are 0
+            torch.nn.init.normal_(b, std=5 / experiment.model.d_model)  # trained a little: else all rewards are 0
     pairs = train_pairs(experiment)
     ids, bounds, numbers = batch(pairs, 0)
     with torch.no_grad():
@@ -125,39 +120,39 @@ def check(experiment) -> None:
         torch.testing.assert_close(
             losses, found["usual"], rtol=1e-4, atol=0, msg=lambda text, way=way: f"{way}: {text}"
         )
+    return (pairs.bounds[:, 1:] - pairs.bounds[:, :-1]).mean(0).round(1).tolist()
 
 
-def trainer(way: str, path: str) -> Callable[[], int]:
-    """An optimizer step of a way; it gives the pairs in it."""
+def trainer(way: str, path: str) -> Callable[[], tuple]:
+    """Some optimizer steps of a way, which count pairs."""
     torch.manual_seed(0)
     machine.keep_freed_memory()
     experiment = configs.load(path)
     model = Transformer(experiment.model)
     base = copy.deepcopy(model).requires_grad_(False) if way.startswith("usual") else None
     lora.attach(model, experiment.dpo.lora)
-    optimizers = make_optimizers(model, experiment.dpo.train)
     pairs, done = train_pairs(experiment), 0
     stored = -100 * torch.rand(pairs.count, 2, dtype=torch.float64)
     losses = pair_losses(way, model, base, stored, experiment.dpo.loss)
+    optimizers = make_optimizers(model, experiment.dpo.train)
+    step = training_step(model, optimizers, lambda *batch: losses(*batch).mean())
 
-    def step() -> int:
+    def pairs_trained() -> int:
         nonlocal done
-        losses(*batch(pairs, done)).mean().backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        step(*batch(pairs, done))
         done += 1
         return PAIRS
 
-    return step
+    return several(pairs_trained, BATCHES)
 
 
-def training(path: str) -> dict:
+def training(path: str, rounds: int) -> dict:
     own, paces, peaks = WAYS[:2], {}, {}
     found: dict[str, dict[str, float]] = {"speed": {}, "memory": {}}
     for usual in WAYS[2:]:  # one at a time: all logits of both take much memory
-        pace, _, peak = timed(path, *own, usual, module="benchmarks.dpo", rounds=ROUNDS)
+        turns = in_turn(rounds, {way: partial(trainer, way, path) for way in (*own, usual)})
+        pace = {way: [seconds / count for seconds, count, _ in taken] for way, taken in turns.items()}
+        peak = {way: round(taken[-1][2]) for way, taken in turns.items()}
         paces, peaks = pace | paces, peak | peaks
         for way in own:
             found["speed"][f"{way}_vs_{usual}"] = ratio(pace[usual], pace[way])
@@ -171,24 +166,14 @@ def training(path: str) -> dict:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    experiment = configs.load(arguments.config)
     pipeline.main(pipeline.parser().parse_args([arguments.config, "dpo_data"]))
-    check(experiment)
-    pairs = train_pairs(experiment)
-    tokens = (pairs.bounds[:, 1:] - pairs.bounds[:, :-1]).mean(0).round(1).tolist()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    tokens = once("the check", check, arguments.config)
     found = {
-        "command": f"python -m benchmarks.dpo {Path(arguments.config).name}",
-        "commit": commit,
-        "machine": machine.name(torch.device("cpu")),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": stage.versions(),
         "mean_tokens": dict(zip(("prompt", "chosen", "rejected"), tokens, strict=True)),
-        "training": training(arguments.config),
+        "training": training(arguments.config, 1 if arguments.quick else ROUNDS),
     }
-    stage.write_json(RESULT, found)
-    print(json.dumps(found, indent=2))
+    write("dpo", f"python -m benchmarks.dpo {arguments.config}", found, arguments.quick)
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.parser(__doc__).parse_args())
+    run(main, parser(__doc__, "configs/alpaca.py"))

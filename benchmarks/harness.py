@@ -16,27 +16,26 @@ import argparse
 import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import checkpoint
 import cli
 import configs
-import machine
+import data.sources
+import pipeline
 import stage
+from benchmarks.common import command, parser, run, write
+from benchmarks.evaluation import write_questions
 from cli import UserError
 from eval import choices, language
 from eval.language import Subject
 from eval.tasks import PUBLISHED, read
 
-RESULT = Path(__file__).parent / "results/harness.json"
 PLAIN = 100  # items a task that the harness is asked as it is
 DEFINITIONS = {  # of the harness's tasks
     "wikitext2": "wikitext/wikitext.yaml",
@@ -151,55 +150,59 @@ def compare(task: str, model, spm, theirs: dict) -> dict:
     }
 
 
+def export(config: str, checkpoint: Path, out: Path) -> None:
+    """Writes the model as convert.py exports it."""
+    process = command("convert.py", "to-hf", config, "--checkpoint", str(checkpoint), str(out))
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the export ended with status {process.exitcode}; its error stands above")
+
+
+def apart(alike: dict) -> list[str]:
+    """Prints both numbers of each metric, and returns the metrics that differ in the first three digits."""
+    found = []
+    for task, each in alike.items():
+        for name, pair in each.items():
+            if isinstance(pair, dict) and name != "seconds":
+                print(f"{task:<11} {name:<16} ours {pair['ours']:.6g}  lm-eval {pair['harness']:.6g}")
+                if abs(pair["ours"] - pair["harness"]) > 5e-4 * max(1.0, abs(pair["harness"])):
+                    found.append(f"{name} of {task}")
+    return found
+
+
 def main(arguments: argparse.Namespace) -> None:
-    try:
-        version = metadata.version("lm-eval")
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            'this compares with lm-evaluation-harness; install it with: pip install "lm-eval[hf]"'
-        ) from None
+    cli.extra("lm_eval", '"lm-eval[hf]"', "the comparison with lm-evaluation-harness")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    experiment = configs.load(arguments.config)
+    if arguments.quick:
+        write_questions(data.sources.raw())
+        pipeline.main(pipeline.parser().parse_args([arguments.config, "pretrain"]))
+    experiment, limit = configs.load(arguments.config), arguments.limit
     final = Path(arguments.checkpoint) if arguments.checkpoint else experiment.trained("pretrain")
-    spm, model = experiment.load_tokenizer(final), checkpoint.load_model(final)
     tasks = [task for task in PUBLISHED if PUBLISHED[task].find()]
     logging.getLogger("lm_eval").setLevel("ERROR")
     with tempfile.TemporaryDirectory() as directory:
         exported = Path(directory) / "hf"
-        command = [sys.executable, "convert.py", "to-hf", arguments.config, "--checkpoint", str(final), str(exported)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        export(arguments.config, final, exported)
+        spm, model = experiment.load_tokenizer(final), checkpoint.load_model(final)
         os.environ["HF_DATASETS_CACHE"] = str(Path(directory) / "cache")
         length = model.config.context_length
-        alike = harness(exported, tasks, True, length, arguments.limit)
-        plain = harness(
-            exported, [t for t in tasks if t != "wikitext2"], False, length, min(arguments.limit or PLAIN, PLAIN)
-        )
-    limit = ["--limit", str(arguments.limit)] if arguments.limit else []
+        alike = harness(exported, tasks, True, length, limit)
+        asked = [task for task in tasks if task != "wikitext2"]
+        plain = harness(exported, asked, False, length, min(limit or PLAIN, PLAIN))
     found = {
-        "command": " ".join(["python -m benchmarks.harness", Path(arguments.config).name, *limit]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "machine": machine.name(torch.device("cpu")),
-        "versions": stage.versions() | {p: metadata.version(p) for p in ("lm-eval", "transformers")},
+        "versions": stage.versions() | {package: metadata.version(package) for package in ("lm-eval", "transformers")},
         "parameters": model.num_parameters(),
         "alike": {task: compare(task, model, spm, alike[task]) for task in tasks},
         "as_it_is": {task: {"items": len(each["samples"])} | each["results"] for task, each in plain.items()},
     }
-    stage.write_json(RESULT, found)
-    apart = []
-    for task, each in found["alike"].items():
-        for name, pair in each.items():
-            if isinstance(pair, dict) and name != "seconds":
-                print(f"{task:<11} {name:<16} ours {pair['ours']:.6g}  lm-eval {version} {pair['harness']:.6g}")
-                if abs(pair["ours"] - pair["harness"]) > 5e-4 * max(1.0, abs(pair["harness"])):
-                    apart.append(f"{name} of {task}")
-    if apart:
-        raise UserError(f"{', '.join(apart)} differ in the first three digits")
+    said = " ".join(["python -m benchmarks.harness", arguments.config, *([f"--limit {limit}"] if limit else [])])
+    if different := apart(found["alike"]):
+        raise UserError(f"{', '.join(different)} differ in the first three digits")
+    write("harness", said, found, arguments.quick)
 
 
 if __name__ == "__main__":
-    p = cli.parser(__doc__)
+    p = parser(__doc__, "configs/tiny.py")
     p.add_argument("--checkpoint", metavar="DIR", help="a trained model by path, instead of the experiment's")
     p.add_argument("--limit", type=cli.positive, metavar="N", help="items a task at most (all)")
-    cli.run(main, p.parse_args())
+    run(main, p)

@@ -10,32 +10,39 @@ import argparse
 import asyncio
 import collections
 import json
+import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 import configs
 import data.pack
-import machine
-import stage
-from cli import UserError
+import pipeline
+from benchmarks.common import command, parser, run, write
 
-RESULT = Path(__file__).parent / "results/serving.json"
 CLIENTS = 8
-REQUESTS = 32  # a round and way
-ROUNDS = 5
-NEW_TOKENS = 128
 DONE = b"data: [DONE]"
 NEAR = 1e-4  # nats between two candidates, under which either may be taken
+
+
+class Size(NamedTuple):
+    """How much is asked. requests: a round and way."""
+
+    requests: int = 32
+    rounds: int = 5
+    new_tokens: int = 128
+    soak: int = 2_000
+
+
+QUICK = Size(8, 1, 8, 24)
 
 
 @dataclass
@@ -117,20 +124,19 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
 
 
-async def load(port: int, prompts: Prompts, options: dict) -> dict:
+async def load(port: int, prompts: Prompts, size: Size, options: dict) -> dict:
     """Tokens/s of CLIENTS at once and of one, for the same requests, and how long each had to wait."""
     ratios, rates, answers = [], {1: [], CLIENTS: []}, {1: [], CLIENTS: []}
-    for i in range(ROUNDS + 1):
-        bodies = [
-            {"prompt": prompts.draw(16, 64), "max_tokens": NEW_TOKENS, "ignore_eos": True, "seed": 1000 * i + j}
-            | options
-            for j in range(REQUESTS)
-        ]
+    for i in range(size.rounds + 1):
+        bodies = []
+        for j in range(size.requests):
+            body = {"prompt": prompts.draw(16, 64), "max_tokens": size.new_tokens, "ignore_eos": True}
+            bodies.append(body | {"seed": 1000 * i + j} | options)
         for clients in rates:
             started = time.perf_counter()
             found = await crowd([lambda b=b: ask(port, "/v1/completions", b) for b in bodies], clients)
             if i:  # the first round does not count
-                rates[clients].append(REQUESTS * NEW_TOKENS / (time.perf_counter() - started))
+                rates[clients].append(size.requests * size.new_tokens / (time.perf_counter() - started))
                 answers[clients] += found
         if i:
             ratios.append(rates[CLIENTS][-1] / rates[1][-1])
@@ -145,7 +151,7 @@ async def load(port: int, prompts: Prompts, options: dict) -> dict:
         "tokens_per_second": round(statistics.median(rates[CLIENTS]), 1),
         "one_after_another_tokens_per_second": round(statistics.median(rates[1]), 1),
         "requests": len(together),
-        "shorter": sum(a.tokens != NEW_TOKENS for a in together + answers[1]),
+        "shorter": sum(a.tokens != size.new_tokens for a in together + answers[1]),
         "seconds": percentiles([a.seconds for a in together]),
         "one_after_another_seconds": percentiles([a.seconds for a in answers[1]]),
         "same_text": sum(a.text == b.text for a, b in zip(together, answers[1], strict=True)),
@@ -214,49 +220,41 @@ def resident(pid: int) -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
 
 
-async def measure(experiment: configs.Experiment, port: int, pid: int, requests: int) -> dict:
+async def measure(experiment: configs.Experiment, port: int, pid: int, size: Size) -> dict:
     prompts = Prompts(experiment, seed=0)
+    sampled = {"temperature": 0.7, "top_p": 0.9}
+    streamed = sampled | {"stream": True, "stream_options": {"include_usage": True}}
     return {
-        "greedy": await load(port, prompts, {"temperature": 0}),
-        "sampled": await load(port, prompts, {"temperature": 0.7, "top_p": 0.9}),
-        "sampled_streams": await load(
-            port,
-            prompts,
-            {"temperature": 0.7, "top_p": 0.9, "stream": True, "stream_options": {"include_usage": True}},
-        ),
-        "soak": await soak(port, pid, prompts, requests, experiment.model.context_length),
+        "greedy": await load(port, prompts, size, {"temperature": 0}),
+        "sampled": await load(port, prompts, size, sampled),
+        "sampled_streams": await load(port, prompts, size, streamed),
+        "soak": await soak(port, pid, prompts, size.soak, experiment.model.context_length),
     }
 
 
 def main(arguments: argparse.Namespace) -> None:
-    experiment = configs.load(arguments.config)
-    command = [sys.executable, "serve.py", arguments.config, "api", "--port", "0", "--batch-size", str(CLIENTS)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    if arguments.quick:
+        pipeline.main(pipeline.parser().parse_args([arguments.config, "pretrain"]))
+    reading, writing = os.pipe()
+    server = command("serve.py", arguments.config, "api", "--port", "0", "--batch-size", str(CLIENTS), stdout=writing)
+    os.close(writing)
+    with open(reading) as lines:
+        line = lines.readline()
+        if not line:
+            raise RuntimeError("the server did not start; its error stands above")
+        port = int(re.search(r":(\d+):", line)[1])
+        threading.Thread(target=collections.deque, args=(lines, 0)).start()  # or it would fill the pipe
+        size = QUICK if arguments.quick else Size(soak=arguments.requests)
         try:
-            line = process.stdout.readline()
-            if not line:
-                raise UserError("the server did not start; what it said stands above")
-            port = int(re.search(r":(\d+):", line)[1])
-            threading.Thread(target=collections.deque, args=(process.stdout, 0)).start()  # or it would fill the pipe
-            measured = asyncio.run(measure(experiment, port, process.pid, arguments.requests))
+            measured = asyncio.run(measure(configs.load(arguments.config), port, server.pid, size))
         finally:
-            process.terminate()
-    found = {
-        "command": f"python -m benchmarks.serving {Path(arguments.config).name}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "machine": machine.name(machine.pick_device()),
-        "versions": stage.versions(),
-        "model": line.split()[0],
-        "clients": CLIENTS,
-        **measured,
-    }
-    stage.write_json(RESULT, found)
-    print(json.dumps(found, indent=2))
+            server.terminate()
+            server.join()
+    found = {"model": line.split()[0], "clients": CLIENTS} | measured
+    write("serving", f"python -m benchmarks.serving {arguments.config}", found, arguments.quick)
 
 
 if __name__ == "__main__":
-    p = cli.parser(__doc__)
+    p = parser(__doc__, "configs/tiny.py")
     p.add_argument("--requests", type=cli.positive, default=2000, metavar="N", help="of the soak (2000)")
-    cli.run(main, p.parse_args())
+    run(main, p)

@@ -2,17 +2,13 @@
 
     DATA=… python -m benchmarks.sft configs/alpaca.py   ->  benchmarks/results/sft.json
 
-Ways to train are timed in turn, a step each, every one in a process of its own; quoted are medians, and medians of the
-rounds' ratios. Weights are random: what is measured does not depend on them. Useful tokens are those of conversations,
-padding left out.
+Ways to train are timed in turn, a few steps each, every one in a process of its own; quoted are medians, and medians of
+the rounds' ratios. Weights are random: what is measured does not depend on them. Useful tokens are those of
+conversations, padding left out.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,20 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
 import configs
 import lora
 import machine
 import pipeline
 import sft.data
 import stage
-from benchmarks.cpu import ratio
+from benchmarks.common import in_turn, parser, ratio, run, several, training_step, write
 from model import IGNORED, Transformer, linear_cross_entropy
 from optim import make_optimizers
 from sft.data import Rows
 from sft.filters import Judge
 
-RESULT = Path(__file__).parent / "results/sft.json"
 ROUNDS, BATCHES, ROWS, CONVERSATIONS = 5, 3, 4, 32  # batches differ in length: a round is of several
 
 
@@ -84,20 +78,18 @@ def padded_batches(rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
         yield tokens, targets
 
 
-def trainer(way: str, path: str) -> Callable[[], int]:
-    """An optimizer step of a way; it gives the useful tokens in it."""
+def trainer(way: str, path: str) -> Callable[[], tuple]:
+    """Some optimizer steps of a way, which count useful tokens."""
     torch.manual_seed(0)
     machine.keep_freed_memory()
     experiment = configs.load(path)
     model = Transformer(experiment.model)
     if way != "full":
         lora.attach(model, experiment.sft.lora)
-    optimizers = make_optimizers(model, experiment.sft.train)
     directory = experiment.directory("sft_data")
     counts = stage.finished(directory, experiment.command("sft_data"))["counts"]
     rows = Rows(directory, "train", counts, experiment.model.context_length)
-    padded = way.startswith("padded")
-    batches = padded_batches(rows) if padded else packed_batches(rows)
+    batches = padded_batches(rows) if way.startswith("padded") else packed_batches(rows)
 
     def loss(tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         if way == "padded_all_logits":
@@ -109,65 +101,34 @@ def trainer(way: str, path: str) -> Callable[[], int]:
             return linear_cross_entropy(x.flatten(0, 1), model.head.weight, targets.flatten())
         return model(tokens, targets, positions=positions)
 
-    def step() -> int:
+    step = training_step(model, make_optimizers(model, experiment.sft.train), loss)
+
+    def useful() -> int:
         batch = next(batches)
-        loss(*batch).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if padded:
-            return int((batch[0] != 0).sum())
-        return int(batch[0].numel() - (batch[0] == 0).sum())
+        step(*batch)
+        return int((batch[0] != 0).sum())
 
-    return step
+    return several(useful, BATCHES)
 
 
-def worker(step: Callable[[], int]) -> None:
-    """A process that trains: for every line of its standard input BATCHES steps; it prints seconds, useful tokens, and
-    the most memory it has had, in MiB."""
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        tokens = sum(step() for _ in range(BATCHES))
-        seconds = time.perf_counter() - started
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-        print(json.dumps([seconds, tokens, peak]), flush=True)
+def training(path: str, rounds: int) -> dict[str, float]:
+    def timed(*ways: str) -> dict[str, list]:
+        return in_turn(rounds, {way: partial(trainer, way, path) for way in ways})
 
-
-def timed(
-    path: str, *ways: str, module: str = "benchmarks.sft", rounds: int = ROUNDS
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int]]:
-    """For each way of the module's `trainer` seconds a useful token, or whatever its steps count, and seconds a step,
-    round by round, and peak MiB."""
-    workers, found = {}, {way: [] for way in ways}
-    for way in ways:
-        code = f"from benchmarks.sft import worker; from {module} import trainer; worker(trainer({way!r}, {path!r}))"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        workers[way] = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
-    for i in range(rounds + 1):
-        for way, process in workers.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            numbers = json.loads(process.stdout.readline())
-            time.sleep(0.05)  # until its threads sleep
-            if i:
-                found[way].append(numbers)
-    for process in workers.values():
-        process.communicate()
-    pace = {way: [seconds / tokens for seconds, tokens, _ in numbers] for way, numbers in found.items()}
-    step = {way: [seconds / BATCHES for seconds, _, _ in numbers] for way, numbers in found.items()}
-    return pace, step, {way: round(numbers[-1][2]) for way, numbers in found.items()}
-
-
-def training(path: str) -> dict[str, float]:
-    pace, step, peak = timed(path, "packed", "masked", "padded", "full")
-    other, _, more = timed(path, "packed", "padded_all_logits")  # apart: with the others it would not fit 24 GiB
+    found = timed("packed", "masked", "padded", "full")
+    apart = timed("packed", "padded_all_logits")  # with the others it would not fit 24 GiB
+    pace = {way: [seconds / tokens for seconds, tokens, _ in turns] for way, turns in found.items()}
+    other = {way: [seconds / tokens for seconds, tokens, _ in turns] for way, turns in apart.items()}
+    step = {way: [seconds / BATCHES for seconds, _, _ in turns] for way, turns in found.items()}
+    peak = {way: round(turns[-1][2]) for way, turns in (apart | found).items()}
     return {
         "useful_tokens_per_second": {way: round(1 / statistics.median(taken)) for way, taken in pace.items()},
         "seconds_per_step": {way: round(statistics.median(taken), 3) for way, taken in step.items()},
-        "peak_mib": more | peak,
+        "peak_mib": peak,
         "packed_vs_padded": ratio(pace["padded"], pace["packed"]),
         "packed_vs_padded_all_logits": ratio(other["padded_all_logits"], other["packed"]),
+        "memory_vs_padded": round(peak["packed"] / peak["padded"], 3),
+        "memory_vs_padded_all_logits": round(peak["packed"] / peak["padded_all_logits"], 3),
         "by_text_vs_explicit_mask": ratio(pace["masked"], pace["packed"]),
         "lora_steps_vs_full": ratio(step["full"], step["packed"]),
         "lora_memory_vs_full": round(peak["packed"] / peak["full"], 3),
@@ -175,21 +136,11 @@ def training(path: str) -> dict[str, float]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    experiment = configs.load(arguments.config)
     pipeline.main(pipeline.parser().parse_args([arguments.config, "sft_data"]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {
-        "command": f"python -m benchmarks.sft {Path(arguments.config).name}",
-        "commit": commit,
-        "machine": machine.name(torch.device("cpu")),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": stage.versions(),
-        "preparation": preparation(experiment),
-        "training": training(arguments.config),
-    }
-    stage.write_json(RESULT, found)
-    print(json.dumps(found, indent=2))
+    found = {"preparation": preparation(configs.load(arguments.config))}
+    found["training"] = training(arguments.config, 1 if arguments.quick else ROUNDS)
+    write("sft", f"python -m benchmarks.sft {arguments.config}", found, arguments.quick)
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.parser(__doc__).parse_args())
+    run(main, parser(__doc__, "configs/alpaca.py"))

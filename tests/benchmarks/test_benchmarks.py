@@ -17,30 +17,6 @@ def test_each_module_imports(path):
     importlib.import_module(f"benchmarks.{path.stem}")
 
 
-def test_quick_cases_of_the_cpu_benchmark(monkeypatch):
-    from benchmarks import cpu
-
-    monkeypatch.setattr(cpu.machine, "compile_blocks", lambda *_: True)
-    monkeypatch.setattr(cpu.machine, "keep_freed_memory", lambda: None)
-    cpu.trainer("ours", "demo", 2, 16)()
-    assert cpu.loss_vs_plain(8, 50, 20, 1)["ratio"] > 0
-
-
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure, for minutes")
-
-
-@NO_GPU
-def test_the_gpu_benchmark_without_a_gpu_says_what_it_needs(monkeypatch, capsys):
-    from benchmarks import gpu
-
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(sys, "argv", ["gpu"])
-    assert gpu.main() == 2
-    error = "error: benchmarks.gpu needs a GPU; to only run the code, set TRITON_INTERPRET=1\n"
-    assert capsys.readouterr() == ("", error)
-
-
-@NO_GPU
 @pytest.mark.filterwarnings("ignore")  # from torch's compiler
 def test_parts_of_the_gpu_benchmark_in_miniature(monkeypatch, tmp_path):
     """Among them the run, which trains and evaluates on packed tokens."""
