@@ -11,6 +11,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -186,9 +187,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
-        k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
-        v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        q, k, v = together(x, self.q, self.k, self.v)
+        q = q.view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
+        k = k.view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        v = v.view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
         # Only q and k are rotated: positions affect the scores, not the values.
         q = rotate(q, layout.cos, layout.sin)
         k = rotate(k, layout.cos, layout.sin)
@@ -209,7 +211,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # `gate` says how much of each of `up`'s d_ff features passes. Try F.gelu without a gate: docs/changing.md.
-        h = swiglu(self.gate(x), self.up(x), self.kernels)  # (B, T, d_ff)
+        gate, up = together(x, self.gate, self.up)
+        h = swiglu(gate, up, self.kernels)  # (B, T, d_ff)
         return self.down(h)  # (B, T, D)
 
 
@@ -331,6 +334,83 @@ class Transformer(nn.Module):
 # ======================================================================================================================
 # Fast paths: skip these at first reading. They give the same results in less time or memory.
 
+# -------------------------------------------------------------------------------------------- fewer, smaller products
+# A step of decoding computes little: the bytes of the weights and the number of operations decide.
+
+
+JOINED = ("q", "k", "v"), ("gate", "up")  # layers that read the same input
+
+
+def together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """[layer(x) for layer in layers]. One product without gradients, once `join` has run."""
+    whole = None if torch.is_grad_enabled() else getattr(layers[0], "whole", None)
+    if whole is None or whole.weight.data_ptr() != layers[0].weight.data_ptr():  # never joined, or moved since
+        return [layer(x) for layer in layers]
+    return whole(x).split([layer.out_features for layer in layers], -1)
+
+
+@torch.inference_mode(False)  # the weights must stay trainable
+def join(model: nn.Module) -> None:
+    """Lays weights that read the same input side by side in memory, for `together`. They keep names and values."""
+    # The weights become views of the whole matrix: nothing is held twice. Layers with adapters stay as they are.
+    for module, names in linear_layers(model, JOINED):
+        layers = [getattr(module, name) for name in names]
+        sizes = [layer.out_features for layer in layers]
+        whole, addresses = getattr(layers[0], "whole", None), [layer.weight.data_ptr() for layer in layers]
+        if whole is not None and [part.data_ptr() for part in whole.weight.split(sizes)] == addresses:
+            continue  # joined already
+        matrix = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, matrix.split(sizes), strict=True):
+            layer.weight.data = part
+        whole = nn.Linear(*matrix.T.shape, bias=False, device="meta")
+        whole.weight = nn.Parameter(matrix, requires_grad=False)
+        layers[0].__dict__["whole"] = whole  # not a submodule: it has no tensors of its own to save
+
+
+def linear_layers(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[tuple[nn.Module, Sequence[str]]]:
+    """The modules that have all layers of a group, plain ones without a bias, each with the group's names."""
+    found = []
+    for module in model.modules():
+        for names in groups:
+            layers = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+                found.append((module, names))
+    return found
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights of 8 bits and one scale for each output. For bfloat16 inputs, without gradients."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.scale = weight, scale  # (out, in) int8, (out,) bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (N, in)
+        if len(rows) <= 16 and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:  # prompts: many products with each weight, so converting it once is cheap
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        return y.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def to_int8(model: Transformer) -> None:
+    """Makes the linear layers `Int8Linear`, and all else bfloat16. The model can then only be used, not trained."""
+    for module, names in linear_layers(model, (*JOINED, ("o",), ("down",), ("head",))):
+        layers = [getattr(module, name) for name in names]
+        sizes = [layer.out_features for layer in layers]
+        matrix = torch.cat([layer.weight.float() for layer in layers])
+        scale = (matrix.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
+        matrix = (matrix / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        for name, weight, part in zip(names, matrix.split(sizes), scale.split(sizes), strict=True):
+            setattr(module, name, Int8Linear(weight, part))
+        getattr(module, names[0]).__dict__["whole"] = Int8Linear(matrix, scale)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+
+
 # ----------------------------------------------------------------------------------------------- cache and packed rows
 
 
@@ -349,12 +429,12 @@ def is_causal(length: int) -> bool:
 class KVCache:
     """Keys and values of the tokens seen so far, so that each step of decoding computes only the new ones."""
 
-    # Allocated once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,) int64 on the
+    # Allocated once: `length` tokens for each of B texts. k, v: (n_layers, B, length, K, E). used: (B,) int64 on the
     # CPU, each text's number of tokens. `cache[a:b]` is a view of texts a to b − 1.
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
         c, self.length = model.config, length
-        shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
+        shape = (c.n_layers, batch_size, length, c.n_kv_heads or c.n_heads, c.head_dim)
         self.k = model.embed.weight.new_zeros(shape)  # see `clear`
         self.v = model.embed.weight.new_zeros(shape)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
@@ -393,20 +473,24 @@ class Cached(Layout):
         at, mask = positions.to(device), None
         equally_long = cache.used.min() == cache.used.max()
         if not (model.causal and equally_long and T in (1, end)):  # one new token sees its whole text
-            mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
+            # In floats, and each row a multiple of 16 long: else every layer would convert and copy the mask.
+            keys = torch.arange(-(-end // 16) * 16, device=device)
+            seen = sees(at[:, None, :, None], keys)
+            mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=device).masked_fill_(~seen, -math.inf)
+            mask = mask[..., :end]  # (B, 1, T, S)
         super().__init__(model.cos[at], model.sin[at], mask)
         self.causal = mask is None and end == T
-        self.cache, self.end, self.at = cache, end, at
-        self.rows = torch.arange(len(at), device=device)[:, None]  # (B, 1)
-        self.layer = 0  # blocks call `attend` in order, once each
+        self.end = end
+        first_slots = torch.arange(len(at), device=device) * cache.length
+        self.slots = (first_slots[:, None] + at).flatten()  # of the new tokens, (B · T,)
+        self.layers = zip(cache.k.unbind(), cache.v.unbind(), strict=True)  # blocks call `attend` in order, once each
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
-        self.layer += 1
-        keys[self.rows, :, self.at] = k.transpose(1, 2)  # (B, T, K, E)
-        values[self.rows, :, self.at] = v.transpose(1, 2)
-        keys = keys[:, :, : self.end]
-        values = values[:, :, : self.end]
+        keys, values = next(self.layers)  # (B, length, K, E)
+        keys.flatten(0, 1).index_copy_(0, self.slots, k.transpose(1, 2).flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, self.slots, v.transpose(1, 2).flatten(0, 1))
+        keys = keys[:, : self.end].transpose(1, 2)  # (B, K, S, E)
+        values = values[:, : self.end].transpose(1, 2)
         return softmax_attention(q, keys, values, self.mask, self.causal)
 
 

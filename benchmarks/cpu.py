@@ -1,4 +1,4 @@
-"""Training and generation on a CPU, beside transformers' LLaMA with the same weights and beside the bare arithmetic.
+"""Training and decoding on a CPU, beside transformers' LLaMA with the same weights and beside the bare arithmetic.
 
     python -m benchmarks.cpu   ->  benchmarks/results/cpu.json
 
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 import configs
-import generate
 import machine
 import stage
+from benchmarks import decoding
 from model import Transformer, linear_cross_entropy
 from optim import make_optimizers
 
@@ -168,51 +168,13 @@ def loss_vs_plain(d_model: int, vocabulary: int, rows: int, rounds: int) -> dict
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
-
-
-def generate_vs_transformers(name: str, batch: int, rounds: int, new: int = 128) -> dict[str, float]:
-    """Greedy tokens/s for prompts of 32 tokens: ours, `generate` of transformers, and the bare matrix products that a
-    decoding step cannot do without."""
-    from tests.test_model import to_transformers
-
-    torch.manual_seed(0)
-    ours = Transformer(configs.load(f"configs/{name}.py").model).eval()
-    theirs = to_transformers(ours)
-    prompts = torch.randint(ours.config.vocab_size, (batch, 32))
-    matrices = [w for n, w in ours.named_parameters() if w.dim() == 2 and not n.startswith("embed")]
-    inputs = {width: torch.randn(batch, width) for width in {w.shape[1] for w in matrices}}
-
-    @torch.inference_mode()
-    def bare() -> None:
-        for _ in range(new):
-            for w in matrices:
-                F.linear(inputs[w.shape[1]], w)
-
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    ways = {
-        "bare": bare,
-        "ours": lambda: generate.generate(ours, prompts.tolist(), new, temperature=0),
-        "theirs": lambda: theirs.generate(prompts, **settings),
-    }
-    found = interleaved(rounds, ways)
-    return {
-        "tokens_per_second": round(batch * new / statistics.median(found["ours"]), 1),
-        "other_tokens_per_second": round(batch * new / statistics.median(found["theirs"]), 1),
-        "bare_tokens_per_second": round(batch * new / statistics.median(found["bare"]), 1),
-        "ratio": ratio(found["theirs"], found["ours"]),
-        "of_bare_rate": ratio(found["bare"], found["ours"]),
-    }
-
-
 def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
         "device": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "commit": commit,
         "versions": stage.versions(),
-        "generate_tiny_1_vs_transformers": generate_vs_transformers("tiny", 1, 5),
-        "generate_tiny_8_vs_transformers": generate_vs_transformers("tiny", 8, 5),
+        **decoding.results(),
         "train_tiny_8x256_vs_transformers": train_vs_transformers("tiny", 8, 256, 9),
         "train_tiny_2x1024_vs_transformers": train_vs_transformers("tiny", 2, 1_024, 9),
         "train_demo_vs_transformers": train_vs_transformers("demo", 4, 256, 30),
