@@ -12,9 +12,10 @@ from numbers import Integral
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Int8Linear, KVCache, Transformer, join
+from model import KVCache, Transformer
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
@@ -352,3 +353,71 @@ def project(head: nn.Module, x: Tensor) -> Tensor:
     # configs/tiny.py and 8 texts, a step takes a seventh less time.
     y = x @ head.weight.view(-1, 512, head.in_features).transpose(1, 2)  # (V / 512, B, 512)
     return y.transpose(0, 1).reshape(B, V)
+
+
+# ------------------------------------------------------------------------------------------------ weights for decoding
+# A step of decoding computes little. The bytes of the weights and the number of operations decide its time.
+
+JOINED = ("q", "k", "v"), ("gate", "up")  # layers that read the same input
+
+
+@torch.inference_mode(False)  # the weights must stay trainable
+def join(model: nn.Module) -> None:
+    """Lays weights that read the same input side by side in memory, for `model.together`. Their values stay."""
+    # The weights become views of the whole matrix: nothing is held twice. Layers with adapters stay as they are.
+    for module, names in linear_layers(model, JOINED):
+        layers = [getattr(module, name) for name in names]
+        sizes = [layer.out_features for layer in layers]
+        whole, addresses = getattr(layers[0], "whole", None), [layer.weight.data_ptr() for layer in layers]
+        if whole is not None and [part.data_ptr() for part in whole.weight.split(sizes)] == addresses:
+            continue  # joined already
+        matrix = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, matrix.split(sizes), strict=True):
+            layer.weight.data = part
+        whole = nn.Linear(*matrix.T.shape, bias=False, device="meta")
+        whole.weight = nn.Parameter(matrix, requires_grad=False)
+        layers[0].__dict__["whole"] = whole  # not a submodule: it has no tensors of its own to save
+
+
+def linear_layers(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[tuple[nn.Module, Sequence[str]]]:
+    """The modules that have all layers of a group, plain ones without a bias, each with the group's names."""
+    found = []
+    for module in model.modules():
+        for names in groups:
+            layers = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+                found.append((module, names))
+    return found
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights of 8 bits and one scale for each output. For bfloat16 inputs, without gradients."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.scale = weight, scale  # (out, in) int8, (out,) bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (N, in)
+        if len(rows) <= 16 and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:  # prompts: many products with each weight, so converting it once is cheap
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        return y.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def to_int8(model: Transformer) -> None:
+    """Makes the linear layers `Int8Linear`, and all else bfloat16. The model can then only be used, not trained."""
+    for module, names in linear_layers(model, (*JOINED, ("o",), ("down",), ("head",))):
+        layers = [getattr(module, name) for name in names]
+        sizes = [layer.out_features for layer in layers]
+        matrix = torch.cat([layer.weight.float() for layer in layers])
+        scale = (matrix.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
+        matrix = (matrix / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        for name, weight, part in zip(names, matrix.split(sizes), scale.split(sizes), strict=True):
+            setattr(module, name, Int8Linear(weight, part))
+        getattr(module, names[0]).__dict__["whole"] = Int8Linear(matrix, scale)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 import configs
 import convert_gguf
-import generate
 from benchmarks.common import interleaved, ratio, write
-from model import Transformer, to_int8
+from generate import generate, to_int8
+from model import Transformer
 
 PROMPT = 32  # tokens
 LONG = 512  # tokens of the prompt whose reading is timed
@@ -49,7 +49,7 @@ def decode(name: str, texts: int, new: int, rounds: int) -> dict[str, float | st
     to_int8(variants["int8_"])
     ways = {"bare_": bare(model, texts, new), "transformers_": lambda: theirs.generate(prompts, **settings)}
     for variant, ours in variants.items():
-        ways[variant] = lambda ours=ours: generate.generate(ours, prompts.tolist(), new, temperature=0)
+        ways[variant] = lambda ours=ours: generate(ours, prompts.tolist(), new, temperature=0)
     about = {}
     with tempfile.TemporaryDirectory() as directory:
         if texts == 1 and importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
@@ -58,8 +58,8 @@ def decode(name: str, texts: int, new: int, rounds: int) -> dict[str, float | st
         elif texts == 1:
             about["llama_cpp"] = "left out: pip install llama-cpp-python gguf"
         seconds = interleaved(rounds, ways)
-    first = {"first": lambda: generate.generate(model, prompts.tolist(), 1, temperature=0)}
-    first["prompt"] = lambda: generate.generate(model, long, 1, temperature=0)
+    first = {"first": lambda: generate(model, prompts.tolist(), 1, temperature=0)}
+    first["prompt"] = lambda: generate(model, long, 1, temperature=0)
     reading = interleaved(rounds, first)
     found = {f"{way}tokens_per_second": rate(texts * new, times) for way, times in seconds.items()}
     return found | {

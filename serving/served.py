@@ -9,8 +9,9 @@ import torch
 
 import checkpoint
 from configs import TRAINED, Experiment
+from generate import to_int8
 from machine import pick_device
-from model import Transformer, to_int8
+from model import Transformer
 from serving.engine import Refused
 from sft.conversations import Message, cleaned
 from sft.templates import ends, render

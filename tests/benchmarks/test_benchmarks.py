@@ -57,3 +57,16 @@ def test_flops_of_a_token_by_hand():
     # A query of 4 numbers against 6 keys, and their mean of values: 2 · 2 · 4 · 6 a layer, and twice that backward.
     attention = 3 * (3 * 96)
     assert flops_per_token(config, 6) == (6 * weights + attention, 6 * weights + attention // 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # from transformers
+def test_the_quick_decoding_benchmark_has_all_its_keys():
+    from benchmarks import decoding
+
+    found = decoding.results(quick=True)
+    assert list(found) == ["decode_demo_1", "decode_demo_8"]
+    for numbers in found.values():
+        ways = ("", "bare_", "transformers_", "bfloat16_", "int8_", "prompt_")
+        assert all(numbers[f"{way}tokens_per_second"] > 0 for way in ways)
+        assert numbers["of_bare_rate"] > 0 < numbers["ratio_vs_transformers"]
+    assert "llama_cpp" in found["decode_demo_1"] or found["decode_demo_1"]["llama_cpp_f32_tokens_per_second"] > 0
