@@ -366,17 +366,19 @@ def join(model: nn.Module) -> None:
     """Lays weights that read the same input side by side in memory, for `model.together`. Their values stay."""
     # The weights become views of the whole matrix: nothing is held twice. Layers with adapters stay as they are.
     for module, names in linear_layers(model, JOINED):
-        layers = [getattr(module, name) for name in names]
+        layers = tuple(getattr(module, name) for name in names)
         sizes = [layer.out_features for layer in layers]
-        whole, addresses = getattr(layers[0], "whole", None), [layer.weight.data_ptr() for layer in layers]
-        if whole is not None and [part.data_ptr() for part in whole.weight.split(sizes)] == addresses:
-            continue  # joined already
+        parts, whole = getattr(layers[0], "joined", ((), None))
+        if parts == layers:
+            addresses = [layer.weight.data_ptr() for layer in layers]
+            if [part.data_ptr() for part in whole.weight.split(sizes)] == addresses:
+                continue  # joined already
         matrix = torch.cat([layer.weight.detach() for layer in layers])
         for layer, part in zip(layers, matrix.split(sizes), strict=True):
             layer.weight.data = part
         whole = nn.Linear(*matrix.T.shape, bias=False, device="meta")
         whole.weight = nn.Parameter(matrix, requires_grad=False)
-        layers[0].__dict__["whole"] = whole  # not a submodule: it has no tensors of its own to save
+        layers[0].joined = layers, whole  # in a tuple, so not a submodule: it has no tensors of its own to save
 
 
 def linear_layers(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[tuple[nn.Module, Sequence[str]]]:
@@ -418,6 +420,7 @@ def to_int8(model: Transformer) -> None:
         matrix = (matrix / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         for name, weight, part in zip(names, matrix.split(sizes), scale.split(sizes), strict=True):
             setattr(module, name, Int8Linear(weight, part))
-        getattr(module, names[0]).__dict__["whole"] = Int8Linear(matrix, scale)
+        layers = tuple(getattr(module, name) for name in names)
+        layers[0].joined = layers, Int8Linear(matrix, scale)
     for p in model.parameters():
         p.data = p.data.bfloat16()

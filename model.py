@@ -337,8 +337,9 @@ class Transformer(nn.Module):
 
 def together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """[layer(x) for layer in layers]. One product without gradients, once `generate.join` has run."""
-    whole = None if torch.is_grad_enabled() else getattr(layers[0], "whole", None)
-    if whole is None or whole.weight.data_ptr() != layers[0].weight.data_ptr():  # never joined, or moved since
+    parts, whole = getattr(layers[0], "joined", ((), None))
+    # Not if one of them got an adapter since, or the weights moved to another type or device.
+    if torch.is_grad_enabled() or parts != layers or whole.weight.data_ptr() != layers[0].weight.data_ptr():
         return [layer(x) for layer in layers]
     return whole(x).split([layer.out_features for layer in layers], -1)
 

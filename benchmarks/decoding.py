@@ -52,7 +52,9 @@ def decode(name: str, texts: int, new: int, rounds: int) -> dict[str, float | st
         ways[variant] = lambda ours=ours: generate(ours, prompts.tolist(), new, temperature=0)
     about = {}
     with tempfile.TemporaryDirectory() as directory:
-        if texts == 1 and importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+        if new < PROMPT:
+            about["llama_cpp"] = "left out of quick runs"
+        elif texts == 1 and importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
             for kind in KINDS:
                 ways[f"llama_cpp_{kind}_"] = llama_cpp(model, Path(directory), kind, prompts[0].tolist(), new)
         elif texts == 1:
@@ -103,7 +105,9 @@ def llama_cpp(model: Transformer, directory: Path, kind: str, prompt: list[int],
     path = directory / f"{kind}.gguf"
     convert_gguf.write(path, model, spm, None, kind)
     threads, length = torch.get_num_threads(), len(prompt) + new
-    llama = llama_cpp.Llama(str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
+    )
 
     def decoded() -> None:
         llama.reset()

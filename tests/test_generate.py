@@ -214,9 +214,9 @@ def test_joined_weights_give_the_same_and_stay_what_they_are(active):
     model, tokens = build(), random_tokens(2, 9)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     join(model)
-    whole = model.blocks[0].attn.q.whole
+    joined = model.blocks[0].attn.q.joined
     join(model)
-    assert model.blocks[0].attn.q.whole is whole  # a second decoder copies nothing
+    assert model.blocks[0].attn.q.joined is joined  # a second decoder copies nothing
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     if active:
@@ -228,9 +228,9 @@ def test_joined_weights_give_the_same_and_stay_what_they_are(active):
         with torch.no_grad():
             for p in model.parameters():
                 change(p)
-            joined = model(tokens)
+            together = model(tokens)
         separate = model(tokens)  # with gradients, which need the layers themselves
-        torch.testing.assert_close(joined, separate.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together, separate.detach(), rtol=1e-4, atol=1e-4)
     separate.sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
