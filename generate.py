@@ -12,6 +12,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, Transformer
@@ -106,6 +107,8 @@ class Sampling:
         return logits
 
 
+GREEDY = Sampling(temperature=0)
+
 # ----------------------------------------------------------------------------------------------------- the short way in
 
 
@@ -176,14 +179,19 @@ class Continuation:
         self.ended: str | None = None  # at the end "stop", "length" or "error"
         self.error: ValueError | None = None
 
-    def draw(self, logits: Tensor, likeliest: int) -> int:
+    @property
+    def needs_logits(self) -> bool:
+        """False for plain greedy decoding, which takes the likeliest token."""
+        return self.sampling != GREEDY or self.candidates is not None
+
+    def draw(self, logits: Tensor | None, likeliest: int, largest: float) -> int:
         """Draws the next id and appends it. If none can be drawn, sets `error` instead."""
-        # logits: (V,) float32 on the CPU. likeliest: the id of the largest logit, from the caller.
+        # logits: (V,) float32 on the CPU; None if not needed. likeliest: the id of the largest logit, with its logit.
         token = likeliest
         try:
-            if not logits[likeliest].isfinite():  # a NaN counts as the largest
+            if not math.isfinite(largest):  # a NaN counts as the largest
                 raise ValueError("the logits are not finite; the weights are damaged, or their training diverged")
-            if self.sampling != Sampling(temperature=0):  # plain greedy decoding takes `likeliest`
+            if self.sampling != GREEDY:
                 token = self.sampling.draw(logits, self.ids, self.generator)
         except ValueError as error:
             self.ended, self.error = "error", error
@@ -214,11 +222,13 @@ class Decoder:
 
     def __init__(self, model: Transformer, rows: int, length: int | None = None, chunk: int | None = None):
         self.model, self.rows, self.chunk = model, rows, chunk or sys.maxsize
+        join(model)
         self.cache = KVCache(model, rows, length or model.config.context_length)
         # texts[i] has row i of the cache: first the `ready` texts, then those with unread prompts, shortest first.
         self.texts: list[Continuation] = []
         self.ready = 0  # how many texts can draw their next token
         self.waiting: deque[Continuation] = deque()
+        self.host: Tensor | None = None  # see `_to_host`
 
     def __len__(self) -> int:
         return len(self.texts) + len(self.waiting)
@@ -263,19 +273,22 @@ class Decoder:
         self._read_prompts()
         if not self.ready:
             return []
-        for row in range(self.ready):
-            if self.cache.used[row] == self.cache.length:  # full: start again with the later half of the text
+        for row, used in enumerate(self.cache.used[: self.ready].tolist()):
+            if used == self.cache.length:  # full: start again with the later half of the text
                 self.cache.used[row] = 0  # new keys overwrite the old ones
                 later_half = self.texts[row].ids[-max(1, self.cache.length // 2) : -1]
                 if later_half:
                     self._hidden(slice(row, row + 1), [later_half])
         texts = self.texts[: self.ready]
         hidden = self._hidden(slice(0, self.ready), [text.ids[-1:] for text in texts])  # (B, 1, D)
-        logits = project(self.model.head, hidden[:, 0]).float().cpu()  # (B, V)
-        likeliest = logits.max(1).indices.tolist()
+        logits = project(self.model.head, hidden[:, 0]).float()  # (B, V)
+        largest, likeliest = logits.max(1)
+        rows = [row for row, text in enumerate(texts) if text.needs_logits]
+        needed = dict(zip(rows, self._to_host(logits[rows]), strict=True)) if rows else {}
         pairs = []
-        for row, text in enumerate(texts):
-            pairs.append((text, text.draw(logits[row], likeliest[row])))
+        for row, (value, token) in enumerate(zip(largest.tolist(), likeliest.tolist(), strict=True)):
+            text = texts[row]
+            pairs.append((text, text.draw(needed.get(row), token, value)))
         for text in texts:  # afterwards, because a removal moves rows
             if text.ended:
                 self.remove(text)
@@ -315,18 +328,99 @@ class Decoder:
         """How many of the text's last tokens the model will see."""
         return min(len(text.ids), self.cache.length)
 
+    def _to_host(self, logits: Tensor) -> Tensor:
+        """The logits in memory that the CPU reads, valid until the next call."""
+        if not logits.is_cuda:
+            return logits.cpu()
+        # Pinned memory, which a GPU writes directly, made once: otherwise the driver would copy the logits a second
+        # time.
+        if self.host is None:
+            self.host = torch.empty(self.rows, logits.shape[1], pin_memory=True)
+        return self.host[: len(logits)].copy_(logits)  # waits for the GPU
+
     def _hidden(self, rows: slice, ids: list[list[int]]) -> Tensor:
         """Reads T new ids for each of these rows. Returns (B, T, D)."""
         tokens = torch.tensor(ids, device=self.model.embed.weight.device)
         return self.model.hidden(tokens, self.cache[rows])
 
 
-def project(head: nn.Linear, x: Tensor) -> Tensor:
+def project(head: nn.Module, x: Tensor) -> Tensor:
     """head(x) of a few rows, x: (B, D). Returns (B, V)."""
     B, V = len(x), head.out_features
-    if x.is_cuda or not 1 < B <= 16 or V % 512:
+    if x.device.type != "cpu" or not 1 < B <= 16 or V % 512 or isinstance(head, Int8Linear):
         return head(x)
     # On a CPU, slices of the weight fit the processor's cache; MKL would first copy the whole weight. With
     # configs/tiny.py and 8 texts, a step takes a seventh less time.
     y = x @ head.weight.view(-1, 512, head.in_features).transpose(1, 2)  # (V / 512, B, 512)
     return y.transpose(0, 1).reshape(B, V)
+
+
+# ------------------------------------------------------------------------------------------------ weights for decoding
+# A step of decoding computes little. The bytes of the weights and the number of operations decide its time.
+
+JOINED = ("q", "k", "v"), ("gate", "up")  # layers that read the same input
+
+
+@torch.inference_mode(False)  # the weights must stay trainable
+def join(model: nn.Module) -> None:
+    """Lays weights that read the same input side by side in memory, for `model.together`. Their values stay."""
+    # The weights become views of the whole matrix: nothing is held twice. Layers with adapters stay as they are.
+    for module, names in linear_layers(model, JOINED):
+        layers = tuple(getattr(module, name) for name in names)
+        sizes = [layer.out_features for layer in layers]
+        parts, whole = getattr(layers[0], "joined", ((), None))
+        if parts == layers:
+            addresses = [layer.weight.data_ptr() for layer in layers]
+            if [part.data_ptr() for part in whole.weight.split(sizes)] == addresses:
+                continue  # joined already
+        matrix = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, matrix.split(sizes), strict=True):
+            layer.weight.data = part
+        whole = nn.Linear(*matrix.T.shape, bias=False, device="meta")
+        whole.weight = nn.Parameter(matrix, requires_grad=False)
+        layers[0].joined = layers, whole  # in a tuple, so not a submodule: it has no tensors of its own to save
+
+
+def linear_layers(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[tuple[nn.Module, Sequence[str]]]:
+    """The modules that have all layers of a group, plain ones without a bias, each with the group's names."""
+    found = []
+    for module in model.modules():
+        for names in groups:
+            layers = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+                found.append((module, names))
+    return found
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights of 8 bits and one scale for each output. For bfloat16 inputs, without gradients."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.scale = weight, scale  # (out, in) int8, (out,) bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (N, in)
+        if len(rows) <= 16 and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:  # prompts: many products with each weight, so converting it once is cheap
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        return y.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def to_int8(model: Transformer) -> None:
+    """Makes the linear layers `Int8Linear`, and all else bfloat16. The model can then only be used, not trained."""
+    for module, names in linear_layers(model, (*JOINED, ("o",), ("down",), ("head",))):
+        layers = [getattr(module, name) for name in names]
+        sizes = [layer.out_features for layer in layers]
+        matrix = torch.cat([layer.weight.float() for layer in layers])
+        scale = (matrix.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
+        matrix = (matrix / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        for name, weight, part in zip(names, matrix.split(sizes), scale.split(sizes), strict=True):
+            setattr(module, name, Int8Linear(weight, part))
+        layers = tuple(getattr(module, name) for name in names)
+        layers[0].joined = layers, Int8Linear(matrix, scale)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()

@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
@@ -202,9 +203,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
-        k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
-        v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        q, k, v = together(x, self.q, self.k, self.v)
+        q = q.view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
+        k = k.view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        v = v.view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
         # Only q and k are rotated: positions affect the scores, not the values.
         q = rotate(q, layout.cos, layout.sin)
         k = rotate(k, layout.cos, layout.sin)
@@ -225,7 +227,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # `gate` says how much of each of `up`'s d_ff features passes. Try F.gelu without a gate: docs/changing.md.
-        h = swiglu(self.gate(x), self.up(x), self.kernels)  # (B, T, d_ff)
+        gate, up = together(x, self.gate, self.up)
+        h = swiglu(gate, up, self.kernels)  # (B, T, d_ff)
         return self.down(h)  # (B, T, D)
 
 
@@ -347,6 +350,16 @@ class Transformer(nn.Module):
 # ======================================================================================================================
 # Fast paths: skip these at first reading. They give the same results in less time or memory.
 
+
+def together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """[layer(x) for layer in layers]. One product without gradients, once `generate.join` has run."""
+    parts, whole = getattr(layers[0], "joined", ((), None))
+    # Not if one of them got an adapter since, or the weights moved to another type or device.
+    if torch.is_grad_enabled() or parts != layers or whole.weight.data_ptr() != layers[0].weight.data_ptr():
+        return [layer(x) for layer in layers]
+    return whole(x).split([layer.out_features for layer in layers], -1)
+
+
 # ----------------------------------------------------------------------------------------------- cache and packed rows
 
 
@@ -365,12 +378,12 @@ def is_causal(length: int) -> bool:
 class KVCache:
     """Keys and values of the tokens seen so far, so that each step of decoding computes only the new ones."""
 
-    # Allocated once: `length` tokens for each of B texts. k, v: (n_layers, B, K, length, E). used: (B,) int64 on the
+    # Allocated once: `length` tokens for each of B texts. k, v: (n_layers, B, length, K, E). used: (B,) int64 on the
     # CPU, each text's number of tokens. `cache[a:b]` is a view of texts a to b − 1.
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
         c, self.length = model.config, length
-        shape = (c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.head_dim)
+        shape = (c.n_layers, batch_size, length, c.n_kv_heads or c.n_heads, c.head_dim)
         self.k = model.embed.weight.new_zeros(shape)  # see `clear`
         self.v = model.embed.weight.new_zeros(shape)
         self.used = torch.zeros(batch_size, dtype=torch.int64)
@@ -409,20 +422,24 @@ class Cached(Layout):
         at, mask = positions.to(device), None
         equally_long = cache.used.min() == cache.used.max()
         if not (model.causal and equally_long and T in (1, end)):  # one new token sees its whole text
-            mask = sees(at[:, None, :, None], torch.arange(end, device=device))  # (B, 1, T, S)
+            # In floats, and each row a multiple of 16 long: else every layer would convert and copy the mask.
+            keys = torch.arange(-(-end // 16) * 16, device=device)
+            seen = sees(at[:, None, :, None], keys)
+            mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=device).masked_fill_(~seen, -math.inf)
+            mask = mask[..., :end]  # (B, 1, T, S)
         super().__init__(model.cos[at], model.sin[at], mask)
         self.causal = mask is None and end == T
-        self.cache, self.end, self.at = cache, end, at
-        self.rows = torch.arange(len(at), device=device)[:, None]  # (B, 1)
-        self.layer = 0  # blocks call `attend` in order, once each
+        self.end = end
+        first_slots = torch.arange(len(at), device=device) * cache.length
+        self.slots = (first_slots[:, None] + at).flatten()  # of the new tokens, (B · T,)
+        self.layers = zip(cache.k.unbind(), cache.v.unbind(), strict=True)  # blocks call `attend` in order, once each
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, K, length, E)
-        self.layer += 1
-        keys[self.rows, :, self.at] = k.transpose(1, 2)  # (B, T, K, E)
-        values[self.rows, :, self.at] = v.transpose(1, 2)
-        keys = keys[:, :, : self.end]
-        values = values[:, :, : self.end]
+        keys, values = next(self.layers)  # (B, length, K, E)
+        keys.flatten(0, 1).index_copy_(0, self.slots, k.transpose(1, 2).flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, self.slots, v.transpose(1, 2).flatten(0, 1))
+        keys = keys[:, : self.end].transpose(1, 2)  # (B, K, S, E)
+        values = values[:, : self.end].transpose(1, 2)
         return softmax_attention(q, keys, values, self.mask, self.causal)
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import cli
 import configs
-import generate
 import machine
+from benchmarks import decoding
 from benchmarks.common import in_turn, interleaved, once, peak_mib, ratio, training_step, write
 from model import Transformer, linear_cross_entropy
 from optim import make_optimizers
@@ -42,7 +42,8 @@ def trainer(way: str, config: str, precision: str, rows: int, length: int) -> Ca
     if way != "default":
         machine.keep_freed_memory()
     if way == "ours":
-        machine.compile_blocks(model, torch.device("cpu"))
+        if experiment.pretrain.compile:
+            machine.compile_blocks(model, torch.device("cpu"))
         optimizers, loss = make_optimizers(model, experiment.pretrain), lambda: model(x, y)
     else:
         from tests.test_model import to_transformers
@@ -120,43 +121,6 @@ def loss(d_model: int, vocabulary: int, rows: int, precision: str, rounds: int) 
     return found | {"ratio_vs_plain": ratio(seconds["plain"], seconds["chunked"])}
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
-
-
-def generate_vs_transformers(name: str, batch: int, rounds: int, new: int = 128) -> dict[str, float]:
-    """Greedy tokens/s for prompts of 32 tokens: ours, `generate` of transformers, and the bare matrix products that a
-    decoding step cannot do without."""
-    from tests.test_model import to_transformers
-
-    torch.manual_seed(0)
-    ours = Transformer(configs.load(f"configs/{name}.py").model).eval()
-    theirs = to_transformers(ours)
-    prompts = torch.randint(ours.config.vocab_size, (batch, 32))
-    matrices = [w for n, w in ours.named_parameters() if w.dim() == 2 and not n.startswith("embed")]
-    inputs = {width: torch.randn(batch, width) for width in {w.shape[1] for w in matrices}}
-
-    @torch.inference_mode()
-    def bare() -> None:
-        for _ in range(new):
-            for w in matrices:
-                F.linear(inputs[w.shape[1]], w)
-
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    ways = {
-        "bare": bare,
-        "ours": lambda: generate.generate(ours, prompts.tolist(), new, temperature=0),
-        "theirs": lambda: theirs.generate(prompts, **settings),
-    }
-    found = interleaved(rounds, ways)
-    return {
-        "tokens_per_second": round(batch * new / statistics.median(found["ours"]), 1),
-        "other_tokens_per_second": round(batch * new / statistics.median(found["theirs"]), 1),
-        "bare_tokens_per_second": round(batch * new / statistics.median(found["bare"]), 1),
-        "ratio": ratio(found["theirs"], found["ours"]),
-        "of_bare_rate": ratio(found["bare"], found["ours"]),
-    }
-
-
 def main(arguments: argparse.Namespace) -> None:
     quick = arguments.quick
     if quick:
@@ -168,12 +132,11 @@ def main(arguments: argparse.Namespace) -> None:
         found[f"train_tiny_{precision}"] = training("tiny", precision, 4, 1_024, 9)
         found[f"train_demo_{precision}"] = training("demo", precision, 4, 256, 30)
         found[f"loss_32768_{precision}"] = once("loss", loss, 256, 32_768, 4_096, precision, 9)
-    found["decode_tiny_1"] = generate_vs_transformers("tiny", 1, 5)
-    found["decode_tiny_8"] = generate_vs_transformers("tiny", 8, 5)
+    found |= once("decoding", decoding.results)
     write("cpu", "python -m benchmarks.cpu", found)
 
 
 if __name__ == "__main__":
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, config=False)
     p.add_argument("--quick", action="store_true", help="tiny shapes, once: shows that it runs; writes nothing")
     cli.run(main, p.parse_args())

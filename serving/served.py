@@ -9,6 +9,7 @@ import torch
 
 import checkpoint
 from configs import TRAINED, Experiment
+from generate import to_int8
 from machine import pick_device
 from model import Transformer
 from serving.engine import Refused
@@ -59,14 +60,16 @@ class Served:
 
 def load(experiment: Experiment, directory: Path | None = None, precision: str = "float32") -> Served:
     """Loads a checkpoint; None: the experiment's latest. UserError: missing, damaged, or needs another tokenizer."""
-    # precision: of the weights in memory, "float32" or "bfloat16".
+    # precision: of the weights in memory, "float32", "bfloat16" or "int8".
     directory = directory or experiment.latest()
     tokenizer = experiment.load_tokenizer(directory)
     checkpoint.must_match(directory, tokenizer.sha256)
     # Load in a thread that ends: while a second thread that has computed is alive, OpenMP decodes 3 times as slowly.
     with ThreadPoolExecutor(1) as loader:
-        dtype = getattr(torch, precision)
+        dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
         model = loader.submit(checkpoint.load_model, directory, str(pick_device()), dtype=dtype).result()
+        if precision == "int8":
+            loader.submit(to_int8, model).result()
     name = directory.name
     for stage in TRAINED:
         if directory.resolve().parent == experiment.directory(stage).resolve():

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate import Continuation, Decoder, Sampling, generate, stream
+import lora
+from generate import Continuation, Decoder, Sampling, generate, join, stream, to_int8
 from tests.test_model import SMALL, TIED, build, random_tokens, to_transformers
 
 GREEDY = Sampling(temperature=0)
@@ -205,3 +206,59 @@ def test_a_text_whose_logits_are_not_finite_ends_alone(rows):
             assert text.ids == ids + generate(model, ids, 14, temperature=0)
     with pytest.raises(ValueError, match="not finite"):
         generate(model, [96], 3)
+
+
+@pytest.mark.parametrize("active", [None, "default"])
+def test_joined_weights_give_the_same_and_stay_what_they_are(active):
+    """Whatever happens to a model after decoding: other values, another place, an adapter."""
+    model, tokens = build(), random_tokens(2, 9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    join(model)
+    joined = model.blocks[0].attn.q.joined
+    join(model)
+    assert model.blocks[0].attn.q.joined is joined  # a second decoder copies nothing
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    if active:
+        lora.attach(model, lora.LoRAConfig(targets=("k", "up"), dropout=0.0))
+        for name, parameter in model.named_parameters():
+            if ".b." in name:
+                torch.nn.init.normal_(parameter)
+    for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.data.double())):
+        with torch.no_grad():
+            for p in model.parameters():
+                change(p)
+            together = model(tokens)
+        separate = model(tokens)  # with gradients, which need the layers themselves
+        torch.testing.assert_close(together, separate.detach(), rtol=1e-4, atol=1e-4)
+    separate.sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+
+
+def test_decoding_in_inference_mode_leaves_a_model_that_can_be_trained():
+    model = build()
+    with torch.inference_mode():
+        generate(model, [1, 2], 2)
+    model(random_tokens(1, 5)).sum().backward()
+
+
+def test_int8_weights_are_close_and_decode_together_as_alone():
+    """Each weight is off by at most half a step, and bfloat16 rounds; long and short inputs take two ways."""
+    exact, model, tokens = build(scale=1.0), build(scale=1.0), random_tokens(3, 20)
+    to_int8(model)
+    for ours, theirs in ((model.blocks[1].attn.k, exact.blocks[1].attn.k), (model.head, exact.head)):
+        restored = ours.weight.float() * ours.scale.float()[:, None]
+        step = theirs.weight.abs().amax(1, keepdim=True) / 127
+        assert ((restored - theirs.weight).abs() <= 0.75 * step).all()  # the scale is rounded to 8 bits, too
+    with torch.no_grad():
+        expected = exact(tokens)
+        for rows in (tokens, tokens[:, :5]):  # 60 rows, and 15
+            error = model(rows).float() - expected[:, : rows.shape[1]]
+            assert error.norm() <= 0.03 * expected[:, : rows.shape[1]].norm()
+    prompts = [random_tokens(length, seed=length).tolist() for length in (3, 4, 9)]
+    for ids, text in zip(generate(model, prompts, 9, temperature=0), prompts, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([text + ids[:-1]]))[0, len(text) - 1 :].float()
+        drawn = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert float((logits.max(1).values - drawn).max()) <= 0.02 * float(logits.abs().max())

@@ -17,6 +17,21 @@ def test_each_module_imports(path):
     importlib.import_module(f"benchmarks.{path.stem}")
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure, for minutes")
+
+
+@NO_GPU
+def test_the_gpu_benchmark_without_a_gpu_says_what_it_needs(monkeypatch, capsys):
+    from benchmarks import gpu
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 2
+    error = "error: benchmarks.gpu needs a GPU; to only run the code, set TRITON_INTERPRET=1\n"
+    assert capsys.readouterr() == ("", error)
+
+
+@NO_GPU
 @pytest.mark.filterwarnings("ignore")  # from torch's compiler
 def test_parts_of_the_gpu_benchmark_in_miniature(monkeypatch, tmp_path):
     """Among them the run, which trains and evaluates on packed tokens."""
@@ -84,3 +99,15 @@ def test_the_gpu_benchmark_in_miniature_runs_every_part(tmp_path):
     assert found["train_tiny"]["fastest"]["ratio_vs_transformers_best"] > 0
     assert found["serving"]["tiny"]["tokens_per_second"] > 0
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore")  # from transformers
+def test_the_quick_decoding_benchmark_has_all_its_keys():
+    from benchmarks import decoding
+
+    found = decoding.results(quick=True)
+    assert list(found) == ["decode_demo_1", "decode_demo_8"]
+    for numbers in found.values():
+        ways = ("", "bare_", "transformers_", "bfloat16_", "int8_", "prompt_")
+        assert all(numbers[f"{way}tokens_per_second"] > 0 for way in ways)
+        assert numbers["of_bare_rate"] > 0 < numbers["ratio_vs_transformers"]

@@ -83,6 +83,14 @@ def test_data():
     assert found["pack_vs_sentencepiece"]["tokens_per_second"] > 1_000
 
 
+def test_cpu():
+    found = quick("cpu", "transformers")
+    training = found["train_demo_float32"]
+    assert training["ratio_vs_transformers_best"] == training["ratio_vs_transformers_default"] > 0
+    assert 0.1 < training["memory_ratio"] < 2
+    assert found["loss_1024_float32"]["ratio_vs_plain"] > 0
+
+
 def test_sft():
     found = quick("sft")
     preparation, training = found["preparation"], found["training"]
