@@ -12,7 +12,6 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
@@ -203,10 +202,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = together(x, self.q, self.k, self.v)
-        q = q.view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
-        k = k.view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
-        v = v.view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        q = self.q(x).view(B, T, self.n_heads, self.head_dim)  # (B, T, H, E)
+        k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
+        v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, K, E)
         # Only q and k are rotated: positions affect the scores, not the values.
         q = rotate(q, layout.cos, layout.sin)
         k = rotate(k, layout.cos, layout.sin)
@@ -227,8 +225,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # `gate` says how much of each of `up`'s d_ff features passes. Try F.gelu without a gate: docs/changing.md.
-        gate, up = together(x, self.gate, self.up)
-        h = swiglu(gate, up, self.kernels)  # (B, T, d_ff)
+        h = swiglu(self.gate(x), self.up(x), self.kernels)  # (B, T, d_ff)
         return self.down(h)  # (B, T, D)
 
 
@@ -350,16 +347,6 @@ class Transformer(nn.Module):
 # ======================================================================================================================
 # Fast paths: skip these at first reading. They give the same results in less time or memory.
 
-
-def together(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """[layer(x) for layer in layers]. One product without gradients, once `generate.join` has run."""
-    parts, whole = getattr(layers[0], "joined", ((), None))
-    # Not if one of them got an adapter since, or the weights moved to another type or device.
-    if torch.is_grad_enabled() or parts != layers or whole.weight.data_ptr() != layers[0].weight.data_ptr():
-        return [layer(x) for layer in layers]
-    return whole(x).split([layer.out_features for layer in layers], -1)
-
-
 # ----------------------------------------------------------------------------------------------- cache and packed rows
 
 
@@ -432,10 +419,11 @@ class Cached(Layout):
         self.end = end
         first_slots = torch.arange(len(at), device=device) * cache.length
         self.slots = (first_slots[:, None] + at).flatten()  # of the new tokens, (B · T,)
-        self.layers = zip(cache.k.unbind(), cache.v.unbind(), strict=True)  # blocks call `attend` in order, once each
+        self.cache, self.layer = cache, 0  # blocks call `attend` in order, once each
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = next(self.layers)  # (B, length, K, E)
+        keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, length, K, E)
+        self.layer += 1
         keys.flatten(0, 1).index_copy_(0, self.slots, k.transpose(1, 2).flatten(0, 1))
         values.flatten(0, 1).index_copy_(0, self.slots, v.transpose(1, 2).flatten(0, 1))
         keys = keys[:, : self.end].transpose(1, 2)  # (B, K, S, E)

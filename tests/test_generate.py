@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import lora
-from generate import Continuation, Decoder, Sampling, generate, join, stream, to_int8
+from generate import Continuation, Decoder, Sampling, generate, stream, to_int8
 from tests.test_model import SMALL, TIED, build, random_tokens, to_transformers
 
 GREEDY = Sampling(temperature=0)
@@ -206,34 +205,6 @@ def test_a_text_whose_logits_are_not_finite_ends_alone(rows):
             assert text.ids == ids + generate(model, ids, 14, temperature=0)
     with pytest.raises(ValueError, match="not finite"):
         generate(model, [96], 3)
-
-
-@pytest.mark.parametrize("active", [None, "default"])
-def test_joined_weights_give_the_same_and_stay_what_they_are(active):
-    """Whatever happens to a model after decoding: other values, another place, an adapter."""
-    model, tokens = build(), random_tokens(2, 9)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    join(model)
-    joined = model.blocks[0].attn.q.joined
-    join(model)
-    assert model.blocks[0].attn.q.joined is joined  # a second decoder copies nothing
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    if active:
-        lora.attach(model, lora.LoRAConfig(targets=("k", "up"), dropout=0.0))
-        for name, parameter in model.named_parameters():
-            if ".b." in name:
-                torch.nn.init.normal_(parameter)
-    for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.data.double())):
-        with torch.no_grad():
-            for p in model.parameters():
-                change(p)
-            together = model(tokens)
-        separate = model(tokens)  # with gradients, which need the layers themselves
-        torch.testing.assert_close(together, separate.detach(), rtol=1e-4, atol=1e-4)
-    separate.sum().backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(p.grad is not None for p in trained)
 
 
 def test_decoding_in_inference_mode_leaves_a_model_that_can_be_trained():
