@@ -181,12 +181,12 @@ class Continuation:
 
     @property
     def needs_logits(self) -> bool:
-        """False for plain greedy decoding, which takes the likeliest token."""
+        """True if `draw` needs the logits: for sampling, penalties or log-probabilities."""
         return self.sampling != GREEDY or self.candidates is not None
 
     def draw(self, logits: Tensor | None, likeliest: int, largest: float) -> int:
         """Draws the next id and appends it. If none can be drawn, sets `error` instead."""
-        # logits: (V,) float32 on the CPU; None if not needed. likeliest: the id of the largest logit, with its logit.
+        # logits: (V,) float32 on the CPU; None if not needed. likeliest: the id of the largest logit. largest: it.
         token = likeliest
         try:
             if not math.isfinite(largest):  # a NaN counts as the largest
@@ -328,11 +328,10 @@ class Decoder:
         return min(len(text.ids), self.cache.length)
 
     def _to_host(self, logits: Tensor) -> Tensor:
-        """The logits in memory that the CPU reads, valid until the next call."""
+        """Copies the logits to the CPU. The result is valid until the next call."""
         if not logits.is_cuda:
             return logits.cpu()
-        # Pinned memory, which a GPU writes directly, made once: otherwise the driver would copy the logits a second
-        # time.
+        # A GPU writes directly into pinned memory; for other memory the driver copies a second time. Allocated once.
         if self.host is None:
             self.host = torch.empty(self.rows, logits.shape[1], pin_memory=True)
         return self.host[: len(logits)].copy_(logits)  # waits for the GPU
@@ -360,7 +359,8 @@ def project(head: nn.Module, x: Tensor) -> Tensor:
 class Int8Linear(nn.Module):
     """A linear layer with weights of 8 bits and one scale for each output. For bfloat16 inputs, without gradients."""
 
-    # To decode a token, all weights are read from memory once: a quarter of the bytes take far less time.
+    # Decoding a token reads every weight once. A CPU reads a quarter of the bytes in less time. A GPU converts the
+    # weights at every call: there, 8 bits save memory only.
 
     def __init__(self, weight: Tensor):
         """weight: (out, in), of any floating dtype."""
@@ -374,7 +374,7 @@ class Int8Linear(nn.Module):
         rows = x.flatten(0, -2)  # (N, in)
         if len(rows) <= 16 and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:  # prompts: many products with each weight, so converting it once is cheap
+        else:  # many rows, a prompt: converting the weight is a small part of the work
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
         return y.unflatten(0, x.shape[:-1])
 

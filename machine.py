@@ -21,7 +21,8 @@ from model import ModelConfig, Transformer, triton_error
 
 CHINCHILLA = 20  # tokens per parameter that give the best model for its training FLOPs (arXiv:2203.15556)
 # The card's name in CUDA; TFLOP/s in 16-bit floats; TFLOP/s in float32 (TF32 where the card has it). From the vendors'
-# data sheets: tensor cores without sparsity, accumulating in float32. Cards called Tesla have no bfloat16.
+# data sheets: tensor cores without sparsity, accumulating in float32. Cards called Tesla have no bfloat16. The RTX 3060
+# is computed from its cores and clock; the B200 is an eighth of an HGX B200, without sparsity.
 DATASHEET = (
     ("NVIDIA B200", 2250.0, 1125.0),
     ("NVIDIA (H200|H100 80GB HBM3)", 989.4, 494.7),
@@ -49,26 +50,28 @@ DATASHEET = (
 
 
 def pick_device() -> torch.device:
-    """This process's GPU, or a Mac's GPU ("mps"), or the CPU."""
+    """This process's GPU, or a Mac's GPU ("mps"), or the CPU. On a GPU it also tries Triton."""
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # nobody has tested "mps" yet
     device = torch.device("cuda", torch.cuda.current_device())
-    fuses(device)  # warns
+    triton_works(device)
     return device
 
 
 @functools.cache
-def fuses(device: torch.device) -> bool:
-    """True if Triton works on this GPU. If not, warns once: everything runs as plain operations, uncompiled."""
+def triton_works(device: torch.device) -> bool:
+    """True if Triton kernels run on this GPU. If not, warns once; the model then uses plain PyTorch operations."""
     if reason := triton_error(device):
-        remedy = "install a C compiler and Python's headers (apt install gcc python3-dev), or fix this"
-        log.warning(f"nothing is compiled for this GPU, which is slower; {remedy}: {reason}")
+        slower = "the model runs without compiled kernels, which is slower"
+        remedy = "if a compiler or Python.h is missing: apt install gcc python3-dev"
+        log.warning(f"Triton does not work on this GPU ({reason}); {slower}; {remedy}")
     return not reason
 
 
 def prepare(device: torch.device, config) -> None:
-    """Sets this process up for training. deterministic: a GPU refuses operations whose result depends on timing."""
-    if device.type == "cuda":  # round float32 products to TF32; evaluation and serving compute them in float32
+    """Sets up this process for training."""
+    # config.deterministic: a GPU raises an error for operations whose result depends on timing.
+    if device.type == "cuda":  # products of float32 matrices in TF32; the stage eval and serve.py do not set this
         torch.set_float32_matmul_precision("high")
     if config.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
@@ -127,7 +130,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def compile_blocks(model: Transformer, device: torch.device) -> bool:
     """Fuses the operations between matrix products with torch.compile. False, with a warning, if it cannot compile."""
-    if device.type == "cuda" and not fuses(device):
+    if device.type == "cuda" and not triton_works(device):
         return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
@@ -135,7 +138,8 @@ def compile_blocks(model: Transformer, device: torch.device) -> bool:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning(f"training continues uncompiled, which is slower; set compile=False, or fix this: {reason}")
         return False
-    # DPO with the adapter off needs six variants of a block. Past PyTorch's limit of 8, blocks would run uncompiled.
+    # A block is compiled again when shapes or settings change, and past a limit it runs uncompiled. PyTorch's limit is
+    # 8 variants; DPO with the adapter off makes 6 on a CPU.
     torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:  # all blocks use the code of the first: 11 s for tiny; the whole model would take 29 s
         block.compile()
@@ -150,25 +154,42 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's global random generators."""
+    state = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+
+
 def rows_held(config, processes: int) -> int:
     """Rows of a batch that one process has in memory at once. One GPU starts with all of them: see TrainConfig."""
-    most = config.batch_size if halves_rows(processes) else config.micro_batch_size or config.batch_size
-    return max(1, min(most, config.batch_size // processes))
+    rows = config.micro_batch_size or config.batch_size
+    if halves_rows(processes):
+        rows = config.batch_size
+    return max(1, min(rows, config.batch_size // processes))
 
 
 def halves_rows(processes: int) -> bool:
-    """True if training finds out how many rows fit into memory. Several processes cannot: they wait for each other."""
+    """True if training lowers the rows when memory runs out: one process on a GPU. Of several, others would wait."""
     return processes == 1 and torch.cuda.is_available()
 
 
 def fewer(rows: int) -> int:
-    """The largest divisor up to half of the rows: micro-batches of one shape are compiled once."""
+    """The largest divisor of `rows` up to its half, or 1: all micro-batches have one shape and compile once."""
     return next(number for number in range(rows // 2 or 1, 0, -1) if rows % number == 0)
 
 
 def in_batches(count: int, size: int, work: Callable[[int, int], int], unit: str, what: str) -> None:
-    """Does `count` items under a progress bar. work(first, size) does about `size` of them, and returns how many."""
-    # A GPU that runs out of memory gets half as many at a time from then on. unit, what: for the bar.
+    """Processes `count` items under a progress bar. unit, what: for the bar."""
+    # work(first, size) processes some items from `first` on and returns how many. size limits the memory that it takes,
+    # in items or tokens. When a GPU runs out of memory, it is halved for good.
     done = 0
     bar = progress(itertools.repeat(None), lambda: (done, count), unit, what)
     while done < count:
@@ -237,17 +258,16 @@ def fitting(model: ModelConfig, config, processes: int) -> Iterator[None]:
         if not known and "DefaultCPUAllocator: can't allocate memory" not in str(error):
             raise
         held, length = rows_held(config, processes), model.context_length
-        rows = f"micro_batch_size={fewer(held)} (now {held}), then "
-        raise UserError(
-            f"out of memory; set {'' if held == 1 or halves_rows(processes) else rows}gradient_checkpointing=True (now "
-            f"{config.gradient_checkpointing}), then context_length={max(1, length // 2)} (now {length})"
-        ) from None
+        advice = [] if held == 1 or halves_rows(processes) else [f"micro_batch_size={fewer(held)} (now {held})"]
+        advice.append(f"gradient_checkpointing=True (now {config.gradient_checkpointing})")
+        advice.append(f"context_length={max(1, length // 2)} (now {length})")
+        raise UserError(f"out of memory; set {', then '.join(advice)}") from None
 
 
-def page(model: Transformer, config, dtype: torch.dtype, task, processes: int) -> list[str]:
-    """The plan of a training run: one line for each label and value. task: trainer.Task."""
+def page(model: Transformer, config, dtype: torch.dtype, task, processes: int, held: int) -> list[str]:
+    """The plan of a training run, a line for each label and value. task: trainer.Task. held: rows in memory at once."""
     steps, total, batch = task.steps, model.num_parameters(), config.batch_size
-    trained, held = numbers(model.parameters()), rows_held(config, processes)
+    trained = numbers(model.parameters())
     row, length = task.row or ("row", model.config.context_length)
     tokens = round(steps * batch * length)
     if config.warmup_steps >= steps:

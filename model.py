@@ -160,15 +160,16 @@ class Layout:
 
     def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None):
         self.cos, self.sin = cos, sin  # at each token's position: (T, 1, E) or (B, T, 1, E)
-        self.mask = mask  # (B or 1, 1, T, S), True where a query sees a key; None: plain causal
+        # (B or 1, 1, T, S), True where a query sees a key; `Cached` has floats: 0 there, −∞ elsewhere. None: no mask.
+        self.mask = mask
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: (B, H, T, E), k and v: (B, K, T, E), rotated. Returns (B, H, T, E)."""
         return softmax_attention(q, k, v, self.mask, causal=self.mask is None, same_shape=True)
 
 
-# What PyTorch may choose from on a GPU for shapes that change: cuDNN, which newer GPUs prefer, would plan for half a
-# second at every new shape.
+# The attention kernels that PyTorch may use on a GPU when shapes change from call to call. cuDNN, which PyTorch prefers
+# on newer GPUs, is left out: it prepares a plan for every new shape, which takes long.
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -176,11 +177,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, caus
     """softmax(q kᵀ / √E) v over the keys that each query sees. Shapes as in `Layout.attend`."""
     # PyTorch's fused operator never holds all T × S scores (flash attention, arXiv:2205.14135). Its fastest kernels
     # know the causal pattern, but take no mask: that is why `mask` is None wherever the pattern is plain causal.
-    # same_shape: most calls have these shapes, as in pretraining.
+    # same_shape: most calls have the same shapes, as in pretraining. Then PyTorch may use cuDNN.
     grouped = k.shape[1] < q.shape[1]  # several query heads share one key-value head
     if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
-        # Only flash attention shares heads on a GPU, and it has neither float32 nor masks. Copies of the heads let
-        # PyTorch use another fused kernel, instead of one that holds all scores.
+        # On a GPU only flash attention and an unfused kernel share heads. Flash attention takes neither float32 nor
+        # masks, and the unfused kernel holds all scores. With copies of the heads PyTorch uses another fused kernel.
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, E)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
         grouped = False
@@ -326,7 +327,7 @@ class Transformer(nn.Module):
             return Layout(self.cos[:T], self.sin[:T], mask)
         if mask is None:
             return Packed(self, positions, tokens.device)
-        at = positions.to(tokens.device, non_blocking=True)
+        at = send(positions, tokens.device)
         mask = mask & sees(at[:, None, :, None], at[:, None, None, :])  # the mask separates texts, `sees` adds its rule
         return Layout(self.cos[at], self.sin[at], mask)
 
@@ -338,7 +339,7 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, cache, positions)
         if targets is None:
             return self.head(x)
-        # cross-entropy(head(x), targets), in chunks: all N × V logits at once would often take the most memory.
+        # cross-entropy(head(x), targets), in chunks of rows: all N × V logits at once often take the most memory.
         kernels = self.config.kernels
         loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), kernels, reduction)
         return loss if reduction == "mean" else loss.view(targets.shape).clone()  # a copy: FSDP warns of views
@@ -409,7 +410,7 @@ class Cached(Layout):
         at, mask = positions.to(device), None
         equally_long = cache.used.min() == cache.used.max()
         if not (model.causal and equally_long and T in (1, end)):  # one new token sees its whole text
-            # In floats, and each row a multiple of 16 long: else every layer would convert and copy the mask.
+            # A float mask whose rows start at multiples of 16 in memory: from another mask every layer makes a copy.
             keys = torch.arange(-(-end // 16) * 16, device=device)
             seen = sees(at[:, None, :, None], keys)
             mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=device).masked_fill_(~seen, -math.inf)
@@ -424,8 +425,8 @@ class Cached(Layout):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[self.layer], self.cache.v[self.layer]  # (B, length, K, E)
         self.layer += 1
-        keys.flatten(0, 1).index_copy_(0, self.slots, k.transpose(1, 2).flatten(0, 1))
-        values.flatten(0, 1).index_copy_(0, self.slots, v.transpose(1, 2).flatten(0, 1))
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self.slots, k.transpose(1, 2).flatten(0, 1))
+        values.view(-1, *values.shape[2:]).index_copy_(0, self.slots, v.transpose(1, 2).flatten(0, 1))
         keys = keys[:, : self.end].transpose(1, 2)  # (B, K, S, E)
         values = values[:, : self.end].transpose(1, 2)
         return softmax_attention(q, keys, values, self.mask, self.causal)
@@ -444,7 +445,7 @@ class Packed(Layout):
         super().__init__(model.cos[at], model.sin[at], None)
         self.causal = model.causal
         batches: list[list[tuple[int, int, int, int]]] = []
-        for text in sorted(texts_in(positions.cpu()), reverse=True):  # the longest first
+        for text in sorted(texts_in(positions), reverse=True):  # the longest first
             if not batches or text[0] < 0.8 * batches[-1][0][0]:
                 batches.append([])
             batches[-1].append(text)
@@ -489,8 +490,8 @@ class Packed(Layout):
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on the CPU as a tensor on the device, without waiting for the GPU."""
-    # A GPU copies pinned memory while it computes. From other memory it would first finish all it has been given.
-    return (x.pin_memory() if torch.cuda.is_available() else x).to(device, non_blocking=True)
+    # A GPU copies pinned memory while it computes. A copy from other memory waits until the GPU has finished its work.
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
@@ -517,7 +518,8 @@ def texts_in(positions: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 IGNORED = -100  # the target of a token that is not trained; F.cross_entropy ignores it too
-CHUNK, BLOCK = 2**28, 2**21  # bytes of the logits in memory at once, and of a block that a processor's cache holds
+CHUNK = 2**28  # bytes: the most logits in memory at once
+BLOCK = 2**21  # bytes of logits that fit into a CPU's cache
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels="auto", reduction="mean") -> Tensor:
@@ -593,9 +595,11 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
                 logits *= factors[rows, None]
             if learn_x:
                 dx[rows] = logits @ w
-            if learn_weight:  # on a CPU each chunk's product is rounded to dtype, as in PyTorch's own backward pass
-                product = torch.mm(logits.T, x_chunk, **({"out_dtype": wide} if x.is_cuda else {}))
-                dw = product.to(wide) if dw is None else dw.add_(product)
+            if learn_weight:
+                # A CPU rounds each chunk's product to dtype, as PyTorch's own backward pass rounds that of all rows.
+                dtypes = {"out_dtype": wide} if x.is_cuda else {}
+                product = torch.mm(logits.T, x_chunk, **dtypes).to(wide)
+                dw = product if dw is None else dw.add_(product)
     if learn_weight and dw is None:  # no rows
         dw = weight.new_zeros(weight.shape, dtype=wide)
     if keep is not None:  # the ignored rows have a loss and a gradient of 0
@@ -617,21 +621,22 @@ def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Ten
         return losses
     wide = torch.promote_types(logits.dtype, torch.float32)
     live = (targets != IGNORED)[:, None]
-    at, live = targets[:, None].where(live, 0), live.to(wide)
+    at = targets[:, None].where(live, 0)
+    weight = live.to(wide)  # 0 for an ignored row
     losses = logits.new_empty(len(logits), 1, dtype=wide)
-    # On a CPU, blocks of rows stay in the processor's cache from operation to operation: half the time.
+    # On a CPU, a block of rows stays in the processor's cache from operation to operation. That halves the time.
     size = BLOCK if logits.device.type == "cpu" else CHUNK
     block = max(1, size // (logits.shape[1] * wide.itemsize))
-    parts = (tensor.split(block) for tensor in (logits, at, live, losses))
-    for logits_part, at_part, live_part, loss in zip(*parts, strict=True):
+    parts = (tensor.split(block) for tensor in (logits, at, weight, losses))
+    for logits_part, at_part, weight_part, losses_part in zip(*parts, strict=True):
         p = logits_part.to(wide)  # a copy, unless it has this dtype already
         p -= p.amax(1, keepdim=True)  # no overflow; Σ exp is at least 1, so its log is finite
-        torch.neg(p.gather(1, at_part), out=loss)
+        torch.neg(p.gather(1, at_part), out=losses_part)
         total = p.exp_().sum(1, keepdim=True)
-        loss += total.log()
-        p.mul_(live_part / total).scatter_add_(1, at_part, -live_part)
+        losses_part += total.log()
+        p.mul_(weight_part / total).scatter_add_(1, at_part, -weight_part)
         logits_part.copy_(p)
-    return losses.where(live != 0, 0.0)[:, 0]
+    return losses.where(live, 0.0)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ Triton kernels
@@ -650,11 +655,13 @@ def use_triton(kernels: str, x: Tensor) -> bool:
 
 @functools.cache
 def triton_error(device: torch.device) -> str:
-    """Why Triton cannot run on this GPU; "" if it can. When it is first used, it needs a C compiler."""
+    """The reason why Triton cannot run on this GPU, or "". The first call compiles, which needs a C compiler."""
+    if triton is None:
+        return "the package triton is not installed"
     try:
         one = torch.ones(1, device=device)
         TritonSwiGLU.apply(one, one)
-    except Exception as error:  # no compiler, no Python headers, no Triton, a GPU that is too old: many types
+    except Exception as error:  # no compiler, no Python headers, a GPU that is too old: many types
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
 
@@ -711,9 +718,10 @@ class TritonRMSNorm(torch.autograd.Function):
 
 
 def tile(columns: int, numbers: int, per_thread: int) -> tuple[int, int, int]:
-    """R, C and warps of a tile: about this many numbers, or one whole row; C ≥ `columns`."""
-    # A thread holds a few values for each of its numbers, in registers. If a thread takes more than 64 of the 65,536
-    # registers of an SM, less than half of the threads that it could run fit: too few to hide the memory's latency.
+    """R, C and warps of a tile of about `numbers` numbers, or of one whole row; C ≥ `columns`."""
+    # per_thread: numbers that a thread holds, unless 4 to 16 warps are too many or too few. A thread keeps a few values
+    # for each in registers. An SM has 65,536 registers and runs up to 2,048 threads. If a thread needs more than 64,
+    # fewer than half of these threads fit: too few to hide the latency of memory.
     # `python -m benchmarks.gpu_rehearsal` shows the registers of each kernel; it needs no GPU.
     C = triton.next_power_of_2(columns)
     R = max(1, numbers // C)
@@ -763,7 +771,7 @@ if triton is not None:
     def rms_norm_backward_kernel(x, weight, scale, dy, dx, dw, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         """With x̂ = x · s:  dx = s · (w·dy − x̂ · mean(w·dy·x̂)),  dw = Σ_rows dy · x̂."""
         # Each program sums dw over its rows into a float32 row of its own; the caller adds these in a fixed order.
-        # Over R rows only after the loop: that takes a barrier, and without it warps need not wait for each other.
+        # The R rows of a tile are added up once, after the loop: this sum makes the warps wait for each other.
         program = tl.program_id(0).to(tl.int64)
         col = tl.arange(0, C)
         w = load(weight, col, col < D)[None, :]
@@ -782,7 +790,8 @@ if triton is not None:
             dw_tile += g * x_hat
         tl.store(dw + program * D + col, tl.sum(dw_tile, 0), mask=col < D)
 
-    # n stays specialised: as a multiple of d_ff it is nearly always one of 16, and only then the masked loads are wide.
+    # Triton compiles separate code for an n that is a multiple of 16, as a multiple of d_ff nearly always is. Only this
+    # code loads several numbers per instruction under a mask.
     @triton.jit
     def swiglu_forward_kernel(gate, up, y, n, C: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)

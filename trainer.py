@@ -115,7 +115,7 @@ class Task:
     # call model(…), not one of its methods, or FSDP does not gather the weights.
     loss: Callable[..., dict[str, Tensor]]
     targets: Callable[..., int]  # targets(*batch): the number of targets in a batch
-    # evaluate(model, rows): held-out metrics, with `val_loss`, the same in every process. rows: to read at once.
+    # evaluate(model, rows): held-out metrics, with `val_loss`, the same in every process; reads `rows` rows at once.
     evaluate: Callable[[nn.Module, int], dict[str, float]]
     steps: int  # to train
     epoch: float  # steps per pass over the data
@@ -161,13 +161,13 @@ def train(model: Transformer, task: Task, config: TrainConfig, job: Stage, resum
             for group in trainer.groups:
                 group["lr"] = lr
 
-            # Add up the gradient of the global batch's mean loss. If its rows do not fit into memory, begin again.
+            # Add up the gradient of the global batch's mean loss. A step that runs out of memory is repeated.
             targets = parallel.total(task.targets(*batch))
             tokens = parallel.total(task.tokens(*batch)) if task.tokens else targets
             try:
                 means = trainer.add_gradients(batch, targets)
-            except torch.OutOfMemoryError:
-                trainer.hold_fewer_rows()
+            except torch.OutOfMemoryError as error:
+                trainer.hold_fewer_rows(error)
                 continue
             if progress.step + 1 < steps:
                 batch = trainer.read_batch(progress.step + 1)  # while the GPU computes
@@ -234,8 +234,6 @@ class Trainer:
 
         compiled = config.compile and machine.compile_blocks(model, self.device)
         actual = replace(config, compile=compiled)
-        for line in machine.page(model, actual, self.dtype, task, ranks):
-            log.info(line)
         self.used = {"machine": machine.used(actual, self.dtype, ranks), "command": parallel.command(job.command)}
 
         model.gradient_checkpointing = config.gradient_checkpointing
@@ -252,6 +250,8 @@ class Trainer:
         self.stable = decay_start(config, task.steps) if config.schedule == "wsd" else 0
         if start:
             self.restore(start, state)
+        for line in machine.page(model, actual, self.dtype, task, ranks, self.rows):
+            log.info(line)
         # After `restore`: loading a state replaces an optimizer's groups.
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.parameters = [p for group in self.groups for p in group["params"]]
@@ -281,9 +281,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
         if self.scale.moves and state["loss_scale"]["moves"]:
             vars(self.scale).update(state["loss_scale"])
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        machine.set_random_state(state)
         self.progress = Progress(**state["progress"])
         self.rows = min(self.rows, self.progress.rows or self.rows)
         log.info(f"resumed from step {self.progress.step} ({start})")
@@ -314,6 +312,7 @@ class Trainer:
         """Adds up the gradient over micro-batches. Returns this process's share of the averages to log."""
         # A micro-batch counts by its targets, not its rows: in SFT rows have different numbers of targets, and a mean
         # of means would depend on how the batch is cut. targets: in the global batch.
+        self.generators = machine.random_state()
         means = {}
         micro_batches = list(zip(*(tensor.split(self.rows) for tensor in batch), strict=True))
         for micro_batch in micro_batches:
@@ -327,16 +326,17 @@ class Trainer:
                 means[name] = means.get(name, 0.0) + part.detach()
         return means
 
-    def hold_fewer_rows(self) -> None:
-        """After an out-of-memory error, prepares to try the step again with fewer rows at once; or raises the error."""
-        rows, fewer = self.rows, machine.fewer(self.rows)
-        if parallel.ranks() > 1 or fewer == rows:
-            raise  # again
-        log.info(f"{rows} rows do not fit into memory: from now on {fewer} at a time")
-        self.rows = self.progress.rows = fewer
+    def hold_fewer_rows(self, error: torch.OutOfMemoryError) -> None:
+        """Lowers the rows per micro-batch and undoes the failed attempt. Raises the error if that cannot help."""
+        smaller = machine.fewer(self.rows)
+        if parallel.ranks() > 1 or smaller == self.rows:
+            raise error
+        log.info(f"{self.rows} rows do not fit into memory: from now on {smaller} at a time")
+        self.rows = self.progress.rows = smaller
+        machine.set_random_state(self.generators)  # the failed attempt has drawn dropout masks
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        torch.compiler.reset()  # otherwise it would compile for any number of rows, which is slower
+        torch.compiler.reset()  # otherwise torch.compile makes one slower version for any number of rows
 
     def give_up(self) -> None:
         step, in_a_row = self.progress.step, plural(self.progress.skipped_in_a_row, "step")
@@ -378,10 +378,8 @@ class Trainer:
         """Saves a checkpoint. All processes must call it, because FSDP gathers their shares; only the first writes."""
         # State and weights are all that a resumed run needs: batches and learning rates are functions of the step.
         state = {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        state |= {"progress": vars(self.progress), "loss_scale": vars(self.scale), "rng": torch.get_rng_state()}
+        state |= {"progress": vars(self.progress), "loss_scale": vars(self.scale)} | machine.random_state()
         state |= {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
         file, weights = checkpoint.weights(self.model)
         files = parallel.whole({file: weights, "state.pt": state})
 
@@ -418,7 +416,7 @@ class Progress:
     warned_of: int = -1  # best step in the last overfitting warning
     skipped: int = 0  # steps that changed nothing, because their gradient was not finite
     skipped_in_a_row: int = 0  # skipped steps since the last good one, not counting float16 overflows
-    rows: int | None = None  # in memory at once, if the GPU could not hold more
+    rows: int | None = None  # per micro-batch, if the GPU ran out of memory; None: as configured
 
 
 FIRST_SCALE, GOOD_STEPS = 65_536.0, 2_000

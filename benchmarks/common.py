@@ -23,7 +23,7 @@ import machine
 import stage
 
 RESULTS = Path(__file__).parent / "results"
-FORK = multiprocessing.get_context("fork")  # a start takes no time; before this process computes with torch only
+FORK = multiprocessing.get_context("fork")  # fast; only before this process computes with torch
 
 
 def interleaved(rounds: int, functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -86,7 +86,7 @@ class Worker:
             raise RuntimeError(f"the process of {self.name} ended with status {status}; see above") from None
 
     def end(self) -> None:
-        self.process.kill()  # it waits, or it has failed
+        self.process.kill()  # it is idle or has failed: nothing is lost
         self.process.join()
 
 

@@ -2,7 +2,7 @@
 
     DATA=… python -m benchmarks.data   ->  benchmarks/results/data.json
 
-Needs the files of configs/prose_tiny.py. What is compared is timed in turn, block by block; quoted are medians.
+Needs the files of configs/prose_tiny.py. What is compared is timed in turn, block by block; results are medians.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding [--quick]   ->  benchmarks/results/decoding.json, without --quick
 
-`python -m benchmarks.cpu` runs it too. All ways are timed in turn; quoted are medians, and medians of rounds' ratios.
+`python -m benchmarks.cpu` runs it too. All ways are timed in turn; results are medians, and medians of rounds' ratios.
 """
 
 import argparse

@@ -10,7 +10,7 @@ All ways train the same adapter on the same pairs, PAIRS at a time, and compute 
   logits; a second model as reference, at each step;
 - usual_together: the same, chosen and rejected answers in one batch.
 
-They are timed in turn, a few steps each, every one in a process of its own; quoted are medians, and medians of the
+They are timed in turn, a few steps each, every one in a process of its own; results are medians, and medians of the
 rounds' ratios. Weights are random: what is measured does not depend on them.
 """
 

@@ -3,7 +3,7 @@
     DATA=… python -m benchmarks.evaluation configs/tiny.py   ->  benchmarks/results/evaluation.json
 
 One at a time: each choice is a forward pass of its own, which computes all of its logits. Both see questions of one
-task, evenly spaced, in turn; quoted are medians. More questions share more beginnings: with all of BLiMP the rate is
+task, evenly spaced, in turn; results are medians. More questions share more beginnings: with all of BLiMP the rate is
 higher than with the part measured here.
 """
 

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --all OUT --only packed decoding       parts by name, say after a correction
 
 Each part has its share of the time. The results name what has failed and what there was no time for, and they are on
-disk after each measurement. What is compared is timed in turn after a warm-up; quoted are medians. The real run at the
+disk after each measurement. What is compared is timed in turn after a warm-up; results are medians. The real run at the
 end reads `tokenizer/` and `packed/` in the directory that --packed names. These may hold a part of the corpus of
 configs/prose_tiny.py. Without a GPU and with TRITON_INTERPRET=1 a miniature of every part runs, to show that it runs.
 """
@@ -29,8 +29,8 @@ import stage
 from benchmarks import common, gpu_decoding, gpu_kernels, gpu_life, gpu_training
 from benchmarks.gpu_kernels import DEVICE, GPU
 
-LIMIT = 455  # seconds: 8 minutes without the start of Python and what is left to chance
-# Seconds that a part may take, and what runs it; what it does not need is left to the real run.
+LIMIT = 455  # seconds: 8 minutes, minus the start of Python and a reserve
+# Seconds that a part may take, and what runs it. The real run gets the time that earlier parts did not use.
 PARTS = {
     "checks": (40, gpu_kernels.checks),  # the kernels against float64, and the suite's tests of them
     "stages": (40, gpu_life.stages),  # a small experiment from pretraining to evaluation; waits of the host
@@ -70,6 +70,7 @@ class Results:
         """Runs a part; an error in it ends only this part."""
         (share, function), started = PARTS[name], self.now()
         self.ends = min(LIMIT, started + share)
+        torch.set_float32_matmul_precision("high")  # as in training; an earlier part may have changed it
         try:
             function(self)
         except Exception as error:
@@ -163,7 +164,6 @@ def run(results: Results, only: Iterable[str]) -> int:
         "versions": versions,
         "counted": COUNTED,
     }
-    torch.set_float32_matmul_precision("high")  # as in training
     for name in PARTS:
         if name in only:
             results.part(name)

@@ -13,7 +13,8 @@ Columns of the table, for 8 rows of 1,024 tokens:
     registers   of a thread. Above 64, fewer than half of the threads that a processor could hold fit in it
     spills      bytes of registers that a thread has to keep in memory: should be 0
     shared      bytes of shared memory of a program
-    loads       bytes of the narrowest load instruction of activations or logits; 16 is the widest of most cards
+    loads       NVIDIA: bytes of the narrowest load instruction of activations or logits; 16 is the most on many cards.
+                AMD: bytes of the widest load instruction of any tensor
     stores      the same for stores
     programs    how many are launched, each of this many warps
     occupancy   the share of a processor's warps that can be resident: registers, warps and shared memory limit it
@@ -353,8 +354,9 @@ def markdown(found: dict) -> str:
 `{found["command"]}`, commit {found["commit"]}, Triton {found["versions"]["triton"]}. All numbers:
 [`gpu_rehearsal.json`](../benchmarks/results/gpu_rehearsal.json). Nothing ran on a GPU: the kernels were compiled as the
 model launches them, for {", ".join(found["kernels"])}, in the shapes of micro to base, in float32,
-bfloat16 and float16. Of {count} launches, {spilling} spill registers. {sum(narrow.values())} load or store
-activations in fewer than 16 bytes at a time{where}. RMSNorm backward takes at most
+bfloat16 and float16. {spilling} of the {count} launches spill registers. {sum(narrow.values())} of them load or store
+activations in fewer than 16 bytes at a time{where}; for AMD the widest instruction of the kernel counts. RMSNorm
+backward takes at most
 {backward} registers a thread. Batches of 1, 3, 16 and {found["rows"]:,} tokens use the same compiled kernels{again}.
 
 The table shows bfloat16. Pairs are A100 and H100 (sm_80, sm_90): registers of a thread; occupancy, the share of a

@@ -2,7 +2,7 @@
 
     DATA=… python -m benchmarks.sft configs/alpaca.py   ->  benchmarks/results/sft.json
 
-Ways to train are timed in turn, a few steps each, every one in a process of its own; quoted are medians, and medians of
+Ways to train are timed in turn, a few steps each, each in a process of its own; results are medians, and medians of
 the rounds' ratios. Weights are random: what is measured does not depend on them. Useful tokens are those of
 conversations, padding left out.
 """

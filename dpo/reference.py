@@ -29,7 +29,8 @@ TOKENS = {"cpu": 8_192, "cuda": 131_072}  # the most tokens per batch
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     """Log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
-    size, values = max(1, TOKENS.get(device_of(model).type, TOKENS["cpu"]) // pairs.width), []  # size: pairs per batch
+    pairs_at_once = max(1, TOKENS.get(device_of(model).type, TOKENS["cpu"]) // pairs.width)
+    values = []
 
     def read(first: int, size: int) -> int:
         ids, bounds, _ = pairs.read(range(first, min(first + size, pairs.count)))
@@ -37,7 +38,7 @@ def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
         return len(ids)
 
     with torch.inference_mode():
-        machine.in_batches(pairs.count, size, read, "pairs", name)
+        machine.in_batches(pairs.count, pairs_at_once, read, "pairs", name)
     values = torch.cat(values)
     if not values.isfinite().all():
         what = f"a log-probability of the pairs in {pairs.file} is not finite"

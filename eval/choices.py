@@ -74,8 +74,8 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
     log_p = np.zeros(len(texts))
     greedy = np.zeros(len(texts), bool)
 
-    def work(first: int, budget: int) -> int:
-        batch = next_batch(texts, order[first:], budget)
+    def work(done: int, budget: int) -> int:
+        batch = next_batch(texts, order[done:], budget)
         read(subject, texts, batch, log_p, greedy)
         return len(batch)
 
@@ -86,9 +86,9 @@ def log_likelihoods(subject: Subject, texts: Sequence[Scored], what: str = "choi
 
 
 def next_batch(texts: Sequence[Scored], order: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """The first texts of `order` that fit into a budget of tokens: the number of each, and the first input to read."""
-    # The first text, the base, is read whole. A later text is read from the input on that predicts the first id in
-    # which it differs from the base, or becomes the next base.
+    """As many texts from the start of `order` as fit into a budget of tokens: (number, first input to read) of each."""
+    # The first text is the base and is read whole. A later text shares its beginning with the base. It is read from the
+    # input on that predicts its first different id. If it shares too little, it is read whole and becomes the new base.
     base = Scored([], 0)
     before = size = 0
     batch = []

@@ -11,7 +11,7 @@ import checkpoint
 from cli import log
 from configs import TRAINED, Experiment
 from generate import to_int8
-from machine import native, pick_device, slowdown
+from machine import pick_device, slowdown
 from model import Transformer
 from serving.engine import Refused
 from sft.conversations import Message, cleaned
@@ -67,10 +67,11 @@ def load(experiment: Experiment, directory: Path | None = None, precision: str =
     checkpoint.must_match(directory, tokenizer.sha256)
     # Load in a thread that ends: while a second thread that has computed is alive, OpenMP decodes 3 times as slowly.
     with ThreadPoolExecutor(1) as loader:
-        dtype, device = torch.float32 if precision == "int8" else getattr(torch, precision), pick_device()
-        if precision != "float32" and not loader.submit(native, device, torch.bfloat16).result():
-            times = f"{slowdown(device, torch.bfloat16):.1f} times as long as float32"
-            log.warning(f"--precision {precision}: products in bfloat16 take {times} here; float32 may be faster")
+        device = pick_device()
+        dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+        if precision != "float32" and (times := loader.submit(slowdown, device, torch.bfloat16).result()) > 1:
+            slower = f"takes {times:.1f} times as long as a float32 product on this machine"
+            log.warning(f"--precision {precision}: a bfloat16 product {slower}; float32 is probably faster")
         model = loader.submit(checkpoint.load_model, directory, str(device), dtype=dtype).result()
         if precision == "int8":
             loader.submit(to_int8, model).result()

@@ -170,6 +170,7 @@ class AsOnGPU(TorchFunctionMode):
             return args[0]
         if function == torch.Tensor.to and kwargs.get("non_blocking"):
             self.copied.append(args[0])
+            return args[0]
         if function == torch.nn.functional.scaled_dot_product_attention:
             self.attention.append((args[1].shape[1], kwargs["enable_gqa"], torch.backends.cuda.cudnn_sdp_enabled()))
         return function(*args, **kwargs)

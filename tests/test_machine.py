@@ -76,7 +76,7 @@ def gpu(monkeypatch) -> torch.device:
     """This process believes that it has a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    machine.fuses.cache_clear()
+    machine.triton_works.cache_clear()
     yield torch.device("cuda", 0)
     torch.set_float32_matmul_precision("highest")
 
@@ -98,7 +98,7 @@ def test_where_triton_does_not_work_plain_operations_do_and_one_warning_says_why
     assert machine.pick_device() == gpu
     assert not machine.compile_blocks(meta(SHAPE), gpu)
     [warning] = caplog.messages
-    assert re.search("nothing is compiled for this GPU.*apt install gcc python3-dev.*not compiled with CUDA", warning)
+    assert re.search("Triton does not work on this GPU.*not compiled with CUDA.*apt install gcc python3-dev", warning)
     with FakeTensorMode():
         assert not lumi.use_triton("auto", torch.empty(1, device=gpu))
         assert lumi.use_triton("triton", torch.empty(1, device=gpu))  # whoever asks for it gets the error
@@ -291,7 +291,7 @@ def test_the_page(no_gpu, caplog):
     config = dataclasses.replace(CONFIG, micro_batch_size=2, warmup_steps=7)
     model, flops = Transformer(SHAPE), SHAPE.flops_per_token(32)
     task = Task(None, None, None, None, steps=1_000, epoch=400, flops=4 * 32 * flops)
-    lines, n = machine.page(model, config, torch.float32, task, 1), model.num_parameters()
+    lines, n = machine.page(model, config, torch.float32, task, 1, machine.rows_held(config, 1)), model.num_parameters()
     each = 128_000 / n
     assert max(map(len, lines)) <= 80
     assert lines[:4] == [
@@ -305,7 +305,7 @@ def test_the_page(no_gpu, caplog):
     assert not caplog.text
     model.embed.requires_grad_(False)
     task.steps = 7
-    lines = machine.page(model, config, torch.float32, task, 2)
+    lines = machine.page(model, config, torch.float32, task, 2, machine.rows_held(config, 2))
     assert lines[0].endswith(f" {n:,}, {n - 96 * 64:,} of them trained")
     assert lines[1].endswith("32 tokens")  # two processes hold the batch at once
     assert "2 processes by ddp" in lines[4]

@@ -451,11 +451,10 @@ def test_attention_asks_a_gpu_for_kernels_that_it_has(half):
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_packed_rows_are_copied_to_a_gpu_without_waiting(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_packed_rows_are_copied_to_a_gpu_without_waiting():
     _, positions, _ = pack([[(7, [(3, 4)]), (5, [])]], 0)
     with AsOnGPU() as gpu:
-        lumi.Packed(build(), positions, torch.device("cpu"))
+        lumi.Packed(build(), positions, torch.device("cuda"))
     assert len(gpu.copied) == 3
     assert all(copied is pinned for copied, pinned in zip(gpu.copied, gpu.pinned, strict=True))
 
