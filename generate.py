@@ -367,15 +367,17 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         wide = weight.float()
-        self.scale = (wide.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()  # (out,)
-        self.weight = (wide / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("scale", (wide.abs().amax(1) / 127).clamp_min(1e-12).bfloat16())  # (out,)
+        codes = (wide / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.codes = nn.Parameter(codes, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (N, in)
-        if len(rows) <= 16 and x.device.type == "cpu":
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        # PyTorch's product with 8-bit weights reads past rows whose length 16 does not divide.
+        if len(rows) <= 16 and x.device.type == "cpu" and self.in_features % 16 == 0:
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
         else:  # many rows, a prompt: converting the weight is a small part of the work
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+            y = F.linear(rows, self.codes.to(x.dtype)) * self.scale
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -387,4 +389,5 @@ def to_int8(model: Transformer) -> None:
             if type(layer) is nn.Linear:
                 setattr(module, name, Int8Linear(layer.weight))
     for p in model.parameters():
-        p.data = p.data.bfloat16()
+        if p.is_floating_point():
+            p.data = p.data.bfloat16()

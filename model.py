@@ -597,8 +597,10 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
                 dx[rows] = logits @ w
             if learn_weight:
                 # A CPU rounds each chunk's product to dtype, as PyTorch's own backward pass rounds that of all rows.
-                dtypes = {"out_dtype": wide} if x.is_cuda else {}
-                product = torch.mm(logits.T, x_chunk, **dtypes).to(wide)
+                factors_of_dw, dtypes = (logits.T, x_chunk), {"out_dtype": wide} if x.is_cuda else {}
+                if dtype == torch.float16 and not x.is_cuda:  # a sum past 65,504 would overflow
+                    factors_of_dw = logits.T.to(wide), x_chunk.to(wide)
+                product = torch.mm(*factors_of_dw, **dtypes).to(wide)
                 dw = product if dw is None else dw.add_(product)
     if learn_weight and dw is None:  # no rows
         dw = weight.new_zeros(weight.shape, dtype=wide)

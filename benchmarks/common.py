@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
@@ -92,6 +93,7 @@ class Worker:
 
 def _answer(make: Callable[[], Callable], pipe) -> None:
     cli.end_with_parent(9)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and the parent its workers
     function = make()
     while True:
         pipe.send(function(*pipe.recv()))

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import cli
 import configs
 import convert_gguf
 from benchmarks.common import interleaved, ratio, write
@@ -120,12 +121,11 @@ def llama_cpp(model: Transformer, directory: Path, kind: str, prompt: list[int],
     return decoded
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="run everything once, on a small model, and write nothing")
-    quick = p.parse_args().quick
-    write("decoding", "python -m benchmarks.decoding", results(quick), quick)
+def main(arguments: argparse.Namespace) -> None:
+    write("decoding", "python -m benchmarks.decoding", results(arguments.quick), arguments.quick)
 
 
 if __name__ == "__main__":
-    main()
+    p = cli.parser(__doc__, config=False)
+    p.add_argument("--quick", action="store_true", help="run everything once, on a small model, and write nothing")
+    cli.run(main, p.parse_args())

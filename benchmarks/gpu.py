@@ -139,11 +139,14 @@ def main() -> int:
     arguments = parser().parse_args()
     if arguments.only and not arguments.all:
         parser().error("--only needs --all: some parts must not replace the results of all parts")
+    packed = arguments.packed
+    if packed and not ((packed / "packed").is_dir() and (packed / "tokenizer").is_dir()):
+        parser().error(f"{packed} has no packed/ and tokenizer/")
     if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
         print("error: benchmarks.gpu needs a GPU; to only run the code, set TRITON_INTERPRET=1", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as directory:
-        results = Results(arguments.all or (common.RESULTS if GPU else Path(directory)), arguments.packed)
+        results = Results(arguments.all or (common.RESULTS if GPU else Path(directory)), packed)
         results.measure("stages/data", gpu_life.prepare, results, Path(directory) / "small")
         return run(results, arguments.only or PARTS)
 

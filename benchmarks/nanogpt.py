@@ -215,7 +215,10 @@ def main(arguments: argparse.Namespace) -> None:
     elif not arguments.text or not arguments.nanogpt:
         raise UserError("give a text file and --nanogpt DIR, a checkout of nanoGPT; see benchmarks/nanogpt.md")
     else:
-        text = Path(arguments.text).read_text(encoding="utf-8")
+        try:
+            text = Path(arguments.text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{arguments.text}: {error}") from None
     nanogpt = arguments.nanogpt and Path(arguments.nanogpt).resolve()
     if nanogpt and not (nanogpt / "train.py").is_file():
         raise UserError(f"no train.py in {nanogpt}; expected a checkout of nanoGPT, see benchmarks/nanogpt.md")

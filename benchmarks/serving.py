@@ -233,6 +233,7 @@ async def measure(experiment: configs.Experiment, port: int, pid: int, size: Siz
 
 
 def main(arguments: argparse.Namespace) -> None:
+    configs.load(arguments.config)  # raises the error of a wrong path
     if arguments.quick:
         pipeline.main(pipeline.parser().parse_args([arguments.config, "pretrain"]))
     reading, writing = os.pipe()

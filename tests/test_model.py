@@ -259,6 +259,15 @@ def test_bfloat16_gradients_are_as_exact_as_those_of_plain_pytorch(chunk, monkey
         assert relative(gradient, value) < 1.5 * relative(usual, value)
 
 
+def test_the_gradient_of_the_head_does_not_overflow_in_float16():
+    x, weight = torch.zeros(4096, 16, device=device), torch.zeros(64, 16, device=device, requires_grad=True)
+    x[:, 0], targets = 20.0, torch.zeros(4096, dtype=torch.int64, device=device)
+    with torch.autocast(device, torch.float16):
+        loss = lumi.linear_cross_entropy(x, weight, targets)
+    loss.backward()
+    assert weight.grad[0, 0].item() == pytest.approx(-20 * 63 / 64, rel=1e-3)  # before the division: past 65,504
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_loss_passes_gradcheck_and_frozen_inputs_get_no_gradient(reduction):
     torch.manual_seed(0)
