@@ -1,8 +1,9 @@
 """Greedy decoding on a CPU, beside its bare matrix products, transformers and llama.cpp with the same weights.
 
-    python -m benchmarks.decoding [--quick]   ->  benchmarks/results/decoding.json, without --quick
+    python -m benchmarks.decoding [--quick]
 
-`python -m benchmarks.cpu` runs it too. All ways are timed in turn; results are medians, and medians of rounds' ratios.
+It prints its results; `python -m benchmarks.cpu` runs it too, and writes them. All ways are timed in turn; results are
+medians, and medians of rounds' ratios.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import cli
 import configs
 import convert_gguf
-from benchmarks.common import interleaved, ratio, write
+from benchmarks.common import interleaved, ratio
 from generate import generate, to_int8
 from model import Transformer
 
@@ -122,7 +123,7 @@ def llama_cpp(model: Transformer, directory: Path, kind: str, prompt: list[int],
 
 
 def main(arguments: argparse.Namespace) -> None:
-    write("decoding", "python -m benchmarks.decoding", results(arguments.quick), arguments.quick)
+    print(json.dumps(results(arguments.quick), indent=2))
 
 
 if __name__ == "__main__":
