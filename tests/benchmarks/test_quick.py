@@ -65,7 +65,7 @@ def quick(name: str, *needed: str) -> dict:
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, f"{out}\n{err}"
     assert {path.name: path.read_bytes() for path in RESULTS.iterdir()} == before
-    found = json.loads(out[out.index("\n{\n") :])
+    found = json.loads(out[f"\n{out}".index("\n{\n") :])
     assert {"command", "commit", "machine", "versions"} < found.keys()
     return found
 

@@ -242,8 +242,8 @@ def test_a_few_answers_are_learnt_by_heart(place: Place):
     write_lines(place.raw / "chats.jsonl", [held, *({"prompt": q, "response": a} for q, a in PAIRS)])
     rows, spm = place.make("sft_data"), tokenizer.load(place.runs / "mini/tokenizer")
     shape = ModelConfig(vocab_size=512, context_length=64, n_layers=2, d_model=64, n_heads=2)
-    config = TrainConfig(steps=150, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, compile=False,
-                         precision="float32", eval_every=150, log_every=1, save_every=150)  # fmt: skip
+    config = TrainConfig(steps=200, batch_size=4, learning_rate=4e-3, warmup_fraction=0.1, compile=False,
+                         precision="float32", eval_every=200, log_every=1, save_every=200)  # fmt: skip
     adapter = LoRAConfig(rank=16, alpha=32.0, dropout=0.0)
     settings = replace(configs.load(place.config).sft, lora=adapter, train=config)
     torch.manual_seed(0)
