@@ -186,7 +186,7 @@ class Continuation:
 
     def draw(self, logits: Tensor | None, likeliest: int, largest: float) -> int:
         """Draws the next id and appends it. If none can be drawn, sets `error` instead."""
-        # logits: (V,) float32 on the CPU; None if not needed. likeliest: the id of the largest logit. largest: it.
+        # logits: (V,) float32 on the CPU; None if not needed. likeliest: id of the largest logit, `largest`.
         token = likeliest
         try:
             if not math.isfinite(largest):  # a NaN counts as the largest

@@ -177,7 +177,8 @@ def rows_held(config, processes: int) -> int:
 
 
 def halves_rows(processes: int) -> bool:
-    """True if training lowers the rows when memory runs out: one process on a GPU. Of several, others would wait."""
+    """True if training lowers the rows when memory runs out: one process on a GPU."""
+    # If one of several processes repeated a step, the others would wait for it.
     return processes == 1 and torch.cuda.is_available()
 
 

@@ -181,7 +181,7 @@ def attention_error(model: Transformer, way: str, sizes: tuple[int, int, int]) -
 
 def time_packed(model: Transformer, way: str, first: int, sizes: tuple[int, int, int], limit: float) -> dict:
     """Seconds of a micro-batch when its shapes are new, and when they are not. limit: seconds for the new ones."""
-    # first: seed of the first micro-batch; each way has its own, lest it know the shapes. sizes: see `packed_batch`.
+    # first: seed of the first micro-batch; each way has its own, so that its shapes are new. sizes: see `packed_batch`.
     batches = [packed_batch(seed, *sizes) for seed in range(first, first + (24 if GPU else 2))]
     error, shapes, new, again = attention_error(model, way, sizes), set(), [], []
 

@@ -183,7 +183,7 @@ def compare(name: str, results) -> None:
     def enter(way: str) -> dict:
         step = Step(name, ROWS[name] if GPU else 2, way)
         steps[way] = step
-        return step.rate(timed({way: step}, 2, step.repeat)[way], results)  # at once, lest there be no time for all
+        return step.rate(timed({way: step}, 2, step.repeat)[way], results)  # now: later rounds may lack time
 
     ways = ["ours_compiled", "transformers_compiled", "ours_eager", "transformers_eager"]
     for way in ways + ["transformers_liger"] * GPU:  # Triton's interpreter cannot run Liger's kernels
