@@ -133,7 +133,7 @@ def arguments() -> argparse.ArgumentParser:
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
         precisions = {"choices": ("float32", "bfloat16", "int8"), "default": "float32"}
-        about = "of the weights; bfloat16: half the memory; int8: 8-bit layers, for a CPU with bfloat16 (float32)"
+        about = "dtype of the weights (float32); bfloat16: half the memory; int8: 8 bits, for a CPU with bfloat16"
         parser.add_argument("--precision", **precisions, help=about)
     return p
 
