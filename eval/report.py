@@ -12,7 +12,7 @@ from eval.summary import Run, notes, sample, show, visible, with_error
 from eval.tasks import METRICS
 
 READING = """\
-± is one standard error over a task's items; two training runs differ by more. README.md explains the baselines.
+± is one standard error over a task's items; two training runs differ by more. Baselines: docs/evaluation.md.
 ↑, ↓: above or below the baseline, p < 0.05; =: perhaps by chance. Perplexity compares models of one tokenizer only."""
 
 

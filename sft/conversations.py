@@ -172,7 +172,8 @@ def recognise(record, formats: dict) -> str:
             most = len(needs) - len(missing)
             nearest = f"{name}, needs {' and '.join(missing)}"
     fields = ", ".join(name for name in record if record[name] is not None)
-    raise Refused(f"found the fields {fields}; the nearest layout, {nearest}; README.md has a table of all layouts")
+    where = "docs/fine-tuning.md and docs/preferences.md list all layouts"
+    raise Refused(f"found the fields {fields}; the nearest layout, {nearest}; {where}")
 
 
 def examples(source: Records, records: Iterator[Record], formats: dict, read: Callable) -> Iterator:

@@ -253,13 +253,3 @@ def test_reader_that_goes_away_and_a_terminal_without_unicode(trained: Place):
         run.stdout.close()
         assert run.wait(60) == 128 + 13
         assert run.stderr.read() == ""
-
-
-def test_readme_names_only_what_is_there():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"`((?:configs|data|eval|tokenizer|tests|benchmarks)/[\w./]*)`", text):
-        assert (ROOT / path).exists() or path in ("data/raw/", "configs/mine.py"), path
-    for target in re.findall(r"^make (\w[\w-]*)", text, re.MULTILINE):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    for module in re.findall(r"python -m ([\w.]+)", text):
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists() or (ROOT / module / "__main__.py").exists(), module

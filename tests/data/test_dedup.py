@@ -38,7 +38,7 @@ def changed(text: list[str], share: float, rng: random.Random) -> list[str]:
 
 
 def test_bands_are_chosen_by_the_threshold():
-    """16 bands of 8 rows at 0.85: the README's. The lower the threshold, the more bands."""
+    """16 bands of 8 rows at 0.85: as docs/data.md says. The lower the threshold, the more bands."""
     assert [MinHash(Deduplication(threshold=t)).bands for t in (0.85, 0.7, 0.5, 0.01)] == [16, 32, 42, 128]
     for field, value in {"threshold": 1.1, "ngram": 0, "permutations": 0}.items():
         with pytest.raises(ValueError, match=f"{field}.* {value}"):
