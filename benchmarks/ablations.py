@@ -263,6 +263,7 @@ def main(arguments: argparse.Namespace) -> None:
         runs = stage.read_json(path)["runs"]
     todo = [(name, seed) for seed in seeds for name in names if str(seed) not in runs.get(name, {})]
     make("pack", base)
+    made = about("python -m benchmarks.ablations")  # now: the results, when written, are a change of the work tree
     with cli.pool(os.cpu_count(), start) as pool:
         runs_of = {pool.submit(measure, base, name, seed, steps): (name, seed) for name, seed in todo}
         for number, finished in enumerate(as_completed(runs_of), start=1):
@@ -272,7 +273,7 @@ def main(arguments: argparse.Namespace) -> None:
             log.info(f"{number} of {len(todo)}: {name}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte")
             if not arguments.quick:
                 in_order = {name: runs[name] for name in EXPERIMENTS if name in runs}
-                stage.write_json(path, about("python -m benchmarks.ablations") | {"runs": in_order})
+                stage.write_json(path, made | {"runs": in_order})
                 if "demo" in runs:  # it finishes with the first runs
                     write_table(in_order)
     if arguments.quick:
