@@ -153,7 +153,7 @@ class ShiftedTwice(Transformer):
     """Learns from targets that are shifted once more than they should be."""
 
     def forward(self, tokens: Tensor, targets=None, *others, **options) -> Tensor:
-        if self.training:
+        if self.training and targets is not None:
             tokens, targets = tokens[:, :-1], targets[:, 1:].contiguous()
         return super().forward(tokens, targets, *others, **options)
 
