@@ -52,11 +52,16 @@ def output(*command: str) -> str:
         return ""
 
 
+def about(command: str) -> dict:
+    """How results were made: the command, the commit, the machine, versions of packages."""
+    commit = output("git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*")
+    found = {"command": command, "commit": commit, "machine": machine.name(machine.pick_device())}
+    return found | {"versions": stage.versions()}
+
+
 def write(name: str, command: str, found: dict, quick: bool = False) -> None:
     """Prints the results, and writes them to results/NAME.json unless this was a quick run."""
-    commit = output("git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*")
-    about = {"command": command, "commit": commit, "machine": machine.name(machine.pick_device())}
-    found = about | {"versions": stage.versions()} | found
+    found = about(command) | found
     print(json.dumps(found, indent=2))
     if not quick:
         RESULTS.mkdir(exist_ok=True)

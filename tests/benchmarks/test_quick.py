@@ -5,18 +5,22 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from benchmarks import nanogpt
+from benchmarks import ablations, nanogpt
 from benchmarks.common import RESULTS, Worker, in_turn, once
+from model import KVCache, ModelConfig, Transformer
 from tests.conftest import PRESENT, ROOT, Command
 
 # What the benchmark expects of nanoGPT: the options it takes, the lines it prints, the checkpoint it saves.
 TRAIN = """
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -135,6 +139,60 @@ def test_harness():
     assert found["alike"]["piqa"]["other_answers"] == 0
     assert found["alike"]["blimp"]["accuracy"]["ours"] == found["alike"]["blimp"]["accuracy"]["harness"]
     assert found["as_it_is"]["piqa"]["items"] == 21
+
+
+def test_ablations():
+    found = quick("ablations")
+    runs = {name: seeds["0"] for name, seeds in found["runs"].items()}
+    table = 2 * 400 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32  # embedding and head, attention, SwiGLU, three norms
+    more = {"demo": 0, "learned_positions": 128 * 32, "qk_norm": 2 * 32, "shifted_twice": 0}
+    assert {name: result["parameters"] - table for name, result in runs.items()} == more
+    for result in runs.values():
+        assert 2 < result["bits_per_byte"] < 8
+    assert f"(`demo`) | {table:,}" in " ".join(found["table"].split())
+
+
+def test_the_log_of_experiments_shows_the_results():
+    runs = json.loads((RESULTS / "ablations.json").read_text())["runs"]
+    assert ablations.table(runs) in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+
+
+SMALL = ModelConfig(vocab_size=50, context_length=16, n_layers=2, d_model=32, n_heads=2)
+
+
+def variant(name: str, layers: int = 2) -> Transformer:
+    torch.manual_seed(1)
+    return ablations.EXPERIMENTS[name].architecture(replace(SMALL, n_layers=layers))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, change in ablations.EXPERIMENTS.items() if change.architecture is not Transformer]
+)
+def test_cached_and_packed_variants_compute_what_whole_rows_do(name: str):
+    model, tokens = variant(name).eval(), torch.arange(12)[None]
+    whole = model(tokens)
+    cache = KVCache(model, 1, 16)
+    cached = torch.cat([model(part, cache=cache) for part in tokens.split(5, dim=1)], 1)
+    packed = model(tokens.repeat(1, 2), positions=torch.arange(12).repeat(2)[None])
+    torch.testing.assert_close(cached, whole)
+    torch.testing.assert_close(packed, whole.repeat(1, 2, 1))
+
+
+def test_variants_are_what_they_say():
+    tokens, swapped = torch.arange(12)[None], torch.tensor([[1, 0, *range(2, 12)]])
+    for name in ("demo", "rope_off", "learned_positions"):
+        model = variant(name, layers=1)  # a second layer would learn the order from what each token has seen
+        same = torch.allclose(model(tokens)[0, -1], model(swapped)[0, -1], atol=1e-6)
+        assert same == (name == "rope_off")
+    for name in ("gelu", "relu_squared", "post_norm"):
+        assert variant(name).num_parameters() == variant("demo").num_parameters()
+    stream = variant("post_norm").blocks[0](torch.randn(1, 12, 32), variant("demo").layout(tokens, None, None, None))
+    torch.testing.assert_close(stream.square().mean(-1), torch.ones(1, 12))
+    model, targets = variant("shifted_twice"), tokens + 1
+    logits = model(tokens).flatten(0, 1)
+    later, right = cross_entropy(logits[:-1], targets[0, 1:]), cross_entropy(logits, targets[0])
+    torch.testing.assert_close(model(tokens, targets), later)
+    torch.testing.assert_close(model.eval()(tokens, targets), right)
 
 
 def test_nanogpt():
