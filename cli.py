@@ -210,8 +210,10 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str, config: bool = True, places: Callable = lambda name: []) -> argparse.ArgumentParser:
     """A parser with the arguments that commands share: CONFIG, unless config=False, and --log-level."""
     # places(name): the config's fields of this name, for the error about a switch such as `--learning_rate 1`.
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m MODULE`; None for a file
-    p = _Parser(description=description, allow_abbrev=False, prog=f"python -m {module.name}" if module else None)
+    file = Path(sys.argv[0])
+    module = file.parent.parent == Path(__file__).parent  # a file in a package is run as `python -m PACKAGE.FILE`
+    prog = f"python -m {file.parent.name}.{file.stem}" if module else None
+    p = _Parser(description=description, allow_abbrev=False, prog=prog)
     p.places = places if config else None
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")

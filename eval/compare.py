@@ -154,7 +154,7 @@ def main(arguments: argparse.Namespace) -> None:
     page += ["## Final numbers", table(["stage", "number", *names], numbers(runs), range(2, len(names) + 2)), READING]
     if differ:
         page.append("The tokenizers differ: compare bits per byte, not losses per token and perplexities.")
-    file = arguments.out / "_".join(run.home.resolve().name for run in runs)
+    file = (arguments.out or stage.runs() / "compare") / "_".join(run.home.resolve().name for run in runs)
     file.parent.mkdir(parents=True, exist_ok=True)
     plots.compare(runs, Path(f"{file}.png"), differ)
     page += ["## Curves", f"![curves]({file.name}.png)", "## Texts"]
@@ -168,6 +168,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     p = cli.parser(__doc__, config=False)
     p.add_argument("runs", nargs="+", metavar="RUN", help="the name of a run in runs/, or a directory")
-    out = stage.runs() / "compare"
-    p.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"where to write; default: {out}")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: compare/ in runs/")
     cli.run(main, p.parse_args())

@@ -68,13 +68,14 @@ def compare(runs: list[Run], path: Path, in_bytes: bool) -> None:
     drawing = figure("thin: training; points: held-out", len(stages), max(1, min(2, len(stages))))
     for axis, name in zip(drawing.axes, stages, strict=True):
         key = "val_bits_per_byte" if in_bytes and name == "pretrain" else "val_loss"
-        axis.set(title=name, xlabel="tokens trained", ylabel=key.removeprefix("val_").replace("_", " "))
+        axis.set(title=name, xlabel="million tokens trained", ylabel=key.removeprefix("val_").replace("_", " "))
         for number, run in enumerate(runs):
             records = run.metrics(name)
-            held_out = [(record["tokens"], record[key]) for record in records if record.get(key)]
+            held_out = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key)]
             later = records[len(records) // 20 :]  # the first losses, far above all others, would flatten the rest
-            training = [(record["tokens"], record["loss"]) for record in later if key == "val_loss"]
-            axis.plot(*zip(*held_out or [(0, None)], strict=True), f"C{number}o-", label=run.name)
+            training = [(record["tokens"] / 1e6, record["loss"]) for record in later if key == "val_loss"]
+            label = run.name if records else None
+            axis.plot(*zip(*held_out or [(0, None)], strict=True), f"C{number}o-", label=label)
             axis.plot(*zip(*training or [(0, None)], strict=True), f"C{number}-", linewidth=0.6, alpha=0.5)
         axis.legend()
     drawing.savefig(path, metadata={"Software": None})
