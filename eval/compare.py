@@ -31,8 +31,8 @@ from metrics import SHOWN
 class Stored(Run):
     """The results of a run in a directory. The run may be unfinished, and its config unknown."""
 
-    def __init__(self, home: Path):
-        self.home, self.name = home, home.resolve().name
+    def __init__(self, home: Path, name: str):
+        self.home, self.name = home, name
         super().__init__(self)
 
     def directory(self, name: str) -> Path:
@@ -52,13 +52,11 @@ def load(words: list[str]) -> list[Stored]:
         if home is None:
             known = [path.parent.name for path in sorted(stage.runs().glob("*/pretrain"))] or ["none"]
             raise UserError(f"no run {word} in {stage.runs()}/; {cli.meant(Path(word).stem, known)}")
-        run = Stored(home)
+        if home.resolve() in runs:
+            raise UserError(f"{word} names the run {home} again; name each run once")
+        runs[home.resolve()] = run = Stored(home, word.rstrip("/")[-40:])
         if not run.finals:
             raise UserError(f"nothing is trained in {home}: no checkpoint in {'/, '.join(TRAINED)}/")
-        if runs.setdefault(home.resolve(), run) is not run:
-            raise UserError(f"{word} names the run {home} again; name each run once")
-        if run.name in [other.name for other in runs.values() if other is not run]:
-            run.name = "/".join(home.resolve().parts[-2:])
     if len(runs) < 2:
         raise UserError(f"{words[0]} alone has nothing to be compared with; name two or more runs")
     return list(runs.values())
@@ -83,39 +81,43 @@ def changes(runs: list[Stored]) -> list[list[str]]:
 
 
 def numbers(runs: list[Stored]) -> list[list[str]]:
-    """[stage, number's name, a run's number, …]: the end of each training, then its evaluation."""
+    """[stage, number's name, a run's number, …] of all numbers that two or more runs have."""
     rows = []
     for name in TRAINED:
-        ends = [ending(run, name) for run in runs]
-        for key in ("step", "of_steps", "tokens", "parameters", "seconds", *SHOWN):
-            rows.append([name, key.replace("_", " "), *(show(end[key]) if key in end else "" for end in ends)])
-        for task, metric in METRICS.items():
-            entries = [run.results.get(name, {}).get(task, {}) for run in runs]
-            cells = [with_error(entry, metric, metric) if "n" in entry else "" for entry in entries]
-            rows.append([name, f"{task}: {metric}".replace("_", " "), *cells])
-    return [row for row in rows if sum(map(bool, row[2:])) > 1]
+        columns = [ending(run, name) if name in run.finals else {} for run in runs]
+        for key in dict.fromkeys(itertools.chain(*columns)):
+            if sum(key in column for column in columns) > 1:
+                rows.append([name, key.replace("_", " "), *(column.get(key, "") for column in columns)])
+    return rows
 
 
-def ending(run: Stored, name: str) -> dict:
-    """The last numbers of a stage's training; {} if it is not trained."""
-    if name not in run.finals:
-        return {}
+def ending(run: Stored, name: str) -> dict[str, str]:
+    """The numbers at the end of a stage's training, and those of its evaluation with their standard errors."""
     counts = run.finals[name]["counts"]
-    end = dict(counts["record"])
+    end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(counts["seconds"])}
     for record in run.metrics(name):
         end |= record if "val_loss" in record else {}
-    parameters = round(end["tokens"] / end["tokens_per_parameter"])
-    return end | {"of_steps": counts["steps"], "seconds": round(counts["seconds"]), "parameters": parameters}
+    end["parameters"] = round(end["tokens"] / end["tokens_per_parameter"])
+    keys = ("step", "of_steps", "tokens", "parameters", "seconds", *SHOWN)
+    shown = {key: show(end[key]) for key in keys if key in end}
+    for task, metric in METRICS.items():
+        entry = run.results.get(name, {}).get(task, {})
+        if "n" in entry:
+            shown[f"{task}: {metric}"] = with_error(entry, metric, metric)
+    return shown
 
 
-def texts(runs: list[Stored], name: str) -> list[str]:
-    """What the models of a stage write for the same prompts and seeds, side by side."""
+def texts(runs: list[Stored]) -> list[str]:
+    """What the models of the latest stage that all runs have write for the same prompts and seeds, side by side."""
+    common = [name for name in TRAINED if all(name in run.finals for run in runs)]
+    if not common:
+        return ["No stage is trained in all of these runs."]
     # A base model continues a text; a fine-tuned model answers.
-    asked = list(SMOKE)[:3] if name == "pretrain" else TEXTS["prompts"][:3]
-    written, lines = {}, [f"The models of {name} write. Nobody selected the texts."]
+    asked = list(SMOKE)[:3] if common[-1] == "pretrain" else TEXTS["prompts"][:3]
+    written, lines = {}, [f"The models of {common[-1]} write. Nobody selected the texts."]
     for run in runs:
         try:
-            written[run.name] = generation.answer(subject(run, name), asked)
+            written[run.name] = generation.answer(subject(run, common[-1]), asked)
         except Exception as error:  # whatever is wrong with one model, the page compares the rest
             lines.append(f"No texts of {run.name}: {error}")
     width = max(24, 108 // max(1, len(written)))
@@ -142,23 +144,19 @@ def main(arguments: argparse.Namespace) -> None:
     from eval import plots
 
     runs = load(arguments.runs)
-    names, rows, common = [run.name for run in runs], changes(runs), ""
-    differ = len({checkpoint.trained_with(final) for run in runs for final in run.all_trained().values()}) > 1
-    for name in TRAINED:
-        common = name if all(name in run.finals for run in runs) else common
-    page = [
-        f"# {' and '.join(names)}",
-        "## What differs",
-        table(["stage", "field", *names], rows) if rows else "Nothing.",
-    ]
-    page += ["## Final numbers", table(["stage", "number", *names], numbers(runs), range(2, len(names) + 2)), READING]
-    if differ:
-        page.append("The tokenizers differ: compare bits per byte, not losses per token and perplexities.")
+    names, spms = [run.name for run in runs], set()
+    for run in runs:
+        spms |= set(map(checkpoint.trained_with, run.all_trained().values()))
     file = (arguments.out or stage.runs() / "compare") / "_".join(run.home.resolve().name for run in runs)
     file.parent.mkdir(parents=True, exist_ok=True)
-    plots.compare(runs, Path(f"{file}.png"), differ)
-    page += ["## Curves", f"![curves]({file.name}.png)", "## Texts"]
-    page += texts(runs, common) if common else ["No stage is trained in all of these runs."]
+    plots.compare(runs, Path(f"{file}.png"), in_bytes=len(spms) > 1)
+    rows = changes(runs)
+    page = [f"# {' and '.join(names)}", "## What differs"]
+    page.append(table(["stage", "field", *names], rows) if rows else "Nothing in configs and inputs.")
+    page += ["## Final numbers", table(["stage", "number", *names], numbers(runs), range(2, len(names) + 2)), READING]
+    if len(spms) > 1:
+        page.append("The tokenizers differ: compare bits per byte, not losses per token and perplexities.")
+    page += ["## Curves", f"![curves]({file.name}.png)", "## Texts", *texts(runs)]
     text = "\n\n".join(page) + "\n"
     stage.write(Path(f"{file}.md"), text.encode())
     print(text)

@@ -81,7 +81,7 @@ def test_the_page_shows_settings_numbers_curves_and_texts(runs: Path, capsys):
 
 def test_evaluations_have_their_errors_and_equal_runs_no_differences(runs: Path):
     shutil.copytree(runs / "mini", runs / "elsewhere/mini")
-    text = page("mini", str(runs / "elsewhere/mini"), out=runs / "out")
+    text = page("mini", "elsewhere/mini", out=runs / "out")
     results = stage.read_json(runs / "mini/eval/results.json")
     table = cells(text)
     for name in ("pretrain", "sft", "dpo"):
