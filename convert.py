@@ -5,7 +5,6 @@
     python convert.py to-gguf configs/tiny.py OUT.gguf    # for llama.cpp and Ollama. Needs: pip install gguf
 
 The first two keep every bit of weights and tokenizer and compare logits; they need transformers and protobuf.
-
 Next: python serve.py OUT/config.py generate "The", or llama-cli -m OUT.gguf
 """
 

@@ -206,12 +206,10 @@ def parser(training: bool = False) -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
-    about = (
-        "a trained model to start from (sft, dpo) or to measure (eval)",
-        "for eval: where the tasks' files are (DATA)",
-    )
-    for switch, words in zip(("--checkpoint", "--data"), about, strict=True):
-        p.add_argument(switch, metavar="DIR", help=argparse.SUPPRESS if training else words)
+    given = "a trained model to start from (sft, dpo) or to measure (eval)"
+    where = "for eval: where the tasks' files are, instead of DATA"
+    for switch, about in (("--checkpoint", given), ("--data", where)):
+        p.add_argument(switch, metavar="DIR", help=argparse.SUPPRESS if training else about)
     p.set_defaults(again=())
     return p
 

@@ -71,8 +71,9 @@ def changes(runs: list[Stored]) -> list[list[str]]:
             if manifest := run.manifests.get(name) or run.finals.get(name):
                 about[run] = settings = dict(manifest["config"])
                 for path, sha256 in manifest["read"].items():
-                    key = f"input {Path(path).parent.name or path}"
-                    settings[key] = settings.get(key, "") + sha256
+                    if not path.endswith("_CARD.md"):  # a card has the run's name in it
+                        key = f"input {Path(path).parent.name or path}"
+                        settings[key] = settings.get(key, "") + sha256
         for place, values in stage.different(list(about.values())):
             shown = dict(zip(about, map(stage.short, values), strict=True))
             cells = [shown.get(run, "") for run in runs]

@@ -59,6 +59,7 @@ def test_the_page_shows_settings_numbers_curves_and_texts(runs: Path, capsys):
     ]
     assert rows["pretrain", "model.vocab_size"] == ["512", "500"]
     assert rows["pack", "input tokenizer"][0].strip('"…') == tokenizer.load(runs / "mini/tokenizer").sha256[:12]
+    assert ("tokenizer", "input corpus") not in rows  # the text is the same
     ends = [
         json.loads((runs / name / "pretrain/metrics.jsonl").read_text().splitlines()[-1]) for name in ("mini", "other")
     ]
