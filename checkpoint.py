@@ -163,12 +163,16 @@ def digest(directory: Path) -> str:
     return wrote["weights.pt" if "weights.pt" in wrote else "adapter.pt"]["sha256"]
 
 
+def trained_with(directory: Path) -> str:
+    """The SHA-256 of the tokenizer that a checkpoint was trained with; "none" if it names no tokenizer."""
+    read = read_manifest(directory)["read"]
+    return next((digest for path, digest in read.items() if path.endswith(tokenizer.FILES)), "none")
+
+
 def must_match(directory: Path, tokenizer_sha256: str) -> None:
     """UserError if a checkpoint was not trained with this tokenizer."""
-    read = read_manifest(directory)["read"]
-    trained_with = next((digest for path, digest in read.items() if path.endswith(tokenizer.FILES)), "none")
-    if trained_with != tokenizer_sha256:
-        what = f"{directory} was trained with tokenizer {trained_with[:12]}…, not with {tokenizer_sha256[:12]}…"
+    if (sha256 := trained_with(directory)) != tokenizer_sha256:
+        what = f"{directory} was trained with tokenizer {sha256[:12]}…, not with {tokenizer_sha256[:12]}…"
         raise UserError(f"{what}; use the config that it was trained with, or train it again with this tokenizer")
 
 

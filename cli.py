@@ -11,6 +11,7 @@ import difflib
 import errno
 import gc
 import importlib
+import inspect
 import logging
 import multiprocessing
 import os
@@ -173,8 +174,22 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def visible(text: str) -> str:
+    """Text with control and invisible characters as escapes, such as \\x1b."""
+    shown = ""
+    for c in text.expandtabs(4):
+        plain = c.isprintable() or c in "\n\xa0\u3000"
+        shown += c if plain else c.encode("unicode_escape").decode()
+    return shown
+
+
 class _Parser(argparse.ArgumentParser):
     switches: list[str] = []  # noqa: RUF012 - all switches of the command, for "did you mean"
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of examples
+        self.description = inspect.cleandoc(self.description)
+        return super().format_help()
 
     def add_argument(self, *names, **options):
         self.switches += [name for name in names if name.startswith("--")]
@@ -195,11 +210,14 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str, config: bool = True, places: Callable = lambda name: []) -> argparse.ArgumentParser:
     """A parser with the arguments that commands share: CONFIG, unless config=False, and --log-level."""
     # places(name): the config's fields of this name, for the error about a switch such as `--learning_rate 1`.
-    p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    file = Path(sys.argv[0])
+    module = file.parent.parent == Path(__file__).parent  # a file in a package is run as `python -m PACKAGE.FILE`
+    prog = f"python -m {file.parent.name}.{file.stem}" if module else None
+    p = _Parser(description=description, allow_abbrev=False, prog=prog)
     p.places = places if config else None
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
-    p.add_argument("--log-level", default="info", choices=LEVELS)
+    p.add_argument("--log-level", default="info", choices=LEVELS, help="the least that is printed; default: info")
     return p
 
 

@@ -5,6 +5,7 @@
     python convert.py to-gguf configs/tiny.py OUT.gguf    # for llama.cpp and Ollama. Needs: pip install gguf
 
 The first two keep every bit of weights and tokenizer and compare logits; they need transformers and protobuf.
+Next: python serve.py OUT/config.py generate "The", or llama-cli -m OUT.gguf
 """
 
 import argparse
@@ -458,7 +459,7 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, config=False)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     for name, command in (("to-hf", to_hf), ("from-hf", from_hf), ("to-gguf", to_gguf)):
-        c = commands.add_parser(name, description=command.__doc__, help=command.__doc__)
+        c = commands.add_parser(name, description=command.__doc__, help=command.__doc__, epilog=__doc__)
         c.set_defaults(command=command)
         if command is from_hf:
             c.add_argument("source", type=Path, metavar="DIR", help="a directory, or owner/name on the Hub")

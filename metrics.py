@@ -5,13 +5,16 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+import generate
 import parallel
 import stage
-from cli import UserError, log
+from cli import UserError, log, visible
 
 SHOWN = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_margin", "val_accuracy", "val_kl")
 
@@ -104,3 +107,17 @@ class Report:
                 for key, number in value.items() if name == "seen" else [("", value)]:
                     self.board.add_scalar(f"{name}/{key}".rstrip("/"), number, record["step"])
             self.board.flush()
+
+
+def show_samples(model, mode: str, prompts: list[tuple], text: Callable, labels: tuple[str, str], **options) -> None:
+    """Logs how the model continues each prompt: a loss does not reveal nonsense. Changes no random state."""
+    # mode: TrainConfig.parallel. prompts: (text, ids). text(ids): the text of new ids. options: of `generate`.
+    # With FSDP one process cannot generate alone, because it holds a share of the weights.
+    if parallel.rank() or (parallel.ranks() > 1 and mode == "fsdp"):
+        return
+    no_logits = contextlib.suppress(ValueError)  # they are not finite: the held-out loss tells that
+    with torch.autocast(model.embed.weight.device.type, enabled=False), no_logits:
+        written = generate.generate(model, [ids for _, ids in prompts], **options)
+        for (prompt, _), ids in zip(prompts, written, strict=True):
+            asked, said = (visible(" ".join(part.split())) for part in (prompt, text(ids)))
+            log.info(f"{labels[0]}{asked[-200:]}\n{labels[1]}{said}")

@@ -8,6 +8,8 @@
 Stages, in order: corpus tokenizer pack pretrain sft_data sft dpo_data dpo_reference dpo eval report.
 Each stage runs in its own process, so that it gives the same bytes alone and after other stages. A stage makes missing
 input that takes minutes. If the input takes hours (a trained model), the stage stops and names the command.
+
+Next: python serve.py configs/demo.py chat, or read runs/demo/REPORT.md
 """
 
 import argparse
@@ -190,20 +192,28 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
     return cli.table(rows, right=(1,))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__, places=configs.places)
-    p.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: every stage")
+def parser(training: bool = False) -> argparse.ArgumentParser:
+    """The arguments. training: of train.py CONFIG, which is pipeline.py CONFIG pretrain."""
+    p = cli.parser(train.__doc__ if training else __doc__, places=configs.places)
+    if training:
+        p.prog = "train.py"
+        p.set_defaults(stages=["pretrain"])
+    else:
+        p.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: every stage")
     p.add_argument("--status", action="store_true", help="show which stages are done; make nothing")
     p.add_argument("--force", action="store_true", help="make the stages again; discard the old ones")
     p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and the later ones again")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
-    p.add_argument("--checkpoint", metavar="DIR", help="a trained model to start from (sft, dpo) or to measure (eval)")
-    p.add_argument("--data", metavar="DIR", help="for eval: where the tasks' files are, instead of DATA")
+    given = "a trained model to start from (sft, dpo) or to measure (eval)"
+    where = "for eval: where the tasks' files are, instead of DATA"
+    for switch, about in (("--checkpoint", given), ("--data", where)):
+        p.add_argument(switch, metavar="DIR", help=argparse.SUPPRESS if training else about)
     p.set_defaults(again=())
     return p
 
 
 if __name__ == "__main__":
-    cli.run(main, parser().parse_intermixed_args())  # stages may stand before and after switches
+    training = "TRAINING" in globals()  # set by train.py
+    cli.run(main, parser(training).parse_intermixed_args())  # stages may stand before and after switches

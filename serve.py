@@ -5,6 +5,8 @@
     python serve.py configs/tiny.py api
 
 Standard output of chat and generate carries only the model's text.
+
+Next: open http://localhost:8000 after api, or share the model: python convert.py to-hf configs/tiny.py tiny-hf
 """
 
 import argparse
@@ -106,11 +108,11 @@ def api(arguments: argparse.Namespace) -> None:
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    g = commands.add_parser("generate", description=generate.__doc__, help="continue a text, or answer a question")
+    g = commands.add_parser("generate", help="continue a text, or answer a question")
     g.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it, or with -, read standard input")
     g.add_argument("--samples", type=cli.positive, default=1, help="number of texts (1)")
     g.add_argument("--max-tokens", type=cli.positive, default=200, help="the largest number of new tokens (200)")
-    c = commands.add_parser("chat", description=chat.__doc__, help="chat with a fine-tuned model")
+    c = commands.add_parser("chat", help="chat with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
     c.add_argument("--max-tokens", type=cli.positive, help="the largest number of new tokens (as fits the context)")
     for parser in (g, c):
@@ -120,17 +122,19 @@ def arguments() -> argparse.ArgumentParser:
         parser.add_argument("--min-p", type=float, help="least probability, as a share of the likeliest token's (0)")
         parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (1)")
         parser.add_argument("--seed", type=int, help="the same seed gives the same text; -1: a new text each time (-1)")
-    a = commands.add_parser("api", description=api.__doc__, help="serve an HTTP API and a page to chat on")
+    a = commands.add_parser("api", help="serve an HTTP API and a page to chat on")
     a.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine only)")
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
     allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
     a.add_argument("--allow-origin", type=origin, action="append", default=[], metavar="ORIGIN", help=allowed)
-    p.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model, instead of the latest")
+    given = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the latest"}
+    p.add_argument("--checkpoint", **given)
     for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too
         parser.set_defaults(command=command)
-        parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS)
+        parser.description, parser.epilog = command.__doc__, __doc__
+        parser.add_argument("--checkpoint", default=argparse.SUPPRESS, **given)
         parser.add_argument("--log-level", default=argparse.SUPPRESS, choices=cli.LEVELS)
         precisions = {"choices": ("float32", "bfloat16", "int8"), "default": "float32"}
         about = "dtype of the weights (float32); bfloat16: half the memory; int8: 8 bits, for a CPU with bfloat16"

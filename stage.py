@@ -15,7 +15,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -52,25 +52,33 @@ def describe(value):
     return json.loads(json.dumps(value, default=lambda config: {"type": type(config).__name__} | vars(config)))
 
 
-def differences(was, now, path: str = "", free: Collection[str] = ()) -> Iterator[str]:
-    """Yields a phrase for each place where two JSON values differ. Keys in `free` are skipped."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in was | now:
-            if key not in free:
-                yield from differences(was.get(key), now.get(key), f"{path}.{key}" if path else key, free)
-    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        for i in range(len(was)):
-            yield from differences(was[i], now[i], f"{path}[{i}]", free)
-    elif was != now:
-        yield f"{path} was {_short(was)}, is now {_short(now)}"
+def different(values: Sequence, path: str = "", free: Collection[str] = ()) -> Iterator[tuple[str, Sequence]]:
+    """Yields each place where two or more JSON values differ, and the values there. Keys in `free` are skipped."""
+    kinds = set(map(type, values))
+    if kinds == {dict}:
+        for key in dict.fromkeys(key for value in values for key in value if key not in free):
+            inner = [value.get(key) for value in values]
+            yield from different(inner, f"{path}.{key}" if path else key, free)
+    elif kinds == {list} and len(set(map(len, values))) == 1:
+        for i, inner in enumerate(zip(*values, strict=True)):
+            yield from different(inner, f"{path}[{i}]", free)
+    elif any(value != values[0] for value in values):
+        yield path, values
 
 
-def _short(value) -> str:
+def differences(was, now, free: Collection[str] = ()) -> Iterator[str]:
+    """Yields a phrase for each place where two JSON values differ."""
+    for path, (before, after) in different([was, now], free=free):
+        yield f"{path} was {short(before)}, is now {short(after)}"
+
+
+def short(value) -> str:
+    """A JSON value for a message: digests cut to 12 digits, the whole to 80 characters."""
     text = re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1…", json.dumps(value, ensure_ascii=False))
     return "not set" if value is None else text if len(text) <= 80 else text[:79] + "…"
 
 
-def _first(phrases: list[str]) -> str:
+def first(phrases: list[str]) -> str:
     """The first three phrases, and how many more there are."""
     rest = len(phrases) - 3
     return "; ".join(phrases[:3]) + (f" and {rest} more" if rest > 0 else "")
@@ -163,7 +171,7 @@ def imported_code(main: str) -> dict[str, str]:
 def changed_code(directory: Path, code: dict[str, str]) -> str:
     """The source files that changed since they made a finished directory; "" if none. code: {file: SHA-256} now."""
     was = (read_manifest(directory) or {}).get("code", {})
-    return _first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
+    return first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
 
 
 def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> None:
@@ -177,10 +185,10 @@ def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> N
 
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Writes manifest.json, which makes the directory finished. Its key `sha256` is the digest of its other keys."""
-    write_json(directory / "manifest.json", manifest | {"sha256": _digest(manifest)})
+    write_json(directory / "manifest.json", manifest | {"sha256": digest(manifest)})
 
 
-def _digest(manifest: dict) -> str:
+def digest(manifest: dict) -> str:
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()  # indentation does not count
 
@@ -188,7 +196,7 @@ def _digest(manifest: dict) -> str:
 def read_manifest(directory: Path) -> dict | None:
     """A directory's manifest, or None if it has none: the directory is unfinished. UserError if it is damaged."""
     manifest = read_json(directory / "manifest.json")
-    if manifest is not None and (type(manifest) is not dict or manifest.get("sha256") != _digest(manifest)):
+    if manifest is not None and (type(manifest) is not dict or manifest.get("sha256") != digest(manifest)):
         raise UserError(f"{directory}/manifest.json is damaged; delete it, and the directory counts as unfinished")
     return manifest
 
@@ -298,7 +306,7 @@ class Stage:
         """The parts of config and inputs that changed since a directory was finished; "" if none."""
         manifest = read_manifest(directory)
         inputs = differences(manifest["read"], self.read) if self.read else ()
-        return _first([*differences(manifest["config"], self.config, "", self.free), *inputs])
+        return first([*differences(manifest["config"], self.config, self.free), *inputs])
 
     def must_match(self, directory: Path) -> None:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""

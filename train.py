@@ -4,16 +4,16 @@
     torchrun --nproc_per_node=8 train.py configs/base.py            on eight GPUs
 
 Makes the corpus, the tokenizer and the packed tokens if they are missing. The loop itself is in trainer.py.
+
+Next: python serve.py configs/tiny.py generate "The", or fine-tune it: python pipeline.py configs/tiny.py sft
 """
 
 import math
 import runpy
-import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # python train.py CONFIG is python pipeline.py CONFIG pretrain
-    sys.argv += ["pretrain"] if len(sys.argv) > 1 else []
-    runpy.run_path(str(Path(__file__).with_name("pipeline.py")), run_name="__main__")
+    runpy.run_path(str(Path(__file__).with_name("pipeline.py")), {"TRAINING": True}, run_name="__main__")
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,16 @@ from cli import log
 from configs import Experiment
 from data.batches import Mixture, Windows, mixture
 from data.pack import Packed
+from metrics import show_samples
 from model import ModelConfig, Transformer
 from stage import Stage
+from tokenizer import Tokenizer
 from trainer import FREE, Task, TrainConfig, plan_steps, run
 
 
-def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, mixed: bool) -> Task:
+def pretraining(
+    config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, spm: Tokenizer, mixed: bool
+) -> Task:
     """The task of predicting the next token. batches: training windows. mixed: log each set's tokens."""
     length = model.context_length
     held_out = Windows(validation, length)
@@ -47,7 +51,14 @@ def pretraining(config: TrainConfig, model: ModelConfig, batches: Mixture, valid
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
 
+    begun = []  # the first tokens of two held-out documents, which each evaluation continues
+    for start in validation.starts[:: max(1, len(validation.starts) // 2)][:2].tolist():
+        ids = validation.tokens[start : start + 12].tolist()
+        begun.append((spm.decode(ids), [*spm.opening, *ids]))
+
     def evaluate(model: nn.Module, rows: int) -> dict[str, float]:
+        options = {"max_new_tokens": 30, "temperature": 0.8, "seed": 0, "stop": (spm.eos,)}
+        show_samples(model, config.parallel, begun, spm.decode, ("text:  ", "model: "), **options)
         loss = mean_loss(model, held_out, chosen, rows)
         # A loss per token depends on the tokenizer: a text has fewer long pieces, but each is harder to guess.
         # Bits per byte can be compared across tokenizers.
@@ -95,7 +106,7 @@ def train(job: Stage, experiment: Experiment, force: bool, resume: str) -> None:
         others[other.name] = data.pack.load(other.directory("pack"), spm.sha256)["train"]
     phases, length = experiment.mixture, shape.context_length  # no phases: all of the experiment's own tokens
     batches = mixture(experiment.name, phases, packed["train"], others, length, config.batch_size, config.seed)
-    task = pretraining(config, shape, batches, packed["val"], mixed=bool(phases))
+    task = pretraining(config, shape, batches, packed["val"], spm, mixed=bool(phases))
 
     def make() -> Transformer:
         with torch.device("meta"):  # takes no memory, so a model that does not fit is refused at once

@@ -2,6 +2,8 @@
 
 python -m data.inspect configs/tiny.py                    # sizes, the first documents, the first batch
 python -m data.inspect configs/tiny.py --step 1000        # the batch of that step
+
+Next: python train.py configs/tiny.py
 """
 
 import argparse
@@ -62,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     p = cli.parser(__doc__)
-    p.add_argument("--split", choices=data.pack.SPLITS, default="train")
+    p.add_argument("--split", choices=data.pack.SPLITS, default="train", help="default: train")
     for name, default, about in (
         ("first", 0, "the first document shown"),
         ("documents", 3, "how many documents"),

@@ -4,6 +4,8 @@
     python -m eval.download boolq piqa
 
 Needs: pip install datasets
+
+Next: python pipeline.py configs/tiny.py eval
 """
 
 import argparse

@@ -61,6 +61,26 @@ def curves(records: list[dict], title: str) -> Figure:
     return drawing
 
 
+def compare(runs: list[Run], path: Path, in_bytes: bool) -> None:
+    """Draws the losses of several runs over the tokens trained: a panel for each stage that two of them have logged."""
+    # in_bytes: pretraining in bits per byte, because losses per token of other tokenizers do not compare.
+    stages = [name for name in TRAINED if sum(bool(run.metrics(name)) for run in runs) > 1]
+    drawing = figure("thin: training; points: held-out", len(stages), max(1, min(2, len(stages))))
+    for axis, name in zip(drawing.axes, stages, strict=True):
+        key = "val_bits_per_byte" if in_bytes and name == "pretrain" else "val_loss"
+        axis.set(title=name, xlabel="million tokens trained", ylabel=key.removeprefix("val_").replace("_", " "))
+        for number, run in enumerate(runs):
+            records = run.metrics(name)
+            held_out = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key)]
+            later = records[len(records) // 20 :]  # the first losses, far above all others, would flatten the rest
+            training = [(record["tokens"] / 1e6, record["loss"]) for record in later if key == "val_loss"]
+            label = run.name if records else None
+            axis.plot(*zip(*held_out or [(0, None)], strict=True), f"C{number}o-", label=label)
+            axis.plot(*zip(*training or [(0, None)], strict=True), f"C{number}-", linewidth=0.6, alpha=0.5)
+        axis.legend()
+    drawing.savefig(path, metadata={"Software": None})
+
+
 def bars(tasks: dict[str, dict]) -> Figure:
     drawing = figure("dashed: baseline; whiskers: two standard errors", len(tasks), 4)
     for axis, (task, entries) in zip(drawing.axes, tasks.items(), strict=True):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import cli
 import stage
-from cli import UserError, log
+from cli import UserError, log, visible
 from configs import Experiment
-from eval.summary import Run, notes, sample, show, visible, with_error
+from eval.summary import Run, notes, sample, show, with_error
 from eval.tasks import METRICS
 
 READING = """\

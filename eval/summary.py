@@ -6,7 +6,7 @@ import re
 import textwrap
 
 import stage
-from cli import UserError
+from cli import UserError, visible
 from configs import DIRECTORIES, Experiment
 from eval.tasks import METRICS
 
@@ -143,15 +143,6 @@ def sample(run: Run) -> list[str]:
         short = textwrap.shorten(text, 200, placeholder=" …")
         lines.append(textwrap.fill(f"{who:9} {short}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
     return lines
-
-
-def visible(text: str) -> str:
-    """Text with control and invisible characters as escapes, such as \\x1b."""
-    shown = ""
-    for c in text.expandtabs(4):
-        plain = c.isprintable() or c in "\n\xa0\u3000"
-        shown += c if plain else c.encode("unicode_escape").decode()
-    return shown
 
 
 def show(value: float | None) -> str:

@@ -3,6 +3,8 @@
 python -m sft.inspect configs/tiny.py                   # the first rows: trained text is green, or in ⟦ ⟧
 python -m sft.inspect configs/tiny.py --first 100       # from that row on
 python -m sft.inspect configs/tiny.py --pairs           # pairs: chosen is green or in ⟦ ⟧, rejected red or in ⟪ ⟫
+
+Next: python pipeline.py configs/tiny.py sft
 """
 
 import argparse
@@ -62,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--pairs", action="store_true", help="show the pairs of dpo_data")
-    p.add_argument("--split", choices=SPLITS, default="train")
+    p.add_argument("--split", choices=SPLITS, default="train", help="default: train")
     p.add_argument("--first", type=int, default=0, metavar="N", help="the first row shown; default: 0")
     p.add_argument("--rows", type=cli.positive, default=2, metavar="N", help="how many; default: 2")
     cli.run(main, p.parse_args())

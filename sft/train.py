@@ -7,6 +7,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 
 import checkpoint
 import finetune
-import generate
 import parallel
 import sft.data
-from cli import log
 from finetune import Base, Tuning, check_weights, device_of
 from lora import LoRAConfig
-from model import IGNORED, ModelConfig, Transformer
+from metrics import show_samples
+from model import IGNORED, ModelConfig
 from sft.data import ConversationConfig, Rows
 from sft.templates import shown
 from stage import Stage, check_types
@@ -98,7 +98,7 @@ class FineTuning(Tuning):
         return int((targets != IGNORED).sum())
 
     def evaluate(self, model: nn.Module, rows: int) -> dict[str, float]:
-        device, ranks = device_of(model), parallel.ranks()
+        device = device_of(model)
         # One sum in float64, divided at the end: the grouping of the rows changes nothing.
         nats = torch.zeros((), dtype=torch.float64)
         for numbers, counts in parallel.shared_rows(self.chosen, rows):
@@ -106,24 +106,21 @@ class FineTuning(Tuning):
             mean = model(tokens.to(device), targets, positions=positions)
             nats += mean.cpu().double() * int((targets != IGNORED).sum()) * counts
         mean = float(parallel.add_up(nats)) / self.measured
-        # With FSDP one process cannot generate alone, because it holds a share of the weights.
-        if parallel.rank() == 0 and (ranks == 1 or self.config.parallel == "ddp"):
-            show_samples(model, self.held_out, self.spm)
+        text = partial(shown, tokenizer=self.spm)
+        # Any of these ids ends an answer: the model may not have learnt which one its template ends with.
+        options = {"temperature": 0, "stop": (self.spm.eos, *self.spm.control.values())}
+        questions, labels = self.questions(), ("asked: ", "said:  ")
+        show_samples(model, self.config.parallel, questions, text, labels, max_new_tokens=SAMPLE_TOKENS, **options)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
-
-def show_samples(model: Transformer, held_out: Rows, spm: Tokenizer) -> None:
-    """Logs the model's answers to the same few held-out questions: a loss does not reveal nonsense."""
-    count = len(held_out.starts) - 1
-    stop = (spm.eos, *spm.control.values())  # any of them: the model may not have learnt which one ends an answer
-    with torch.autocast(device_of(model).type, enabled=False):
+    def questions(self) -> list[tuple[str, list[int]]]:
+        """The same few held-out questions in each evaluation: their text, and the ids up to the answer."""
+        asked, count = [], len(self.held_out.starts) - 1
         for number in range(0, count, max(1, count // SAMPLES))[:SAMPLES]:
-            ids, trained = held_out.conversation(number)
+            ids, trained = self.held_out.conversation(number)
             first = int(trained.argmax())  # where the first answer begins
-            new = generate.generate(model, ids[:first].tolist(), SAMPLE_TOKENS, temperature=0, stop=stop)
-            question = " ".join(shown(ids[1:first].tolist(), spm).split())
-            answer = " ".join(shown(new, spm).split())
-            log.info(f"asked: {question[-200:]}\nsaid:  {answer}")
+            asked.append((shown(ids[1:first].tolist(), self.spm), ids[:first].tolist()))
+        return asked
 
 
 def job(config: SFTConfig, base: Base, rows: Path, spm: Tokenizer, directory: Path, command: str) -> Stage:

@@ -53,7 +53,7 @@ CONFIGS = """
 CLASSES = [pkgutil.resolve_name(name) for name in CONFIGS.split()]
 COMMANDS = {  # how each is started: a file and, after it, the subcommand if there is one
     **{"pipeline": "pipeline.py", "download": "eval/download.py"},
-    "harness": "eval/harness.py",
+    **{"compare": "eval/compare.py", "harness": "eval/harness.py"},
     **{"inspect": "data/inspect.py", "sft_inspect": "sft/inspect.py"},
     **{name: f"serve.py {name}" for name in ("generate", "chat", "api")},
     **{name: f"convert.py {name}" for name in ("to-hf", "from-hf", "to-gguf")},

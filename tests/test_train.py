@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import machine
 import metrics
 import parallel
 import stage
+import tokenizer
 import train
 import trainer
 from cli import UserError
@@ -87,6 +89,9 @@ class Numbers:
     bytes = 20_000
 
 
+SPELLING = SimpleNamespace(opening=[0], eos=60, decode=str)  # a tokenizer for the numbers
+
+
 class Crash(Exception):
     """Ends a run in this process as a kill would: nothing more is saved."""
 
@@ -96,7 +101,7 @@ def counting(config: TrainConfig, training: type = Numbers, validation: type = N
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=61, context_length=16, n_layers=1, d_model=32, n_heads=2)
     batches = mixture("x", (), training, {}, shape.context_length, config.batch_size, config.seed)
-    return Transformer(shape), train.pretraining(config, shape, batches, validation, mixed=False)
+    return Transformer(shape), train.pretraining(config, shape, batches, validation, SPELLING, mixed=False)
 
 
 def run_counting(directory: Path, config: TrainConfig, crash: int = -1, task=None, **changes):
@@ -627,3 +632,37 @@ def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
     for name in ("loss", "val_loss", "lr", "grad_norm"):
         scalars = {event.step: event.value for event in events.Scalars(name)}
         assert scalars == pytest.approx({m["step"]: m[name] for m in made.metrics() if name in m})
+
+
+def test_each_evaluation_shows_how_two_held_out_documents_go_on(made: Place):
+    for text in (made.output, (made.runs / "mini/pretrain/log.txt").read_text()):
+        assert text.count("text:  ") == text.count("model: ") == 3 * 2
+        assert len(set(re.findall("text: .*", text))) == 2
+    directory = made.runs / "mini/packed"
+    start = np.fromfile(directory / "val.idx", "<i8")[0]
+    ids = np.fromfile(directory / "val.bin", "<u2")[start : start + 12]
+    begins = tokenizer.load(made.runs / "mini/tokenizer").decode(ids.tolist())
+    assert f"text:  {' '.join(begins.split())}\n" in made.output
+
+
+class Unequal(Numbers):
+    """One held-out document, shorter than what is shown of a document."""
+
+    tokens, starts, bytes = np.array([*range(17)]), np.array([0]), 17
+
+
+@pytest.mark.parametrize("validation", [Numbers, Unequal])
+def test_samples_leave_the_random_numbers_alone_and_survive_weights_that_are_not_finite(validation, caplog):
+    caplog.set_level("INFO", "lumi")
+    model, task = counting(CONFIG, validation=validation)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        task.evaluate(model, 4)
+        assert torch.equal(torch.get_rng_state(), state)
+        first = caplog.messages.copy()
+        task.evaluate(model, 4)
+        assert caplog.messages == 2 * first  # the same model writes the same
+        assert len(first) == (2 if validation is Numbers else 1)
+        model.norm.weight.fill_(math.nan)
+        assert math.isnan(task.evaluate(model, 4)["val_loss"])
+    assert caplog.messages == 2 * first

@@ -1,0 +1,171 @@
+"""Compares runs: what differs in their configs, final numbers, curves, and texts for the same prompts and seeds.
+
+    python -m eval.compare demo mine        two or more names of runs, or directories such as runs/mine
+
+Prints a page and writes it with a picture. Reads what the runs wrote, finished or not, and needs no config.
+
+Next: use the better run, such as: python serve.py configs/demo.py generate "The"
+"""
+
+import argparse
+import itertools
+import textwrap
+from pathlib import Path
+
+import checkpoint
+import cli
+import machine
+import stage
+import tokenizer
+from cli import UserError, log, visible
+from configs import DIRECTORIES, TRAINED
+from eval import EvalConfig, generation
+from eval.language import Subject
+from eval.prompts import SMOKE, TEXTS
+from eval.report import READING, block, table
+from eval.summary import Run, show, with_error
+from eval.tasks import METRICS
+from metrics import SHOWN
+
+
+class Stored(Run):
+    """The results of a run in a directory. The run may be unfinished, and its config unknown."""
+
+    def __init__(self, home: Path, name: str):
+        self.home, self.name = home, name
+        super().__init__(self)
+
+    def directory(self, name: str) -> Path:
+        return self.home / DIRECTORIES[name]
+
+    def all_trained(self) -> dict[str, Path]:
+        """The newest checkpoint of each stage that trains."""
+        saved = {name: checkpoint.steps(self.directory(name)) for name in TRAINED}
+        return {name: newest[0][1] for name, newest in saved.items() if newest}
+
+
+def load(words: list[str]) -> list[Stored]:
+    """The runs. UserError if there are fewer than two, or one is missing, named twice or not trained."""
+    runs = {}
+    for word in words:
+        home = next((path for path in (stage.runs() / word, Path(word)) if path.is_dir()), None)
+        if home is None:
+            known = [path.parent.name for path in sorted(stage.runs().glob("*/pretrain"))] or ["none"]
+            raise UserError(f"no run {word} in {stage.runs()}/; {cli.meant(Path(word).stem, known)}")
+        if home.resolve() in runs:
+            raise UserError(f"{word} names the run {home} again; name each run once")
+        runs[home.resolve()] = run = Stored(home, word.rstrip("/")[-40:])
+        if not run.finals:
+            raise UserError(f"nothing is trained in {home}: no checkpoint in {'/, '.join(TRAINED)}/")
+    if len(runs) < 2:
+        raise UserError(f"{words[0]} alone has nothing to be compared with; name two or more runs")
+    return list(runs.values())
+
+
+def changes(runs: list[Stored]) -> list[list[str]]:
+    """[stage, field, a run's value, …] of all that differs in configs and inputs; "" for a run without the stage."""
+    rows = {}
+    for name in DIRECTORIES:
+        about = {}
+        for run in runs:
+            if manifest := run.manifests.get(name) or run.finals.get(name):
+                about[run] = settings = dict(manifest["config"])
+                for path, sha256 in manifest["read"].items():
+                    if not path.endswith("_CARD.md"):  # a card has the run's name in it
+                        key = f"input {Path(path).parent.name or path}"
+                        settings[key] = settings.get(key, "") + sha256
+        for place, values in stage.different(list(about.values())):
+            shown = dict(zip(about, map(stage.short, values), strict=True))
+            cells = [shown.get(run, "") for run in runs]
+            rows.setdefault((place, *cells), [name, place, *cells])  # once: SFT repeats the model's config
+    return list(rows.values())
+
+
+def numbers(runs: list[Stored]) -> list[list[str]]:
+    """[stage, number's name, a run's number, …] of all numbers that two or more runs have."""
+    rows = []
+    for name in TRAINED:
+        columns = [ending(run, name) if name in run.finals else {} for run in runs]
+        for key in dict.fromkeys(itertools.chain(*columns)):
+            if sum(key in column for column in columns) > 1:
+                rows.append([name, key.replace("_", " "), *(column.get(key, "") for column in columns)])
+    return rows
+
+
+def ending(run: Stored, name: str) -> dict[str, str]:
+    """The numbers at the end of a stage's training, and those of its evaluation with their standard errors."""
+    counts = run.finals[name]["counts"]
+    end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(counts["seconds"])}
+    for record in run.metrics(name):
+        end |= record if "val_loss" in record else {}
+    end["parameters"] = round(end["tokens"] / end["tokens_per_parameter"])
+    keys = ("step", "of_steps", "tokens", "parameters", "seconds", *SHOWN)
+    shown = {key: show(end[key]) for key in keys if key in end}
+    for task, metric in METRICS.items():
+        entry = run.results.get(name, {}).get(task, {})
+        if "n" in entry:
+            shown[f"{task}: {metric}"] = with_error(entry, metric, metric)
+    return shown
+
+
+def texts(runs: list[Stored]) -> list[str]:
+    """What the models of the latest stage that all runs have write for the same prompts and seeds, side by side."""
+    common = [name for name in TRAINED if all(name in run.finals for run in runs)]
+    if not common:
+        return ["No stage is trained in all of these runs."]
+    # A base model continues a text; a fine-tuned model answers.
+    asked = list(SMOKE)[:3] if common[-1] == "pretrain" else TEXTS["prompts"][:3]
+    written, lines = {}, [f"The models of {common[-1]} write. Nobody selected the texts."]
+    for run in runs:
+        try:
+            written[run.name] = generation.answer(subject(run, common[-1]), asked)
+        except Exception as error:  # whatever is wrong with one model, the page compares the rest
+            lines.append(f"No texts of {run.name}: {error}")
+    width = max(24, 108 // max(1, len(written)))
+    for answers in zip(*written.values(), strict=True):
+        columns = [textwrap.wrap(" ".join(visible(answer["answer"]).split()), width) for answer in answers]
+        side = cli.table([list(written), *itertools.zip_longest(*columns, fillvalue="")])
+        lines += [f"Seed {answers[0]['seed']}:", block(answers[0]["prompt"]), block(side)]
+    return lines
+
+
+def subject(run: Stored, name: str) -> Subject:
+    """The model of a stage, with its tokenizer from this run or from another run beside it."""
+    final = run.all_trained()[name]
+    wanted = checkpoint.trained_with(final)
+    for place in (final / "tokenizer", *run.home.parent.glob("*/tokenizer"), *Path().glob("*/*/tokenizer")):
+        if wanted in stage.outputs(place).values():
+            model = checkpoint.load_model(final, str(machine.pick_device()))
+            return Subject(model, tokenizer.load(place), checkpoint.template(final), EvalConfig(answer_tokens=60))
+    raise UserError(f"no tokenizer in {run.home.parent}/*/ has the SHA-256 {wanted[:12]}… that {final} names")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    cli.extra("matplotlib", "matplotlib", "eval.compare")
+    from eval import plots
+
+    runs = load(arguments.runs)
+    names, spms = [run.name for run in runs], set()
+    for run in runs:
+        spms |= set(map(checkpoint.trained_with, run.all_trained().values()))
+    file = (arguments.out or stage.runs() / "compare") / "_".join(run.home.resolve().name for run in runs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plots.compare(runs, Path(f"{file}.png"), in_bytes=len(spms) > 1)
+    rows = changes(runs)
+    page = [f"# {' and '.join(names)}", "## What differs"]
+    page.append(table(["stage", "field", *names], rows) if rows else "Nothing in configs and inputs.")
+    page += ["## Final numbers", table(["stage", "number", *names], numbers(runs), range(2, len(names) + 2)), READING]
+    if len(spms) > 1:
+        page.append("The tokenizers differ: compare bits per byte, not losses per token and perplexities.")
+    page += ["## Curves", f"![curves]({file.name}.png)", "## Texts", *texts(runs)]
+    text = "\n\n".join(page) + "\n"
+    stage.write(Path(f"{file}.md"), text.encode())
+    print(text)
+    log.info(f"compared: {file}.md")
+
+
+if __name__ == "__main__":
+    p = cli.parser(__doc__, config=False)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="the name of a run in runs/, or a directory")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: compare/ in runs/")
+    cli.run(main, p.parse_args())
