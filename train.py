@@ -35,9 +35,10 @@ from trainer import FREE, Task, TrainConfig, plan_steps, run
 
 
 def pretraining(
-    config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, spm: Tokenizer, mixed: bool
+    config: TrainConfig, model: ModelConfig, batches: Mixture, validation: Packed, mixed: bool, spm: Tokenizer | None
 ) -> Task:
     """The task of predicting the next token. batches: training windows. mixed: log each set's tokens."""
+    # spm: each evaluation shows how the model continues two held-out documents; None: it shows no text.
     length = model.context_length
     held_out = Windows(validation, length)
 
@@ -51,14 +52,9 @@ def pretraining(
     count = min(config.eval_rows, held_out.count)
     chosen = [i * held_out.count // count for i in range(count)]
 
-    begun = []  # the first tokens of two held-out documents, which each evaluation continues
-    for start in validation.starts[:: max(1, len(validation.starts) // 2)][:2].tolist():
-        ids = validation.tokens[start : start + 12].tolist()
-        begun.append((spm.decode(ids), [*spm.opening, *ids]))
-
     def evaluate(model: nn.Module, rows: int) -> dict[str, float]:
-        options = {"max_new_tokens": 30, "temperature": 0.8, "seed": 0, "stop": (spm.eos,)}
-        show_samples(model, config.parallel, begun, spm.decode, ("text:  ", "model: "), **options)
+        if spm:
+            show_continuations(model, validation, spm, config.parallel)
         loss = mean_loss(model, held_out, chosen, rows)
         # A loss per token depends on the tokenizer: a text has fewer long pieces, but each is harder to guess.
         # Bits per byte can be compared across tokenizers.
@@ -86,6 +82,16 @@ def pretraining(
     )
 
 
+def show_continuations(model: nn.Module, held_out: Packed, spm: Tokenizer, mode: str) -> None:
+    """Logs how the model continues the first 12 tokens of two held-out documents. mode: TrainConfig.parallel."""
+    begun = []
+    for start in held_out.starts[:: max(1, len(held_out.starts) // 2)][:2].tolist():
+        ids = held_out.tokens[start : start + 12].tolist()
+        begun.append((spm.decode(ids), [*spm.opening, *ids]))
+    options = {"max_new_tokens": 30, "temperature": 0.8, "seed": 0, "stop": (spm.eos,)}
+    show_samples(model, mode, begun, spm.decode, ("text:  ", "model: "), **options)
+
+
 def mean_loss(model: nn.Module, held_out: Windows, chosen: list[int], rows: int) -> float:
     """The mean loss of the chosen windows, nats per token, over all processes. rows: read at once."""
     device = next(model.parameters()).device
@@ -106,7 +112,7 @@ def train(job: Stage, experiment: Experiment, force: bool, resume: str) -> None:
         others[other.name] = data.pack.load(other.directory("pack"), spm.sha256)["train"]
     phases, length = experiment.mixture, shape.context_length  # no phases: all of the experiment's own tokens
     batches = mixture(experiment.name, phases, packed["train"], others, length, config.batch_size, config.seed)
-    task = pretraining(config, shape, batches, packed["val"], spm, mixed=bool(phases))
+    task = pretraining(config, shape, batches, packed["val"], bool(phases), spm)
 
     def make() -> Transformer:
         with torch.device("meta"):  # takes no memory, so a model that does not fit is refused at once

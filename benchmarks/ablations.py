@@ -35,6 +35,14 @@ SEEDS = (0, 1, 2)
 PAGE = stage.ROOT / "docs/experiments.md"
 MARKS = "<!-- the rows of ablations.json -->\n\n", "\n\n<!-- end of the rows of ablations.json -->"
 
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(ModelConfig):
+    """The shape of a model that is no LLaMA. `checkpoint.load_model` refuses the name, and so does not misread it."""
+
+    architecture: str
+
+
 # ------------------------------------------------------------------------------------------ changes of the architecture
 
 
@@ -222,6 +230,8 @@ def experiment(base: Experiment, name: str, seed: int, steps: int) -> Experiment
     settings = {"steps": steps, "seed": seed, "warmup_steps": 0, "warmup_fraction": 0.1, "deterministic": True}
     settings |= {"eval_every": 10_000, "eval_rows": 10_000, "save_every": 10_000} | change.train
     model, shared = replace(base.model, **change.model), {"corpus": base}
+    if change.architecture is not Transformer:
+        model = Variant(**vars(model), architecture=change.architecture.__name__)
     if model.vocab_size == base.model.vocab_size:
         shared |= {"tokenizer": base, "pack": base}
     spm, training = replace(base.tokenizer, vocab_size=model.vocab_size), replace(base.pretrain, **settings)

@@ -132,6 +132,7 @@ def parse(monkeypatch: pytest.MonkeyPatch):
         module = words[0] == "-m"
         start = runpy.run_module if module else runpy.run_path
         monkeypatch.setattr(sys, "argv", words[module:])
+        monkeypatch.delitem(sys.modules, words[module], raising=False)  # imported by another test
         with pytest.raises(Parsed) as parsed:
             start(words[1] if module else str(ROOT / words[0]), run_name="__main__")
         return parsed.value.args[0]

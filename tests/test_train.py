@@ -101,7 +101,7 @@ def counting(config: TrainConfig, training: type = Numbers, validation: type = N
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=61, context_length=16, n_layers=1, d_model=32, n_heads=2)
     batches = mixture("x", (), training, {}, shape.context_length, config.batch_size, config.seed)
-    return Transformer(shape), train.pretraining(config, shape, batches, validation, SPELLING, mixed=False)
+    return Transformer(shape), train.pretraining(config, shape, batches, validation, mixed=False, spm=SPELLING)
 
 
 def run_counting(directory: Path, config: TrainConfig, crash: int = -1, task=None, **changes):
