@@ -8,6 +8,8 @@ Next: use the better run, such as: python serve.py configs/demo.py generate "The
 """
 
 import argparse
+import contextlib
+import hashlib
 import itertools
 import textwrap
 from pathlib import Path
@@ -26,6 +28,8 @@ from eval.report import READING, block, table
 from eval.summary import Run, show, with_error
 from eval.tasks import METRICS
 from metrics import SHOWN
+
+HELD_OUT = ("input packed", "input sft_data", "input dpo_data", "eval_rows", "context_length")  # what sets depend on
 
 
 class Stored(Run):
@@ -46,7 +50,7 @@ class Stored(Run):
 
 def load(words: list[str]) -> list[Stored]:
     """The runs. UserError if there are fewer than two, or one is missing, named twice or not trained."""
-    runs = {}
+    runs, names = {}, set()
     for word in words:
         home = next((path for path in (stage.runs() / word, Path(word)) if path.is_dir()), None)
         if home is None:
@@ -54,11 +58,16 @@ def load(words: list[str]) -> list[Stored]:
             raise UserError(f"no run {word} in {stage.runs()}/; {cli.meant(Path(word).stem, known)}")
         if home.resolve() in runs:
             raise UserError(f"{word} names the run {home} again; name each run once")
-        runs[home.resolve()] = run = Stored(home, word.rstrip("/")[-40:])
+        name = word.rstrip("/")[-40:]
+        runs[home.resolve()] = run = Stored(home, word if name in names else name)
+        names.add(name)
         if not run.finals:
             raise UserError(f"nothing is trained in {home}: no checkpoint in {'/, '.join(TRAINED)}/")
     if len(runs) < 2:
         raise UserError(f"{words[0]} alone has nothing to be compared with; name two or more runs")
+    stages = [name for run in runs.values() for name in run.finals]
+    if len(set(stages)) == len(stages):
+        raise UserError(f"no two of these runs have trained the same stage: found {', '.join(stages)}")
     return list(runs.values())
 
 
@@ -73,38 +82,45 @@ def changes(runs: list[Stored]) -> list[list[str]]:
                 for path, sha256 in manifest["read"].items():
                     if not path.endswith("_CARD.md"):  # a card has the run's name in it
                         key = f"input {Path(path).parent.name or path}"
-                        settings[key] = settings.get(key, "") + sha256
+                        joined = settings.get(key, "") + sha256  # of all the files of an input
+                        settings[key] = hashlib.sha256(joined.encode()).hexdigest() if key in settings else sha256
         for place, values in stage.different(list(about.values())):
             shown = dict(zip(about, map(stage.short, values), strict=True))
             cells = [shown.get(run, "") for run in runs]
-            rows.setdefault((place, *cells), [name, place, *cells])  # once: SFT repeats the model's config
+            # Every stage that trains repeats the model's shape.
+            rows.setdefault(place if place.startswith("model.") else (name, place), [name, place, *cells])
     return list(rows.values())
 
 
 def numbers(runs: list[Stored]) -> list[list[str]]:
-    """[stage, number's name, a run's number, …] of all numbers that two or more runs have."""
+    """[stage, number's name, a run's number, …] of all stages that two or more runs have trained."""
     rows = []
     for name in TRAINED:
-        columns = [ending(run, name) if name in run.finals else {} for run in runs]
-        for key in dict.fromkeys(itertools.chain(*columns)):
-            if sum(key in column for column in columns) > 1:
+        if sum(name in run.finals for run in runs) > 1:
+            columns = [ending(run, name) if name in run.finals else {} for run in runs]
+            for key in dict.fromkeys(itertools.chain(*columns)):
                 rows.append([name, key.replace("_", " "), *(column.get(key, "") for column in columns)])
     return rows
 
 
 def ending(run: Stored, name: str) -> dict[str, str]:
-    """The numbers at the end of a stage's training, and those of its evaluation with their standard errors."""
+    """The numbers of a stage's newest checkpoint, and those of its evaluation with their standard errors."""
     counts = run.finals[name]["counts"]
-    end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(counts["seconds"])}
-    for record in run.metrics(name):
-        end |= record if "val_loss" in record else {}
+    seconds = stage.read_seconds(run.home).get(DIRECTORIES[name], counts["seconds"])
+    end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(seconds)}
     end["parameters"] = round(end["tokens"] / end["tokens_per_parameter"])
-    keys = ("step", "of_steps", "tokens", "parameters", "seconds", *SHOWN)
+    for record in run.metrics(name):
+        if "val_loss" in record and record["step"] <= end["step"]:  # a later step is not in the checkpoint
+            end |= {key: record[key] for key in SHOWN if key in record} | {"evaluated_at_step": record["step"]}
+    if end.get("evaluated_at_step") == end["step"]:
+        del end["evaluated_at_step"]
+    keys = ("step", "of_steps", "tokens", "parameters", "seconds", "evaluated_at_step", *SHOWN)
     shown = {key: show(end[key]) for key in keys if key in end}
     for task, metric in METRICS.items():
         entry = run.results.get(name, {}).get(task, {})
         if "n" in entry:
-            shown[f"{task}: {metric}"] = with_error(entry, metric, metric)
+            current = entry["checkpoint"] == checkpoint.digest(run.all_trained()[name])
+            shown[f"{task}: {metric}"] = with_error(entry, metric, metric) if current else "of an old checkpoint"
     return shown
 
 
@@ -118,13 +134,13 @@ def texts(runs: list[Stored]) -> list[str]:
     written, lines = {}, [f"The models of {common[-1]} write. Nobody selected the texts."]
     for run in runs:
         try:
-            written[run.name] = generation.answer(subject(run, common[-1]), asked)
+            written[run] = generation.answer(subject(run, common[-1]), asked)
         except Exception as error:  # whatever is wrong with one model, the page compares the rest
             lines.append(f"No texts of {run.name}: {error}")
     width = max(24, 108 // max(1, len(written)))
     for answers in zip(*written.values(), strict=True):
         columns = [textwrap.wrap(" ".join(visible(answer["answer"]).split()), width) for answer in answers]
-        side = cli.table([list(written), *itertools.zip_longest(*columns, fillvalue="")])
+        side = cli.table([[run.name for run in written], *itertools.zip_longest(*columns, fillvalue="")])
         lines += [f"Seed {answers[0]['seed']}:", block(answers[0]["prompt"]), block(side)]
     return lines
 
@@ -134,10 +150,23 @@ def subject(run: Stored, name: str) -> Subject:
     final = run.all_trained()[name]
     wanted = checkpoint.trained_with(final)
     for place in (final / "tokenizer", *run.home.parent.glob("*/tokenizer"), *Path().glob("*/*/tokenizer")):
-        if wanted in stage.outputs(place).values():
+        wrote = {}
+        with contextlib.suppress(UserError):  # a damaged manifest of another run
+            wrote = stage.outputs(place)
+        if wanted in wrote.values():
             model = checkpoint.load_model(final, str(machine.pick_device()))
             return Subject(model, tokenizer.load(place), checkpoint.template(final), EvalConfig(answer_tokens=60))
     raise UserError(f"no tokenizer in {run.home.parent}/*/ has the SHA-256 {wanted[:12]}… that {final} names")
+
+
+def output(runs: list[Stored], directory: Path) -> Path:
+    """The path of the page and the picture, without a suffix."""
+    homes = [run.home.resolve() for run in runs]
+    names = [home.name for home in homes]
+    if len(set(names)) < len(names):
+        names = [f"{home.parent.name}-{home.name}" for home in homes]
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / "_".join(names)[:200]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -148,8 +177,7 @@ def main(arguments: argparse.Namespace) -> None:
     names, spms = [run.name for run in runs], set()
     for run in runs:
         spms |= set(map(checkpoint.trained_with, run.all_trained().values()))
-    file = (arguments.out or stage.runs() / "compare") / "_".join(run.home.resolve().name for run in runs)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = output(runs, arguments.out or stage.runs() / "compare")
     plots.compare(runs, Path(f"{file}.png"), in_bytes=len(spms) > 1)
     rows = changes(runs)
     page = [f"# {' and '.join(names)}", "## What differs"]
@@ -157,6 +185,8 @@ def main(arguments: argparse.Namespace) -> None:
     page += ["## Final numbers", table(["stage", "number", *names], numbers(runs), range(2, len(names) + 2)), READING]
     if len(spms) > 1:
         page.append("The tokenizers differ: compare bits per byte, not losses per token and perplexities.")
+    if any(row[1].endswith(HELD_OUT) for row in rows):
+        page.append("The held-out sets differ (see the first table): held-out numbers may differ for that reason.")
     page += ["## Curves", f"![curves]({file.name}.png)", "## Texts", *texts(runs)]
     text = "\n\n".join(page) + "\n"
     stage.write(Path(f"{file}.md"), text.encode())

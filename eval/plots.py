@@ -67,16 +67,26 @@ def compare(runs: list[Run], path: Path, in_bytes: bool) -> None:
     stages = [name for name in TRAINED if sum(bool(run.metrics(name)) for run in runs) > 1]
     drawing = figure("thin: training; points: held-out", len(stages), max(1, min(2, len(stages))))
     for axis, name in zip(drawing.axes, stages, strict=True):
-        key = "val_bits_per_byte" if in_bytes and name == "pretrain" else "val_loss"
-        axis.set(title=name, xlabel="million tokens trained", ylabel=key.removeprefix("val_").replace("_", " "))
+        bytewise = in_bytes and name == "pretrain"
+        axis.set(title=name, xlabel="million tokens trained", ylabel="bits per byte" if bytewise else "loss (nats)")
         for number, run in enumerate(runs):
             records = run.metrics(name)
-            held_out = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key)]
-            later = records[len(records) // 20 :]  # the first losses, far above all others, would flatten the rest
-            training = [(record["tokens"] / 1e6, record["loss"]) for record in later if key == "val_loss"]
-            label = run.name if records else None
-            axis.plot(*zip(*held_out or [(0, None)], strict=True), f"C{number}o-", label=label)
-            axis.plot(*zip(*training or [(0, None)], strict=True), f"C{number}-", linewidth=0.6, alpha=0.5)
+            if not records:
+                continue
+            tokens = [record["tokens"] / 1e6 for record in records]
+            held_out = [record.get("val_loss") for record in records]
+            training = [record["loss"] for record in records]
+            if bytewise:  # the same factor in all steps: bits per nat, and tokens per byte
+                factors = [
+                    record["val_bits_per_byte"] / record["val_loss"] for record in records if record.get("val_loss")
+                ]
+                held_out = [loss and loss * factors[0] for loss in held_out]
+                training = [loss and loss * factors[0] if factors else None for loss in training]
+            label = " " + run.name.replace("$", r"\$")  # matplotlib hides a label that begins with _
+            first = len(records) // 20  # the first losses, far above all others, would flatten the rest
+            axis.plot(tokens[first:], training[first:], f"C{number}-", linewidth=0.6, alpha=0.5)
+            points = [(x, y) for x, y in zip(tokens, held_out, strict=True) if y]
+            axis.plot(*zip(*points or [(0, None)], strict=True), f"C{number}o-", label=label)
         axis.legend()
     drawing.savefig(path, metadata={"Software": None})
 

@@ -111,10 +111,58 @@ def test_runs_may_be_unfinished_and_models_may_be_missing(runs: Path):
     shutil.rmtree(runs / "other/corpus")
     text = page("other", "mini", out=runs / "out")
     rows = {tuple(row[:2]): row[2:] for row in cells(text)}
+    assert rows["pretrain", "validation: bits per byte"][0] == ""
     assert rows["pretrain", "step"] == ["8", "24"]
     assert rows["pretrain", "of steps"] == ["16", "24"]
     assert re.search("(?m)^No texts of mini: .*weights.pt has ", text)
     assert "No texts of other" not in text
+
+
+def rewrite(path: Path, change) -> None:
+    """Changes a manifest as if it had been written so."""
+    manifest = stage.read_manifest(path)
+    change(manifest)
+    del manifest["sha256"]
+    stage.write_manifest(path, manifest)
+
+
+def test_numbers_of_another_moment_are_named(runs: Path):
+    """The newest checkpoint is older than the last evaluation, and newer than the one before."""
+    shutil.copytree(runs / "mini", runs / "_twin$a$")
+    for name in ("final", "best"):
+        shutil.rmtree(runs / "_twin$a$/pretrain" / name)
+    (runs / "_twin$a$/pretrain/manifest.json").unlink()
+    lines = [json.loads(line) for line in (runs / "mini/pretrain/metrics.jsonl").read_text().splitlines()]
+    text = page("mini", "_twin$a$", out=runs / "out")
+    rows = {tuple(row[:2]): row[2:] for row in cells(text)}
+    assert rows["pretrain", "step"] == ["24", "20"]
+    assert rows["pretrain", "evaluated at step"] == ["", "16"]
+    held_out = {line["step"]: f"{line['val_loss']:,.4f}" for line in lines if "val_loss" in line}
+    assert rows["pretrain", "val loss"] == [held_out[24], held_out[16]]
+    assert rows["pretrain", "validation: bits per byte"][1] == "of an old checkpoint"
+    assert rows["pretrain", "tokens"][1] == f"{lines[19]['tokens']:,}"
+
+
+def test_equal_changes_in_two_stages_are_both_shown(runs: Path):
+    shutil.copytree(runs / "mini", runs / "twin")
+    for name in ("sft", "dpo"):
+        rewrite(runs / "twin" / name, lambda manifest: manifest["config"]["lora"].update(rank=64))
+    text = page("mini", "twin", out=runs / "out")
+    settings = [row[:2] for row in cells(text) if row[1] == "lora.rank"]
+    assert settings == [["sft", "lora.rank"], ["dpo", "lora.rank"]]
+    assert "held-out sets differ" not in text
+    rewrite(runs / "twin/pretrain", lambda manifest: manifest["config"]["pretrain"].update(eval_rows=3))
+    assert "held-out sets differ" in page("mini", "twin", out=runs / "again")
+
+
+def test_runs_of_one_name_stay_apart(runs: Path):
+    longer = runs / ("a" * 50) / "mini"
+    shutil.copytree(runs / "mini", longer)
+    shutil.copytree(runs / "mini", runs / ("b" * 50) / "mini")
+    found = compare.load([str(longer), f"{runs}/{'b' * 50}/mini"])
+    assert len({run.name for run in found}) == 2
+    files = {compare.output(pair, runs / "out") for pair in (found, found[::-1])}
+    assert len(files) == 2
 
 
 @pytest.mark.parametrize(
@@ -124,11 +172,13 @@ def test_runs_may_be_unfinished_and_models_may_be_missing(runs: Path):
         (["mini", "configs/other.py"], "did you mean other?"),
         (["mini"], "name two or more runs"),
         (["mini", "other", "{}/mini/"], "names the run .*mini again"),
+        (["other", "{}/tuned"], "no two of these runs have trained the same stage: found pretrain, sft"),
         (["other", "{}/none"], "nothing is trained in .*none: no checkpoint in pretrain/, sft/, dpo/"),
     ],
 )
 def test_mistakes_are_told_in_a_line(runs: Path, words, message):
     (runs / "none").mkdir()
+    shutil.copytree(runs / "mini/sft", runs / "tuned/sft")
     with pytest.raises(UserError, match=message) as mistake:
         compare.load([word.format(runs) for word in words])
     assert "\n" not in str(mistake.value)
