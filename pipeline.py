@@ -194,7 +194,7 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
 
 def parser(training: bool = False) -> argparse.ArgumentParser:
     """The arguments. training: of train.py CONFIG, which is pipeline.py CONFIG pretrain."""
-    p = cli.parser(train.__doc__ if training else __doc__, places=configs.places)
+    p = cli.parser(train.__doc__ if training else __doc__)
     if training:
         p.prog = "train.py"
         p.set_defaults(stages=["pretrain"])
