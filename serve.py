@@ -12,7 +12,6 @@ Next: open http://localhost:8000 after api, or share the model: python convert.p
 import argparse
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -127,8 +126,8 @@ def arguments() -> argparse.ArgumentParser:
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
-    allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
-    a.add_argument("--allow-origin", type=origin, action="append", default=[], metavar="ORIGIN", help=allowed)
+    allowed = "an origin, such as http://localhost:3000 (no slash at the end), whose pages may call the API; *: all (none)"
+    a.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=allowed)
     given = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the latest"}
     p.add_argument("--checkpoint", **given)
     for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too
@@ -140,14 +139,6 @@ def arguments() -> argparse.ArgumentParser:
         about = "dtype of the weights (float32); bfloat16: half the memory; int8: 8 bits, for a CPU with bfloat16"
         parser.add_argument("--precision", **precisions, help=about)
     return p
-
-
-def origin(text: str) -> str:
-    """An origin as browsers send it: without a slash at the end, in lower case, without the scheme's own port."""
-    if text != "*" and not re.fullmatch(r"[\w.+-]+://[^/]+/?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an origin; expected one like http://localhost:3000, or *")
-    text = text.rstrip("/").lower()
-    return text.removesuffix({"http": ":80", "https": ":443"}.get(text.partition(":")[0], ""))
 
 
 if __name__ == "__main__":

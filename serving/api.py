@@ -191,13 +191,8 @@ class Api:
         return Response(generate_latest(self.counts.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> dict:
-        """Lists the one model of the server."""
+        """The one model: size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
         return {"object": "list", "data": [self.about]}
-
-    async def model(self, name: str) -> dict:
-        """The model's size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
-        self.check_name(name, 404)
-        return self.about
 
     async def generate(self, body: GenerateRequest, request: Request) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
@@ -227,8 +222,9 @@ class Api:
 
     def start(self, body: Sampled, request: Request, prompts, max_tokens: int, candidates=None) -> Answers:
         """Submits the texts that a request asks for. prompts: a list of ids for each. Their seeds count up."""
-        if body.model:
-            self.check_name(body.model, 400)
+        if body.model and body.model != self.served.name:
+            problem = f"no model {body.model!r}; expected {self.served.name}"
+            raise Refused(problem, param="model", code="model_not_found")
         count = len(prompts) * body.n
         if count > schema.CHOICES:
             raise Refused(f"n: {count} answers in one request; expected at most {schema.CHOICES}", param="n")
@@ -242,10 +238,6 @@ class Api:
         self.engine.submit(generations)
         request.state.generations.extend(generations)
         return Answers(self.served, body, generations, request)
-
-    def check_name(self, name: str, status: int) -> None:
-        if name != self.served.name:
-            raise Refused(f"no model {name!r}; expected {self.served.name}", status, "model", "model_not_found")
 
 
 # --------------------------------------------------------------------------------------------------------- application
@@ -266,7 +258,6 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     guard = {"dependencies": [Depends(api.check_key)] if key else []}
     app.get("/metrics", response_class=PlainTextResponse, **guard)(api.metrics)
     app.get("/v1/models", **guard)(api.models)
-    app.get("/v1/models/{name}", **guard)(api.model)
     app.post("/generate", **guard)(api.generate)
     stream = {"responses": {200: {"content": {"text/event-stream": {}}}}}
     app.post("/v1/completions", **stream, **guard)(api.completions)
