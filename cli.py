@@ -15,6 +15,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ except ModuleNotFoundError:
 log = logging.getLogger("lumi")
 logging.raiseExceptions = False  # on a full disk: no traceback for every line that log.txt cannot take
 LEVELS = ("debug", "info", "warning", "error")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b\ufeff\ud800-\udfff]")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -174,12 +176,8 @@ def plural(number: int, noun: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with control and invisible characters as escapes, such as \\x1b."""
-    shown = ""
-    for c in text.expandtabs(4):
-        plain = c.isprintable() or c in "\n\xa0\u3000"
-        shown += c if plain else c.encode("unicode_escape").decode()
-    return shown
+    """Text with escapes such as \\x1b for characters that control a terminal, or that nobody sees."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class _Parser(argparse.ArgumentParser):
