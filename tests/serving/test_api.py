@@ -352,8 +352,8 @@ def test_generate_ends_where_the_answer_ends(fine_tuned: Place, served):
     new = generate.generate(served.model, ids, most, temperature=2, seed=5, stop=served.stop)
     assert len(new) < most
     options = "--temperature", 2, "--top-p", 1, "--seed", 5, "--max-tokens", most
-    done = fine_tuned.run("serve.py", fine_tuned.config, "generate", "--samples", 2, *options, stdin=prompt)
-    assert done.stdout.startswith(served.tokenizer.decode(new, begins=False) + "\n" + "-" * 40 + "\n")
+    done = fine_tuned.run("serve.py", fine_tuned.config, "generate", *options, stdin=prompt)
+    assert done.stdout == served.tokenizer.decode(new, begins=False) + "\n"
     base = fine_tuned.runs / "mini/pretrain/final"
     options = *options, "--checkpoint", base, "--seed", -1
     done = fine_tuned.run("serve.py", fine_tuned.config, "generate", prompt, *options)
