@@ -246,8 +246,8 @@ class Api:
 def create_app(served: Served, engine: Engine, key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
     """The application. key: clients must send it. origins: web pages that may call the API from a browser."""
     about = f"OpenAI's API for chat and completions. Ignored are {', '.join(sorted(schema.IGNORED))}."
-    wrong = {"model": schema.ErrorBody, "description": "The request has a mistake, or exceeds a limit."}
-    failed = {"model": schema.ErrorBody, "description": "The server failed."}
+    wrong = {"description": "The request has a mistake, or exceeds a limit."}
+    failed = {"description": "The server failed."}
     options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
     api = Api(served, engine, key)

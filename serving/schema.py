@@ -124,18 +124,8 @@ class GenerateRequest(Body):
     seed: Seed | None = Field(None, description="The same seed gives the same answer. -1 means no seed.")
 
 
-class Problem(BaseModel):
-    message: str = Field(description="What was found, and what was expected.")
-    type: str = Field(description="The kind of error.")
-    param: str | None = Field(description="The field that is wrong.")
-    code: str | None = Field(description="A short name of the error.")
-
-
-class ErrorBody(BaseModel):
-    error: Problem
-
-
 def error_body(error: Refused) -> dict:
+    """A response in OpenAI's form: the message, its kind, the wrong field, and a short name."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
