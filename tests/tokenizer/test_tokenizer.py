@@ -101,7 +101,7 @@ def test_each_cause_of_an_impossible_vocabulary_has_its_advice(tmp_path, text, v
 
 def test_numbers_by_hand(spm, made: Place):
     numbers = measure(spm, [("a", "one two"), ("a", "é"), ("b", "x")])
-    tokens, third = len(spm.encode("one two")) + len(spm.encode("é")), len(spm.encode("x"))
+    tokens = len(spm.encode("one two")) + len(spm.encode("é"))
     assert numbers["sources"]["a"] == {
         "documents": 2,
         "bytes_per_token": round(9 / tokens, 4),
@@ -111,7 +111,6 @@ def test_numbers_by_hand(spm, made: Place):
         "round_trips": 2,
     }
     assert numbers["documents"] == 3
-    assert numbers["score"] == pytest.approx(8 * (10 / (tokens + third)) / 9, abs=1e-3)  # 512 pieces: 9 bits
     card = (made.runs / "mini/tokenizer/TOKENIZER_CARD.md").read_text()
     assert all(part in card for part in ("| files ", "| all ", "`<|im_start|>`"))
 
