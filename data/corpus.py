@@ -117,8 +117,6 @@ def pieces(text: str, source: Source) -> Iterator[Piece]:
         text, lost["c4_lines"] = select_lines(text, source.quality.c4)
     if len(text) < source.min_chars:
         lost["too_short"], text = text, ""
-    elif len(text) > (source.max_chars or math.inf):
-        lost["too_long"], text = text, ""
     for rule, lines in lost.items():
         if lines or rule == "too_short":
             yield Piece(lines, len(words(lines)), rule)

@@ -197,9 +197,8 @@ class Api:
     async def generate(self, body: GenerateRequest, request: Request) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
         ids = await asyncio.to_thread(self.served.prompt, body.prompt)
-        max_tokens = body.max_tokens or body.max_length
-        options = body.model_dump(exclude={"prompt", "max_length", "max_tokens"})
-        answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], max_tokens).whole()
+        options = body.model_dump(exclude={"prompt", "max_tokens"})
+        answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], body.max_tokens).whole()
         [choice] = answer["choices"]
         usage, finish = answer["usage"], choice["finish_reason"]
         return {"model": self.served.name, "text": choice["text"], "finish_reason": finish, "usage": usage}

@@ -18,7 +18,7 @@ CHOICES = 16  # answers to one request
 # Fields of OpenAI's API that change no answer here. The last two have no meaning, because there are no tools.
 IGNORED = {"user", "name", "safety_identifier", "prompt_cache_key", "service_tier", "metadata", "store"}
 IGNORED |= {"include_obfuscation", "tool_choice", "parallel_tool_calls"}
-LIMITS = ("max_tokens", "max_completion_tokens", "max_length", "top_k")  # -1 means none
+LIMITS = ("max_tokens", "max_completion_tokens", "top_k")  # -1 means none
 
 Text = Annotated[str, Field(max_length=BODY)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -116,8 +116,7 @@ class ChatRequest(Sampled):
 
 class GenerateRequest(Body):
     prompt: Text = Field(description="A question for a fine-tuned model, or a text to continue for a base model.")
-    max_length: TokenLimit = Field(200, description="The largest number of new tokens.")
-    max_tokens: TokenLimit | None = Field(None, description="OpenAI's name for max_length. With both, this one counts.")
+    max_tokens: TokenLimit = Field(200, description="The largest number of new tokens.")
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token.")
     top_p: float = Field(0.9, gt=0, le=1, description="Sample from the likeliest tokens that reach this share.")
     top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")

@@ -39,7 +39,7 @@ def test_without_the_key_nothing_is_answered(locked: Server):
                     assert problem(response, 401)["code"] == "invalid_api_key"
                     assert response.headers["www-authenticate"] == "Bearer"
     assert locked.get("/v1/models", headers=RIGHT).status_code == 200
-    assert locked.post("/generate", json={"prompt": "x", "max_length": 1}, headers=RIGHT).status_code == 200
+    assert locked.post("/generate", json={"prompt": "x", "max_tokens": 1}, headers=RIGHT).status_code == 200
 
 
 def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Server, monkeypatch):
