@@ -35,6 +35,7 @@ except ModuleNotFoundError:
 log = logging.getLogger("lumi")
 logging.raiseExceptions = False  # on a full disk: no traceback for every line that log.txt cannot take
 LEVELS = ("debug", "info", "warning", "error")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b\ufeff\ud800-\udfff]")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -175,46 +176,28 @@ def plural(number: int, noun: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with control and invisible characters as escapes, such as \\x1b."""
-    shown = ""
-    for c in text.expandtabs(4):
-        plain = c.isprintable() or c in "\n\xa0\u3000"
-        shown += c if plain else c.encode("unicode_escape").decode()
-    return shown
+    """Text with escapes such as \\x1b for characters that control a terminal, or that nobody sees."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class _Parser(argparse.ArgumentParser):
-    switches: list[str] = []  # noqa: RUF012 - all switches of the command, for "did you mean"
-
     def format_help(self) -> str:
         self.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of examples
         self.description = inspect.cleandoc(self.description)
         return super().format_help()
 
-    def add_argument(self, *names, **options):
-        self.switches += [name for name in names if name.startswith("--")]
-        return super().add_argument(*names, **options)
-
     def error(self, message: str) -> None:
-        unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
-        if unknown and self.places:
-            config = next((word for word in sys.argv[1:] if word.endswith(".py")), "the config")
-            where = " or ".join(self.places(unknown[1].replace("-", "_")))
-            message = f"no switch --{unknown[1]}: settings live in {config}" + (f"; set {where} there" if where else "")
-            near = difflib.get_close_matches(f"--{unknown[1]}", self.switches, n=1, cutoff=0.75)
-            if near and not where:
-                message = f"no switch --{unknown[1]}; did you mean {near[0]}?"
+        if message.startswith("unrecognized arguments: -"):
+            message += "; settings live in the config"
         _leave(2, f"error: {message}; see {self.prog} --help")
 
 
-def parser(description: str, config: bool = True, places: Callable = lambda name: []) -> argparse.ArgumentParser:
+def parser(description: str, config: bool = True) -> argparse.ArgumentParser:
     """A parser with the arguments that commands share: CONFIG, unless config=False, and --log-level."""
-    # places(name): the config's fields of this name, for the error about a switch such as `--learning_rate 1`.
     file = Path(sys.argv[0])
     module = file.parent.parent == Path(__file__).parent  # a file in a package is run as `python -m PACKAGE.FILE`
     prog = f"python -m {file.parent.name}.{file.stem}" if module else None
     p = _Parser(description=description, allow_abbrev=False, prog=prog)
-    p.places = places if config else None
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
     p.add_argument("--log-level", default="info", choices=LEVELS, help="the least that is printed; default: info")

@@ -269,26 +269,21 @@ def from_hf(arguments: argparse.Namespace) -> None:
         source = download(str(source), arguments.revision)
     model = read_model(source, arguments.context_length)
     config, (spm, template) = model.config, read_tokenizer(source)
-    if spm and spm.vocab_size > config.vocab_size:
+    if spm.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {spm.vocab_size} pieces, but the embedding only {config.vocab_size} rows")
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", out.resolve().name).lstrip(".-") or "imported"  # in paths and manifests
     about = {
         "config": {"model": stage.describe(config), "template": template},
-        "read": {f"{name}/tokenizer/{spm.file}": spm.sha256} if spm else {},
+        "read": {f"{name}/tokenizer/{spm.file}": spm.sha256},
         "counts": {"step": 0},
         "versions": stage.versions(),
     }
     with checkpoint.replacing(out) as temporary:
-        if spm:
-            write_tokenizer(temporary / "tokenizer", spm, name)
-            (temporary / "config.py").write_text(config_file(name, config, template), encoding="utf-8")
+        write_tokenizer(temporary / "tokenizer", spm, name)
+        (temporary / "config.py").write_text(config_file(name, config, template), encoding="utf-8")
         checkpoint.write(temporary, {"weights.pt": model.state_dict()}, about)
     log.info(f"converted: {model.num_parameters():,} parameters -> {out}")
-    if spm:
-        log.info(f"try: python serve.py {out}/config.py " + ("chat" if template else 'generate "The"'))
-    else:
-        missing = f"{source} has no tokenizer.model and no tokenizer.json"
-        log.warning(f"{missing}: only checkpoint.load_model opens {out}, not serve.py or eval")
+    log.info(f"try: python serve.py {out}/config.py " + ("chat" if template else 'generate "The"'))
 
 
 def download(name: str, revision: str | None) -> Path:
@@ -362,7 +357,7 @@ def read_config(given: dict) -> ModelConfig:
     return shape
 
 
-def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | None]:
+def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace, str | None]:
     """The tokenizer in a directory, and the template in which the model learnt to answer; None if it learnt none."""
     files = {}
     for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
@@ -389,6 +384,8 @@ def read_tokenizer(source: Path) -> tuple[Tokenizer | HuggingFace | None, str | 
             taught = not fast.is_file() or json.dumps(form.cut) in cuts
             if jinja == form.jinja and set(form.needs) <= spm.control.keys():
                 return spm, name if taught else None
+    elif not fast.is_file():
+        raise UserError(f"{source} has no tokenizer.model and no tokenizer.json; get one of them too")
     if not fast.is_file() or (spm and not jinja):
         return spm, None
     kept = {"chat_template": jinja}

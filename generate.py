@@ -133,8 +133,6 @@ def stream(
     # not yielded. options: fields of `Sampling`. Raises ValueError for impossible arguments.
     sampling = Sampling(**options)
     seeds = [seed] * len(prompts) if seed is None or isinstance(seed, Integral) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seed is {seed}; expected one for all or one for each of {len(prompts)}")
     longest = max(map(len, prompts), default=0)
     decoder = Decoder(model, len(prompts), min(model.config.context_length, longest + max_new_tokens))
     number: dict[Continuation, int] = {}

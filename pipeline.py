@@ -85,7 +85,7 @@ def step(name: str, owner: Experiment, switches: argparse.Namespace) -> Step:
             module, inputs = dpo.train, [owner.dpo, template, base, directory("dpo_data"), spm]
             how["reference"] = directory("dpo_reference")
         case "eval":
-            return eval.evaluate.step(owner, switches.checkpoint, switches.data, again)
+            return eval.evaluate.step(owner, switches.checkpoint, again)
         case "report":
             return Step(None, lambda: eval.report.write(owner))  # it has no manifest, because it is written each time
     job, make = module.job(*inputs, directory(name), command), module.train if name in TRAINED else module.build
@@ -194,7 +194,7 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
 
 def parser(training: bool = False) -> argparse.ArgumentParser:
     """The arguments. training: of train.py CONFIG, which is pipeline.py CONFIG pretrain."""
-    p = cli.parser(train.__doc__ if training else __doc__, places=configs.places)
+    p = cli.parser(train.__doc__ if training else __doc__)
     if training:
         p.prog = "train.py"
         p.set_defaults(stages=["pretrain"])
@@ -207,9 +207,7 @@ def parser(training: bool = False) -> argparse.ArgumentParser:
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")
     given = "a trained model to start from (sft, dpo) or to measure (eval)"
-    where = "for eval: where the tasks' files are, instead of DATA"
-    for switch, about in (("--checkpoint", given), ("--data", where)):
-        p.add_argument(switch, metavar="DIR", help=argparse.SUPPRESS if training else about)
+    p.add_argument("--checkpoint", metavar="DIR", help=argparse.SUPPRESS if training else given)
     p.set_defaults(again=())
     return p
 

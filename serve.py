@@ -12,7 +12,6 @@ Next: open http://localhost:8000 after api, or share the model: python convert.p
 import argparse
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from serving.engine import Engine, Generation, seed_of
 
     served, sampling = load(arguments)
-    prompt, samples = arguments.prompt, arguments.samples
+    prompt = arguments.prompt
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             notice("write the prompt, and end it with Ctrl-D on a line of its own")
@@ -54,19 +53,14 @@ def generate(arguments: argparse.Namespace) -> None:
             raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
     ids = served.prompt(prompt)
     served.room(ids)
-    generations = []
-    for number in range(samples):
-        seed = seed_of(arguments.seed, number)
-        continuation = Continuation(ids, arguments.max_tokens, sampling, seed, served.stop)
-        generations.append(Generation(served.tokenizer, continuation))
-    with Engine(served.model, min(samples, 8), waiting=samples, seconds=math.inf) as engine:
-        engine.submit(generations)
-        for number, generation in enumerate(generations):
-            write("-" * 40 + "\n" if number else "")
-            write("" if served.template else prompt)
-            for piece in generation:
-                write(piece.text)
-            write("\n")
+    continuation = Continuation(ids, arguments.max_tokens, sampling, seed_of(arguments.seed, 0), served.stop)
+    generation = Generation(served.tokenizer, continuation)
+    with Engine(served.model, rows=1, seconds=math.inf) as engine:
+        engine.submit([generation])
+        write("" if served.template else prompt)
+        for piece in generation:
+            write(piece.text)
+        write("\n")
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -110,7 +104,6 @@ def arguments() -> argparse.ArgumentParser:
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     g = commands.add_parser("generate", help="continue a text, or answer a question")
     g.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it, or with -, read standard input")
-    g.add_argument("--samples", type=cli.positive, default=1, help="number of texts (1)")
     g.add_argument("--max-tokens", type=cli.positive, default=200, help="the largest number of new tokens (200)")
     c = commands.add_parser("chat", help="chat with a fine-tuned model")
     c.add_argument("--system", metavar="TEXT", default="", help="a system message (none)")
@@ -127,8 +120,8 @@ def arguments() -> argparse.ArgumentParser:
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
-    allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
-    a.add_argument("--allow-origin", type=origin, action="append", default=[], metavar="ORIGIN", help=allowed)
+    allowed = "an origin such as http://localhost:3000, without a slash at the end, whose pages may call; *: all (none)"
+    a.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=allowed)
     given = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the latest"}
     p.add_argument("--checkpoint", **given)
     for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too
@@ -140,14 +133,6 @@ def arguments() -> argparse.ArgumentParser:
         about = "dtype of the weights (float32); bfloat16: half the memory; int8: 8 bits, for a CPU with bfloat16"
         parser.add_argument("--precision", **precisions, help=about)
     return p
-
-
-def origin(text: str) -> str:
-    """An origin as browsers send it: without a slash at the end, in lower case, without the scheme's own port."""
-    if text != "*" and not re.fullmatch(r"[\w.+-]+://[^/]+/?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an origin; expected one like http://localhost:3000, or *")
-    text = text.rstrip("/").lower()
-    return text.removesuffix({"http": ":80", "https": ":443"}.get(text.partition(":")[0], ""))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def experiment(steps: int, quick: bool = False, **changes) -> Experiment:
 
 def make(made: Experiment, *stages: str) -> None:
     """Makes stages in this process: in another one the time to start it would count."""
-    switches = {"workers": 2, "resume": "auto", "checkpoint": None, "data": None, "again": []}
+    switches = {"workers": 2, "resume": "auto", "checkpoint": None, "again": []}
     pipeline.make(list(stages), made, argparse.Namespace(**switches), apart=False)
 
 

@@ -9,7 +9,6 @@ import runpy
 import shlex
 import sys
 import traceback
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,15 +237,3 @@ def _explain(error: Exception) -> str:
                 return f"{match[1]} has no field {match[2]!r}; {meant(match[2], known)}"
     text = str(error).replace(".__init__()", "")
     return text if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {text}"
-
-
-def places(name: str, config: type = Experiment, path: str = "") -> list[str]:
-    """The paths of a setting in an experiment: of "steps" pretrain.steps, sft.train.steps and dpo.train.steps."""
-    paths = []
-    for setting, kind in typing.get_type_hints(config).items():
-        if setting == {"lr": "learning_rate"}.get(name, name):
-            paths.append(path + setting)
-        for choice in (kind, *typing.get_args(kind)):
-            if dataclasses.is_dataclass(choice) and choice is not Experiment:
-                paths += places(name, choice, f"{path}{setting}.")
-    return paths

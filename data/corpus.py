@@ -117,8 +117,6 @@ def pieces(text: str, source: Source) -> Iterator[Piece]:
         text, lost["c4_lines"] = select_lines(text, source.quality.c4)
     if len(text) < source.min_chars:
         lost["too_short"], text = text, ""
-    elif len(text) > (source.max_chars or math.inf):
-        lost["too_long"], text = text, ""
     for rule, lines in lost.items():
         if lines or rule == "too_short":
             yield Piece(lines, len(words(lines)), rule)
@@ -164,23 +162,23 @@ class Tally:
         self.source, self.shards = 0, 0  # the number of the source that is read; finished shards
         empty = {"read": 0, "documents": 0, "bytes": 0, "words_read": 0, "words": 0}
         self.sources = {source.name: empty | {"dropped": {}, "dropped_words": {}} for source in config.sources}
-        self.examples: dict[str, list] = {}  # by "source, rule"; of kept documents by ""
+        self.examples: dict[str, list] = {}  # of dropped texts, by "source, rule"
 
     def add(self, source: str, id: str, text: str, words: int, rule: str = "") -> None:
         """Counts a text that is kept, or dropped by a rule."""
         table = self.sources[source]
-        if rule:
-            table["dropped"][rule] = table["dropped"].get(rule, 0) + 1
-            table["dropped_words"][rule] = table["dropped_words"].get(rule, 0) + words
-        else:
+        if not rule:
             table["documents"] += 1
             table["bytes"] += len(text.encode())
             table["words"] += words
+            return
+        table["dropped"][rule] = table["dropped"].get(rule, 0) + 1
+        table["dropped_words"][rule] = table["dropped_words"].get(rule, 0) + words
         # The texts with the smallest hashes are a random sample, the same in every run.
-        sample = self.examples.setdefault(rule and f"{source}, {rule}", [])
-        sample.append([zlib.crc32(f"{source}\n{id}".encode()), id, source, text[:400]])
+        sample = self.examples.setdefault(f"{source}, {rule}", [])
+        sample.append([zlib.crc32(f"{source}\n{id}".encode()), id, text[:400]])
         sample.sort()
-        del sample[EXAMPLES if rule else 10 :]
+        del sample[EXAMPLES:]
 
     def counts(self) -> dict:
         """For the manifest."""
@@ -297,11 +295,10 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
         for rule, number in sorted(table["dropped"].items()):
             dropped.append((source.name, rule, f"{number:,}", f"{table['dropped_words'][rule]:,}"))
     examples = []
-    for rule, sample in sorted(tally.examples.items()):  # the documents that are kept come first, under ""
-        for _, id, source, text in sample:
+    for rule, sample in sorted(tally.examples.items()):
+        for _, id, text in sample:
             text = " ".join(text[:300].split()).replace("`", "'")
-            examples.append(f"- {rule or source}, `{id}`: " + (f"`{text}`" if text else "(empty)"))
-    kept = len(tally.examples[""])
+            examples.append(f"- {rule}, `{id}`: " + (f"`{text}`" if text else "(empty)"))
     near = f" or share {config.dedup.threshold:.0%} of their runs of {config.dedup.ngram} words" if config.dedup else ""
     sets = ", ".join(source.name for source in config.decontaminate) or "an evaluation set: none is configured"
     lines = [
@@ -315,8 +312,6 @@ def card(name: str, config: CorpusConfig, tally: Tally) -> str:
         f"text kept before{near}. Contaminated text shares {config.decontaminate_ngram} words in a row with {sets}.\n",
         cli.table(dropped, (2, 3), markdown=True),
         "\n## Examples of what was left out\n",
-        *(examples[kept:] or ["Nothing was left out."]),
-        "\n## Ten documents at random\n",
-        *examples[:kept],
+        *(examples or ["Nothing was left out."]),
     ]
     return "\n".join(lines) + "\n"

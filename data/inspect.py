@@ -18,21 +18,22 @@ from cli import UserError
 from data.batches import mixture
 from tokenizer import Tokenizer
 
+DOCUMENTS, CHARS = 3, 500  # how many documents are shown; the most characters of a text
 SIZES = "documents {documents:,}, tokens {tokens:,}, bytes {bytes:,}"
 
 
-def show(ids: np.ndarray, spm: Tokenizer, chars: int) -> str:
-    """The text of ids on one line, cut to `chars`; ⟨end⟩ where a document ends."""
+def show(ids: np.ndarray, spm: Tokenizer) -> str:
+    """The text of ids on one line, cut to CHARS; ⟨end⟩ where a document ends."""
     text = ""
     for part in np.split(ids, np.flatnonzero(ids == spm.eos) + 1):
         text += spm.decode(part.tolist()).replace("\n", "⏎")
         text += "⟨end⟩" if spm.eos in part else ""
-    return text if len(text) <= chars else f"{text[:chars]}… ({len(text):,} characters)"
+    return text if len(text) <= CHARS else f"{text[:CHARS]}… ({len(text):,} characters)"
 
 
 def main(arguments: argparse.Namespace) -> None:
     experiment = configs.load(arguments.config)
-    spm, first, chars = experiment.load_tokenizer(), arguments.first, arguments.chars
+    spm, first = experiment.load_tokenizer(), arguments.first
     splits = data.pack.load(experiment.directory("pack"), spm.sha256)
     for split in splits.values():
         print(f"{split.name}:", SIZES.format_map(split.counts))
@@ -43,9 +44,9 @@ def main(arguments: argparse.Namespace) -> None:
     if first >= len(packed.starts):
         raise UserError(f"{packed.name} has documents 0 to {len(packed.starts) - 1:,}; found --first {first:,}")
     print(f"\ndocuments of {packed.name}")
-    for number, ids in itertools.islice(enumerate(packed.documents()), first, first + arguments.documents):
+    for number, ids in itertools.islice(enumerate(packed.documents()), first, first + DOCUMENTS):
         start = packed.starts[number]
-        print(f"{number:,} [{start:,} to {start + len(ids):,}) {show(ids, spm, chars)}")
+        print(f"{number:,} [{start:,} to {start + len(ids):,}) {show(ids, spm)}")
 
     others = {}
     for other in experiment.beside:
@@ -58,19 +59,14 @@ def main(arguments: argparse.Namespace) -> None:
         inputs, targets = batches.sets[name].read([window])
         ids = inputs[0].numpy()
         print(f"row {row}: {name}, window {window:,}, documents whole or in part: {1 + ids.tolist().count(spm.eos)}")
-        print(" ", show(ids, spm, chars))
-        print("  the last target:", repr(show(targets[0, -1:].numpy(), spm, chars)))
+        print(" ", show(ids, spm))
+        print("  the last target:", repr(show(targets[0, -1:].numpy(), spm)))
 
 
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--split", choices=data.pack.SPLITS, default="train", help="default: train")
-    for name, default, about in (
-        ("first", 0, "the first document shown"),
-        ("documents", 3, "how many documents"),
-        ("step", 0, "the step whose batch is shown"),
-        ("rows", 2, "how many rows of the batch"),
-        ("chars", 500, "how many characters of each text"),
-    ):
-        p.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about}; default: {default}")
+    p.add_argument("--first", type=int, default=0, metavar="N", help="the first document shown; default: 0")
+    p.add_argument("--step", type=int, default=0, metavar="N", help="the step whose batch is shown; default: 0")
+    p.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows of the batch; default: 2")
     cli.run(main, p.parse_args())

@@ -121,10 +121,6 @@ def build(job: Stage, config: PackConfig, corpus: Path, spm: Path, workers: int 
         train, val = counts["train"], counts["val"]
         if missing := ", ".join(sorted(train["sources"].keys() - val["sources"].keys())):
             log.warning(f"no document of {missing} is held out: validation does not measure it")
-        share = val["bytes"] / (train["bytes"] + val["bytes"])
-        if share > 4 * config.val_fraction:
-            why = "a held-out document is much longer than others; split it into several"
-            log.warning(f"{share:.0%} of the text is held out, but val_fraction is {config.val_fraction:g}: {why}")
         log.info(f"packed: {train['tokens']:,} training and {val['tokens']:,} validation tokens -> {job.directory}")
 
 

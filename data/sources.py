@@ -80,7 +80,6 @@ class Source(Records):
 
     max_tokens: int | None = None  # stops once about this many tokens are kept, at data.corpus.BYTES_PER_TOKEN
     min_chars: int = 64  # drops a document that is shorter after cleaning
-    max_chars: int | None = None  # drops a document that is longer after cleaning
     cleaning: Cleaning = Cleaning()
     quality: Quality | None = None  # the rules that its texts must pass; None keeps all texts
 

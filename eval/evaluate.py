@@ -22,7 +22,7 @@ import dpo.reference
 import machine
 import sft.data
 import stage
-from cli import UserError, log
+from cli import log
 from configs import Experiment
 from eval import generation
 from eval.language import Subject, validation
@@ -38,8 +38,8 @@ from tokenizer import Tokenizer
 READS = {"validation": "pack", "continuations": "pack", "answers": "sft_data", "preference": "dpo_data"}
 
 
-def step(experiment: Experiment, given: str | None, where: str | None, force: bool) -> Step:
-    """The stage that measures every trained stage, or the checkpoint `given`. where: a directory in place of DATA."""
+def step(experiment: Experiment, given: str | None, force: bool) -> Step:
+    """The stage that measures every trained stage, or the checkpoint `given`."""
     command = experiment.command("eval")
     if given is None:
         trained = experiment.all_trained()
@@ -51,11 +51,6 @@ def step(experiment: Experiment, given: str | None, where: str | None, force: bo
         trained = {name: final}
         directory = final.parent / f"eval_{final.name}"
         command += f" --checkpoint {shlex.quote(given)}"
-    if where is not None:
-        if not os.path.isdir(where):
-            raise UserError(f"no directory {where!r}; --data says where the tasks' files are")
-        os.environ["DATA"] = where
-        command += f" --data {shlex.quote(where)}"
     read = stage.outputs(experiment.directory("pack"))
     for final in trained.values():
         read |= stage.outputs(final)

@@ -133,5 +133,5 @@ def table(head: list[str], rows: list[list[str]], right: Sequence[int] = ()) -> 
 
 def block(text: str) -> str:
     """Text of a model or a user, unchanged: indented, so that Markdown leaves it alone."""
-    shown = visible(text.rstrip("\n")) if text.strip() else "(nothing)"
+    shown = visible(text.rstrip("\n").expandtabs(4)) if text.strip() else "(nothing)"
     return textwrap.indent(shown, "    ")

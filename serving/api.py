@@ -191,20 +191,14 @@ class Api:
         return Response(generate_latest(self.counts.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> dict:
-        """Lists the one model of the server."""
+        """The one model: size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
         return {"object": "list", "data": [self.about]}
-
-    async def model(self, name: str) -> dict:
-        """The model's size, context and template, and the SHA-256 of its checkpoint and tokenizer."""
-        self.check_name(name, 404)
-        return self.about
 
     async def generate(self, body: GenerateRequest, request: Request) -> dict:
         """A fine-tuned model answers the prompt. A base model continues it."""
         ids = await asyncio.to_thread(self.served.prompt, body.prompt)
-        max_tokens = body.max_tokens or body.max_length
-        options = body.model_dump(exclude={"prompt", "max_length", "max_tokens"})
-        answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], max_tokens).whole()
+        options = body.model_dump(exclude={"prompt", "max_tokens"})
+        answer = await self.start(CompletionRequest(prompt=ids, **options), request, [ids], body.max_tokens).whole()
         [choice] = answer["choices"]
         usage, finish = answer["usage"], choice["finish_reason"]
         return {"model": self.served.name, "text": choice["text"], "finish_reason": finish, "usage": usage}
@@ -227,8 +221,9 @@ class Api:
 
     def start(self, body: Sampled, request: Request, prompts, max_tokens: int, candidates=None) -> Answers:
         """Submits the texts that a request asks for. prompts: a list of ids for each. Their seeds count up."""
-        if body.model:
-            self.check_name(body.model, 400)
+        if body.model and body.model != self.served.name:
+            problem = f"no model {body.model!r}; expected {self.served.name}"
+            raise Refused(problem, param="model", code="model_not_found")
         count = len(prompts) * body.n
         if count > schema.CHOICES:
             raise Refused(f"n: {count} answers in one request; expected at most {schema.CHOICES}", param="n")
@@ -243,10 +238,6 @@ class Api:
         request.state.generations.extend(generations)
         return Answers(self.served, body, generations, request)
 
-    def check_name(self, name: str, status: int) -> None:
-        if name != self.served.name:
-            raise Refused(f"no model {name!r}; expected {self.served.name}", status, "model", "model_not_found")
-
 
 # --------------------------------------------------------------------------------------------------------- application
 
@@ -254,8 +245,8 @@ class Api:
 def create_app(served: Served, engine: Engine, key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
     """The application. key: clients must send it. origins: web pages that may call the API from a browser."""
     about = f"OpenAI's API for chat and completions. Ignored are {', '.join(sorted(schema.IGNORED))}."
-    wrong = {"model": schema.ErrorBody, "description": "The request has a mistake, or exceeds a limit."}
-    failed = {"model": schema.ErrorBody, "description": "The server failed."}
+    wrong = {"description": "The request has a mistake, or exceeds a limit."}
+    failed = {"description": "The server failed."}
     options = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="Lumi", description=about, responses={"4XX": wrong, "5XX": failed}, **options)
     api = Api(served, engine, key)
@@ -266,7 +257,6 @@ def create_app(served: Served, engine: Engine, key: str | None = None, origins: 
     guard = {"dependencies": [Depends(api.check_key)] if key else []}
     app.get("/metrics", response_class=PlainTextResponse, **guard)(api.metrics)
     app.get("/v1/models", **guard)(api.models)
-    app.get("/v1/models/{name}", **guard)(api.model)
     app.post("/generate", **guard)(api.generate)
     stream = {"responses": {200: {"content": {"text/event-stream": {}}}}}
     app.post("/v1/completions", **stream, **guard)(api.completions)

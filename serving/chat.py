@@ -4,12 +4,10 @@ Standard output carries the answers only; notices go to standard error.
 """
 
 import contextlib
-import dataclasses
-import re
 import signal
 import sys
 
-from cli import UserError
+from cli import UserError, visible
 from generate import Continuation, Sampling
 from serving.engine import Engine, Generation, seed_of
 from serving.served import Served
@@ -19,17 +17,10 @@ HELP = """\
 /help            show this list
 /reset           forget the conversation, but not the system message
 /system TEXT     set the system message and start again; without TEXT: show it; -: remove it
-/temperature X   0: always the likeliest token; higher: freer answers; without X: show it
 /exit, /quit     leave, like Ctrl-D
-Ctrl-C stops an answer. End a line with a backslash to continue the message on the next line.
+Ctrl-C stops an answer. A paste of several lines is one message.
 To send a message that begins with /, type //."""
-COMMANDS = "/help /reset /system /temperature /exit /quit"
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """The text with escapes such as \\x1b for characters that control a terminal or the writing direction."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+COMMANDS = "/help /reset /system /exit /quit"
 
 
 def write(text: str) -> None:
@@ -64,7 +55,7 @@ class Chat:
         text = ""
         while text not in ("/exit", "/quit"):
             try:
-                text = self.read("> ")
+                text = input("> " if self.terminal else "")
                 if text.startswith("/") and not text.startswith("//"):
                     name, _, rest = text.partition(" ")
                     self.command(name, rest.strip())
@@ -76,17 +67,10 @@ class Chat:
                 notice("\nCtrl-D or /exit leaves")
             except UnicodeDecodeError:
                 raise UserError("standard input is not UTF-8") from None
-            except (UserError, ValueError) as error:
+            except UserError as error:
                 if getattr(error, "status", 0) >= 500:  # the engine has failed
                     raise
                 notice(str(error))
-
-    def read(self, prompt: str) -> str:
-        """The next message, or command. Raises EOFError."""
-        text = input(prompt if self.terminal else "")
-        if self.terminal and text.endswith("\\"):
-            return text[:-1] + "\n" + self.read("... ")
-        return text
 
     def ask(self, text: str) -> None:
         """Sends a message and writes the answer."""
@@ -130,9 +114,5 @@ class Chat:
                     self.system = "" if rest == "-" else rest
                 self.messages = []
                 notice("a new conversation starts")
-            case "/temperature":
-                if rest:
-                    self.sampling = dataclasses.replace(self.sampling, temperature=float(rest))
-                notice(f"temperature {self.sampling.temperature:g}")
             case _:
                 notice(f"no command {name:.40}; expected one of {COMMANDS}; // begins a message with /")

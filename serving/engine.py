@@ -125,7 +125,7 @@ class Engine:
         try:
             self.decoder = self.thread.submit(Decoder, model, rows, chunk=CHUNK).result()
         except (RuntimeError, MemoryError):
-            raise UserError(f"no memory for {rows} texts at once; lower --batch-size or --samples") from None
+            raise UserError(f"no memory for {rows} texts at once; lower --batch-size") from None
 
     def __enter__(self) -> "Engine":
         self.thread.submit(self._work)

@@ -18,7 +18,7 @@ CHOICES = 16  # answers to one request
 # Fields of OpenAI's API that change no answer here. The last two have no meaning, because there are no tools.
 IGNORED = {"user", "name", "safety_identifier", "prompt_cache_key", "service_tier", "metadata", "store"}
 IGNORED |= {"include_obfuscation", "tool_choice", "parallel_tool_calls"}
-LIMITS = ("max_tokens", "max_completion_tokens", "max_length", "top_k")  # -1 means none
+LIMITS = ("max_tokens", "max_completion_tokens", "top_k")  # -1 means none
 
 Text = Annotated[str, Field(max_length=BODY)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -116,26 +116,15 @@ class ChatRequest(Sampled):
 
 class GenerateRequest(Body):
     prompt: Text = Field(description="A question for a fine-tuned model, or a text to continue for a base model.")
-    max_length: TokenLimit = Field(200, description="The largest number of new tokens.")
-    max_tokens: TokenLimit | None = Field(None, description="OpenAI's name for max_length. With both, this one counts.")
+    max_tokens: TokenLimit = Field(200, description="The largest number of new tokens.")
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token.")
     top_p: float = Field(0.9, gt=0, le=1, description="Sample from the likeliest tokens that reach this share.")
     top_k: TopK | None = Field(None, description="Sample from the k likeliest tokens. 0: from all.")
     seed: Seed | None = Field(None, description="The same seed gives the same answer. -1 means no seed.")
 
 
-class Problem(BaseModel):
-    message: str = Field(description="What was found, and what was expected.")
-    type: str = Field(description="The kind of error.")
-    param: str | None = Field(description="The field that is wrong.")
-    code: str | None = Field(description="A short name of the error.")
-
-
-class ErrorBody(BaseModel):
-    error: Problem
-
-
 def error_body(error: Refused) -> dict:
+    """A response in OpenAI's form: the message, its kind, the wrong field, and a short name."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}

@@ -71,13 +71,6 @@ class ConversationConfig(DataConfig):
     unit, formats, limit = "conversations", FORMATS, "max_tokens"
 
 
-ADVICE = {  # for the error about too few examples: what helps if one of these rules dropped most of them
-    "unreadable": 'unreadable="stop" gives the reason',
-    "longer_than_context": "shorten the prompts, or raise context_length",
-    "identical_when_cut": "shorten what the answers have in common, or raise context_length",
-}
-
-
 class Item(NamedTuple):
     """An example that passed the filters."""
 
@@ -112,18 +105,17 @@ def gather(config: DataConfig, encode: Callable, judge: Judge, workers: int):
             size += len(items[-1].ids) if config.limit == "max_tokens" else 1
             if size >= most:
                 break
-    splits, dropped = split(items, counts, config.val_fraction), Counter()
+    splits = split(items, counts, config.val_fraction)
     for name, count in counts.items():
         count["dropped"] = dict(sorted(count["dropped"].items()))
         log_kept(name, count["kept"], count["read"], config.unit, count["dropped"])
         if count["cut"]:
             log.info(f"{name}: {config.unit} cut to the context: {count['cut']:,}")
-        dropped.update(count["dropped"])
     train, val = len(splits["train"]), len(splits["val"])
     log.info(f"{config.unit} to train on: {train:,}, held out: {val:,}")
     if not train or not val:
-        reason = ADVICE.get(max(dropped, key=dropped.get, default=""), "add some, or change the filters")
-        raise UserError(f"{config.unit} that are left: {len(items)}; expected at least 2, better hundreds: {reason}")
+        few = f"{config.unit} that are left: {len(items)}; expected at least 2, better hundreds"
+        raise UserError(f"{few}: add some, or change the filters or context_length; the log counts what each drops")
     share = val / (train + val)
     if val > 1 and share > 4 * config.val_fraction:
         why = f"many {config.unit} begin with the same question, and all of them are in one split"

@@ -98,7 +98,7 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 def build(name: str, experiment: configs.Experiment, force: bool = False, **switches) -> Path:
     """Makes a stage and what it needs, as pipeline.py does, but in this process. Returns its directory."""
     directory = experiment.directory(name)
-    defaults = {"workers": 1, "resume": "auto", "checkpoint": None, "data": None, "again": [directory] if force else []}
+    defaults = {"workers": 1, "resume": "auto", "checkpoint": None, "again": [directory] if force else []}
     pipeline.make([name], experiment, argparse.Namespace(**defaults | switches), apart=False)
     return directory
 

@@ -463,12 +463,11 @@ def test_a_converted_model_is_evaluated_on_text_packed_with_its_tokenizer(traine
     assert json.loads((trained.path / "eval_llama/results.json").read_text())["pretrain"]["validation"]["loss"] > 1
 
 
-def test_without_a_sentencepiece_tokenizer_only_the_weights_come_over(foreign, tmp_path, caplog):
+def test_a_model_without_a_tokenizer_is_refused(foreign, tmp_path):
     (foreign / "tokenizer.model").unlink()
-    command("from-hf", foreign, tmp_path / "out")
-    assert "has no tokenizer.model" in caplog.text
-    assert checkpoint.load_model(tmp_path / "out").config.vocab_size == 1024
-    assert not (tmp_path / "out/config.py").exists()
+    with pytest.raises(UserError, match=r"has no tokenizer\.model and no tokenizer\.json"):
+        command("from-hf", foreign, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_continues_from_imported_weights(place: Place, foreign, monkeypatch):

@@ -75,7 +75,7 @@ def test_help_of_train_is_about_pretraining_alone(monkeypatch, capsys):
         start(["train.py", "--help"], monkeypatch)
     text = capsys.readouterr().out
     assert "predict the next token" in text
-    assert not re.search("STAGE \\.|--data|--checkpoint|every stage", text)
+    assert not re.search("STAGE \\.|--checkpoint|every stage", text)
     with pytest.raises(Left) as parsed:
         start(["train.py", "configs/tiny.py", "--force"], monkeypatch)
     assert isinstance(parsed.value.args[1], argparse.Namespace)

@@ -216,16 +216,14 @@ def test_stopped_while_making_data(place: Place):
         (["pipeline.py", "--resume", "x"], "--resume is about one stage"),
         (["pipeline.py", "sft", "--force", "--checkpoint", "pretrain"], "did you mean"),
         (["pipeline.py", "--force", "stft"], "no stage 'stft'; did you mean sft?"),
-        (["pipeline.py", "sft", "--lr", "1"], "no switch --lr: settings live in {}; set pretrain.learning_rate or"),
-        (["train.py", "--batch-size=10"], "set pretrain.batch_size or sft.train.batch_size or dpo.train.batch_size"),
-        (["serve.py", "generate", "x", "--lr", "1"], "no switch --lr: settings live in {}"),
+        (["train.py", "--batch-size=10"], "--batch-size=10; settings live in the config; see train.py --help"),
         (["serve.py", "generate", "x", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )
 def test_switches_that_cannot_be_meant_change_nothing(tuned: Place, arguments, message):
     command, *rest = [tuned.runs / "mini/pretrain" if argument == "pretrain" else argument for argument in arguments]
     before = (tuned.runs / "mini/sft/manifest.json").stat().st_mtime_ns
-    assert message.format(tuned.config) in tuned.run(command, tuned.config, *rest, status=2).stderr
+    assert message in tuned.run(command, tuned.config, *rest, status=2).stderr
     assert (tuned.runs / "mini/sft/manifest.json").stat().st_mtime_ns == before
 
 

@@ -57,11 +57,7 @@ class Tokenizer:
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """The ids of a text, without an end token. begins: False if the text continues another."""
-        try:
-            return self.encode_array(text.encode(), begins).tolist()
-        except UnicodeEncodeError as error:
-            lone = f"{text[error.start]!a}, at character {error.start}"
-            raise UserError(f"the text holds a lone surrogate, {lone}") from None
+        return self.encode_array(text.encode(), begins).tolist()
 
     def encode_array(self, text: bytes, begins: bool = True) -> np.ndarray:
         """The ids of a text in UTF-8, int32."""

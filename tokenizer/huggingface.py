@@ -69,12 +69,7 @@ class HuggingFace:
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """The ids of a text, without special tokens. begins: False if the text continues another."""
-        try:
-            text.encode()
-            return (self.whole if begins else self.inner).encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            lone = f"{text[error.start]!a}, at character {error.start}"
-            raise UserError(f"the text holds a lone surrogate, {lone}") from None
+        return (self.whole if begins else self.inner).encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: bytes, begins: bool = True) -> np.ndarray:
         """The ids of a text in UTF-8, int32."""
@@ -107,9 +102,7 @@ class HuggingFace:
         # messages: {"role", "content"}. ask: end where an answer begins. A special token spelt in a message must stay
         # text: a mark, a character that no message has, breaks it until the text is cut at the template's own tokens.
         used = set().union(*(message["content"] for message in messages))
-        mark = next((chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used), "")
-        if not mark:
-            raise UserError("the messages hold every character from U+F0000 on; shorten them")
+        mark = next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
         broken = []
         for message in messages:
             content = message["content"]

@@ -4,7 +4,6 @@ import collections
 import hashlib
 import io
 import itertools
-import math
 import operator
 import re
 from collections.abc import Iterable, Iterator
@@ -157,9 +156,7 @@ def measure(spm: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict:
         words, unknown, same = len(text.split()), ids.count(0), spm.decode(ids) == text
         sums[source] += (1, len(ids), len(text.encode()), len(text), words, unknown, same)
     total = _rates(sum(sums.values()))
-    # Bits of text for each bit of an id.
-    score = round(8 * total["bytes_per_token"] / math.log2(spm.vocab_size), 4)
-    return total | {"score": score, "sources": {source: _rates(counts) for source, counts in sums.items()}}
+    return total | {"sources": {source: _rates(counts) for source, counts in sums.items()}}
 
 
 def _rates(counts: np.ndarray) -> dict:
@@ -188,7 +185,7 @@ def card(name: str, config: TokenizerConfig, spm: Tokenizer, numbers: dict) -> s
         f"Piece {spm.eos} ends a document. It was not trained on held-out text. Control pieces, which no text",
         f"is encoded to: {', '.join(f'`{piece}`' for piece in config.control) or 'none'}.\n",
         "Measured on documents taken evenly from its corpus; it was trained on most of them. Fertility is tokens per",
-        f"word. The score is {numbers['score']}: 8 · bytes per token / log2(pieces); more is better.\n",
+        "word.\n",
         cli.table(rows, range(1, 7), markdown=True),
     ]
     return "\n".join(lines) + "\n"

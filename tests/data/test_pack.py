@@ -52,7 +52,7 @@ def test_bytes_do_not_depend_on_workers_or_chunks(made: Place, spm, tmp_path, mo
 
 def inspect(place: Place, **options) -> None:
     """python -m data.inspect in this process."""
-    defaults = {"split": "train", "first": 0, "documents": 3, "step": 0, "rows": 2, "chars": 500}
+    defaults = {"split": "train", "first": 0, "step": 0, "rows": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS", str(place.runs))
         data.inspect.main(argparse.Namespace(config=place.config, **defaults | options))
@@ -115,7 +115,7 @@ experiment = replace(first, name="mini", shared={"tokenizer": first}, beside=(fi
 
 def test_inspect_shows_documents_and_batches(made: Place, spm, capsys):
     packed = data.pack.load(made.runs / "mini/packed", spm.sha256)["train"]
-    inspect(made, first=7, documents=1, step=5, rows=3, chars=30)
+    inspect(made, first=7, step=5, rows=3)
     shown = capsys.readouterr().out
     text = spm.decode(list(packed.documents())[7].tolist()).replace("\n", "⏎")
     assert re.search(rf"^7 \[[\d,]+ to [\d,]+\) {re.escape(text[:30])}", shown, re.MULTILINE)

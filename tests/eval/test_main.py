@@ -86,19 +86,15 @@ def test_what_is_missing_is_one_line_and_added_when_it_comes(trained: Place):
     before = results(trained)
     assert before["boolq"] == {"skipped": f"no {trained.raw}/boolq_val.*; get it with: python -m eval.download boolq"}
     shutil.move(trained.path / "packed", trained.runs / "mini")
-    elsewhere = trained.path / "elsewhere"
-    elsewhere.mkdir()
     put(trained, "piqa")
-    shutil.move(trained.raw / "piqa_val.jsonl", elsewhere)
-    out = evaluate(trained, "--data", elsewhere)
+    out = evaluate(trained)
     assert {name for name in TASKS if f"\n{name}: " in out} == {"piqa", "validation", "continuations"}
     now = results(trained)
     assert now["piqa"]["n"] == 2
     assert [now[name] for name in ("smoke", "prompts")] == [before[name] for name in ("smoke", "prompts")]
-    shutil.rmtree(elsewhere)
+    (trained.raw / "piqa_val.jsonl").unlink()
     assert "is up to date" in evaluate(trained)  # what was measured stands
     assert results(trained) == now
-    assert "no directory 'nowhere'" in evaluate(trained, "--data", "nowhere", status=2)
 
 
 def test_other_data_and_other_weights_are_noticed(trained: Place):

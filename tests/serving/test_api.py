@@ -35,7 +35,6 @@ def expected(server: Server, ids: list[int], most: int, **options) -> str:
 def test_the_model_is_listed(client, server: Server):
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by, model.context_length) == ("mini-sft", "model", "lumi", 64)
-    assert client.models.retrieve(model.id) == model
     assert model.parameters == sum(p.numel() for p in server.served.model.parameters())
 
 
@@ -164,8 +163,6 @@ def test_errors_are_in_openais_form(client, server: Server, monkeypatch):
             client.chat.completions.create(**{"model": name, "messages": USER} | options)
         body = error.value.body
         assert (body["type"], body["param"], body["code"]) == ("invalid_request_error", param, code)
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"):
-        client.models.retrieve("gpt-4")
     with pytest.raises(openai.NotFoundError, match="Not Found"):
         client.embeddings.create(model=name, input="x")
     monkeypatch.setattr(server.engine, "limit", 0)
@@ -186,14 +183,12 @@ def test_a_control_piece_that_a_user_writes_is_text(served):
 
 
 def test_generate_answers_plainly(server: Server):
-    body = {"prompt": "Say a in.", "max_length": 10, "temperature": 1.0, "seed": 3}
+    body = {"prompt": "Say a in.", "max_tokens": 10, "temperature": 1.0, "seed": 3}
     ids = server.served.conversation([Message("user", "Say a in.")])
     answer = server.post("/generate", json=body).json()
     assert answer["text"] == expected(server, ids, 10, seed=3, top_p=0.9)
     assert answer["model"] == "mini-sft"
     assert answer["usage"]["prompt_tokens"] == len(ids)
-    del body["max_length"]
-    assert server.post("/generate", json=body | {"max_tokens": 10}).json() == answer
     error = problem(server.post("/generate", json=body | {"max_new_tokens": 10}), 400)
     assert "'max_new_tokens' is not supported; leave it out, or see /openapi.json" in error["message"]
 
@@ -203,7 +198,7 @@ def test_generate_answers_plainly(server: Server):
 GOOD = {
     "/v1/completions": {"prompt": "Return", "max_tokens": 1},
     "/v1/chat/completions": {"messages": USER, "max_tokens": 1},
-    "/generate": {"prompt": "Say a in.", "max_length": 1},
+    "/generate": {"prompt": "Say a in.", "max_tokens": 1},
 }
 UNSET = dict.fromkeys(("model", "temperature", "top_p", "n", "seed", "stop", "stream", "user", "tools", "functions"))
 HISTORY = [
@@ -253,7 +248,7 @@ CHAT = {"messages": MESSAGES, "top_logprobs": [3, 21], "response_format": [{"typ
 WRONG = {
     "/v1/completions": SAMPLED | COMPLETION,
     "/v1/chat/completions": SAMPLED | CHAT,
-    "/generate": {"prompt": [None, "", "x" * 500], "max_length": [0, "5"], "seed": ["1"], "unknown": [1]},
+    "/generate": {"prompt": [None, "", "x" * 500], "max_tokens": [0, "5"], "seed": ["1"], "unknown": [1]},
 }
 
 
@@ -355,8 +350,8 @@ def test_generate_ends_where_the_answer_ends(fine_tuned: Place, served):
     new = generate.generate(served.model, ids, most, temperature=2, seed=5, stop=served.stop)
     assert len(new) < most
     options = "--temperature", 2, "--top-p", 1, "--seed", 5, "--max-tokens", most
-    done = fine_tuned.run("serve.py", fine_tuned.config, "generate", "--samples", 2, *options, stdin=prompt)
-    assert done.stdout.startswith(served.tokenizer.decode(new, begins=False) + "\n" + "-" * 40 + "\n")
+    done = fine_tuned.run("serve.py", fine_tuned.config, "generate", *options, stdin=prompt)
+    assert done.stdout == served.tokenizer.decode(new, begins=False) + "\n"
     base = fine_tuned.runs / "mini/pretrain/final"
     options = *options, "--checkpoint", base, "--seed", -1
     done = fine_tuned.run("serve.py", fine_tuned.config, "generate", prompt, *options)

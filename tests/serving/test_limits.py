@@ -1,6 +1,5 @@
 """The key, CORS, limits of size and time, metrics, and the schema: as browsers, strangers and Prometheus see them."""
 
-import argparse
 import time
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.specs.openapi import checks
 
-import serve as serve_command
 from serving import api
 from serving.schema import BODY
 from tests.serving.conftest import Server, posted, problem, received, serve, slow, until
@@ -41,7 +39,7 @@ def test_without_the_key_nothing_is_answered(locked: Server):
                     assert problem(response, 401)["code"] == "invalid_api_key"
                     assert response.headers["www-authenticate"] == "Bearer"
     assert locked.get("/v1/models", headers=RIGHT).status_code == 200
-    assert locked.post("/generate", json={"prompt": "x", "max_length": 1}, headers=RIGHT).status_code == 200
+    assert locked.post("/generate", json={"prompt": "x", "max_tokens": 1}, headers=RIGHT).status_code == 200
 
 
 def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Server, monkeypatch):
@@ -62,15 +60,6 @@ def test_a_page_of_an_allowed_origin_may_call_the_api(locked: Server, server: Se
     evil = locked.request("OPTIONS", "/v1/chat/completions", headers=asked | {"Origin": "http://evil.example"})
     for response in (evil, server.get("/v1/models", headers={"Origin": ORIGIN})):  # the second server allows none
         assert "access-control-allow-origin" not in response.headers
-
-
-def test_an_origin_is_what_browsers_send():
-    for text in (ORIGIN, f"{ORIGIN}/", ORIGIN.upper(), "*"):
-        assert serve_command.origin(text) in (ORIGIN, "*")
-    assert serve_command.origin("https://x.org:443") == "https://x.org"
-    for text in ("localhost:3000", "http://", "http://localhost:3000/chat", ""):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not an origin; expected one like http://localhost"):
-            serve_command.origin(text)
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -182,12 +171,11 @@ def test_metrics_count_what_happened(served):
             prompt, new = prompt + n * usage["prompt_tokens"], new + usage["completion_tokens"]
         server.post("/v1/completions", json={"prompt": 1})
         server.get("/nothing")
-        server.get("/v1/models/none")
         until(lambda: samples(server)["lumi_generated_tokens_total",] == new)
         values = samples(server)
     assert values["lumi_requests_total", "/v1/completions", "200"] == 3
     assert values["lumi_requests_total", "/v1/completions", "400"] == 1
-    assert values["lumi_requests_total", "other", "404"] == 2
+    assert values["lumi_requests_total", "other", "404"] == 1
     assert values["lumi_prompt_tokens_total",] == prompt
     assert values["lumi_request_seconds_count",] == values["lumi_request_seconds_bucket", "+Inf"] == 4
     assert values["lumi_first_token_seconds_count",] == 6

@@ -216,8 +216,6 @@ def test_hostile_messages():
     every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     ids, _ = ours.render([{"role": "user", "content": every}], ask=True)
     assert every in ours.whole.decode(ids)
-    with pytest.raises(UserError, match="lone surrogate"):
-        ours.encode("\ud800 hi")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be used"):
         HuggingFace(b"version https://git-lfs", "", {})
 

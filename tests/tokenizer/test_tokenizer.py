@@ -64,8 +64,6 @@ def test_ids_are_those_of_sentencepiece(spm, made: Place, text):
     plain = sentencepiece.SentencePieceProcessor(model_file=str(made.runs / "mini/tokenizer/spm.model"))
     assert [spm.encode(part) for part in text] == [plain.encode(part) for part in text]
     assert (spm.vocab_size, spm.eos, len(spm.encode("2026"))) == (512, plain.eos_id(), 4)
-    with pytest.raises(UserError, match=r"lone surrogate, '\\ud800', at character 1"):
-        spm.encode("a\ud800")
 
 
 def test_a_damaged_tokenizer_is_named(packed: Place):
@@ -103,7 +101,7 @@ def test_each_cause_of_an_impossible_vocabulary_has_its_advice(tmp_path, text, v
 
 def test_numbers_by_hand(spm, made: Place):
     numbers = measure(spm, [("a", "one two"), ("a", "é"), ("b", "x")])
-    tokens, third = len(spm.encode("one two")) + len(spm.encode("é")), len(spm.encode("x"))
+    tokens = len(spm.encode("one two")) + len(spm.encode("é"))
     assert numbers["sources"]["a"] == {
         "documents": 2,
         "bytes_per_token": round(9 / tokens, 4),
@@ -113,7 +111,6 @@ def test_numbers_by_hand(spm, made: Place):
         "round_trips": 2,
     }
     assert numbers["documents"] == 3
-    assert numbers["score"] == pytest.approx(8 * (10 / (tokens + third)) / 9, abs=1e-3)  # 512 pieces: 9 bits
     card = (made.runs / "mini/tokenizer/TOKENIZER_CARD.md").read_text()
     assert all(part in card for part in ("| files ", "| all ", "`<|im_start|>`"))
 
