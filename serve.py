@@ -6,7 +6,7 @@
 
 Standard output of chat and generate carries only the model's text.
 
-Next: open http://localhost:8000 after api, or share the model: python convert.py to-hf configs/tiny.py tiny-hf
+Next: open http://127.0.0.1:8000 after api, or share the model: python convert.py to-hf configs/tiny.py tiny-hf
 """
 
 import argparse
@@ -43,14 +43,14 @@ def generate(arguments: argparse.Namespace) -> None:
     from serving.engine import Engine, Generation, seed_of
 
     served, sampling = load(arguments)
-    prompt = arguments.prompt
-    if prompt in (None, "-"):
-        if sys.stdin.isatty():
-            notice("write the prompt, and end it with Ctrl-D on a line of its own")
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+    reads = arguments.prompt in (None, "-")
+    if reads and sys.stdin.isatty():
+        notice("write the prompt, and end it with Ctrl-D on a line of its own")
+    text = sys.stdin.buffer.read() if reads else os.fsencode(arguments.prompt)
+    try:
+        prompt = text.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
     ids = served.prompt(prompt)
     served.room(ids)
     continuation = Continuation(ids, arguments.max_tokens, sampling, seed_of(arguments.seed, 0), served.stop)

@@ -159,16 +159,6 @@ def subject(run: Stored, name: str) -> Subject:
     raise UserError(f"no tokenizer in {run.home.parent}/*/ has the SHA-256 {wanted[:12]}… that {final} names")
 
 
-def output(runs: list[Stored], directory: Path) -> Path:
-    """The path of the page and the picture, without a suffix."""
-    homes = [run.home.resolve() for run in runs]
-    names = [home.name for home in homes]
-    if len(set(names)) < len(names):
-        names = [f"{home.parent.name}-{home.name}" for home in homes]
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / "_".join(names)[:200]
-
-
 def main(arguments: argparse.Namespace) -> None:
     cli.extra("matplotlib", "matplotlib", "eval.compare")
     from eval import plots
@@ -177,7 +167,8 @@ def main(arguments: argparse.Namespace) -> None:
     names, spms = [run.name for run in runs], set()
     for run in runs:
         spms |= set(map(checkpoint.trained_with, run.all_trained().values()))
-    file = output(runs, arguments.out or stage.runs() / "compare")
+    file = (arguments.out or stage.runs() / "compare") / "_".join(names).replace("/", "-")[:200]
+    file.parent.mkdir(parents=True, exist_ok=True)
     plots.compare(runs, Path(f"{file}.png"), in_bytes=len(spms) > 1)
     rows = changes(runs)
     page = [f"# {' and '.join(names)}", "## What differs"]

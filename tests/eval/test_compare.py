@@ -112,7 +112,8 @@ def test_runs_may_be_unfinished_and_models_may_be_missing(runs: Path):
     text = page("other", "mini", out=runs / "out")
     rows = {tuple(row[:2]): row[2:] for row in cells(text)}
     assert rows["pretrain", "validation: bits per byte"][0] == ""
-    assert rows["pretrain", "step"] == ["8", "24"]
+    assert rows["pretrain", "step"] == ["15", "24"]
+    assert rows["pretrain", "evaluated at step"] == ["8", ""]
     assert rows["pretrain", "of steps"] == ["16", "24"]
     assert re.search("(?m)^No texts of mini: .*weights.pt has ", text)
     assert "No texts of other" not in text
@@ -161,8 +162,6 @@ def test_runs_of_one_name_stay_apart(runs: Path):
     shutil.copytree(runs / "mini", runs / ("b" * 50) / "mini")
     found = compare.load([str(longer), f"{runs}/{'b' * 50}/mini"])
     assert len({run.name for run in found}) == 2
-    files = {compare.output(pair, runs / "out") for pair in (found, found[::-1])}
-    assert len(files) == 2
 
 
 @pytest.mark.parametrize(
