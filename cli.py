@@ -11,7 +11,6 @@ import difflib
 import errno
 import gc
 import importlib
-import inspect
 import logging
 import multiprocessing
 import os
@@ -181,10 +180,8 @@ def visible(text: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def format_help(self) -> str:
-        self.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of examples
-        self.description = inspect.cleandoc(self.description)
-        return super().format_help()
+    def __init__(self, **options):  # the formatter keeps the lines of examples
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments: -"):
@@ -197,7 +194,7 @@ def parser(description: str, config: bool = True) -> argparse.ArgumentParser:
     file = Path(sys.argv[0])
     module = file.parent.parent == Path(__file__).parent  # a file in a package is run as `python -m PACKAGE.FILE`
     prog = f"python -m {file.parent.name}.{file.stem}" if module else None
-    p = _Parser(description=description, allow_abbrev=False, prog=prog)
+    p = _Parser(description=description, prog=prog)
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
     p.add_argument("--log-level", default="info", choices=LEVELS, help="the least that is printed; default: info")

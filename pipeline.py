@@ -202,7 +202,8 @@ def parser(training: bool = False) -> argparse.ArgumentParser:
         p.add_argument("stages", nargs="*", default=[], metavar="STAGE", help="default: every stage")
     p.add_argument("--status", action="store_true", help="show which stages are done; make nothing")
     p.add_argument("--force", action="store_true", help="make the stages again; discard the old ones")
-    p.add_argument("--force-from", choices=NAMES, metavar="STAGE", help="make this stage and the later ones again")
+    names = NAMES[: NAMES.index("pretrain") + 1] if training else NAMES
+    p.add_argument("--force-from", choices=names, metavar="STAGE", help="make this stage and the later ones again")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--workers", type=cli.positive, default=cores, metavar="N", help="processes; default: one per core")
     p.add_argument("--resume", default="auto", metavar="auto|DIR", help="the checkpoint to resume; default: the newest")

@@ -164,9 +164,8 @@ def main(arguments: argparse.Namespace) -> None:
     from eval import plots
 
     runs = load(arguments.runs)
-    names, spms = [run.name for run in runs], set()
-    for run in runs:
-        spms |= set(map(checkpoint.trained_with, run.all_trained().values()))
+    names = [run.name for run in runs]
+    spms = {checkpoint.trained_with(final) for run in runs for final in run.all_trained().values()}
     file = (arguments.out or stage.runs() / "compare") / "_".join(names).replace("/", "-")[:200]
     file.parent.mkdir(parents=True, exist_ok=True)
     plots.compare(runs, Path(f"{file}.png"), in_bytes=len(spms) > 1)

@@ -73,20 +73,17 @@ def compare(runs: list[Run], path: Path, in_bytes: bool) -> None:
             records = run.metrics(name)
             if not records:
                 continue
-            tokens = [record["tokens"] / 1e6 for record in records]
-            held_out = [record.get("val_loss") for record in records]
-            training = [record["loss"] for record in records]
+            evaluated = [record for record in records if record.get("val_loss")]
+            scale = 1.0
             if bytewise:  # the same factor in all steps: bits per nat, and tokens per byte
-                factors = [
-                    record["val_bits_per_byte"] / record["val_loss"] for record in records if record.get("val_loss")
-                ]
-                held_out = [loss and loss * factors[0] for loss in held_out]
-                training = [loss and loss * factors[0] if factors else None for loss in training]
+                scale = evaluated[0]["val_bits_per_byte"] / evaluated[0]["val_loss"] if evaluated else math.nan
+            later = records[len(records) // 20 :]  # the first losses, far above all others, would flatten the rest
             label = " " + run.name.replace("$", r"\$")  # matplotlib hides a label that begins with _
-            first = len(records) // 20  # the first losses, far above all others, would flatten the rest
-            axis.plot(tokens[first:], training[first:], f"C{number}-", linewidth=0.6, alpha=0.5)
-            points = [(x, y) for x, y in zip(tokens, held_out, strict=True) if y]
-            axis.plot(*zip(*points or [(0, None)], strict=True), f"C{number}o-", label=label)
+            for part, key, style in ((later, "loss", "-"), (evaluated, "val_loss", "o-")):
+                tokens = [record["tokens"] / 1e6 for record in part]
+                losses = [(record[key] or math.nan) * scale for record in part]
+                look = {"linewidth": 0.6, "alpha": 0.5} if key == "loss" else {"label": label}
+                axis.plot(tokens, losses, f"C{number}{style}", **look)
         axis.legend()
     drawing.savefig(path, metadata={"Software": None})
 
