@@ -8,7 +8,6 @@
 Stages, in order: corpus tokenizer pack pretrain sft_data sft dpo_data dpo_reference dpo eval report.
 Each stage runs in its own process, so that it gives the same bytes alone and after other stages. A stage makes missing
 input that takes minutes. If the input takes hours (a trained model), the stage stops and names the command.
-
 Next: python serve.py configs/demo.py chat, or read runs/demo/REPORT.md
 """
 

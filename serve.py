@@ -5,7 +5,6 @@
     python serve.py configs/tiny.py api
 
 Standard output of chat and generate carries only the model's text.
-
 Next: open http://127.0.0.1:8000 after api, or share the model: python convert.py to-hf configs/tiny.py tiny-hf
 """
 

@@ -4,7 +4,6 @@
     torchrun --nproc_per_node=8 train.py configs/base.py            on eight GPUs
 
 Makes the corpus, the tokenizer and the packed tokens if they are missing. The loop itself is in trainer.py.
-
 Next: python serve.py configs/tiny.py generate "The", or fine-tune it: python pipeline.py configs/tiny.py sft
 """
 

@@ -2,7 +2,6 @@
 
 python -m data.inspect configs/tiny.py                    # sizes, the first documents, the first batch
 python -m data.inspect configs/tiny.py --step 1000        # the batch of that step
-
 Next: python train.py configs/tiny.py
 """
 

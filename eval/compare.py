@@ -3,7 +3,6 @@
     python -m eval.compare demo mine        two or more names of runs, or directories such as runs/mine
 
 Prints a page and writes it with a picture. Reads what the runs wrote, finished or not, and needs no config.
-
 Next: use the better run, such as: python serve.py configs/demo.py generate "The"
 """
 
@@ -50,7 +49,7 @@ class Stored(Run):
 
 def load(words: list[str]) -> list[Stored]:
     """The runs. UserError if there are fewer than two, or one is missing, named twice or not trained."""
-    runs, names = {}, set()
+    runs = {}
     for word in words:
         home = next((path for path in (stage.runs() / word, Path(word)) if path.is_dir()), None)
         if home is None:
@@ -58,9 +57,7 @@ def load(words: list[str]) -> list[Stored]:
             raise UserError(f"no run {word} in {stage.runs()}/; {cli.meant(Path(word).stem, known)}")
         if home.resolve() in runs:
             raise UserError(f"{word} names the run {home} again; name each run once")
-        name = word.rstrip("/")[-40:]
-        runs[home.resolve()] = run = Stored(home, word if name in names else name)
-        names.add(name)
+        runs[home.resolve()] = run = Stored(home, word.rstrip("/"))
         if not run.finals:
             raise UserError(f"nothing is trained in {home}: no checkpoint in {'/, '.join(TRAINED)}/")
     if len(runs) < 2:

@@ -4,7 +4,6 @@
     python -m eval.download boolq piqa
 
 Needs: pip install datasets
-
 Next: python pipeline.py configs/tiny.py eval
 """
 

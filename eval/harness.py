@@ -4,7 +4,6 @@
 
 `lm_eval --model hf --device cpu --model_args pretrained=OUT,dtype=float32` gives the same numbers for the model that
 convert.py exports to OUT. If the tokenizer is ours, add `,add_bos_token=True`: a text begins as in training.
-
 Next: compare harness.json with the published numbers of models of this size
 """
 

@@ -3,7 +3,6 @@
 python -m sft.inspect configs/tiny.py                   # the first rows: trained text is green, or in ⟦ ⟧
 python -m sft.inspect configs/tiny.py --first 100       # from that row on
 python -m sft.inspect configs/tiny.py --pairs           # pairs: chosen is green or in ⟦ ⟧, rejected red or in ⟪ ⟫
-
 Next: python pipeline.py configs/tiny.py sft
 """
 
