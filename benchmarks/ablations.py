@@ -1,7 +1,7 @@
 """Changes of the demo, one at a time: 600 steps with three seeds each; bits per byte of all held-out text.
 
-    python -m benchmarks.ablations                                # every run that is not in the results: hours
-    python -m benchmarks.ablations configs/demo.py rope_off gelu  # these experiments only
+    python -m benchmarks.ablations                  # every run that is not in the results: hours
+    python -m benchmarks.ablations rope_off gelu    # these experiments only
 
     ->  benchmarks/results/ablations.json and the table in docs/experiments.md, after each run
 
@@ -11,7 +11,14 @@ that was interrupted is resumed. To try an idea, add a row to EXPERIMENTS. A cha
 """
 
 import argparse
+import hashlib
+import inspect
+import itertools
+import json
+import math
 import os
+import re
+import shutil
 import statistics
 from collections.abc import Callable
 from concurrent.futures import as_completed
@@ -240,19 +247,47 @@ def experiment(base: Experiment, name: str, seed: int, steps: int) -> Experiment
 
 
 def make(name: str, one: Experiment) -> None:
-    pipeline.make([name], one, argparse.Namespace(workers=1, again=[], resume="auto", checkpoint=None, data=None))
+    pipeline.make([name], one, argparse.Namespace(workers=1, again=[], resume="auto", checkpoint=None))
 
 
-def measure(base: Experiment, name: str, seed: int, steps: int) -> dict:
+def source(architecture: type) -> str:
+    """The source of an architecture in this file, and of the classes that it names."""
+    text = inspect.getsource(architecture)
+    for name, other in list(globals().items()):
+        ours = inspect.isclass(other) and other.__module__ == __name__ and other is not architecture
+        if ours and re.search(rf"\b{name}\b", text):
+            text += source(other)
+    return text
+
+
+def origin(base: Experiment, one: Experiment, architecture: type[Transformer]) -> str:
+    """A digest of what a result depends on: the settings, the architecture and the text. Not the project's code."""
+    text = "" if architecture is Transformer else source(architecture)
+    depends = [stage.describe([one.model, one.tokenizer, one.pretrain]), text, stage.outputs(base.directory("pack"))]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+
+
+def measure(one: Experiment, architecture: type[Transformer], made_from: str) -> dict:
     """Trains one run, or finds it trained. Returns its parameters, its seconds and its bits per byte."""
-    one = experiment(base, name, seed, steps)
-    train.Transformer = EXPERIMENTS[name].architecture  # `train.train` makes this model
-    make("pretrain", one)
     directory = one.directory("pretrain")
-    counts = stage.finished(directory)["counts"]
+    mark = directory.parent / "made_from"
+    if directory.parent.exists() and not (mark.exists() and mark.read_text() == made_from):
+        shutil.rmtree(directory.parent)  # an earlier run, before a change
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(made_from)
+    train.Transformer = architecture  # `train.train` makes this model
+    try:
+        make("pretrain", one)
+        counts = stage.finished(directory)["counts"]
+        bits = counts["record"]["val_bits_per_byte"]
+    except cli.Stopped as stop:
+        if stop.status != 2:  # Ctrl-C, or a defect
+            raise
+        bits = math.nan  # for example, its gradient is not finite; the reason is printed
+    if not math.isfinite(bits):
+        return {"made_from": made_from, "failed": True}
     seconds = stage.read_seconds(directory.parent)["pretrain"]
-    bits = counts["record"]["val_bits_per_byte"]
-    return {"bits_per_byte": bits, "parameters": counts["parameters"], "seconds": seconds}
+    return {"made_from": made_from, "bits_per_byte": bits, "parameters": counts["parameters"], "seconds": seconds}
 
 
 def start() -> None:
@@ -262,52 +297,66 @@ def start() -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    for name in arguments.names:
+    names = arguments.names
+    if arguments.config in EXPERIMENTS:
+        names, arguments.config = [arguments.config, *names], "configs/demo.py"
+    for name in names:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}; {cli.meant(name, list(EXPERIMENTS))}")
     base, path = configs.load(arguments.config), RESULTS / "ablations.json"
-    names, seeds, steps, runs = arguments.names or list(EXPERIMENTS), SEEDS, 600, {}
+    names, seeds, steps, runs = names or list(EXPERIMENTS), SEEDS, 600, {}
     if arguments.quick:
         names, seeds, steps = ["demo", "learned_positions", "qk_norm", "shifted_twice"], SEEDS[:1], 4
     elif path.exists():
         runs = stage.read_json(path)["runs"]
-    todo = [(name, seed) for seed in seeds for name in names if str(seed) not in runs.get(name, {})]
     make("pack", base)
     made = about("python -m benchmarks.ablations")  # now: the results, when written, are a change of the work tree
     with cli.pool(os.cpu_count(), start) as pool:
-        runs_of = {pool.submit(measure, base, name, seed, steps): (name, seed) for name, seed in todo}
-        for number, finished in enumerate(as_completed(runs_of), start=1):
-            name, seed = runs_of[finished]
-            result = finished.result()
-            runs.setdefault(name, {})[str(seed)] = result
-            log.info(f"{number} of {len(todo)}: {name}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte")
+        started = {}
+        for seed, name in itertools.product(map(str, seeds), names):
+            one, architecture = experiment(base, name, int(seed), steps), EXPERIMENTS[name].architecture
+            made_from = origin(base, one, architecture)
+            if runs.get(name, {}).get(seed, {}).get("made_from") != made_from:
+                started[pool.submit(measure, one, architecture, made_from)] = name, seed
+        for number, finished in enumerate(as_completed(started), start=1):
+            name, seed = started[finished]
+            runs.setdefault(name, {})[seed] = result = finished.result() | {"commit": made["commit"]}
+            bits = "failed" if "failed" in result else f"{result['bits_per_byte']:.4f} bits per byte"
+            log.info(f"{number} of {len(started)}: {name}, seed {seed}: {bits}")
             if not arguments.quick:
-                in_order = {name: runs[name] for name in EXPERIMENTS if name in runs}
-                stage.write_json(path, made | {"runs": in_order})
-                if "demo" in runs:  # it finishes with the first runs
-                    write_table(in_order)
+                runs = {name: runs[name] for name in EXPERIMENTS if name in runs}
+                stage.write_json(path, made | {"runs": runs})
+                write_table(runs)
     if arguments.quick:
         write("ablations", "python -m benchmarks.ablations --quick", {"runs": runs, "table": table(runs)}, quick=True)
 
 
 def table(runs: dict[str, dict]) -> str:
     """The results in Markdown, the best first. runs: by name and seed, what `measure` returns."""
-    bits = {name: [run["bits_per_byte"] for run in seeds.values()] for name, seeds in runs.items()}
-    # Every experiment tells how much a seed matters: their variances are averaged.
+    bits = {}
+    for name, seeds in runs.items():
+        bits[name] = [run["bits_per_byte"] for run in seeds.values() if "failed" not in run]
+    # Three seeds are too few to tell how much a seed matters: the variances of all experiments are averaged.
     variances = [statistics.variance(values) for values in bits.values() if len(values) > 1]
-    deviation = statistics.mean(variances) ** 0.5 if variances else 0.0
-    rows = [["change", "parameters", "bits per byte", "of three seeds", "beside the demo", ""]]
-    reference = statistics.mean(bits["demo"])
-    for name in sorted(bits, key=lambda name: statistics.mean(bits[name])):
-        values = bits[name]
-        difference = statistics.mean(values) - reference
-        error = deviation * (1 / len(values) + 1 / len(bits["demo"])) ** 0.5
-        verdict = "no difference" if abs(difference) < 2 * error else "worse" if difference > 0 else "better"
-        parameters = next(iter(runs[name].values()))["parameters"]
+    deviation = statistics.mean(variances) ** 0.5 if variances else math.nan
+    reference = bits.get("demo", [])
+    rows = [["change", "parameters", "bits per byte", "seeds", "least to most", "beside the demo", ""]]
+    for name in sorted(bits, key=lambda name: statistics.mean(bits[name] or [math.inf])):
+        values, change = bits[name], f"{EXPERIMENTS[name].what} (`{name}`)"
+        if not values:
+            rows.append([change, "", "", "", "", "", "failed"])
+            continue
+        mean, difference, verdict = statistics.mean(values), "", ""
+        if reference and name != "demo":
+            beside = mean - statistics.mean(reference)
+            error = deviation * (1 / len(values) + 1 / len(reference)) ** 0.5
+            difference = f"{beside:+.4f}"
+            if variances:
+                verdict = "no difference" if abs(beside) < 3 * error else "worse" if beside > 0 else "better"
+        parameters = next(run["parameters"] for run in runs[name].values() if "failed" not in run)
         spread = f"{min(values):.4f} to {max(values):.4f}"
-        row = [f"{EXPERIMENTS[name].what} (`{name}`)", f"{parameters:,}", f"{statistics.mean(values):.4f}", spread]
-        rows.append(row + (["", ""] if name == "demo" else [f"{difference:+.4f}", verdict]))
-    return cli.table(rows, right=(1, 2, 4), markdown=True)
+        rows.append([change, f"{parameters:,}", f"{mean:.4f}", f"{len(values)}", spread, difference, verdict])
+    return cli.table(rows, right=(1, 2, 3, 5), markdown=True)
 
 
 def write_table(runs: dict[str, dict]) -> None:

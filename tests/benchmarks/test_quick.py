@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import configs
 from benchmarks import ablations, nanogpt
 from benchmarks.common import RESULTS, Worker, in_turn, once
 from model import KVCache, ModelConfig, Transformer
@@ -150,6 +151,37 @@ def test_ablations():
     for result in runs.values():
         assert 2 < result["bits_per_byte"] < 8
     assert f"(`demo`) | {table:,}" in " ".join(found["table"].split())
+
+
+def runs_of(*bits: float) -> dict:
+    """Results with a seed for each number; NaN: a run that failed."""
+    one = {"made_from": "", "parameters": 1_000}
+    return {str(i): one | ({"failed": True} if math.isnan(x) else {"bits_per_byte": x}) for i, x in enumerate(bits)}
+
+
+def test_a_difference_counts_from_three_standard_errors():
+    runs = {"demo": runs_of(2.0, 2.2, 2.1), "gelu": runs_of(2.4, 2.2, 2.3), "tied": runs_of(2.6, 2.7, 2.5)}
+    runs["post_norm"] = runs_of(math.nan)
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in ablations.table(runs).splitlines()[2:]]
+    # The standard deviation is 0.1, the standard error of a difference 0.1 · sqrt(2 / 3) = 0.0816, three of it 0.245.
+    assert [row[-2:] for row in rows] == [["", ""], ["+0.2000", "no difference"], ["+0.5000", "worse"], ["", "failed"]]
+    assert rows[1][:4] == ["1,000", "2.3000", "3", "2.2000 to 2.4000"]
+    single = ablations.table({"demo": runs_of(2.0), "gelu": runs_of(1.5)}).splitlines()[2]
+    assert single.split("|")[-3].strip() == "-0.5000"
+    assert single.split("|")[-2].strip() == ""  # one seed tells nothing
+
+
+def test_a_result_names_what_it_was_made_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    base = configs.load(ROOT / "configs/demo.py")
+    digests = set()
+    for name, seed, steps in (("demo", 0, 600), ("demo", 1, 600), ("demo", 0, 5), ("gelu", 0, 600), ("tied", 0, 600)):
+        one = ablations.experiment(base, name, seed, steps)
+        digests.add(ablations.origin(base, one, ablations.EXPERIMENTS[name].architecture))
+    assert len(digests) == 5
+    text = ablations.source(ablations.QKNorm)
+    assert "class QKNormAttention" in text  # it matters too
+    assert "class GELU" not in text
 
 
 def test_the_log_of_experiments_shows_the_results():
