@@ -2,9 +2,9 @@
 
 A block ```text directly after a block ```python is what it prints. A block ```diff is a change of the project; its
 first line is the file. The block ```text after it is what the last Python block before it prints after the change.
+Whatever nobody would check is refused: other languages, indented fences and commands, a block ```text elsewhere.
 """
 
-import itertools
 import re
 import shutil
 import subprocess
@@ -14,6 +14,12 @@ from pathlib import Path
 
 from tests.conftest import PRESENT, ROOT, Command
 
+FENCED = re.compile(r"^```(python|text|diff|mermaid|sh|)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
+# Outside of those blocks: another fence (also in a list or a quotation), and an indented command.
+REFUSED = re.compile(
+    r"^[ \t>*+\d.)-]*(?:```|~~~).*|^(?: {4}|\t)[ $]*(?:\w+=\S* +)*(?:\.venv/bin/)?(?:python3?|make|pip|torchrun)\b.*",
+    re.MULTILINE,
+)
 SEPARATOR = "-- the end of a block --"
 # The names of our modules, to import them again from a changed copy.
 FORGET = f"""
@@ -33,16 +39,34 @@ class Block:
     language: str
     text: str
     line: int  # of its first line in the page, from 1
-    follows: bool  # True if only an empty line is between the block before and this one
+    shown: str | None = None  # what it prints (```python), or what is printed after it (```diff), as the page shows
+
+    @property
+    def config(self) -> str:
+        """The config that a Python block is, such as configs/mine.py, or an empty string."""
+        heading = re.match(r"# (configs/\w+\.py)\n", self.text)
+        return heading[1] if heading and self.language == "python" else ""
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks."""
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in order."""
-    text, found, last = page.read_text(encoding="utf-8"), [], None
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        follows = last is not None and not text[last : match.start()].strip()
-        found.append(Block(match[1], match[2], text[: match.start()].count("\n") + 2, follows))
-        last = match.end()
+    """The fenced blocks of a page, in order. AssertionError if the page has something that nobody would check."""
+    refused = REFUSED.search(prose(page))
+    assert not refused, f"{page.name} has a block that is not checked: {refused[0]}"
+    text, found, before, end = page.read_text(encoding="utf-8"), [], "", 0
+    for match in FENCED.finditer(text):
+        language, line = match[1], text[: match.start()].count("\n") + 2
+        follows = not text[end : match.start()].strip()
+        if language == "text" or (not language and follows and before == "python"):
+            printed = before == "diff" or (before == "python" and follows)
+            assert printed, f"{page.name}, line {line}: no program and no change is before this output"
+            found[-1].shown = match[2]
+        found.append(Block(language, match[2], line))
+        before, end = language, match.end()
     return found
 
 
@@ -60,32 +84,25 @@ def outputs(programs: list[str], place: Path = ROOT, **environment: str) -> list
 
 def check(page: Path, **environment: str) -> int:
     """Runs the Python blocks of a page and compares what they print. Returns their number."""
-    programs, expected, lines = [], [], []
-    for block in blocks(page):
-        if block.language == "python":
-            programs.append(block.text)
-            expected.append("")
-            lines.append(block.line)
-        elif block.language == "text" and block.follows and programs and not expected[-1]:
-            expected[-1] = block.text
-    for line, printed, shown in zip(lines, outputs(programs, **environment), expected, strict=True):
-        assert printed == shown, f"{page.name}, line {line}"
+    programs = [block for block in blocks(page) if block.language == "python"]
+    printed = outputs([block.text for block in programs], **environment)
+    for block, text in zip(programs, printed, strict=True):
+        assert text == (block.shown or ""), f"{page.name}, line {block.line}"
     return len(programs)
 
 
 def check_changes(page: Path, copy: Path, **environment: str) -> int:
     """Makes each change of a page in a copy of the project and compares what is printed then. Returns their number."""
     programs, changes = [], 0
-    parts = blocks(page)
-    for change, after in itertools.pairwise(parts):
-        if change.language == "python":
-            programs.append(change.text)
-        elif change.language == "diff":
-            assert after.language == "text", f"{page.name}, line {change.line}: no output after the change"
+    for block in blocks(page):
+        if block.language == "python":
+            programs.append(block.text)
+        elif block.language == "diff":
+            assert block.shown, f"{page.name}, line {block.line}: no output after the change"
             changes += 1
             project = copy_project(copy / str(changes))
-            apply(change.text, project)
-            assert outputs(programs, project, **environment)[-1] == after.text, f"{page.name}, line {change.line}"
+            apply(block.text, project)
+            assert outputs(programs, project, **environment)[-1] == block.shown, f"{page.name}, line {block.line}"
     return changes
 
 

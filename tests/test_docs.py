@@ -1,6 +1,7 @@
 """README.md, CONTRIBUTING.md and docs/: links lead somewhere, commands parse, configs load, and the Python runs."""
 
 import ast
+import itertools
 import re
 import runpy
 import shlex
@@ -15,13 +16,13 @@ import configs
 import pipeline
 import serving.served
 from tests.conftest import ROOT, Place
-from tests.pages import Block, blocks
+from tests.pages import Block, blocks, prose
 from tests.serving.conftest import Server, serve
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COURSE = sorted((ROOT / "docs/tour").glob("*.md"))
-PROGRAMS = ["pip", "curl", "pytest", ".ci/run"]  # not parsed by us
+PROGRAMS = ["pip", "curl", "git", "pytest", ".ci/run"]  # not parsed by us
 OURS = ["configs", "data", "eval", "tokenizer", "tests", "benchmarks", "docs", "sft", "dpo", "serving"]
 OTHERS = r"data/raw/.*|convert_hf_to_gguf\.py"  # the user's files, and llama.cpp's
 
@@ -30,19 +31,11 @@ def title(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def prose(path: Path) -> str:
-    """A page without its blocks."""
-    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def python(path: Path) -> list[tuple[str, Block]]:
-    """The Python blocks of a page, each with the config that it is, such as configs/mine.py, or an empty string."""
-    found = []
-    for block in blocks(path):
-        if block.language == "python":
-            heading = re.match(r"# (configs/\w+\.py)\n", block.text)
-            found.append((heading[1] if heading else "", block))
-    return found
+def written(path: Path, text: str) -> Path:
+    """A page with the text, in the directory `path`."""
+    page = path / "page.md"
+    page.write_text(text)
+    return page
 
 
 # ------------------------------------------------------------------------------------------------ limits, links, names
@@ -61,10 +54,13 @@ def anchors(path: Path) -> list[str]:
 
 
 def broken(path: Path) -> list[str]:
-    """The links of a page to files or headings that do not exist."""
-    wrong = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
-        if not re.match(r"https?:", target):
+    """The links of a page to files or headings that do not exist, and its links of a kind that is not checked."""
+    text = re.sub(r"`[^`]*`", "", prose(path))
+    wrong = re.findall(r"\]\[|^ *\[.*\]:|<a\b|<img\b", text, re.MULTILINE | re.IGNORECASE)
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        if not target or re.search(r"\s", target):
+            wrong.append(target)
+        elif not re.match(r"https?:", target):
             file, _, anchor = target.partition("#")
             other = path.parent / file if file else path
             if not other.exists() or (anchor and anchor not in anchors(other)):
@@ -78,18 +74,32 @@ def test_links_lead_to_files_and_headings(path: Path):
 
 
 def test_a_broken_link_is_seen(tmp_path: Path):
-    page = tmp_path / "page.md"
-    page.write_text("# A, b-c: `d`\n[x](page.md#a-b-c-d) [y](https://a.b) [z](#none) [w](none.md)\n```\n[v](c)\n```\n")
-    assert broken(page) == ["#none", "none.md"]
+    text = "# A, b-c: `d[0][1]`\n[x](page.md#a-b-c-d01) [y](https://a.b) [z](#none) [w](none.md)\n```\n[v](c)\n```\n"
+    assert broken(written(tmp_path, text)) == ["#none", "none.md"]
+    text = '[x][y] <a href="none.md">x</a> [x](https://a.b "y") [x](page\nmd) [x]()\n\n[y]: none.md\n'
+    assert broken(written(tmp_path, text)) == ["][", "<a", "[y]:", 'https://a.b "y"', "page\nmd", ""]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=title)
+def missing(path: Path) -> list[str]:
+    """The files that a page names, and that are neither there nor made by a page."""
+    snippets = "".join(block.text for block in blocks(path) if block.language == "python")
+    folders = [ROOT, ROOT / "configs", path.parent]  # a table of configs names a second one without its folder
+    wrong = []
+    for name in re.findall(rf"`((?:{'|'.join(OURS)})/[\w./-]*|[\w./-]+\.py)`", prose(path)):
+        there = name in made() or f'"{name}"' in snippets or any((folder / name).exists() for folder in folders)
+        if not there and not re.fullmatch(OTHERS, name):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("path", [*PAGES, *COURSE], ids=title)
 def test_named_files_exist(path: Path):
-    made = [name for page in PAGES for name, _ in python(page)]
-    for name in re.findall(rf"`((?:{'|'.join(OURS)})/[\w./]*|\w+\.py)`", prose(path)):
-        folders = [ROOT, ROOT / "configs"]  # a table of configs names a second one without its folder
-        there = name in made or any((folder / name).exists() for folder in folders)
-        assert there or re.fullmatch(OTHERS, name), name
+    assert missing(path) == []
+
+
+def test_a_missing_file_is_seen(tmp_path: Path):
+    text = '`model.py` `demo.py` `a.py` `none.py` `no/ne.py` `docs/no-ne.md`\n```python\nopen("a.py", "w")\n```\n'
+    assert missing(written(tmp_path, text)) == ["none.py", "no/ne.py", "docs/no-ne.md"]
 
 
 def test_lines_of_code_in_the_readme():
@@ -107,7 +117,7 @@ def test_lines_of_code_in_the_readme():
 
 def commands(path: Path) -> list[str]:
     """The command lines of a page: those of its blocks, and those in its text."""
-    lines = re.findall(r"`((?:python|make|torchrun) [^`]+)`", prose(path))
+    lines = re.findall(r"`((?:\w+=\S* )*(?:\.venv/bin/)?(?:python|make|torchrun) [^`]+)`", prose(path))
     for block in blocks(path):
         if block.language == "sh":
             lines += block.text.replace("\\\n", " ").splitlines()
@@ -152,9 +162,11 @@ def check_command(line: str, parse) -> None:
         targets = [word for word in words if "=" not in word]
         assert re.search(rf"^{targets[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
     elif program in PROGRAMS:
-        assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), line
+        assert all((ROOT / word).exists() for word in words if re.match(r"tests/|.*\.py$", word)), line
     elif program not in ("python", "torchrun"):
         raise AssertionError(line)
+    elif words[:2] == ["-i", "-c"]:  # the snippets of a chapter
+        assert all((ROOT / name).exists() for name in re.findall(r"docs/tour/\w+\.md", words[2])), line
     elif words[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[2:]), line
     elif words[0] == "-m" and words[1].startswith(("benchmarks.", "tests.")):
@@ -166,22 +178,21 @@ def check_command(line: str, parse) -> None:
             words = words[1:]
         arguments = parse([word for word in words if word != "…"])
         assert set(getattr(arguments, "stages", [])) <= set(pipeline.NAMES), line
-        if config := getattr(arguments, "config", None):
-            check_config(config)
+        config = getattr(arguments, "config", None)
+        assert config in (None, "CONFIG", "configs/NAME.py") or (ROOT / config).exists() or config in made(), line
 
 
-def check_config(name: str) -> None:
-    """Fails if a config neither is there, nor made by a block or a command of a page."""
-    made = {found for page in PAGES for found, _ in python(page)}
-    for page in PAGES:
-        for line in commands(page):
-            if "convert.py from-hf" in line:
-                words = [word for word in shlex.split(line, comments=True) if not word.startswith("--")]
-                made.add(f"{words[4]}/config.py")
-    assert name in ("CONFIG", "configs/NAME.py") or name in made or (ROOT / name).exists(), name
+def made() -> set[str]:
+    """The configs that a block or a command of a page makes."""
+    found = {block.config for page in PAGES for block in blocks(page)}
+    for line in itertools.chain(*map(commands, PAGES)):
+        if "convert.py from-hf" in line:
+            words = [word for word in shlex.split(line, comments=True) if not word.startswith("--")]
+            found.add(f"{words[4]}/config.py")
+    return found
 
 
-@pytest.mark.parametrize("path", PAGES, ids=title)
+@pytest.mark.parametrize("path", [*PAGES, *COURSE], ids=title)
 def test_commands_parse(path: Path, parse):
     for line in commands(path):
         check_command(line, parse)
@@ -198,6 +209,8 @@ def test_commands_parse(path: Path, parse):
         "python -m data.inspect configs/tiny.py --stop 3",
         "python -m benchmarks.cpu --quicker",
         "pytest tests/none.py",
+        "git checkout none.py",
+        'python -i -c "$(cat docs/tour/none.md)"',
         "ls",
     ],
 )
@@ -206,14 +219,33 @@ def test_a_mistaken_command_is_seen(line: str, parse):
         check_command(line, parse)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. Run\n\n   ```python\n   x\n   ```\n",
+        "```rust\nx\n```\n",
+        "```python x=1\nx\n```\n",
+        "- ~~~\n  x\n  ~~~\n",
+        "```python\nx\n\n```python\ny\n```\n",
+        "```sh\nls\n```\n```text\nx\n```\n",
+        "```python\nx\n```\nIt prints:\n```text\nx\n```\n",
+        "```diff\nx\n```\nIt prints:\n```text\nx\n```\n```text\ny\n```\n",
+        "Run\n\n    RUNS=x .venv/bin/python train.py\n",
+    ],
+)
+def test_a_block_that_nobody_checks_is_seen(text: str, tmp_path: Path):
+    with pytest.raises(AssertionError, match=r"page\.md"):
+        blocks(written(tmp_path, text))
+
+
 # -------------------------------------------------------------------------------------------------------------- Python
 
 
 @pytest.mark.parametrize("path", PAGES, ids=title)
 def test_configs_load(path: Path, tmp_path: Path):
-    for name, block in python(path):
-        if name:
-            file = tmp_path / Path(name).name
+    for block in blocks(path):
+        if block.config:
+            file = tmp_path / Path(block.config).name
             file.write_text(block.text)
             assert configs.load(file).name == file.stem
 
@@ -240,20 +272,37 @@ def server(trained: Path):
 
 
 def program(block: Block) -> ast.Module:
-    """A block's code; of a session with >>>, the lines that are typed."""
+    """A block's code. A session with >>> must show no output."""
     lines = block.text.splitlines()
     if lines[0].startswith(">>> "):
-        lines = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
+        assert all(re.match(r"(>>>|\.\.\.)( |$)", line) for line in lines), f"line {block.line}: an output"
+        lines = [line[4:] for line in lines]
     return ast.parse("\n".join(lines))
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if any(not name for name, _ in python(path))], ids=title)
-def test_python_runs(path: Path, trained: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(trained)
-    for name, block in python(path):
-        if not name:
-            block.text = block.text.replace("http://127.0.0.1:8000", server.url)
+def check_python(path: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs a page's Python, but for its configs, and compares what it prints where the page shows it."""
+    for block in blocks(path):
+        capsys.readouterr()
+        if block.language == "python" and not block.config:
+            block.text = block.text.replace("http://127.0.0.1:8000", url)
             exec(compile(program(block), f"{path.name}, line {block.line}", "exec"), {})
+        assert block.shown in (None, capsys.readouterr().out), f"{path.name}, line {block.line}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_python_runs(path: Path, trained: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(trained)
+    check_python(path, server.url, capsys)
+
+
+def test_an_output_that_differs_is_seen(tmp_path: Path, capsys):
+    text = "```python\n>>> x = 1\n>>> x\n```\n\n```python\nprint(2)\n```\n\n```text\n2\n```\n"
+    check_python(written(tmp_path, text), "", capsys)
+    faults = [("text\n2", "text\n3"), ("text\n2", "\n3"), (">>> x\n", "1\n"), ("python\nprint", "diff\nprint")]
+    for old, new in [*faults, ("print", "# configs/x.py\nprint")]:
+        with pytest.raises(AssertionError, match="line "):
+            check_python(written(tmp_path, text.replace(old, new)), "", capsys)
 
 
 def test_requests_with_curl_are_answered(server: Server):
