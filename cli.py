@@ -197,7 +197,7 @@ def parser(description: str, config: bool = True) -> argparse.ArgumentParser:
     p = _Parser(description=description, prog=prog)
     if config:
         p.add_argument("config", metavar="CONFIG", help="the experiment, such as configs/tiny.py")
-    p.add_argument("--log-level", default="info", choices=LEVELS, help="the least that is printed; default: info")
+    p.add_argument("--log-level", default="info", choices=LEVELS, help="print this level and above; default: info")
     return p
 
 

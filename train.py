@@ -55,7 +55,7 @@ def pretraining(
         if spm:
             show_continuations(model, validation, spm, config.parallel)
         loss = mean_loss(model, held_out, chosen, rows)
-        # A loss per token depends on the tokenizer: a text has fewer long pieces, but each is harder to guess.
+        # A loss per token depends on the tokenizer: long pieces are fewer, but harder to guess.
         # Bits per byte can be compared across tokenizers.
         tokens_per_byte = len(validation.tokens) / validation.bytes
         return {
@@ -82,7 +82,7 @@ def pretraining(
 
 
 def show_continuations(model: nn.Module, held_out: Packed, spm: Tokenizer, mode: str) -> None:
-    """Logs how the model continues the first 12 tokens of two held-out documents. mode: TrainConfig.parallel."""
+    """Logs how the model continues 12 tokens from the starts of two held-out documents. mode: TrainConfig.parallel."""
     begun = []
     for start in held_out.starts[:: max(1, len(held_out.starts) // 2)][:2].tolist():
         ids = held_out.tokens[start : start + 12].tolist()

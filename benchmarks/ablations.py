@@ -1,4 +1,4 @@
-"""Changes of the demo, one at a time: 600 steps with three seeds each; bits per byte of all held-out text.
+"""Changes of the demo, one at a time, on 614,400 tokens with three seeds; bits per byte of all held-out text.
 
     python -m benchmarks.ablations                  # every run that is not in the results: hours
     python -m benchmarks.ablations rope_off gelu    # these experiments only
@@ -33,7 +33,7 @@ import configs
 import pipeline
 import stage
 import train
-from benchmarks.common import RESULTS, about, parser, run, write
+from benchmarks.common import RESULTS, about, run, write
 from cli import UserError, log
 from configs import Experiment
 from model import Attention, Block, Layout, ModelConfig, Transformer, rotate
@@ -45,7 +45,7 @@ MARKS = "<!-- the rows of ablations.json -->\n\n", "\n\n<!-- end of the rows of 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(ModelConfig):
-    """The shape of a model that is no LLaMA. `checkpoint.load_model` refuses the name, and so does not misread it."""
+    """The shape of a changed model. `checkpoint.load_model` stops at the extra field, so it does not misread it."""
 
     architecture: str
 
@@ -192,16 +192,16 @@ def batches_of(rows: int) -> Change:
 
 def shape(n_layers: int, d_model: int, n_heads: int) -> Change:
     shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads}
-    return Change(f"{cli.plural(n_layers, 'layer')} × {d_model} for 4 × 128, about equal parameters", model=shape)
+    return Change(f"{cli.plural(n_layers, 'layer')} × {d_model}, not 4 × 128; about equal parameters", model=shape)
 
 
 EXPERIMENTS = {
     "demo": Change("the demo as it is"),
     "rope_off": Change("no positions: RoPE off", architecture=NoPositions),
-    "learned_positions": Change("learned positions for RoPE", architecture=LearnedPositions),
-    "gelu": Change("GELU for SwiGLU, equal parameters", architecture=GELU),
-    "relu_squared": Change("ReLU² for SwiGLU, equal parameters", architecture=SquaredReLU),
-    "layer_norm": Change("LayerNorm for RMSNorm", architecture=LayerNorm),
+    "learned_positions": Change("learned positions, not RoPE", architecture=LearnedPositions),
+    "gelu": Change("GELU, not SwiGLU; equal parameters", architecture=GELU),
+    "relu_squared": Change("ReLU², not SwiGLU; equal parameters", architecture=SquaredReLU),
+    "layer_norm": Change("LayerNorm, not RMSNorm", architecture=LayerNorm),
     "post_norm": Change("norm after each addition", architecture=PostNorm),
     "qk_norm": Change("RMSNorm of queries and keys", architecture=QKNorm),
     "tied": Change("one matrix as embedding and output projection", model={"tie_embeddings": True}),
@@ -209,20 +209,20 @@ EXPERIMENTS = {
     "layers_1": shape(1, 192, 3),
     "layers_2": shape(2, 160, 2),
     "layers_9": shape(9, 96, 2),
-    "adamw_1e-3": Change("AdamW for Muon, rate 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
-    "adamw_3e-3": Change("AdamW for Muon, rate 3e-3", {"optimizer": "adamw"}),
-    "adamw_6e-3": Change("AdamW for Muon, rate 6e-3", {"optimizer": "adamw", "learning_rate": 6e-3}),
-    "cosine": Change("cosine schedule for linear", {"schedule": "cosine"}),
-    "wsd": Change("wsd schedule for linear", {"schedule": "wsd"}),
+    "adamw_1e-3": Change("AdamW, not Muon; rate 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
+    "adamw_3e-3": Change("AdamW, not Muon; rate 3e-3", {"optimizer": "adamw"}),
+    "adamw_6e-3": Change("AdamW, not Muon; rate 6e-3", {"optimizer": "adamw", "learning_rate": 6e-3}),
+    "cosine": Change("cosine schedule, not linear", {"schedule": "cosine"}),
+    "wsd": Change("wsd schedule, not linear", {"schedule": "wsd"}),
     "no_warmup": Change("no warm-up", {"warmup_fraction": None}),
-    "weight_decay_0": Change("weight decay 0 for 0.1", {"weight_decay": 0.0}),
+    "weight_decay_0": Change("weight decay 0, not 0.1", {"weight_decay": 0.0}),
     "batch_2": batches_of(2),
     "batch_8": batches_of(8),
     "batch_16": batches_of(16),
-    "vocabulary_1k": Change("1,024 pieces for 4,096", model={"vocab_size": 1_024}),
-    "vocabulary_2k": Change("2,048 pieces for 4,096", model={"vocab_size": 2_048}),
-    "vocabulary_8k": Change("8,192 pieces for 4,096", model={"vocab_size": 8_192}),
-    "vocabulary_16k": Change("16,384 pieces for 4,096", model={"vocab_size": 16_384}),
+    "vocabulary_1k": Change("1,024 pieces, not 4,096", model={"vocab_size": 1_024}),
+    "vocabulary_2k": Change("2,048 pieces, not 4,096", model={"vocab_size": 2_048}),
+    "vocabulary_8k": Change("8,192 pieces, not 4,096", model={"vocab_size": 8_192}),
+    "vocabulary_16k": Change("16,384 pieces, not 4,096", model={"vocab_size": 16_384}),
 }
 
 
@@ -231,6 +231,7 @@ def experiment(base: Experiment, name: str, seed: int, steps: int) -> Experiment
     change = EXPERIMENTS[name]
     settings = {"steps": steps, "seed": seed, "warmup_steps": 0, "warmup_fraction": 0.1, "deterministic": True}
     settings |= {"eval_every": 10_000, "eval_rows": 10_000, "save_every": 10_000} | change.train
+    settings["max_skipped"] = 10_000  # a run that diverges trains to its end, and counts as failed
     model, shared = replace(base.model, **change.model), {"corpus": base}
     if change.architecture is not Transformer:
         model = Variant(**vars(model), architecture=change.architecture.__name__)
@@ -266,19 +267,14 @@ def measure(one: Experiment, architecture: type[Transformer], made_from: str) ->
     """Trains one run, or finds it trained. Returns its parameters, its seconds and its bits per byte."""
     directory = one.directory("pretrain")
     mark = directory.parent / "made_from"
-    if directory.parent.exists() and not (mark.exists() and mark.read_text() == made_from):
-        shutil.rmtree(directory.parent)  # an earlier run, before a change
+    if not mark.exists() or mark.read_text() != made_from:
+        shutil.rmtree(directory.parent, ignore_errors=True)  # an earlier run, before a change
     directory.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text(made_from)
     train.Transformer = architecture  # `train.train` makes this model
-    try:
-        make("pretrain", one)
-        counts = stage.finished(directory)["counts"]
-        bits = counts["record"]["val_bits_per_byte"]
-    except cli.Stopped as stop:
-        if stop.status != 2:  # Ctrl-C, or a defect
-            raise
-        bits = math.nan  # for example, its gradient is not finite; the reason is printed
+    make("pretrain", one)
+    counts = stage.finished(directory)["counts"]
+    bits = counts["record"]["val_bits_per_byte"]
     if not math.isfinite(bits):
         return {"made_from": made_from, "failed": True}
     seconds = stage.read_seconds(directory.parent)["pretrain"]
@@ -292,20 +288,17 @@ def start() -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    names = arguments.names
-    if arguments.config in EXPERIMENTS:
-        names, arguments.config = [arguments.config, *names], "configs/demo.py"
-    for name in names:
+    for name in arguments.names:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}; {cli.meant(name, list(EXPERIMENTS))}")
     base, path = configs.load(arguments.config), RESULTS / "ablations.json"
-    names, seeds, steps, runs = names or list(EXPERIMENTS), SEEDS, 600, {}
+    names, seeds, steps, runs = arguments.names or list(EXPERIMENTS), SEEDS, 600, {}
     if arguments.quick:
         names, seeds, steps = ["demo", "learned_positions", "qk_norm", "shifted_twice"], SEEDS[:1], 4
     elif path.exists():
         runs = stage.read_json(path)["runs"]
     make("pack", base)
-    made = about("python -m benchmarks.ablations")  # now: the results, when written, are a change of the work tree
+    made = about("python -m benchmarks.ablations")  # before the results are written: they make the commit dirty
     with cli.pool(os.cpu_count(), start) as pool:
         started = {}
         for seed, name in itertools.product(map(str, seeds), names):
@@ -335,7 +328,7 @@ def table(runs: dict[str, dict]) -> str:
     variances = [statistics.variance(values) for values in bits.values() if len(values) > 1]
     deviation = statistics.mean(variances) ** 0.5 if variances else math.nan
     reference = bits.get("demo", [])
-    rows = [["change", "parameters", "bits per byte", "seeds", "least to most", "beside the demo", ""]]
+    rows = [["change", "parameters", "bits per byte", "seeds", "range", "difference", ""]]
     for name in sorted(bits, key=lambda name: statistics.mean(bits[name] or [math.inf])):
         values, change = bits[name], f"{EXPERIMENTS[name].what} (`{name}`)"
         if not values:
@@ -361,6 +354,8 @@ def write_table(runs: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    p = parser(__doc__, "configs/demo.py")
+    p = cli.parser(__doc__, config=False)
+    p.set_defaults(config="configs/demo.py")  # a quick run sets another
+    p.add_argument("--quick", action="store_true", help="run a few experiments for 4 steps; write nothing")
     p.add_argument("names", nargs="*", metavar="NAME", help="experiments to run (all)")
     run(main, p)

@@ -1,8 +1,8 @@
-"""Compares runs: what differs in their configs, final numbers, curves, and texts for the same prompts and seeds.
+"""Compares runs: differences of configs, final numbers, curves, and texts for the same prompts and seeds.
 
     python -m eval.compare demo mine        two or more names of runs, or directories such as runs/mine
 
-Prints a page and writes it with a picture. Reads what the runs wrote, finished or not, and needs no config.
+Prints a page, and writes it with a picture to runs/compare/. The runs may be unfinished, their configs unknown.
 Next: use the better run, such as: python serve.py configs/demo.py generate "The"
 """
 
@@ -48,7 +48,7 @@ class Stored(Run):
 
 
 def load(words: list[str]) -> list[Stored]:
-    """The runs. UserError if there are fewer than two, or one is missing, named twice or not trained."""
+    """The runs. UserError if one is missing, named twice or not trained, or no two have trained the same stage."""
     runs = {}
     for word in words:
         home = next((path for path in (stage.runs() / word, Path(word)) if path.is_dir()), None)
@@ -103,7 +103,7 @@ def numbers(runs: list[Stored]) -> list[list[str]]:
 def ending(run: Stored, name: str) -> dict[str, str]:
     """The numbers of a stage's newest checkpoint, and those of its evaluation with their standard errors."""
     counts = run.finals[name]["counts"]
-    seconds = stage.read_seconds(run.home).get(DIRECTORIES[name], counts["seconds"])
+    seconds = stage.read_seconds(run.home)[DIRECTORIES[name]] if name in run.manifests else counts["seconds"]
     end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(seconds)}
     end["parameters"] = round(end["tokens"] / end["tokens_per_parameter"])
     for record in run.metrics(name):
@@ -122,7 +122,7 @@ def ending(run: Stored, name: str) -> dict[str, str]:
 
 
 def texts(runs: list[Stored]) -> list[str]:
-    """What the models of the latest stage that all runs have write for the same prompts and seeds, side by side."""
+    """Texts for the same prompts and seeds, side by side, by the models of the latest stage that all runs have."""
     common = [name for name in TRAINED if all(name in run.finals for run in runs)]
     if not common:
         return ["No stage is trained in all of these runs."]
@@ -143,7 +143,7 @@ def texts(runs: list[Stored]) -> list[str]:
 
 
 def subject(run: Stored, name: str) -> Subject:
-    """The model of a stage, with its tokenizer from this run or from another run beside it."""
+    """The model of a stage, with its tokenizer, wherever that is found."""
     final = run.all_trained()[name]
     wanted = checkpoint.trained_with(final)
     for place in (final / "tokenizer", *run.home.parent.glob("*/tokenizer"), *Path().glob("*/*/tokenizer")):
@@ -173,7 +173,7 @@ def main(arguments: argparse.Namespace) -> None:
     if len(spms) > 1:
         page.append("The tokenizers differ: compare bits per byte, not losses per token and perplexities.")
     if any(row[1].endswith(HELD_OUT) for row in rows):
-        page.append("The held-out sets differ (see the first table): held-out numbers may differ for that reason.")
+        page.append("The held-out sets may differ (see the first table): held-out numbers can differ for that reason.")
     page += ["## Curves", f"![curves]({file.name}.png)", "## Texts", *texts(runs)]
     text = "\n\n".join(page) + "\n"
     stage.write(Path(f"{file}.md"), text.encode())

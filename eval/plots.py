@@ -1,4 +1,4 @@
-"""The report's pictures as PNG. The same numbers give the same bytes. matplotlib is imported here and nowhere else."""
+"""Pictures of runs as PNG. The same numbers give the same bytes."""
 
 import math
 from pathlib import Path

@@ -21,7 +21,7 @@ REFUSED = re.compile(
     re.MULTILINE,
 )
 SEPARATOR = "-- the end of a block --"
-# The names of our modules, to import them again from a changed copy.
+# Forgets our modules, so that they are imported from a changed copy.
 FORGET = f"""
 import sys
 for name, module in list(sys.modules.items()):
@@ -113,7 +113,7 @@ def copy_project(path: Path) -> Path:
 
 
 def apply(diff: str, project: Path) -> None:
-    """Makes the change of a block ```diff: its first line is the file, its lines - become its lines +."""
+    """Makes the change of a block ```diff: its first line is the file, its lines - become its + lines."""
     name, _, lines = diff.partition("\n")
     text = (project / name).read_text(encoding="utf-8")
     changes = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", lines, re.MULTILINE)

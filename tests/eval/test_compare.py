@@ -151,9 +151,9 @@ def test_equal_changes_in_two_stages_are_both_shown(runs: Path):
     text = page("mini", "twin", out=runs / "out")
     settings = [row[:2] for row in cells(text) if row[1] == "lora.rank"]
     assert settings == [["sft", "lora.rank"], ["dpo", "lora.rank"]]
-    assert "held-out sets differ" not in text
+    assert "held-out sets may differ" not in text
     rewrite(runs / "twin/pretrain", lambda manifest: manifest["config"]["pretrain"].update(eval_rows=3))
-    assert "held-out sets differ" in page("mini", "twin", out=runs / "again")
+    assert "held-out sets may differ" in page("mini", "twin", out=runs / "again")
 
 
 def test_runs_of_one_name_stay_apart(runs: Path):
