@@ -211,7 +211,6 @@ EXPERIMENTS = {
     "layers_9": shape(9, 96, 2),
     "adamw_1e-3": Change("AdamW, not Muon; rate 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
     "adamw_3e-3": Change("AdamW, not Muon; rate 3e-3", {"optimizer": "adamw"}),
-    "adamw_6e-3": Change("AdamW, not Muon; rate 6e-3", {"optimizer": "adamw", "learning_rate": 6e-3}),
     "cosine": Change("cosine schedule, not linear", {"schedule": "cosine"}),
     "wsd": Change("wsd schedule, not linear", {"schedule": "wsd"}),
     "no_warmup": Change("no warm-up", {"warmup_fraction": None}),
