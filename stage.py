@@ -78,7 +78,7 @@ def short(value) -> str:
     return "not set" if value is None else text if len(text) <= 80 else text[:79] + "…"
 
 
-def first(phrases: list[str]) -> str:
+def _first(phrases: list[str]) -> str:
     """The first three phrases, and how many more there are."""
     rest = len(phrases) - 3
     return "; ".join(phrases[:3]) + (f" and {rest} more" if rest > 0 else "")
@@ -171,7 +171,7 @@ def imported_code(main: str) -> dict[str, str]:
 def changed_code(directory: Path, code: dict[str, str]) -> str:
     """The source files that changed since they made a finished directory; "" if none. code: {file: SHA-256} now."""
     was = (read_manifest(directory) or {}).get("code", {})
-    return first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
+    return _first([name for name in was if was[name] != code.get(name)]).replace(";", ",")
 
 
 def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> None:
@@ -185,10 +185,10 @@ def warn_of_changed_code(directories: Iterable[Path], code: dict[str, str]) -> N
 
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Writes manifest.json, which makes the directory finished. Its key `sha256` is the digest of its other keys."""
-    write_json(directory / "manifest.json", manifest | {"sha256": digest(manifest)})
+    write_json(directory / "manifest.json", manifest | {"sha256": _digest(manifest)})
 
 
-def digest(manifest: dict) -> str:
+def _digest(manifest: dict) -> str:
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()  # indentation does not count
 
@@ -196,7 +196,7 @@ def digest(manifest: dict) -> str:
 def read_manifest(directory: Path) -> dict | None:
     """A directory's manifest, or None if it has none: the directory is unfinished. UserError if it is damaged."""
     manifest = read_json(directory / "manifest.json")
-    if manifest is not None and (type(manifest) is not dict or manifest.get("sha256") != digest(manifest)):
+    if manifest is not None and (type(manifest) is not dict or manifest.get("sha256") != _digest(manifest)):
         raise UserError(f"{directory}/manifest.json is damaged; delete it, and the directory counts as unfinished")
     return manifest
 
@@ -306,7 +306,7 @@ class Stage:
         """The parts of config and inputs that changed since a directory was finished; "" if none."""
         manifest = read_manifest(directory)
         inputs = differences(manifest["read"], self.read) if self.read else ()
-        return first([*differences(manifest["config"], self.config, self.free), *inputs])
+        return _first([*differences(manifest["config"], self.config, self.free), *inputs])
 
     def must_match(self, directory: Path) -> None:
         """UserError, naming what differs, if a finished directory was made from another config or other inputs."""
