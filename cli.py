@@ -184,7 +184,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
-        if message.startswith("unrecognized arguments: -"):
+        if message.startswith("unrecognized arguments: -") and any(a.dest == "config" for a in self._actions):
             message += "; settings live in the config"
         _leave(2, f"error: {message}; see {self.prog} --help")
 

@@ -119,8 +119,15 @@ def arguments() -> argparse.ArgumentParser:
     a.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: any free port (8000)")
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
-    allowed = "an origin such as http://localhost:3000, without a slash at the end, whose pages may call; *: all (none)"
-    a.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=allowed)
+    allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
+    a.add_argument(
+        "--allow-origin",
+        type=lambda text: text.rstrip("/").lower(),
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help=allowed,
+    )
     given = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the latest"}
     p.add_argument("--checkpoint", **given)
     for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too
