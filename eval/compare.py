@@ -103,7 +103,9 @@ def numbers(runs: list[Stored]) -> list[list[str]]:
 def ending(run: Stored, name: str) -> dict[str, str]:
     """The numbers of a stage's newest checkpoint, and those of its evaluation with their standard errors."""
     counts = run.finals[name]["counts"]
-    seconds = stage.read_seconds(run.home)[DIRECTORIES[name]] if name in run.manifests else counts["seconds"]
+    seconds = counts["seconds"]
+    if name in run.manifests:  # the last evaluation included
+        seconds = stage.read_seconds(run.home).get(DIRECTORIES[name], seconds)
     end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(seconds)}
     end["parameters"] = round(end["tokens"] / end["tokens_per_parameter"])
     for record in run.metrics(name):
