@@ -129,12 +129,12 @@ def rewrite(path: Path, change) -> None:
 
 def test_numbers_of_another_moment_are_named(runs: Path):
     """The newest checkpoint is older than the last evaluation, and newer than the one before."""
-    shutil.copytree(runs / "mini", runs / "_a$b_$c")
+    shutil.copytree(runs / "mini", runs / "a$b_$c")
     for name in ("final", "best"):
-        shutil.rmtree(runs / "_a$b_$c/pretrain" / name)
-    (runs / "_a$b_$c/pretrain/manifest.json").unlink()
+        shutil.rmtree(runs / "a$b_$c/pretrain" / name)
+    (runs / "a$b_$c/pretrain/manifest.json").unlink()
     lines = [json.loads(line) for line in (runs / "mini/pretrain/metrics.jsonl").read_text().splitlines()]
-    text = page("mini", "_a$b_$c", out=runs / "out")
+    text = page("mini", "a$b_$c", out=runs / "out")
     rows = {tuple(row[:2]): row[2:] for row in cells(text)}
     assert rows["pretrain", "step"] == ["24", "20"]
     assert rows["pretrain", "evaluated at step"] == ["", "16"]
