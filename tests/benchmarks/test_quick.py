@@ -305,3 +305,17 @@ def test_processes_are_asked_in_turn_and_end(tmp_path):
     assert worker.ask(3) == 6
     worker.end()
     assert not worker.process.is_alive()
+
+
+def test_a_run_that_diverges_is_a_failed_row(place, monkeypatch):
+    monkeypatch.setenv("DATA", str(place.raw))
+    monkeypatch.setenv("RUNS", str(place.runs))
+    base = configs.load(place.config)
+    ablations.make("pack", base)
+    change = ablations.Change("too fast", {"optimizer": "adamw", "learning_rate": 1e30})
+    monkeypatch.setitem(ablations.EXPERIMENTS, "bad", change)
+    monkeypatch.setattr("train.Transformer", Transformer)  # `measure` sets it
+    assert ablations.measure(ablations.experiment(base, "bad", 0, 12), Transformer, "x") == {
+        "made_from": "x",
+        "failed": True,
+    }
