@@ -120,14 +120,8 @@ def arguments() -> argparse.ArgumentParser:
     a.add_argument("--batch-size", type=cli.positive, default=8, help="texts decoded together (8)")
     a.add_argument("--queue", type=cli.positive, default=64, help="texts that may wait (64)")
     allowed = "a web page's origin, such as http://localhost:3000, that may call the API; * allows all (none)"
-    a.add_argument(
-        "--allow-origin",
-        type=lambda text: text.rstrip("/").lower(),
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help=allowed,
-    )
+    plain = {"type": lambda text: text.rstrip("/").lower(), "metavar": "ORIGIN"}  # as browsers send it
+    a.add_argument("--allow-origin", action="append", default=[], help=allowed, **plain)
     given = {"type": Path, "metavar": "DIR", "help": "a trained model, instead of the latest"}
     p.add_argument("--checkpoint", **given)
     for parser, command in (g, generate), (c, chat), (a, api):  # shared switches may stand after the command too

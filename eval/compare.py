@@ -103,9 +103,8 @@ def numbers(runs: list[Stored]) -> list[list[str]]:
 def ending(run: Stored, name: str) -> dict[str, str]:
     """The numbers of a stage's newest checkpoint, and those of its evaluation with their standard errors."""
     counts = run.finals[name]["counts"]
-    seconds = counts["seconds"]
-    if name in run.manifests:  # the last evaluation included
-        seconds = stage.read_seconds(run.home).get(DIRECTORIES[name], seconds)
+    finished = stage.read_seconds(run.home) if name in run.manifests else {}  # with the last evaluation
+    seconds = finished.get(DIRECTORIES[name], counts["seconds"])
     end = counts["record"] | {"of_steps": counts["steps"], "seconds": round(seconds)}
     end["parameters"] = round(end["tokens"] / end["tokens_per_parameter"])
     for record in run.metrics(name):
