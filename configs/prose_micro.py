@@ -9,6 +9,5 @@ experiment = replace(
     prose_tiny,
     name="prose_micro",
     model=micro.model,
-    pretrain=replace(prose_tiny.pretrain, learning_rate=2e-3, min_lr=2e-4),
     shared={"corpus": prose_tiny, "tokenizer": prose_tiny, "pack": prose_tiny},
 )
