@@ -239,8 +239,8 @@ def real_run(results) -> None:
 
 
 def pretrain(results, directory: Path, path: Path) -> dict:
-    base = configs.load(path)
-    config, length = base.pretrain, base.model.context_length
+    base = replace(configs.load(path), mixture=())  # shares would read the smallest source dozens of times
+    config, length = replace(base.pretrain, batch_size=16), base.model.context_length
     measured = results.found.get("rows_tiny", {}).get(str(config.batch_size), {})
     rate = 0.65 * measured.get("tokens_per_second", 800_000)  # reading batches and waiting for the norm take time too
     seconds = results.left() - 55  # without compiling, saving and the evaluation

@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 from configs.alpaca import experiment as alpaca
-from sft.conversations import Chats
+from configs.prose_tiny import DOLLY
 from sft.data import ConversationConfig
 from sft.train import SFTConfig
-
-DOLLY = Chats(name="dolly", paths=("dolly.jsonl.xz",), licence="CC BY-SA 3.0")
 
 experiment = replace(alpaca, name="dolly", sft=SFTConfig(data=ConversationConfig(sources=(DOLLY,))))

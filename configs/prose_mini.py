@@ -5,7 +5,7 @@ A model this small knows little; it is enough to see what fine-tuning and prefer
 
 from dataclasses import replace
 
-from configs.alpaca import ALPACA
+from configs.prose_tiny import ALPACA
 from configs.prose_tiny import experiment as prose_tiny
 from model import ModelConfig
 from sft.data import ConversationConfig
@@ -18,6 +18,7 @@ experiment = replace(
     name="prose_mini",
     model=ModelConfig(vocab_size=8_192, context_length=512, n_layers=4, d_model=128, n_heads=2),
     tokenizer=TokenizerConfig(vocab_size=8_192),
+    mixture=(),  # all tokens alike
     pretrain=TrainConfig(
         steps=5_000,
         batch_size=8,

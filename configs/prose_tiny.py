@@ -11,6 +11,12 @@ from data.batches import Phase
 from data.corpus import CorpusConfig
 from data.quality import PROSE
 from data.sources import Files
+from dpo.data import PairConfig
+from dpo.pairs import Pairs
+from dpo.train import DPOConfig
+from sft.conversations import Chats
+from sft.data import ConversationConfig
+from sft.train import SFTConfig
 from trainer import TrainConfig
 
 # What models of this corpus are evaluated on stays out of it.
@@ -26,6 +32,10 @@ EVALUATION = tuple(
         "winogrande": "winogrande_val.jsonl.xz",
     }.items()
 )
+
+ALPACA = Chats(name="alpaca", paths=("alpaca.jsonl.xz",), licence="CC BY-NC 4.0")
+DOLLY = Chats(name="dolly", paths=("dolly.jsonl.xz",), licence="CC BY-SA 3.0")
+ALPACA_EVAL = Pairs(name="alpaca_eval", paths=("alpaca_eval_pairs.jsonl.xz",), licence="CC BY-NC 4.0")
 
 experiment = replace(
     tiny,
@@ -55,5 +65,35 @@ experiment = replace(
         eval_every=550,
         eval_rows=64,
         save_every=275,
+    ),
+    sft=SFTConfig(
+        data=ConversationConfig(sources=(ALPACA, DOLLY)),
+        train=TrainConfig(
+            epochs=2,
+            batch_size=8,
+            micro_batch_size=4,
+            learning_rate=1e-3,
+            warmup_fraction=0.1,
+            schedule="linear",
+            weight_decay=0.0,
+            eval_every=100,
+            eval_rows=64,
+            save_every=100,
+        ),
+    ),
+    dpo=DPOConfig(
+        data=PairConfig(sources=(ALPACA_EVAL,), val_fraction=0.2),  # by prompt: twelve pairs each, so few prompts
+        train=TrainConfig(
+            epochs=1,
+            batch_size=16,
+            micro_batch_size=8,
+            learning_rate=2e-4,
+            warmup_fraction=0.1,
+            schedule="linear",
+            weight_decay=0.0,
+            eval_every=100,
+            eval_rows=256,
+            save_every=100,
+        ),
     ),
 )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs import Experiment
-from configs.alpaca import ALPACA, ALPACA_EVAL
+from configs.prose_tiny import ALPACA, ALPACA_EVAL
 from data.corpus import CorpusConfig
 from data.pack import PackConfig
 from data.sources import PythonDocs
