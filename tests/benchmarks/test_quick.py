@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import configs
-from benchmarks import ablations, nanogpt
+from benchmarks import ablations, nanogpt, scaling
 from benchmarks.common import RESULTS, Worker, in_turn, once
 from model import KVCache, ModelConfig, Transformer
 from tests.conftest import PRESENT, ROOT, Command
@@ -187,6 +187,37 @@ def test_a_result_names_what_it_was_made_from(tmp_path, monkeypatch):
 def test_the_log_of_experiments_shows_the_results():
     runs = json.loads((RESULTS / "ablations.json").read_text())["runs"]
     assert ablations.table(runs) in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+
+
+def test_scaling():
+    found = quick("scaling")
+    for size, (n_layers, d_model, _) in scaling.SIZES.items():
+        runs = found["runs"][size]
+        matrices = n_layers * (4 * d_model**2 + 3 * d_model * 4 * d_model)
+        for run in runs.values():
+            assert run["parameters"] == matrices + 2 * 400 * d_model + (2 * n_layers + 1) * d_model
+            assert 2 < run["bits_per_byte"] < 8
+        # A weight of a linear layer costs 6 FLOPs a token; attention over at most 128 keys is added.
+        assert 1 < runs["2048"]["flops"] / (2048 * 6 * (matrices + 400 * d_model)) < 1.3
+        assert runs["2048"]["flops"] == 2 * runs["1024"]["flops"]
+    assert found["frontier"]["exponent"] < 0
+
+
+def test_the_frontier_of_scaling_and_its_line():
+    assert scaling.power_law([(1, 8), (4, 4), (16, 2)]) == pytest.approx((8, -0.5))
+    assert scaling.frontier([(3, 1.9), (1, 3.0), (2, 3.5), (3, 2.0)]) == [(1, 3.0), (3, 1.9)]
+    small = {"tokens": 10, "flops": 100, "parameters": 5}
+    runs = {"a": {"10": small | {"bits_per_byte": 4.0}, "40": small | {"flops": 400, "bits_per_byte": 2.0}}}
+    runs["b"] = {
+        "10": small | {"flops": 200, "bits_per_byte": 3.0},
+        "40": small | {"flops": 800, "bits_per_byte": 0.75},
+    }
+    best = scaling.analyse(runs)["best"]
+    # a: 40 / sqrt(x), b: 600 / x. They cross at 225, in the range 200 to 400 that both lines cover.
+    assert [(each["flops"], each["size"]) for each in best] == [(200, "a"), (400, "b")]
+    assert [each["a"] for each in best] == pytest.approx([40 / 200**0.5, 2.0])
+    assert best[0]["tokens"] == 20
+    assert best[0]["tokens_per_parameter"] == 4
 
 
 SMALL = ModelConfig(vocab_size=50, context_length=16, n_layers=2, d_model=32, n_heads=2)

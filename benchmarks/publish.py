@@ -1,0 +1,52 @@
+"""Writes docs/report/ from a finished experiment: the report, its plots, its numbers, its logged losses. No weights.
+
+    python -m benchmarks.publish configs/prose_tiny.py    ->  docs/report/
+
+The report is `pipeline.py CONFIG report`'s, without the samples that quote a dataset: its licence may forbid that.
+Next: correct the text of docs/report/README.md; `make test` compares its numbers with results.json
+"""
+
+import argparse
+import shutil
+
+import cli
+import configs
+import stage
+from cli import log
+from eval import plots
+from eval.report import page
+from eval.summary import Run
+
+HOME = stage.ROOT / "docs/report"
+QUOTING = ("answers", "continuations")  # tasks whose prompts come from a dataset
+
+
+def stages(run: Run) -> dict[str, dict]:
+    """Command, seconds, machine, digest and counts of each stage."""
+    found = {}
+    for name, manifest in run.manifests.items():
+        directory, counts = run.experiment.directory(name), manifest["counts"]
+        seconds = stage.read_seconds(directory.parent).get(directory.name)
+        command = counts.get("command", run.experiment.command(name))
+        found[name] = {"command": command, "seconds": seconds, "sha256": manifest["sha256"], "counts": counts}
+    return found
+
+
+def main(arguments: argparse.Namespace) -> None:
+    run = Run(configs.load(arguments.config))
+    for texts in run.texts.values():
+        for task in QUOTING:
+            texts.pop(task, None)
+    HOME.mkdir(exist_ok=True)
+    pictures = plots.draw(run, HOME / "plots")
+    stage.write(HOME / "REPORT.md", page(run, pictures).encode())
+    versions = next(reversed(run.manifests.values()))["versions"]
+    stage.write_json(HOME / "results.json", run.results | {"stages": stages(run), "versions": versions})
+    for name in run.finals:
+        shutil.copy(run.experiment.directory(name) / "metrics.jsonl", HOME / f"{name}.jsonl")
+    log.info(f"published: {HOME}")
+
+
+if __name__ == "__main__":
+    p = cli.parser(__doc__)
+    cli.run(main, p.parse_args())

@@ -1,0 +1,151 @@
+"""Loss against compute: three sizes of model, each trained on three budgets of prose; bits per byte of held-out text.
+
+    DATA=… python -m benchmarks.scaling    ->  benchmarks/results/scaling.json, docs/report/scaling.png
+
+Each run trains in a process of its own, one for each core, with the recipe of configs/prose_tiny.py but batches of 4
+rows, and reads its budget to the end of its own schedule. A run that was interrupted is resumed.
+"""
+
+import argparse
+import itertools
+import math
+import os
+from concurrent.futures import as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cli
+import configs
+import stage
+from benchmarks.ablations import make, measure, origin, start
+from benchmarks.common import RESULTS, about, parser, run, write
+from cli import log
+from configs import Experiment
+from model import ModelConfig, Transformer
+
+SIZES = {  # layers, width, heads
+    "micro": (4, 128, 2),
+    "middle": (5, 192, 3),
+    "tiny": (6, 256, 4),
+}
+BUDGETS = (2**20, 2**21, 2**22)  # tokens
+ROWS, HELD_OUT = 4, 256  # of a batch; of the held-out text
+PICTURE = stage.ROOT / "docs/report/scaling.png"
+
+
+def experiment(base: Experiment, size: str, tokens: int) -> Experiment:
+    """The experiment of one run. It shares the packed tokens of `base`."""
+    n_layers, d_model, n_heads = SIZES[size]
+    model = replace(base.model, n_layers=n_layers, d_model=d_model, n_heads=n_heads)
+    steps = tokens // (ROWS * model.context_length)
+    settings = {"steps": steps, "epochs": None, "warmup_steps": 0, "warmup_fraction": 0.05, "batch_size": ROWS}
+    settings |= {"micro_batch_size": None, "eval_every": 10**6, "eval_rows": HELD_OUT, "save_every": 250}
+    shared = {"corpus": base, "tokenizer": base, "pack": base}
+    name = f"scaling_{size}_{tokens}"
+    return replace(base, name=name, model=model, pretrain=replace(base.pretrain, **settings), shared=shared)
+
+
+def flops(model: ModelConfig, tokens: int) -> float:
+    """Floating-point operations of a run."""
+    with torch.device("meta"):
+        return tokens * Transformer(model).flops_per_token(model.context_length)
+
+
+def power_law(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) of y = a · x^b, fitted to the logarithms of (x, y) by least squares."""
+    b, log_a = np.polyfit(*np.log(np.array(points)).T, 1)
+    return math.exp(log_a), b
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (compute, loss) that no point with at most their compute beats."""
+    kept = []
+    for compute, loss in sorted(points):
+        if not kept or loss < kept[-1][1]:
+            kept.append((compute, loss))
+    return kept
+
+
+def analyse(runs: dict[str, dict]) -> dict:
+    """The fitted lines, and the best size at the compute of each run that every size's line covers."""
+    points = {
+        size: [(each["flops"], each["bits_per_byte"]) for each in budgets.values()] for size, budgets in runs.items()
+    }
+    lines = {size: power_law(own) for size, own in points.items()}
+    lowest = max(min(own)[0] for own in points.values())
+    highest = min(max(own)[0] for own in points.values())
+    best = []
+    for compute in sorted(x for own in points.values() for x, _ in own):
+        if lowest <= compute <= highest:
+            losses = {size: a * compute**b for size, (a, b) in lines.items()}
+            size = min(losses, key=losses.get)
+            any_run = next(iter(runs[size].values()))
+            tokens = compute * any_run["tokens"] / any_run["flops"]
+            ratio = tokens / any_run["parameters"]
+            best.append(
+                {"flops": compute, "size": size, "tokens": round(tokens), "tokens_per_parameter": ratio} | losses
+            )
+    a, b = power_law(frontier([point for own in points.values() for point in own]))
+    return {"exponents": {size: b for size, (_, b) in lines.items()}, "frontier": {"a": a, "exponent": b}, "best": best}
+
+
+def draw(runs: dict[str, dict], found: dict, path: Path) -> None:
+    """Draws held-out loss over compute: the runs of each size, and the line fitted to the best of them."""
+    from eval.plots import figure
+
+    drawing = figure(
+        "held-out loss against compute; dashed: fitted to the runs that no run with less compute beats", 1, 1
+    )
+    (axis,) = drawing.axes
+    axis.set(xlabel="floating-point operations of training", ylabel="bits per byte", xscale="log", yscale="log")
+    computes = []
+    for size, budgets in runs.items():
+        own = [(each["flops"], each["bits_per_byte"]) for each in budgets.values()]
+        axis.plot(
+            *zip(*own, strict=True), "o-", label=f"{size}: {next(iter(budgets.values()))['parameters']:,} parameters"
+        )
+        computes += [compute for compute, _ in own]
+    ends = np.array([min(computes), max(computes)])
+    law = found["frontier"]
+    axis.plot(ends, law["a"] * ends ** law["exponent"], "k--", label=f"compute to the power of {law['exponent']:.3f}")
+    axis.yaxis.set_major_formatter("{x:.2f}")
+    axis.yaxis.set_minor_formatter("{x:.2f}")
+    axis.legend()
+    path.parent.mkdir(exist_ok=True)
+    drawing.savefig(path, metadata={"Software": None})
+
+
+def main(arguments: argparse.Namespace) -> None:
+    base, path, budgets, runs = configs.load(arguments.config), RESULTS / "scaling.json", BUDGETS, {}
+    if arguments.quick:
+        base, budgets = replace(base, pretrain=replace(base.pretrain, compile=False)), (2**10, 2**11)
+    elif path.exists():
+        runs = stage.read_json(path)["runs"]
+    make("pack", base)
+    made = about("python -m benchmarks.scaling")
+    with cli.pool(os.cpu_count(), start) as pool:
+        started = {}
+        for tokens, size in itertools.product(sorted(budgets, reverse=True), reversed(SIZES)):  # the longest run first
+            one = experiment(base, size, tokens)
+            made_from = origin(base, one, Transformer)
+            if runs.get(size, {}).get(str(tokens), {}).get("made_from") != made_from:
+                known = {"tokens": tokens, "flops": flops(one.model, tokens), "commit": made["commit"]}
+                started[pool.submit(measure, one, Transformer, made_from)] = size, str(tokens), known
+        for number, finished in enumerate(as_completed(started), start=1):
+            size, tokens, known = started[finished]
+            runs.setdefault(size, {})[tokens] = result = finished.result() | known
+            log.info(f"{number} of {len(started)}: {size}, {tokens} tokens: {result.get('bits_per_byte', 'failed')}")
+            if not arguments.quick:
+                stage.write_json(path, made | {"runs": runs})
+    runs = {size: dict(sorted(runs[size].items(), key=lambda item: int(item[0]))) for size in SIZES}
+    found = analyse(runs)
+    if not arguments.quick:
+        draw(runs, found, PICTURE)
+    write("scaling", "python -m benchmarks.scaling", {"runs": runs} | found, arguments.quick)
+
+
+if __name__ == "__main__":
+    run(main, parser(__doc__, "configs/prose_tiny.py"))
