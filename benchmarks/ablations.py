@@ -230,7 +230,7 @@ def experiment(base: Experiment, name: str, seed: int, steps: int) -> Experiment
     change = EXPERIMENTS[name]
     settings = {"steps": steps, "seed": seed, "warmup_steps": 0, "warmup_fraction": 0.1, "deterministic": True}
     settings |= {"eval_every": 10_000, "eval_rows": 10_000, "save_every": 10_000} | change.train
-    settings["max_skipped"] = 10_000  # a run that diverges goes on to its end, and counts as failed
+    settings["max_skipped"] = 10_000  # a run that diverges trains to its end, and counts as failed
     model, shared = replace(base.model, **change.model), {"corpus": base}
     if change.architecture is not Transformer:
         model = Variant(**vars(model), architecture=change.architecture.__name__)

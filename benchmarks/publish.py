@@ -3,7 +3,7 @@
     python -m benchmarks.publish configs/prose_tiny.py    ->  docs/report/
 
 The report is `pipeline.py CONFIG report`'s, without the samples that quote a dataset: its licence may forbid that.
-Next: correct the text of docs/report/README.md; `make test` compares its numbers with results.json
+Next: write about it in docs/; `make test` compares a number with results.json if its row names the key
 """
 
 import argparse
@@ -22,7 +22,7 @@ QUOTING = ("answers", "continuations")  # tasks whose prompts come from a datase
 
 
 def stages(run: Run) -> dict[str, dict]:
-    """Command, seconds, machine, digest and counts of each stage."""
+    """Command, seconds, digest and counts of each stage."""
     found = {}
     for name, manifest in run.manifests.items():
         directory, counts = run.experiment.directory(name), manifest["counts"]

@@ -22,7 +22,7 @@ import configs
 import stage
 from benchmarks.ablations import make, measure, origin, start
 from benchmarks.common import RESULTS, about, parser, run, write
-from cli import log
+from cli import UserError, log
 from configs import Experiment
 from model import ModelConfig, Transformer
 
@@ -137,7 +137,10 @@ def main(arguments: argparse.Namespace) -> None:
         for number, finished in enumerate(as_completed(started), start=1):
             size, tokens, known = started[finished]
             runs.setdefault(size, {})[tokens] = result = finished.result() | known
-            log.info(f"{number} of {len(started)}: {size}, {tokens} tokens: {result.get('bits_per_byte', 'failed')}")
+            if "failed" in result:
+                raise UserError(f"{size} diverged on {tokens} tokens; lower the learning rate of {arguments.config}")
+            bits = f"{result['bits_per_byte']:.4f} bits per byte"
+            log.info(f"{number} of {len(started)}: {size}, {tokens} tokens: {bits}")
             if not arguments.quick:
                 stage.write_json(path, made | {"runs": runs})
     runs = {size: dict(sorted(runs[size].items(), key=lambda item: int(item[0]))) for size in SIZES}
