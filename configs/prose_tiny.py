@@ -1,7 +1,7 @@
 """prose_tiny: 23,072,000 parameters on English prose (novels, film reviews, news and speeches, encyclopaedia), then
 instructions, then preferences: two hours of pretraining on two CPU cores. The data is the user's own, found under DATA.
 
-docs/report/ is the report of this experiment. It also says how the settings were chosen.
+docs/experiments.md says how the settings were chosen.
 """
 
 from dataclasses import replace
