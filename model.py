@@ -568,9 +568,11 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
     if targets.device.type == "cpu":  # drop ignored rows; a GPU masks them, since counting would wait for it
-        live = targets != IGNORED
-        if not live.all():
-            keep = live.nonzero()[:, 0]
+        ignored = targets == IGNORED
+        # Up to 127 of them stay: for each number of rows that it has seen, oneDNN keeps megabytes.
+        count = -(-int((~ignored).sum()) // 128) * 128
+        if count < n:
+            keep = ignored.argsort(stable=True)[:count]
             targets = targets[keep]
             keep = send(keep, x.device)
             x, factors = x[keep], None if factors is None else factors[keep]
@@ -578,9 +580,8 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
     loss = x.new_zeros(len(x) if per_target else (), dtype=wide)
     dx = x.new_empty(x.shape) if learn_x else None
     dw = None
-    # One buffer for all chunks: on a CPU, new memory each time would cost more than the arithmetic.
     chunk = max(1, CHUNK // (len(w) * w.element_size()))
-    buffer = x.new_empty(min(chunk, len(x)), len(w), dtype=dtype)
+    buffer = workspace(x.device).view(dtype)[: chunk * len(w)].view(chunk, len(w))
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, len(x), chunk):
             rows = slice(first, min(first + chunk, len(x)))
@@ -608,6 +609,13 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
         loss = loss.new_zeros(n).index_copy_(0, keep, loss) if per_target else loss
         dx = dx.new_zeros(n, dx.shape[1]).index_copy_(0, keep, dx) if learn_x else None
     return loss, dx, dw
+
+
+@functools.cache
+def workspace(device: torch.device) -> Tensor:
+    """CHUNK bytes on the device for the logits of every chunk."""
+    # On a CPU, new memory each time would cost more than the arithmetic, and new sizes would leave holes in the heap.
+    return torch.empty(CHUNK, dtype=torch.uint8, device=device)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Tensor:
