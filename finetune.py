@@ -99,10 +99,6 @@ class Tuning(Task):
         return "; ".join(self.mixture.documents(step))
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def tune(job: Stage, base: Base, task: Tuning, adapter: LoRAConfig | None, force: bool, resume: str) -> None:
     """Trains the base, or an adapter on it, in a stage's directory."""
 

@@ -37,8 +37,7 @@ class Sampling:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
         for name in ("top_k", "no_repeat_ngram"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected more than 0, at most 1")
@@ -89,19 +88,16 @@ class Sampling:
 
     def penalised(self, logits: Tensor, seen: Sequence[int]) -> Tensor:
         """The logits, (V,), with penalties for repeating the text."""
-        if self.repetition_penalty != 1:
+        if (penalty := self.repetition_penalty) != 1:
             ids = torch.tensor(sorted(set(seen)))
-            penalty = self.repetition_penalty
             old = logits[ids]
             # A negative logit has to be multiplied: dividing it would make the token likelier.
             logits = logits.index_put((ids,), torch.where(old > 0, old / penalty, old * penalty))
         if self.no_repeat_ngram is not None:
             before = self.no_repeat_ngram - 1
             last = seen[len(seen) - before :]  # the last n − 1 tokens
-            banned = set()  # what came after these tokens earlier in the text
-            for i in range(before, len(seen)):
-                if seen[i - before : i] == last:
-                    banned.add(seen[i])
+            # What came after these tokens earlier in the text.
+            banned = {seen[i] for i in range(before, len(seen)) if seen[i - before : i] == last}
             if 0 < len(banned) < len(logits):
                 logits = logits.index_fill(0, torch.tensor(sorted(banned)), -math.inf)
         return logits

@@ -581,7 +581,7 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
     dx = x.new_empty(x.shape) if learn_x else None
     dw = None
     chunk = max(1, CHUNK // (len(w) * w.element_size()))
-    buffer = workspace(x.device).view(dtype)[: chunk * len(w)].view(chunk, len(w))
+    buffer = logits_buffer(chunk, len(w), dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, len(x), chunk):
             rows = slice(first, min(first + chunk, len(x)))
@@ -611,11 +611,10 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
     return loss, dx, dw
 
 
-@functools.cache
-def workspace(device: torch.device) -> Tensor:
-    """CHUNK bytes on the device for the logits of every chunk."""
-    # On a CPU, new memory each time would cost more than the arithmetic, and new sizes would leave holes in the heap.
-    return torch.empty(CHUNK, dtype=torch.uint8, device=device)
+@functools.lru_cache(1)
+def logits_buffer(rows: int, pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The memory for the logits of every chunk: on a CPU, new memory would cost more time than the arithmetic."""
+    return torch.empty(rows, pieces, dtype=dtype, device=device)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, kernels: str = "auto") -> Tensor:

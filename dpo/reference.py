@@ -19,7 +19,7 @@ from cli import UserError, log
 from data.pack import SPLITS
 from dpo.data import PairRows
 from dpo.loss import log_probs
-from finetune import Base, device_of
+from finetune import Base
 from model import Transformer
 from stage import Stage
 from tokenizer import Tokenizer
@@ -29,7 +29,7 @@ TOKENS = {"cpu": 8_192, "cuda": 131_072}  # the most tokens per batch
 
 def of_pairs(model: Transformer, pairs: PairRows, name: str) -> Tensor:
     """Log-probabilities of the answers of all pairs, (pairs, 2) float64 on the CPU. UserError if one is not finite."""
-    pairs_at_once = max(1, TOKENS.get(device_of(model).type, TOKENS["cpu"]) // pairs.width)
+    pairs_at_once = max(1, TOKENS.get(model.embed.weight.device.type, TOKENS["cpu"]) // pairs.width)
     values = []
 
     def read(first: int, size: int) -> int:

@@ -22,7 +22,7 @@ import parallel
 from cli import UserError
 from dpo.data import PairConfig, PairRows
 from dpo.loss import LossConfig, log_probs, preference_loss, rewards
-from finetune import Base, Tuning, check_weights, device_of
+from finetune import Base, Tuning, check_weights
 from lora import LoRAConfig
 from model import send
 from stage import Stage, check_types
@@ -128,7 +128,7 @@ class PreferenceLearning(Tuning):
         metrics = {f"val_{name}": float(parallel.add_up(total)) / count for name, total in sums.items()}
         measured = min(MEASURED, count)
         ids, bounds, _ = self.held_out.read([self.chosen[i * count // measured] for i in range(measured)])
-        metrics["val_kl"] = divergence(model, ids, bounds, lambda: self.base.load().to(device_of(model)))
+        metrics["val_kl"] = divergence(model, ids, bounds, lambda: self.base.load().to(model.embed.weight.device))
         return metrics
 
 
@@ -136,7 +136,7 @@ def divergence(model: nn.Module, ids: Tensor, bounds: Tensor, load: Callable[[],
     """KL(π ‖ reference) of the next token over the chosen answers' positions, in nats per token."""
     # Summed over the vocabulary, not estimated from the answers' own tokens. load: returns the reference as a second
     # model; called only if this model has no adapter to switch off.
-    device, adapted = device_of(model), bool(lora.layers(model))
+    device, adapted = model.embed.weight.device, bool(lora.layers(model))
     reference = model if adapted else load()
     total, tokens = 0.0, 0
     for row, (prompt, chosen, _) in zip(ids, bounds.tolist(), strict=True):

@@ -18,7 +18,7 @@ import checkpoint
 import finetune
 import parallel
 import sft.data
-from finetune import Base, Tuning, check_weights, device_of
+from finetune import Base, Tuning, check_weights
 from lora import LoRAConfig
 from metrics import show_samples
 from model import IGNORED, ModelConfig
@@ -91,14 +91,14 @@ class FineTuning(Tuning):
         # numbers. Another number of processes does too, if it makes the same micro-batches.
         torch.manual_seed(((self.config.seed << 32) + int(numbers[0])) % 2**63)
         # Targets and positions stay on the CPU: the model reads them there without waiting for a GPU.
-        tokens = tokens.to(device_of(model), non_blocking=True)
+        tokens = tokens.to(model.embed.weight.device, non_blocking=True)
         return {"loss": model(tokens, targets, positions=positions)}
 
     def targets(self, tokens: Tensor, targets: Tensor, *rest: Tensor) -> int:
         return int((targets != IGNORED).sum())
 
     def evaluate(self, model: nn.Module, rows: int) -> dict[str, float]:
-        device = device_of(model)
+        device = model.embed.weight.device
         # One sum in float64, divided at the end: the grouping of the rows changes nothing.
         nats = torch.zeros((), dtype=torch.float64)
         for numbers, counts in parallel.shared_rows(self.chosen, rows):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import configs
 import convert
@@ -219,14 +220,16 @@ def loss_case(rows: int, pieces: int = 53, ignored: float = 0.0) -> list[torch.T
     return [x.requires_grad_(), weight.requires_grad_(), targets, factors]
 
 
-LOSSES = [(530, 97, 0.02, "torch"), (3, 8191, 0, "torch"), (0, 53, 0, "torch"), (4, 53, 1, "torch")]
+LOSSES = [(530, 97, 0.4, "torch"), (3, 8191, 0, "torch"), (0, 53, 0, "torch"), (4, 53, 1, "torch")]
 LOSSES += [(1, 53, 0, "triton"), (40, 2, 0.6, "triton"), (3, 8191, 0, "triton"), (4, 53, 1, "triton")]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("rows", "pieces", "ignored", "kernels"), LOSSES)
 def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction, monkeypatch):
-    monkeypatch.setattr(lumi, "CHUNK", 4 * 97 * 200)  # the 530 rows make three chunks, of blocks of 64 rows
+    monkeypatch.setattr(
+        lumi, "CHUNK", 4 * 97 * 150
+    )  # 384 of the 530 rows are computed: three chunks, of blocks of 64 rows
     monkeypatch.setattr(lumi, "BLOCK", 4 * 97 * 64)
     x, weight, targets, factors = loss_case(rows, pieces, ignored)
     factors = torch.tensor(3.0, device=device) if reduction == "mean" else factors
@@ -241,8 +244,26 @@ def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, re
         loss.backward(factors)
         assert (loss.shape, loss.dtype) == (exact.shape, torch.float32)
         assert relative(loss, exact) < 1e-6
-        assert relative(x.grad, exact_x.grad) < 1e-6
+        assert relative(x.grad, exact_x.grad) < 2e-6  # it sums over up to 8,191 pieces
         assert relative(weight.grad, exact_w.grad) < 1e-6
+
+
+@pytest.mark.skipif(device != "cpu", reason="a GPU masks ignored rows")
+def test_the_number_of_trained_tokens_has_few_shapes():
+    """oneDNN keeps up to 22 MiB for each shape that it has multiplied: fine-tuning grew by gigabytes."""
+    x, weight, targets, _ = loss_case(1000)
+    shapes = set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket == torch.ops.aten.mm:
+                shapes.add(tuple(matrix.shape for matrix in args))
+            return function(*args, **(kwargs or {}))
+
+    for trained in range(1, 1000, 13):
+        with Shapes():
+            lumi.linear_cross_entropy(x, weight, targets.where(torch.arange(1000) < trained, -100))
+    assert len(shapes) == 3 * 8  # the logits and two gradients; multiples of 128, and all 1,000
 
 
 @pytest.mark.parametrize("chunk", [2**28, 2 * 97 * 5])
