@@ -24,14 +24,15 @@ from trainer import FREE as FREE_IN_TRAINING
 from trainer import Task, TrainConfig, plan_steps, run
 
 FREE = FREE_IN_TRAINING | {"base", "reference"}  # config fields that may change when a run is resumed
+TEXT = "pretraining"  # in the weights of a mixture for SFT: the packed text
 ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 
 
-def check_weights(weights: Mapping[str, float], sources: Iterable[Records]) -> None:
-    """ValueError if a weight is not a positive number or names none of the sources. Empty is allowed."""
+def check_weights(weights: Mapping[str, float], sources: Iterable[Records], *more: str) -> None:
+    """ValueError if a weight is not a positive number or names none of the sources or of `more`. Empty is allowed."""
     if weights:
         Phase(start=0, weights=weights)  # raises the error
-    if unknown := set(weights) - {source.name for source in sources}:
+    if unknown := set(weights) - {source.name for source in sources} - {*more}:
         raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
 
 
@@ -42,6 +43,7 @@ class Base:
     checkpoint: Path  # its checkpoint directory
     shape: ModelConfig  # the shape that the experiment's config gives it
     unseen: dict[str, int] | None  # the template's control pieces that it has never seen, for `lora.init_end_piece`
+    packed: Path | None = None  # the directory of the experiment's packed text
 
     def load(self) -> Transformer:
         """The model in its state before training. UserError if its shape is not the config's."""
@@ -62,6 +64,8 @@ def job(
     settings["base"] = os.path.relpath(start, final) if inside else str(start)
     # Digests of everything that is read: if one changes, the stage is out of date.
     read = stage.outputs(data) | {f"tokenizer/{spm.file}": spm.sha256} | stage.outputs(base.checkpoint)
+    if TEXT in config.weights:
+        read |= stage.outputs(base.packed)
     return Stage(directory, settings, read, command, code, free=FREE)
 
 
@@ -83,7 +87,8 @@ class Tuning(Task):
             if not rows.count:  # rows.holds: "conversations" or "pairs"
                 raise UserError(f"weights names {name}, but no training {rows.holds} of this source are left")
         self.config, self.sets = config, sets
-        self.steps, self.epoch = plan_steps(config, sum(rows.count for rows in sets.values()), self.noun)
+        counts = [rows.count for rows in sets.values() if rows.holds != "documents"]  # an epoch is one of the examples
+        self.steps, self.epoch = plan_steps(config, sum(counts), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:

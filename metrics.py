@@ -1,4 +1,4 @@
-"""The report of a training run: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
+"""The report of a training run: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from tqdm import tqdm
 import generate
 import parallel
 import stage
-from cli import UserError, log, visible
+from cli import log, visible
 
 SHOWN = ("val_loss", "val_perplexity", "val_bits_per_byte", "val_margin", "val_accuracy", "val_kl")
 
@@ -24,22 +24,16 @@ class Report:
 
     def __init__(self, directory: Path, task, parameters: int, peak: float | None):
         """parameters: their number. peak: FLOP/s of all processes together, for the MFU; None if unknown."""
-        self.path, self.board = directory / "metrics.jsonl", None
+        self.path = directory / "metrics.jsonl"
         self.task, self.parameters, self.peak = task, parameters, peak
 
-    def open(self, step: int, tensorboard: bool) -> None:
+    def open(self, step: int) -> None:
         """Removes the lines of this and later steps: an interrupted run wrote them after its last checkpoint."""
         kept = b""
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):  # the run was killed while it wrote this line
                 kept += line + b"\n" if json.loads(line)["step"] < step else b""
         stage.write(self.path, kept)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("tensorboard=True, but it is not installed; pip install tensorboard") from None
-            self.board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=step)
 
     def start(self, progress) -> tqdm:
         """Starts the clock and returns the bar."""
@@ -102,11 +96,6 @@ class Report:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
-        if self.board:
-            for name, value in record.items():
-                for key, number in value.items() if name == "seen" else [("", value)]:
-                    self.board.add_scalar(f"{name}/{key}".rstrip("/"), number, record["step"])
-            self.board.flush()
 
 
 def show_samples(model, mode: str, prompts: list[tuple], text: Callable, labels: tuple[str, str], **options) -> None:

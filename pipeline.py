@@ -99,7 +99,8 @@ def start(name: str, experiment: Experiment, switches: argparse.Namespace) -> tu
     if name != "sft":
         dpo.train.must_be_taught(directory, template)
     spm = experiment.load_tokenizer(directory)
-    base = Base(directory, experiment.model, unseen(directory, template, spm, experiment.imported is not None))
+    pieces = unseen(directory, template, spm, experiment.imported is not None)
+    base = Base(directory, experiment.model, pieces, experiment.directory("pack"))
     return base, spm, experiment.command(name) + (f" --checkpoint {shlex.quote(given)}" if given else "")
 
 
@@ -123,11 +124,8 @@ def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace
 
         cli.apart(write) if apart else write()
 
-    def make_inputs() -> None:
-        for owner, name in inputs:
-            make_one(owner, name)
-
-    parallel.lead(make_inputs, timeout=parallel.DAY)  # under torchrun the other processes wait, however long it takes
+    # Under torchrun the other processes wait, however long it takes.
+    parallel.lead(lambda: [make_one(*each) for each in inputs], timeout=parallel.DAY)
     make_one(*last)
 
 

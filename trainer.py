@@ -68,7 +68,6 @@ class TrainConfig:
     parallel: str = free("ddp")  # over processes: "ddp" copies the model to each, "fsdp" splits it
     deterministic: bool = free(False)  # slower; two runs give the same bytes; precision "auto" is float32 on a CPU
     timeout: float = free(600.0)  # seconds until a process that does not answer counts as dead
-    tensorboard: bool = free(False)  # also write metrics to tensorboard/ (pip install tensorboard)
     log_every: int = free(10)  # steps between lines of metrics.jsonl
     eval_every: int = free(250)  # steps between evaluations
     eval_rows: int = free(128)  # rows of the held-out set that an evaluation reads, evenly spaced
@@ -102,7 +101,7 @@ class TrainConfig:
             raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; expected one of them, the other None")
 
 
-FREE = {f.name for f in fields(TrainConfig) if "free" in f.metadata}
+FREE = {f.name for f in fields(TrainConfig) if "free" in f.metadata} | {"tensorboard"}  # of older runs
 
 
 @dataclass
@@ -292,7 +291,7 @@ class Trainer:
         """Prepares the directory. After a resume, evaluates and logs the checkpoint's step if that is due."""
         manifest, report = self.job.directory / "manifest.json", self.report
         parallel.lead(lambda: manifest.unlink(missing_ok=True))  # exists if this extends a finished run
-        parallel.lead(lambda: report.open(self.progress.step, self.config.tensorboard))
+        parallel.lead(lambda: report.open(self.progress.step))
         if self.record is None:
             return
         step, steps = self.progress.step, self.task.steps

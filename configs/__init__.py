@@ -22,6 +22,7 @@ from data.pack import PackConfig
 from data.sources import PythonDocs
 from dpo.train import DPOConfig
 from eval import EvalConfig
+from finetune import TEXT
 from lora import TARGETS
 from model import ModelConfig
 from sft.train import SFTConfig
@@ -150,6 +151,8 @@ class Experiment:
         needed = [(owner, need) for need in INPUTS[name]]
         if name == "pretrain":
             needed += [(other, "pack") for other in owner.beside]
+        if name == "sft" and TEXT in owner.sft.weights:
+            needed.append((owner, "pack"))
         if name == "dpo" and owner.dpo.reference != "stored":
             needed.remove((owner, "dpo_reference"))
         # Finished data stays valid if its inputs are gone; inputs that still exist must match.

@@ -94,8 +94,7 @@ def bars(tasks: dict[str, dict]) -> Figure:
         metric = METRICS[task]
         axis.set(title=task, ylabel=metric)
         for name, entry in entries.items():
-            error = 2 * (entry["stderr"] or 0)  # null: unknown
-            axis.bar(name, entry[metric], yerr=error, capsize=3)
+            axis.bar(name, entry[metric], yerr=2 * (entry["stderr"] or 0), capsize=3)  # null: unknown
             if "baseline" in entry:
                 axis.axhline(entry["baseline"], color="black", linestyle="--")
         axis.set_ylim(bottom=0)

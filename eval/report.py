@@ -118,8 +118,7 @@ def provenance(run: Run) -> list[str]:
         rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), digest])
         versions |= manifest["versions"]
     stages = table(["stage", "command", "seconds", "machine", "SHA-256 of its manifest"], rows, [2])
-    used = ", ".join(map(" ".join, versions.items()))
-    return [stages, f"Versions of the latest stage: {used}."]
+    return [stages, f"Versions of the latest stage: {', '.join(map(' '.join, versions.items()))}."]
 
 
 def table(head: list[str], rows: list[list[str]], right: Sequence[int] = ()) -> str:
@@ -133,5 +132,4 @@ def table(head: list[str], rows: list[list[str]], right: Sequence[int] = ()) -> 
 
 def block(text: str) -> str:
     """Text of a model or a user, unchanged: indented, so that Markdown leaves it alone."""
-    shown = visible(text.rstrip("\n").expandtabs(4)) if text.strip() else "(nothing)"
-    return textwrap.indent(shown, "    ")
+    return textwrap.indent(visible(text.rstrip("\n").expandtabs(4)) if text.strip() else "(nothing)", "    ")

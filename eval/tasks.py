@@ -67,8 +67,7 @@ def read(path: Path) -> str:
     """A text file, compressed or not."""
     with open(path, "rb") as file:
         unpack = data.sources.OPEN.get(path.suffix)
-        content = unpack(file).read() if unpack else file.read()
-    return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return (unpack(file) if unpack else file).read().decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def checked(question: Question) -> Question:

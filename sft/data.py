@@ -21,7 +21,7 @@ from torch import Tensor
 import stage
 import tokenizer
 from cli import UserError, log, progress
-from data.batches import Shuffled
+from data.batches import Shuffled, Windows
 from data.holdout import split_hash, threshold
 from data.pack import token_dtype
 from data.sources import Records, Unreadable, inputs, log_kept
@@ -277,3 +277,12 @@ class Rows(Shuffled):
                 at = end
             positions[i, at:] = np.arange(self.length - at)
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions)
+
+
+class TextRows(Windows):
+    """Rows of plain text: the packed tokens of pretraining. Every token is trained."""
+
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and positions of rows, (rows, length) int64 each."""
+        inputs, targets = super().read(rows)
+        return inputs, targets, torch.arange(self.length).expand_as(inputs)

@@ -143,8 +143,7 @@ def render(
     # Chat programs send an empty system message when the user sets none: treat it as none.
     messages = [message for message in messages if message.role != "system" or message.content.strip()]
     if template == IMPORTED:
-        contents = [{"role": message.role, "content": message.text()} for message in messages]
-        return tokenizer.render(contents, ask)
+        return tokenizer.render([{"role": message.role, "content": message.text()} for message in messages], ask)
     form = TEMPLATES[template]
     missing = [piece for piece in form.needs if piece not in tokenizer.control]
     if missing:

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import data.pack
 import finetune
 import parallel
 import sft.data
-from finetune import Base, Tuning, check_weights
+from finetune import TEXT, Base, Tuning, check_weights
 from lora import LoRAConfig
 from metrics import show_samples
-from model import IGNORED, ModelConfig
-from sft.data import ConversationConfig, Rows
+from model import IGNORED
+from sft.data import ConversationConfig, Rows, TextRows
 from sft.templates import shown
 from stage import Stage, check_types
 from tokenizer import Tokenizer
 from trainer import TrainConfig
 
-SAMPLES, SAMPLE_TOKENS = 2, 48  # answers that each evaluation logs; the most tokens of an answer
+SAMPLES = 2  # answers that each evaluation logs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class SFTConfig:
 
     data: ConversationConfig = ConversationConfig()
     lora: LoRAConfig | None = LoRAConfig()  # the adapter that is trained; None trains every weight of the model
-    weights: Mapping[str, float] = field(default_factory=dict)  # each source's share, in any unit; empty: all rows
+    # Each source's share, in any unit; empty: all rows. A share of "pretraining", the packed text, slows forgetting.
+    weights: Mapping[str, float] = field(default_factory=dict)
     train: TrainConfig = TrainConfig(  # a row of a batch is a row of packed conversations
         epochs=3,
         batch_size=32,
@@ -51,7 +53,7 @@ class SFTConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_weights(self.weights, self.data.sources)
+        check_weights(self.weights, self.data.sources, TEXT)
 
 
 class FineTuning(Tuning):
@@ -59,10 +61,13 @@ class FineTuning(Tuning):
 
     noun = "packed row"
 
-    def __init__(self, config: SFTConfig, shape: ModelConfig, directory: Path, counts: dict, spm: Tokenizer):
+    def __init__(self, config: SFTConfig, base: Base, directory: Path, counts: dict, spm: Tokenizer):
         self.spm, weights = spm, dict(config.weights) or finetune.ALL
-        length, seed = shape.context_length, config.train.seed
-        sets = {name: Rows(directory, "train", counts, length, seed, name) for name in weights}
+        length, seed = base.shape.context_length, config.train.seed
+        sets = {name: Rows(directory, "train", counts, length, seed, name) for name in weights if name != TEXT}
+        rows = next(iter(sets.values()))
+        if TEXT in weights:
+            sets[TEXT] = TextRows(data.pack.load(base.packed, spm.sha256)["train"], length, seed)
         super().__init__(config.train, sets, weights)
         self.held_out = Rows(directory, "val", counts, length)
         # Evenly spaced over the whole set, and the same rows in each evaluation.
@@ -70,10 +75,11 @@ class FineTuning(Tuning):
         self.chosen = [i * self.held_out.count // count for i in range(count)]
         self.measured = int((self.held_out.read(self.chosen)[1] != IGNORED).sum())  # tokens
         # Logits are made only for trained tokens, and attention stays within a conversation.
-        rows, tokens = next(iter(sets.values())), config.train.batch_size * length
-        lengths = np.diff(rows.starts) - 1.0
+        tokens, lengths = config.train.batch_size * length, np.diff(rows.starts) - 1.0
         keys = tokens * np.square(lengths).sum() / lengths.sum()
-        self.flops = finetune.step_flops(shape, config.lora, tokens, tokens * rows.trained.mean(), keys)
+        text = weights.get(TEXT, 0) / sum(weights.values())  # rows of text are one text each, and all of it is trained
+        in_head, keys = tokens * (rows.trained.mean() * (1 - text) + text), keys * (1 - text) + tokens * length * text
+        self.flops = finetune.step_flops(base.shape, config.lora, tokens, in_head, keys)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:
         """Inputs, targets and positions, (rows, T) int64 each, and each row's number in the whole run, (rows,)."""
@@ -106,11 +112,10 @@ class FineTuning(Tuning):
             mean = model(tokens.to(device), targets, positions=positions)
             nats += mean.cpu().double() * int((targets != IGNORED).sum()) * counts
         mean = float(parallel.add_up(nats)) / self.measured
-        text = partial(shown, tokenizer=self.spm)
         # Any of these ids ends an answer: the model may not have learnt which one its template ends with.
-        options = {"temperature": 0, "stop": (self.spm.eos, *self.spm.control.values())}
-        questions, labels = self.questions(), ("asked: ", "said:  ")
-        show_samples(model, self.config.parallel, questions, text, labels, max_new_tokens=SAMPLE_TOKENS, **options)
+        options = {"max_new_tokens": 48, "temperature": 0, "stop": (self.spm.eos, *self.spm.control.values())}
+        questions, text, labels = self.questions(), partial(shown, tokenizer=self.spm), ("asked: ", "said:  ")
+        show_samples(model, self.config.parallel, questions, text, labels, **options)
         return {"val_loss": mean, "val_perplexity": math.exp(mean) if mean < 700 else math.inf}
 
     def questions(self) -> list[tuple[str, list[int]]]:
@@ -134,5 +139,5 @@ def train(
 ) -> None:
     """Fine-tunes the base, unless it is fine-tuned already."""
     checkpoint.must_match(base.checkpoint, spm.sha256)
-    task = FineTuning(config, base.shape, rows, sft.data.load(rows, spm.sha256), spm)
+    task = FineTuning(config, base, rows, sft.data.load(rows, spm.sha256), spm)
     finetune.tune(job, base, task, config.lora, force, resume)

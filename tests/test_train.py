@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,6 @@ import torch
 import checkpoint
 import generate
 import machine
-import metrics
 import parallel
 import stage
 import tokenizer
@@ -398,7 +396,7 @@ def test_a_signal_that_interrupts_the_handler_is_one_with_the_first(monkeypatch,
     assert capfd.readouterr().err.count("finishing the step") == 1
 
 
-def test_what_is_missing_for_compiling_or_tensorboard_is_named(monkeypatch, tmp_path, caplog):
+def test_what_is_missing_for_compiling_is_named(monkeypatch, caplog):
     def no_compiler(function):
         raise RuntimeError("no C++ compiler")
 
@@ -406,9 +404,6 @@ def test_what_is_missing_for_compiling_or_tensorboard_is_named(monkeypatch, tmp_
     model = counting(CONFIG)[0]
     assert not machine.compile_blocks(model, torch.device("cpu"))
     assert "training continues uncompiled, which is slower; set compile=False, or fix this: no C++" in caplog.text
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        metrics.Report(tmp_path, counting(CONFIG)[1], 1, None).open(0, tensorboard=True)
 
 
 # ------------------------------------------------------------------------------------------------- killed and resumed
@@ -617,21 +612,6 @@ def test_two_runs_give_the_same_bytes(packed: Place, threads, tmp_path_factory: 
         assert f", {threads} thread" in out
         assert "precision   float32" in out
     assert_same_run(packed, again)
-
-
-@pytest.mark.slow
-def test_tensorboard_shows_what_metrics_hold(packed: Place, made: Place):
-    """Lines that a killed run logged after its last checkpoint are gone from both."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    packed.edit(("compile=False", "compile=False, tensorboard=True"))
-    code = KILL.format(module="trainer", function="Report.write", at=13)
-    packed.run("-c", code, packed.config, status=KILLED)
-    packed.run("train.py", packed.config)
-    events = EventAccumulator(str(packed.runs / "mini/pretrain/tensorboard")).Reload()
-    for name in ("loss", "val_loss", "lr", "grad_norm"):
-        scalars = {event.step: event.value for event in events.Scalars(name)}
-        assert scalars == pytest.approx({m["step"]: m[name] for m in made.metrics() if name in m})
 
 
 def test_each_evaluation_shows_how_two_held_out_documents_go_on(made: Place):

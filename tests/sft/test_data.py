@@ -19,6 +19,8 @@ from cli import UserError
 from configs import Experiment
 from data.holdout import split_hash
 from data.sources import Files
+from finetune import Base
+from model import IGNORED
 from sft.conversations import Chats, HubChats, Message
 from sft.data import ConversationConfig, Item, Rows, best_fit, write
 from sft.filters import Filters
@@ -310,7 +312,8 @@ def task_of(place: Place, seed: int = 0, **weights: float) -> Task:
     tuning = replace(experiment.sft, train=training, weights=weights)
     directory, spm = build("sft_data", replace(experiment, sft=tuning)), experiment.load_tokenizer()
     counts = sft.data.load(directory, spm.sha256)
-    return FineTuning(tuning, experiment.model, directory, counts, spm)
+    base = Base(place.runs / "mini/pretrain/final", experiment.model, None, place.runs / "mini/packed")
+    return FineTuning(tuning, base, directory, counts, spm)
 
 
 def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
@@ -328,6 +331,27 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(here: Place):
         assert batches[step][-1].tolist() == list(range(4 * step, 4 * step + 4))  # the numbers that dropout follows
     another = task_of(here, seed=1, chats=2, other=1)
     assert not all(equal(another.batch(step, 0, 1), batches[step]) for step in range(3))
+
+
+def test_packed_text_is_mixed_in_by_weight(here: Place):
+    here.make("pack")
+    task, length = task_of(here, chats=3, pretraining=1), 64
+    packed = np.fromfile(here.runs / "mini/packed/train.bin", "<u2").astype(np.int64)
+    starts = {tuple(packed[start : start + length]): start for start in range(0, len(packed) - length, length)}
+    plain = 0
+    for step in range(8):
+        for tokens, targets, positions, _ in zip(*task.batch(step, 0, 1), strict=True):
+            if IGNORED not in targets:  # in a conversation, the question is
+                plain += 1
+                start = starts[tuple(tokens.tolist())]
+                assert targets.tolist() == packed[start + 1 : start + length + 1].tolist()
+                assert positions.tolist() == list(range(length))
+    assert plain == 8 * 4 / 4
+    assert task.epoch == task.sets["chats"].count / 4  # an epoch is a pass over the conversations
+    experiment = configs.load(here.config)
+    assert "pack" not in [need for _, need in experiment.inputs("sft")]
+    mixed = replace(experiment, sft=replace(experiment.sft, weights={"chats": 3, "pretraining": 1}))
+    assert "pack" in [need for _, need in mixed.inputs("sft")]
 
 
 def test_weights_name_sources_that_have_rows(here: Place):

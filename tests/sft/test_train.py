@@ -250,7 +250,7 @@ def test_a_few_answers_are_learnt_by_heart(place: Place):
     model = Transformer(shape)
     with torch.no_grad():
         model.head.weight.mul_(20), model.embed.weight.mul_(20)  # as far apart as training makes them
-    task = FineTuning(settings, shape, rows, sft.data.load(rows, spm.sha256), spm)
+    task = FineTuning(settings, Base(place.path, shape, None), rows, sft.data.load(rows, spm.sha256), spm)
     job = Stage(place.path / "out", {"model": shape, "sft": config}, {}, "", stage.__file__)
     with job.making():
         trainer.train(finetune.adapt(model, adapter), task, config, job, "auto")
