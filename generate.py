@@ -296,8 +296,7 @@ class Decoder:
             rows = slice(self.ready, len(self.texts))
             done = int(self.cache.used[self.ready])  # the same for all rows: shorter prompts are done
             prompts = [text.ids[-self._reach(text) : -1] for text in self.texts[rows]]
-            fits = max(1, min(left, AT_ONCE) // len(prompts))  # tokens of each prompt
-            T = min(len(prompts[-1]) - done, fits)
+            T = min(len(prompts[-1]) - done, max(1, min(left, AT_ONCE) // len(prompts)))  # tokens of each prompt
             if T:
                 ids = []
                 for text, prompt in zip(self.texts[rows], prompts, strict=True):
