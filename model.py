@@ -611,6 +611,7 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
 
 
 @functools.lru_cache(1)
+@torch.inference_mode(False)  # else training could not use what inference has made
 def logits_buffer(rows: int, pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The memory for the logits of every chunk: on a CPU, new memory would cost more time than the arithmetic."""
     return torch.empty(rows, pieces, dtype=dtype, device=device)

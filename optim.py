@@ -31,8 +31,7 @@ def learning_rate(config, step: int, steps: int) -> float:
     # Warm-up: Adam's averages are noise at first, and a full step along noise can ruin the model.
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    height = SCHEDULES[config.schedule](config, step, steps)
-    return config.min_lr + (config.learning_rate - config.min_lr) * height
+    return config.min_lr + (config.learning_rate - config.min_lr) * SCHEDULES[config.schedule](config, step, steps)
 
 
 def share_done(step: int, start: int, steps: int) -> float:
