@@ -7,7 +7,6 @@ Needs the files of configs/prose_tiny.py. What is compared is timed in turn, blo
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import random
 import statistics
@@ -170,8 +169,8 @@ def pack_vs_sentencepiece(experiment: configs.Experiment, rounds: int) -> dict:
     tokens = sum(map(bare, texts))
 
     def encode() -> None:
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert sum(pool.imap(bare, texts, chunksize=64)) == tokens
+        with cli.pool(2) as pool:  # its workers end at SIGTERM, even one that is just about to wait for a lock
+            assert sum(pool.map(bare, texts, chunksize=64)) == tokens
 
     def pack() -> None:
         with tempfile.TemporaryDirectory(dir=corpus.parent) as out:
