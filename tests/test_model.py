@@ -227,9 +227,8 @@ LOSSES += [(1, 53, 0, "triton"), (40, 2, 0.6, "triton"), (3, 8191, 0, "triton"),
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("rows", "pieces", "ignored", "kernels"), LOSSES)
 def test_loss_equals_cross_entropy_in_float64(rows, pieces, ignored, kernels, reduction, monkeypatch):
-    monkeypatch.setattr(
-        lumi, "CHUNK", 4 * 97 * 150
-    )  # 384 of the 530 rows are computed: three chunks, of blocks of 64 rows
+    # 384 of the 530 rows are computed, in three chunks, of blocks of 64 rows.
+    monkeypatch.setattr(lumi, "CHUNK", 4 * 97 * 150)
     monkeypatch.setattr(lumi, "BLOCK", 4 * 97 * 64)
     x, weight, targets, factors = loss_case(rows, pieces, ignored)
     factors = torch.tensor(3.0, device=device) if reduction == "mean" else factors
