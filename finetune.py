@@ -28,12 +28,15 @@ TEXT = "pretraining"  # in the weights of a mixture for SFT: the packed text
 ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 
 
-def check_weights(weights: Mapping[str, float], sources: Iterable[Records], *more: str) -> None:
-    """ValueError if a weight is not a positive number or names none of the sources or of `more`. Empty is allowed."""
+def check_weights(weights: Mapping[str, float], sources: Iterable[Records], *text: str) -> None:
+    """ValueError if weights do not fit the sources. Empty is allowed. text: TEXT where it may be mixed in."""
+    names = {source.name for source in sources}
     if weights:
         Phase(start=0, weights=weights)  # raises the error
-    if unknown := set(weights) - {source.name for source in sources} - {*more}:
+    if unknown := set(weights) - names - {*text}:
         raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
+    if (weights and names.isdisjoint(weights)) or names & {*text}:
+        raise ValueError(f"{TEXT} in weights is the packed text; expected a source beside it, and none of this name")
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,10 @@ def analyse(runs: dict[str, dict]) -> dict:
         if lowest <= compute <= highest:
             losses = {size: a * compute**b for size, (a, b) in lines.items()}
             size = min(losses, key=losses.get)
-            any_run = next(iter(runs[size].values()))
-            tokens = compute * any_run["tokens"] / any_run["flops"]
-            ratio = tokens / any_run["parameters"]
-            best.append(
-                {"flops": compute, "size": size, "tokens": round(tokens), "tokens_per_parameter": ratio} | losses
-            )
+            one = next(iter(runs[size].values()))
+            tokens = compute * one["tokens"] / one["flops"]
+            which = {"flops": compute, "size": size, "tokens": round(tokens)}
+            best.append(which | {"tokens_per_parameter": tokens / one["parameters"]} | losses)
     a, b = power_law(frontier([point for own in points.values() for point in own]))
     return {"exponents": {size: b for size, (_, b) in lines.items()}, "frontier": {"a": a, "exponent": b}, "best": best}
 
@@ -96,17 +94,14 @@ def draw(runs: dict[str, dict], found: dict, path: Path) -> None:
     """Draws held-out loss over compute: the runs of each size, and the line fitted to the best of them."""
     from eval.plots import figure
 
-    drawing = figure(
-        "held-out loss against compute; dashed: fitted to the runs that no run with less compute beats", 1, 1
-    )
+    drawing = figure("held-out loss against compute; dashed: fitted to the runs that no cheaper run beats", 1, 1)
     (axis,) = drawing.axes
     axis.set(xlabel="floating-point operations of training", ylabel="bits per byte", xscale="log", yscale="log")
     computes = []
     for size, budgets in runs.items():
         own = [(each["flops"], each["bits_per_byte"]) for each in budgets.values()]
-        axis.plot(
-            *zip(*own, strict=True), "o-", label=f"{size}: {next(iter(budgets.values()))['parameters']:,} parameters"
-        )
+        parameters = next(iter(budgets.values()))["parameters"]
+        axis.plot(*zip(*own, strict=True), "o-", label=f"{size}: {parameters:,} parameters")
         computes += [compute for compute, _ in own]
     ends = np.array([min(computes), max(computes)])
     law = found["frontier"]

@@ -62,8 +62,7 @@ def evaluation(run: Run) -> list[str]:
     for task, stages in run.measured().items():
         cells, last = {}, []
         for name, entry in stages.items():
-            baseline = show(entry["baseline"]) if "baseline" in entry else ""
-            last = [baseline, show(entry["n"])]
+            last = [show(entry["baseline"]) if "baseline" in entry else "", show(entry["n"])]
             for label, text in labelled(entry, METRICS[task]).items():
                 cells.setdefault(label, dict.fromkeys(run.results, ""))[name] = text
         for label, texts in cells.items():
@@ -99,8 +98,7 @@ def samples(run: Run) -> list[str]:
             for name, text in zip(texts, answers, strict=True):
                 failed = [rule for rule, verdict in text.get("rules", {}).items() if not verdict["passed"]]
                 remark = f" (fails: {', '.join(failed)})" if failed else ""
-                written = text.get("answer", text.get("continuation"))
-                lines += [f"{name}{remark}:", block(written)]
+                lines += [f"{name}{remark}:", block(text.get("answer", text.get("continuation")))]
             if "truth" in first:
                 lines += ["truth:", block(first["truth"])]
     return lines
@@ -114,8 +112,7 @@ def provenance(run: Run) -> list[str]:
         directory = run.experiment.directory(name)
         seconds = stage.read_seconds(directory.parent).get(directory.name, 0.0)
         command = counts.get("command", run.experiment.command(name))
-        digest = manifest["sha256"][:16]
-        rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), digest])
+        rows.append([name, command, f"{seconds:,.1f}", counts.get("machine", ""), manifest["sha256"][:16]])
         versions |= manifest["versions"]
     stages = table(["stage", "command", "seconds", "machine", "SHA-256 of its manifest"], rows, [2])
     return [stages, f"Versions of the latest stage: {', '.join(map(' '.join, versions.items()))}."]

@@ -25,7 +25,7 @@ from sft.conversations import Chats, HubChats, Message
 from sft.data import ConversationConfig, Item, Rows, best_fit, write
 from sft.filters import Filters
 from sft.templates import TEMPLATES, render
-from sft.train import FineTuning
+from sft.train import FineTuning, SFTConfig
 from tests.conftest import CHATS, MINI, WORDS, Place, build, write_lines
 from trainer import Task
 
@@ -359,6 +359,10 @@ def test_weights_name_sources_that_have_rows(here: Place):
         task_of(here, chats=1, others=1)
     with pytest.raises(ValueError, match="weights are"):
         task_of(here, chats=0)
+    with pytest.raises(ValueError, match="pretraining in weights is the packed text; expected a source beside it"):
+        task_of(here, pretraining=1)
+    with pytest.raises(ValueError, match="and none of this name"):
+        SFTConfig(data=ConversationConfig(sources=(Chats(name="pretraining", paths=("a.jsonl",)),)))
     write_lines(here.raw / "chats.jsonl", [HELD])
     with pytest.raises(UserError, match="weights names chats, but no training conversations of this source are left"):
         task_of(here, chats=1, other=1)
