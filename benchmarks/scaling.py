@@ -2,8 +2,8 @@
 
     DATA=… python -m benchmarks.scaling    ->  benchmarks/results/scaling.json, docs/report/scaling.png
 
-Each run trains in a process of its own, one for each core, with the recipe of configs/prose_tiny.py but batches of 4
-rows, and reads its budget to the end of its own schedule. A run that was interrupted is resumed.
+As many runs train at once as there are cores, each with one thread. The recipe is that of configs/prose_tiny.py, but
+with batches of 4 rows and a schedule as long as the budget. A run that was interrupted is resumed.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import cli
 import configs
@@ -24,7 +23,7 @@ from benchmarks.ablations import make, measure, origin, start
 from benchmarks.common import RESULTS, about, parser, run, write
 from cli import UserError, log
 from configs import Experiment
-from model import ModelConfig, Transformer
+from model import Transformer
 
 SIZES = {  # layers, width, heads
     "micro": (4, 128, 2),
@@ -32,7 +31,7 @@ SIZES = {  # layers, width, heads
     "tiny": (6, 256, 4),
 }
 BUDGETS = (2**20, 2**21, 2**22)  # tokens
-ROWS, HELD_OUT = 4, 256  # of a batch; of the held-out text
+ROWS, HELD_OUT = 4, 256  # rows of a batch; rows of held-out text
 PICTURE = stage.ROOT / "docs/report/scaling.png"
 
 
@@ -41,17 +40,20 @@ def experiment(base: Experiment, size: str, tokens: int) -> Experiment:
     n_layers, d_model, n_heads = SIZES[size]
     model = replace(base.model, n_layers=n_layers, d_model=d_model, n_heads=n_heads)
     steps = tokens // (ROWS * model.context_length)
-    settings = {"steps": steps, "epochs": None, "warmup_steps": 0, "warmup_fraction": 0.05, "batch_size": ROWS}
-    settings |= {"micro_batch_size": None, "eval_every": 10**6, "eval_rows": HELD_OUT, "save_every": 250}
+    pretrain = replace(
+        base.pretrain,
+        steps=steps,
+        epochs=None,
+        warmup_steps=0,
+        warmup_fraction=0.05,
+        batch_size=ROWS,
+        micro_batch_size=None,
+        eval_every=10**6,
+        eval_rows=HELD_OUT,
+        save_every=250,
+    )
     shared = {"corpus": base, "tokenizer": base, "pack": base}
-    name = f"scaling_{size}_{tokens}"
-    return replace(base, name=name, model=model, pretrain=replace(base.pretrain, **settings), shared=shared)
-
-
-def flops(model: ModelConfig, tokens: int) -> float:
-    """Floating-point operations of a run."""
-    with torch.device("meta"):
-        return tokens * Transformer(model).flops_per_token(model.context_length)
+    return replace(base, name=f"scaling_{size}_{tokens}", model=model, pretrain=pretrain, shared=shared)
 
 
 def power_law(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -70,7 +72,7 @@ def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def analyse(runs: dict[str, dict]) -> dict:
-    """The fitted lines, and the best size at the compute of each run that every size's line covers."""
+    """Power laws of each size and of the frontier; the best size for the compute of each run where all overlap."""
     points = {
         size: [(each["flops"], each["bits_per_byte"]) for each in budgets.values()] for size, budgets in runs.items()
     }
@@ -85,7 +87,7 @@ def analyse(runs: dict[str, dict]) -> dict:
             one = next(iter(runs[size].values()))
             tokens = compute * one["tokens"] / one["flops"]
             which = {"flops": compute, "size": size, "tokens": round(tokens)}
-            best.append(which | {"tokens_per_parameter": tokens / one["parameters"]} | losses)
+            best.append(which | {"tokens_per_parameter": tokens / one["parameters"], "bits_per_byte": losses})
     a, b = power_law(frontier([point for own in points.values() for point in own]))
     return {"exponents": {size: b for size, (_, b) in lines.items()}, "frontier": {"a": a, "exponent": b}, "best": best}
 
@@ -127,7 +129,11 @@ def main(arguments: argparse.Namespace) -> None:
             one = experiment(base, size, tokens)
             made_from = origin(base, one, Transformer)
             if runs.get(size, {}).get(str(tokens), {}).get("made_from") != made_from:
-                known = {"tokens": tokens, "flops": flops(one.model, tokens), "commit": made["commit"]}
+                known = {
+                    "tokens": tokens,
+                    "flops": tokens * one.model.flops_per_token(one.model.context_length),
+                    "commit": made["commit"],
+                }
                 started[pool.submit(measure, one, Transformer, made_from)] = size, str(tokens), known
         for number, finished in enumerate(as_completed(started), start=1):
             size, tokens, known = started[finished]
@@ -142,7 +148,7 @@ def main(arguments: argparse.Namespace) -> None:
     found = analyse(runs)
     if not arguments.quick:
         draw(runs, found, PICTURE)
-    write("scaling", "python -m benchmarks.scaling", {"runs": runs} | found, arguments.quick)
+    write("scaling", "python -m benchmarks.scaling", made | {"runs": runs} | found, arguments.quick)
 
 
 if __name__ == "__main__":

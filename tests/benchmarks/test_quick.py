@@ -215,7 +215,7 @@ def test_the_frontier_of_scaling_and_its_line():
     best = scaling.analyse(runs)["best"]
     # a: 40 / sqrt(x), b: 600 / x. They cross at 225, in the range 200 to 400 that both lines cover.
     assert [(each["flops"], each["size"]) for each in best] == [(200, "a"), (400, "b")]
-    assert [each["a"] for each in best] == pytest.approx([40 / 200**0.5, 2.0])
+    assert [each["bits_per_byte"]["a"] for each in best] == pytest.approx([40 / 200**0.5, 2.0])
     assert best[0]["tokens"] == 20
     assert best[0]["tokens_per_parameter"] == 4
 
