@@ -126,13 +126,13 @@ def pool(workers: int, initializer: Callable = lambda: None, *initargs) -> Itera
     fork = multiprocessing.get_context("fork")
     executor = ProcessPoolExecutor(workers, fork, _become_worker, (initializer, *initargs))
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    executor.submit(int).result()
     try:
+        executor.submit(int).result()  # starts all workers
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         yield executor
         executor.shutdown(cancel_futures=True)
     except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps because memory ran out; try fewer --workers") from None
+        raise UserError("a worker process was killed, perhaps because memory ran out; try fewer workers") from None
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 

@@ -28,15 +28,17 @@ TEXT = "pretraining"  # in the weights of a mixture for SFT: the packed text
 ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 
 
-def check_weights(weights: Mapping[str, float], sources: Iterable[Records], *text: str) -> None:
-    """ValueError if weights do not fit the sources. Empty is allowed. text: TEXT where it may be mixed in."""
+def check_weights(weights: Mapping[str, float], sources: Iterable[Records], text: bool = False) -> None:
+    """ValueError if weights are not positive or do not fit the sources. Empty is allowed. text: TEXT is one, too."""
     names = {source.name for source in sources}
     if weights:
         Phase(start=0, weights=weights)  # raises the error
-    if unknown := set(weights) - names - {*text}:
+    if text and TEXT in names:
+        raise ValueError(f"a source has the name {TEXT}, which in weights means the packed text; expected another name")
+    if unknown := set(weights) - names - {TEXT if text else ""}:
         raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
-    if (weights and names.isdisjoint(weights)) or names & {*text}:
-        raise ValueError(f"{TEXT} in weights is the packed text; expected a source beside it, and none of this name")
+    if weights and names.isdisjoint(weights):
+        raise ValueError(f"weights names only {TEXT}, the packed text; expected a source of conversations beside it")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Tuning(Task):
             if not rows.count:  # rows.holds: "conversations" or "pairs"
                 raise UserError(f"weights names {name}, but no training {rows.holds} of this source are left")
         self.config, self.sets = config, sets
-        counts = [rows.count for rows in sets.values() if rows.holds != "documents"]  # an epoch is one of the examples
+        counts = [rows.count for name, rows in sets.items() if name != TEXT]  # text does not make an epoch longer
         self.steps, self.epoch = plan_steps(config, sum(counts), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
 

@@ -566,12 +566,11 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
     dtype, kernels, per_target = options
     wide = torch.promote_types(dtype, torch.float32)
     n, w, keep = len(x), weight.to(dtype), None
-    if targets.device.type == "cpu":  # drop ignored rows; a GPU masks them, since counting would wait for it
-        ignored = targets == IGNORED
-        # Up to 127 of them stay: for each number of rows that it has seen, oneDNN keeps megabytes.
-        count = -(-int((~ignored).sum()) // 128) * 128
+    if targets.device.type == "cpu":  # drop ignored rows; on a GPU they are masked, since counting would wait for it
+        trained = int((targets != IGNORED).sum())
+        count = trained + -trained % 128  # oneDNN keeps megabytes for each number of rows that it multiplies
         if count < n:
-            keep = ignored.argsort(stable=True)[:count]
+            keep = (targets == IGNORED).argsort(stable=True)[:count]  # the trained rows in order, then ignored ones
             targets = targets[keep]
             keep = send(keep, x.device)
             x, factors = x[keep], None if factors is None else factors[keep]
@@ -611,9 +610,9 @@ def loss_and_gradients(x, weight, targets, options, factors, learn_x, learn_weig
 
 
 @functools.lru_cache(1)
-@torch.inference_mode(False)  # else training could not use what inference has made
+@torch.inference_mode(False)  # else training could not use a buffer that inference has made
 def logits_buffer(rows: int, pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The memory for the logits of every chunk: on a CPU, new memory would cost more time than the arithmetic."""
+    """The memory for the logits, the same in every call: on a CPU, new memory costs more time than the arithmetic."""
     return torch.empty(rows, pieces, dtype=dtype, device=device)
 
 

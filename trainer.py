@@ -101,7 +101,7 @@ class TrainConfig:
             raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; expected one of them, the other None")
 
 
-FREE = {f.name for f in fields(TrainConfig) if "free" in f.metadata} | {"tensorboard"}  # of older runs
+FREE = {f.name for f in fields(TrainConfig) if "free" in f.metadata} | {"tensorboard"}  # a field of older runs
 
 
 @dataclass

@@ -169,7 +169,7 @@ def pack_vs_sentencepiece(experiment: configs.Experiment, rounds: int) -> dict:
     tokens = sum(map(bare, texts))
 
     def encode() -> None:
-        with cli.pool(2) as pool:  # its workers end at SIGTERM, even one that is just about to wait for a lock
+        with cli.pool(2) as pool:  # multiprocessing.Pool can hang: a worker that waits for a lock may miss SIGTERM
             assert sum(pool.map(bare, texts, chunksize=64)) == tokens
 
     def pack() -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.publish configs/prose_tiny.py    ->  docs/report/
 
 The report is `pipeline.py CONFIG report`'s, without the samples that quote a dataset: its licence may forbid that.
-Next: write about it in docs/; `make test` compares a number with results.json if its row names the key
+Next: write about it in docs/. `make test` compares the numbers of a table's row that ends in `results.json: KEY`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import shutil
 import cli
 import configs
 import stage
-from cli import log
+from cli import UserError, log
 from eval import plots
 from eval.report import page
 from eval.summary import Run
@@ -34,6 +34,8 @@ def stages(run: Run) -> dict[str, dict]:
 
 def main(arguments: argparse.Namespace) -> None:
     run = Run(configs.load(arguments.config))
+    if not run.finals:
+        raise UserError(f"{run.experiment.name} has no trained model; run: python pipeline.py {run.experiment.path}")
     for texts in run.texts.values():
         for task in QUOTING:
             texts.pop(task, None)

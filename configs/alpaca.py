@@ -1,5 +1,5 @@
-"""alpaca: prose_tiny's model learns to follow instructions from Stanford Alpaca alone, with the default settings, and
-then the preferences of prose_tiny."""
+"""alpaca: prose_tiny's model learns to follow instructions from Stanford Alpaca alone, with the default settings,
+then DPO as in prose_tiny."""
 
 from dataclasses import replace
 

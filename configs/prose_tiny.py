@@ -1,7 +1,7 @@
 """prose_tiny: 23,072,000 parameters on English prose (novels, film reviews, news and speeches, encyclopaedia), then
 instructions, then preferences: two hours of pretraining on two CPU cores. The data is the user's own, found under DATA.
 
-docs/experiments.md says how the settings were chosen.
+docs/experiments.md says how batch size and learning rate were chosen.
 """
 
 from dataclasses import replace
@@ -49,8 +49,8 @@ experiment = replace(
         ),
         decontaminate=EVALUATION,
     ),
-    # Novels are two thirds of the text. Half of each batch would be Victorian; the encyclopaedia, one token in eighty,
-    # would hardly be seen. With these shares, 33 million tokens read it four times, the news 2.2 times.
+    # By size, novels would be two thirds of each batch and the encyclopaedia one token in eighty. With these weights,
+    # 33 million tokens read the encyclopaedia four times and the news 2.2 times.
     mixture=(Phase(start=0, weights={"novels": 8, "reviews": 8, "news_speeches": 2, "wikipedia": 2}),),
     pretrain=TrainConfig(
         steps=4_000,  # 33 million tokens
@@ -68,7 +68,7 @@ experiment = replace(
     ),
     sft=SFTConfig(
         data=ConversationConfig(sources=(ALPACA, DOLLY)),
-        weights={"alpaca": 11, "dolly": 3, "pretraining": 2},  # text: so that SFT forgets less
+        weights={"alpaca": 11, "dolly": 3, "pretraining": 2},  # with text, the model forgets less
         train=TrainConfig(
             epochs=2,
             batch_size=8,
@@ -83,7 +83,7 @@ experiment = replace(
         ),
     ),
     dpo=DPOConfig(
-        data=PairConfig(sources=(ALPACA_EVAL,), val_fraction=0.2),  # by prompt: twelve pairs each, so few prompts
+        data=PairConfig(sources=(ALPACA_EVAL,), val_fraction=0.2),  # a prompt has twelve pairs, so prompts are few
         train=TrainConfig(
             epochs=1,
             batch_size=16,

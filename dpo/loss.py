@@ -116,9 +116,9 @@ def pack_pairs(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, lis
 def log_probs(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
     """log π of the chosen and rejected answers, in nats: (pairs, 2) float64. ids, bounds: as in `pack_pairs`."""
     inputs, targets, positions, lengths = pack_pairs(ids, bounds)
-    # For each length that it has seen, oneDNN keeps megabytes on a CPU: padding leaves few different lengths.
-    rest = (0, -inputs.shape[1] % 128)
-    inputs, targets, positions = F.pad(inputs, rest), F.pad(targets, rest, value=IGNORED), F.pad(positions, rest)
+    # On a CPU, oneDNN keeps megabytes for each length: pad to few lengths. A padding token is a text of its own.
+    end = (0, -inputs.shape[1] % 128)
+    inputs, targets, positions = F.pad(inputs, end), F.pad(targets, end, value=IGNORED), F.pad(positions, end)
     device = next(model.parameters()).device
     inputs = send(inputs, device)
     losses = model(inputs, targets, positions=positions, reduction="none")[0]  # (T,), −log π of each target

@@ -120,10 +120,7 @@ def provenance(run: Run) -> list[str]:
 
 def table(head: list[str], rows: list[list[str]], right: Sequence[int] = ()) -> str:
     """A Markdown table. right: the columns of numbers."""
-    cells = []
-    for row in (head, *rows):
-        texts = [" ".join(visible(text).split()) for text in row]
-        cells.append([text.replace("|", "\\|") for text in texts])
+    cells = [[" ".join(visible(text).split()).replace("|", "\\|") for text in row] for row in (head, *rows)]
     return cli.table(cells, right, markdown=True)
 
 

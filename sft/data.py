@@ -261,8 +261,8 @@ class Rows(Shuffled):
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets and positions of rows, (rows, length) int64 each."""
-        # A conversation's targets are its ids shifted by one: the only shift in fine-tuning. A target is IGNORED if the
-        # next id is not trained, or is padding. The padding after the last conversation counts as another text.
+        # A conversation's targets are its ids shifted by one: the only shift of conversations. A target is IGNORED if
+        # the next id is not trained, or is padding. The padding after the last conversation counts as another text.
         inputs = np.zeros((len(rows), self.length), dtype=np.int64)
         targets = np.full_like(inputs, IGNORED)
         positions = np.zeros_like(inputs)

@@ -38,7 +38,8 @@ class SFTConfig:
 
     data: ConversationConfig = ConversationConfig()
     lora: LoRAConfig | None = LoRAConfig()  # the adapter that is trained; None trains every weight of the model
-    # Each source's share, in any unit; empty: all rows. A share of "pretraining", the packed text, slows forgetting.
+    # Each source's share, in any unit; empty: all rows. With a share of "pretraining", the packed text, the model
+    # forgets less; text in a batch takes the place of conversations, and does not make an epoch longer.
     weights: Mapping[str, float] = field(default_factory=dict)
     train: TrainConfig = TrainConfig(  # a row of a batch is a row of packed conversations
         epochs=3,
@@ -53,7 +54,7 @@ class SFTConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_weights(self.weights, self.data.sources, TEXT)
+        check_weights(self.weights, self.data.sources, text=True)
 
 
 class FineTuning(Tuning):
@@ -76,9 +77,9 @@ class FineTuning(Tuning):
         self.measured = int((self.held_out.read(self.chosen)[1] != IGNORED).sum())  # tokens
         # Logits are made only for trained tokens, and attention stays within a conversation.
         tokens, lengths = config.train.batch_size * length, np.diff(rows.starts) - 1.0
-        keys = tokens * np.square(lengths).sum() / lengths.sum()
-        text = weights.get(TEXT, 0) / sum(weights.values())  # rows of text are one text each, and all of it is trained
-        in_head, keys = tokens * (rows.trained.mean() * (1 - text) + text), keys * (1 - text) + tokens * length * text
+        own = np.square(lengths).sum() / lengths.sum()  # keys of a token of a conversation
+        text = weights.get(TEXT, 0) / sum(weights.values())  # its rows are attended and trained whole
+        in_head, keys = tokens * ((1 - text) * rows.trained.mean() + text), tokens * ((1 - text) * own + text * length)
         self.flops = finetune.step_flops(base.shape, config.lora, tokens, in_head, keys)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:

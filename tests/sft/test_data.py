@@ -347,7 +347,7 @@ def test_packed_text_is_mixed_in_by_weight(here: Place):
                 assert targets.tolist() == packed[start + 1 : start + length + 1].tolist()
                 assert positions.tolist() == list(range(length))
     assert plain == 8 * 4 / 4
-    assert task.epoch == task.sets["chats"].count / 4  # an epoch is a pass over the conversations
+    assert task.epoch == task.sets["chats"].count / 4  # as many rows as the conversations fill, text included
     experiment = configs.load(here.config)
     assert "pack" not in [need for _, need in experiment.inputs("sft")]
     mixed = replace(experiment, sft=replace(experiment.sft, weights={"chats": 3, "pretraining": 1}))
@@ -359,9 +359,9 @@ def test_weights_name_sources_that_have_rows(here: Place):
         task_of(here, chats=1, others=1)
     with pytest.raises(ValueError, match="weights are"):
         task_of(here, chats=0)
-    with pytest.raises(ValueError, match="pretraining in weights is the packed text; expected a source beside it"):
+    with pytest.raises(ValueError, match="weights names only pretraining, the packed text; expected a source of conv"):
         task_of(here, pretraining=1)
-    with pytest.raises(ValueError, match="and none of this name"):
+    with pytest.raises(ValueError, match="a source has the name pretraining, which in weights means the packed text"):
         SFTConfig(data=ConversationConfig(sources=(Chats(name="pretraining", paths=("a.jsonl",)),)))
     write_lines(here.raw / "chats.jsonl", [HELD])
     with pytest.raises(UserError, match="weights names chats, but no training conversations of this source are left"):
