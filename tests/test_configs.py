@@ -20,7 +20,7 @@ from tests.conftest import MINI
 
 NAMES = """
     alpaca alpaca_eval base base_web chat_mix demo dolly hh_harmless hh_rlhf micro micro_web oasst1 orca_dpo prose_micro
-    prose_mini prose_tiny small small_web smollm2 tiny tiny_web tokenizer_web
+    prose_mini prose_tiny prose_tiny_epoch small small_web smollm2 tiny tiny_web tokenizer_web
 """
 SHIPPED = NAMES.split()  # by name: configs/ also holds the user's own
 # Whose pretrained and fine-tuned model an experiment uses, if not its own.
