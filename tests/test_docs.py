@@ -20,7 +20,7 @@ from tests.pages import Block, blocks, prose
 from tests.serving.conftest import Server, serve
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/report/README.md"]
 COURSE = sorted((ROOT / "docs/tour").glob("*.md"))
 PROGRAMS = ["pip", "curl", "git", "pytest", ".ci/run"]  # not parsed by us
 OURS = ["configs", "data", "eval", "tokenizer", "tests", "benchmarks", "docs", "sft", "dpo", "serving"]
