@@ -29,7 +29,7 @@ TARGETS = (*BLOCKS, "head")
 class LoRAConfig:
     """The shape of an adapter. Raises TypeError or ValueError, with the field's name, for an impossible value."""
 
-    rank: int = 32  # rows of A and columns of B; try 4: an eighth to train, and often nearly the same loss
+    rank: int = 32  # rows of A and columns of B; try 4: an eighth of the parameters, and often nearly the same loss
     alpha: float = 64.0  # B A is multiplied by alpha / rank
     dropout: float = 0.05  # share of the adapter's inputs that is set to 0 in training
     # The linear layers, by name, that get an adapter. A head that is tied to the embedding is left out.

@@ -226,7 +226,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # `gate` says how much of each of `up`'s d_ff features passes. Try F.gelu without a gate: docs/changing.md.
-        return self.down(swiglu(self.gate(x), self.up(x), self.kernels))  # (B, T, d_ff) -> (B, T, D)
+        return self.down(swiglu(self.gate(x), self.up(x), self.kernels))  # (B, T, D)
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from eval import plots
 from eval.report import page
 from eval.summary import Run
 
-HOME = stage.ROOT / "docs/report"
+REPORT = stage.ROOT / "docs/report"
 QUOTING = ("answers", "continuations")  # tasks whose prompts come from a dataset
 
 
@@ -39,14 +39,14 @@ def main(arguments: argparse.Namespace) -> None:
     for texts in run.texts.values():
         for task in QUOTING:
             texts.pop(task, None)
-    HOME.mkdir(exist_ok=True)
-    pictures = plots.draw(run, HOME / "plots")
-    stage.write(HOME / "REPORT.md", page(run, pictures).encode())
+    REPORT.mkdir(exist_ok=True)
+    pictures = plots.draw(run, REPORT / "plots")
+    stage.write(REPORT / "REPORT.md", page(run, pictures).encode())
     versions = next(reversed(run.manifests.values()))["versions"]
-    stage.write_json(HOME / "results.json", run.results | {"stages": stages(run), "versions": versions})
+    stage.write_json(REPORT / "results.json", run.results | {"stages": stages(run), "versions": versions})
     for name in run.finals:
-        shutil.copy(run.experiment.directory(name) / "metrics.jsonl", HOME / f"{name}.jsonl")
-    log.info(f"published: {HOME}")
+        shutil.copy(run.experiment.directory(name) / "metrics.jsonl", REPORT / f"{name}.jsonl")
+    log.info(f"published: {REPORT}")
 
 
 if __name__ == "__main__":

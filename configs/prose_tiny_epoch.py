@@ -1,6 +1,6 @@
 """prose_tiny_epoch: prose_tiny goes on to a whole epoch, 64 million tokens, from the last step before its rate falls.
 
-    python train.py configs/prose_tiny_epoch.py --resume runs/prose_tiny/pretrain/step_0002800
+python train.py configs/prose_tiny_epoch.py --resume runs/prose_tiny/pretrain/step_0002800
 """
 
 from dataclasses import replace
