@@ -139,8 +139,10 @@ def main(arguments: argparse.Namespace) -> None:
     chosen = [name for name in NAMES if name in (arguments.stages or usual)]
     forced = chosen if arguments.force else []
     if arguments.force_from:
-        first, last = NAMES.index(arguments.force_from), NAMES.index(chosen[-1])
-        forced = [name for name in NAMES[first : last + 1] if name in usual]
+        names = NAMES[NAMES.index(arguments.force_from) : NAMES.index(chosen[-1]) + 1]
+        if not names:
+            raise UserError(f"--force-from {arguments.force_from} is later than {chosen[-1]}; name an earlier stage")
+        forced = [name for name in names if name in usual]
         chosen = [name for name in NAMES if name in chosen or name in forced]
     stage.GOAL = chosen[-1] if arguments.stages else ""
     arguments.again = [experiment.directory(name) for name in forced if experiment.owner(name) is experiment]

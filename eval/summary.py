@@ -78,8 +78,7 @@ class Run:
             rows.append([name, f"{round(number, 3):,}", unit, usual, meaning])
         if self.results:
             count = sum(map(len, self.measured().values()))
-            stages = ", ".join(self.results)
-            rows.append(["eval", f"{count}", "results", "", f"of {stages}"])
+            rows.append(["eval", f"{count}", "results", "", f"of {', '.join(self.results)}"])
         return rows
 
     def result(self, name: str) -> str:

@@ -216,6 +216,7 @@ def test_stopped_while_making_data(place: Place):
         (["pipeline.py", "--resume", "x"], "--resume is about one stage"),
         (["pipeline.py", "sft", "--force", "--checkpoint", "pretrain"], "did you mean"),
         (["pipeline.py", "--force", "stft"], "no stage 'stft'; did you mean sft?"),
+        (["pipeline.py", "corpus", "--force-from", "sft"], "--force-from sft is later than corpus; name an earlier"),
         (["train.py", "--batch-size=10"], "--batch-size=10; settings live in the config; see train.py --help"),
         (["serve.py", "generate", "x", "--checkpoint", "nowhere"], "nowhere"),
     ],

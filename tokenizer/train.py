@@ -155,8 +155,7 @@ def measure(spm: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict:
         ids = spm.encode(text)
         words, unknown, same = len(text.split()), ids.count(0), spm.decode(ids) == text
         sums[source] += (1, len(ids), len(text.encode()), len(text), words, unknown, same)
-    total = _rates(sum(sums.values()))
-    return total | {"sources": {source: _rates(counts) for source, counts in sums.items()}}
+    return _rates(sum(sums.values())) | {"sources": {source: _rates(counts) for source, counts in sums.items()}}
 
 
 def _rates(counts: np.ndarray) -> dict:
