@@ -183,8 +183,7 @@ def modelfile(path: Path, spm: Tokenizer | HuggingFace, template: str | None) ->
     """A Modelfile for `ollama create`."""
     lines = [f"FROM ./{path.name}"]
     if template in PROMPTS:
-        prompt = PROMPTS[template].replace("EOS", spm.spelling(spm.eos)[0])
-        lines.append(f'TEMPLATE """{prompt}"""')
+        lines.append(f'TEMPLATE """{PROMPTS[template].replace("EOS", spm.spelling(spm.eos)[0])}"""')
     for id in ends(template, spm) if template else ():
         lines.append(f'PARAMETER stop "{spm.spelling(id)[0]}"')
     return "\n".join(lines)

@@ -31,12 +31,13 @@ ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 def check_weights(weights: Mapping[str, float], sources: Iterable[Records], text: bool = False) -> None:
     """ValueError if weights are not positive or do not fit the sources. Empty is allowed. text: TEXT is one, too."""
     names = {source.name for source in sources}
+    if TEXT in names:
+        raise ValueError(f"a source has the name {TEXT}, which in weights means the packed text; expected another name")
     if weights:
         Phase(start=0, weights=weights)  # raises the error
-    if text and TEXT in names:
-        raise ValueError(f"a source has the name {TEXT}, which in weights means the packed text; expected another name")
-    if unknown := set(weights) - names - {TEXT if text else ""}:
-        raise ValueError(f"weights names {', '.join(sorted(unknown))}; expected names of the data's sources")
+    known = names | ({TEXT} if text else set())
+    if unknown := set(weights) - known:
+        raise ValueError(f"weights names {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     if weights and names.isdisjoint(weights):
         raise ValueError(f"weights names only {TEXT}, the packed text; expected a source of conversations beside it")
 
@@ -65,8 +66,7 @@ def job(
     settings |= {"model": base.shape, name: config.train, "lora": config.lora, "begin": base.unseen}
     # A relative path if both are in runs/, so that runs/ can be moved.
     start, final = base.checkpoint.resolve(), (directory / "final").resolve()
-    inside = start.is_relative_to(stage.runs().resolve())
-    settings["base"] = os.path.relpath(start, final) if inside else str(start)
+    settings["base"] = os.path.relpath(start, final) if start.is_relative_to(stage.runs().resolve()) else str(start)
     # Digests of everything that is read: if one changes, the stage is out of date.
     read = stage.outputs(data) | {f"tokenizer/{spm.file}": spm.sha256} | stage.outputs(base.checkpoint)
     if TEXT in config.weights:
@@ -92,8 +92,10 @@ class Tuning(Task):
             if not rows.count:  # rows.holds: "conversations" or "pairs"
                 raise UserError(f"weights names {name}, but no training {rows.holds} of this source are left")
         self.config, self.sets = config, sets
-        counts = [rows.count for name, rows in sets.items() if name != TEXT]  # text does not make an epoch longer
-        self.steps, self.epoch = plan_steps(config, sum(counts), self.noun)
+        # An epoch is as many rows as the batches need, besides text, to have as many examples as there are.
+        self.text = weights.get(TEXT, 0) / sum(weights.values())
+        count = sum(rows.count for name, rows in sets.items() if name != TEXT)
+        self.steps, self.epoch = plan_steps(config, round(count / (1 - self.text)), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:

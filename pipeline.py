@@ -41,6 +41,7 @@ import tokenizer.train
 import train
 from cli import UserError, log
 from configs import TRAINED, Experiment
+from data.sources import FileRecords
 from finetune import Base
 from sft.templates import unseen
 from stage import Step
@@ -114,6 +115,12 @@ def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace
         inputs = experiment.inputs(name, experiment.directory(name) in switches.again)
         for owner, needed in [*inputs, (experiment.owner(name), name)]:
             todo.setdefault(owner.directory(needed), (owner, needed))
+    for directory, (owner, name) in todo.items():
+        config = {"corpus": owner.corpus, "sft_data": owner.sft.data, "dpo_data": owner.dpo.data}.get(name)
+        if config and stage.read_manifest(directory) is None:
+            for source in config.sources:
+                if isinstance(source, FileRecords):
+                    source.files()  # UserError if they are missing: now, not after hours of training
     kept = [directory for directory in todo if directory not in switches.again]
     stage.warn_of_changed_code(kept, stage.imported_code(__file__))
     *inputs, last = todo.values()
@@ -181,7 +188,7 @@ def status(experiment: Experiment, switches: argparse.Namespace, names: list[str
                 state = step(name, experiment.owner(name), switches).job.state()
             except UserError as error:  # such as: the model that the stage starts from is missing
                 state = f"stale: {error}"
-        needs = [*configs.INPUTS[name], BASES.get(name), *(TRAINED if name == "eval" else ())]
+        needs = [need for _, need in experiment.inputs(name)] + [BASES.get(name), *(TRAINED if name == "eval" else ())]
         if state.startswith("done"):
             state = next((f"stale: {need} is stale" for need in stale if need in needs), state)
         if state.startswith("stale"):

@@ -36,16 +36,21 @@ def main(arguments: argparse.Namespace) -> None:
     run = Run(configs.load(arguments.config))
     if not run.finals:
         raise UserError(f"{run.experiment.name} has no trained model; run: python pipeline.py {run.experiment.path}")
+    cli.extra("matplotlib", "matplotlib", "the report")
     for texts in run.texts.values():
         for task in QUOTING:
             texts.pop(task, None)
     REPORT.mkdir(exist_ok=True)
+    for path in (*REPORT.glob("*.jsonl"), *REPORT.glob("plots/*.png")):  # of an earlier report
+        path.unlink()
     pictures = plots.draw(run, REPORT / "plots")
     stage.write(REPORT / "REPORT.md", page(run, pictures).encode())
     versions = next(reversed(run.manifests.values()))["versions"]
     stage.write_json(REPORT / "results.json", run.results | {"stages": stages(run), "versions": versions})
     for name in run.finals:
-        shutil.copy(run.experiment.directory(name) / "metrics.jsonl", REPORT / f"{name}.jsonl")
+        metrics = run.experiment.directory(name) / "metrics.jsonl"
+        if metrics.exists():  # an imported model has none
+            shutil.copy(metrics, REPORT / f"{name}.jsonl")
     log.info(f"published: {REPORT}")
 
 

@@ -38,7 +38,7 @@ PICTURE = stage.ROOT / "docs/report/scaling.png"
 def experiment(base: Experiment, size: str, tokens: int) -> Experiment:
     """The experiment of one run. It shares the packed tokens of `base`."""
     n_layers, d_model, n_heads = SIZES[size]
-    model = replace(base.model, n_layers=n_layers, d_model=d_model, n_heads=n_heads)
+    model = replace(base.model, n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=None, d_ff=None)
     steps = tokens // (ROWS * model.context_length)
     pretrain = replace(
         base.pretrain,
@@ -121,6 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
         base, budgets = replace(base, pretrain=replace(base.pretrain, compile=False)), (2**10, 2**11)
     elif path.exists():
         runs = stage.read_json(path)["runs"]
+    cli.extra("matplotlib", "matplotlib", "the picture")
     make("pack", base)
     made = about("python -m benchmarks.scaling")
     with cli.pool(os.cpu_count(), start) as pool:
@@ -146,9 +147,9 @@ def main(arguments: argparse.Namespace) -> None:
                 stage.write_json(path, made | {"runs": runs})
     runs = {size: dict(sorted(runs[size].items(), key=lambda item: int(item[0]))) for size in SIZES}
     found = analyse(runs)
+    write("scaling", "python -m benchmarks.scaling", made | {"runs": runs} | found, arguments.quick)
     if not arguments.quick:
         draw(runs, found, PICTURE)
-    write("scaling", "python -m benchmarks.scaling", made | {"runs": runs} | found, arguments.quick)
 
 
 if __name__ == "__main__":

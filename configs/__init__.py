@@ -48,7 +48,7 @@ TRAINED = ("pretrain", "sft", "dpo")  # the stages that train, in order
 SHARED = {  # stages that experiments can share: the settings that must be equal, and what must be shared with them
     "corpus": ("corpus", ""),
     "tokenizer": ("tokenizer", ""),
-    "pack": ("pack", ""),
+    "pack": ("pack", "corpus tokenizer"),
     "pretrain": ("pretrain model mixture", "corpus tokenizer pack"),
     "sft_data": ("sft.data model.context_length", "tokenizer"),
     "sft": ("sft", "pretrain"),

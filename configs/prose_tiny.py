@@ -70,7 +70,7 @@ experiment = replace(
         data=ConversationConfig(sources=(ALPACA, DOLLY)),
         weights={"alpaca": 11, "dolly": 3, "pretraining": 2},  # with text, the model forgets less
         train=TrainConfig(
-            epochs=2,
+            steps=509,  # 1.75 epochs
             batch_size=8,
             micro_batch_size=4,
             learning_rate=1e-3,

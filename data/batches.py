@@ -56,9 +56,7 @@ class Windows(Shuffled):
         rows = torch.from_numpy(rows.astype(np.int64))  # PyTorch indexes embeddings with int64
         # Pretraining targets are shifted only here. After a second shift the loss would still fall, but the model would
         # learn to skip every other token.
-        inputs = rows[:, :-1]
-        targets = rows[:, 1:]
-        return inputs.contiguous(), targets.contiguous()  # (B, T), (B, T)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # inputs and targets, (B, T) each
 
     def documents(self, window: int) -> range:
         """Numbers of the documents in the packed file that a window touches."""
@@ -82,6 +80,8 @@ class Phase:
         positive = [isinstance(w, (int, float)) and 0 < w < math.inf for w in self.weights.values()]
         if not positive or not all(positive):
             raise ValueError(f"weights are {self.weights}; expected a positive number for each set")
+        ordered = sorted(self.weights.items(), key=lambda item: (-item[1], item[0]))  # decides ties, see `Turns`
+        object.__setattr__(self, "weights", dict(ordered))
         if sum(self.units) > 1_000_000:
             raise ValueError(f"weights are {self.weights}; expected rounder numbers, in a ratio of small integers")
 

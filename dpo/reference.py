@@ -50,8 +50,7 @@ def job(base: Base, pairs: Path, dtype: torch.dtype, directory: Path, command: s
     """The stage that computes the log-probabilities of the pairs in a directory, with `base` as the reference."""
     # dtype: of matrix products, as in training. The digests bind the numbers to this model and these pairs.
     settings = {"model": base.shape, "begin": base.unseen, "dtype": str(dtype)}
-    read = stage.outputs(pairs) | stage.outputs(base.checkpoint)
-    return Stage(directory, settings, read, command, __file__)
+    return Stage(directory, settings, stage.outputs(pairs) | stage.outputs(base.checkpoint), command, __file__)
 
 
 def build(job: Stage, base: Base, pairs: Path, dtype: torch.dtype, spm: Tokenizer, force: bool = False) -> None:

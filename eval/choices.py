@@ -153,8 +153,7 @@ def summary(questions: Sequence[Question], scores: Sequence[np.ndarray], majorit
     chances = np.array([1 / len(question.choices) for question in questions])
     per_character = []
     for question, log_p in zip(questions, scores, strict=True):
-        lengths = [len(ending.removeprefix(" ")) for _, ending in question.choices]
-        per_character.append(log_p / lengths)
+        per_character.append(log_p / [len(ending.removeprefix(" ")) for _, ending in question.choices])
     right = credit(scores, answers)
     ties = int(((right > 0) & (right < 1)).sum())
     accuracy, stderr = mean_and_error(right)

@@ -29,8 +29,7 @@ def download(published: Published) -> Path:
     """Writes a task's file, whole or not at all."""
     datasets = extra("datasets", "datasets", "the Hub")
     name = published.dataset
-    end = ".jsonl" if published.question else ".raw"
-    path = data.sources.raw() / (published.file + end)
+    path = data.sources.raw() / (published.file + (".jsonl" if published.question else ".raw"))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:

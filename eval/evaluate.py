@@ -132,8 +132,7 @@ def available(experiment: Experiment, trained: dict, spm: Tokenizer, read: dict)
         if published.file in read:
             digests[task] = read[published.file]
         else:
-            where = data.sources.raw() / published.file
-            missing[task] = f"no {where}.*; get it with: python -m eval.download {task}"
+            missing[task] = f"no {data.sources.raw() / published.file}.*; get it with: python -m eval.download {task}"
     for task, source in READS.items():
         manifest = stage.read_manifest(experiment.directory(source))
         if manifest is None:

@@ -135,8 +135,7 @@ def answers(subject: Subject, train: Rows, held_out: Rows, template: str) -> dic
     _, ending_nats = nats.sum(0)
     _, ending_count = counts.sum(0)
     # The baseline: each piece is as likely as it is frequent in the training answers, where each count is 1 higher.
-    learnt = train.tokens[np.flatnonzero(train.trained)]
-    frequency = 1 + np.bincount(learnt, minlength=subject.tokenizer.vocab_size)
+    frequency = 1 + np.bincount(train.tokens[np.flatnonzero(train.trained)], minlength=subject.tokenizer.vocab_size)
     wanted = held_out.tokens[np.flatnonzero(held_out.trained)]
     texts = written(subject, held_out, template)
     return {

@@ -87,7 +87,7 @@ def labelled(entry: dict, main: str, part: str = "") -> dict[str, str]:
 
 
 def samples(run: Run) -> list[str]:
-    lines = ["All generated texts; nobody selected them. The prompts are in `eval/prompts.json`."]
+    lines = ["Nobody selected these texts. The prompts are in `eval/prompts.json`."]
     for task in METRICS:
         texts = {name: tasks[task] for name, tasks in run.texts.items() if task in tasks}
         if texts:

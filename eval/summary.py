@@ -70,8 +70,7 @@ class Run:
                 continue
             if key in expected:
                 low, high = expected[key]
-                mark = "✓" if low <= number <= high else "✗ unusual"
-                usual = f"usual {low:,} to {high:,} {mark}"
+                usual = f"usual {low:,} to {high:,} {'✓' if low <= number <= high else '✗ unusual'}"
             name = key.partition(".")[0]
             unit, meaning = MAIN.get(key, ("", key))
             meaning = meaning.format_map(self.numbers[name])

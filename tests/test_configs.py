@@ -129,6 +129,7 @@ def test_variants_of_a_fine_tuning_share_its_data():
     ("shared", "change", "message"),
     [
         (("pack",), {"pack": {"val_fraction": 0.2}}, "pack is shared with tiny, but pack differs"),
+        (("pack",), {}, "share corpus tokenizer with it too"),
         (("dpo_data",), {}, "share tokenizer with it too"),
         (("sft",), {}, "share pretrain with it too"),
         (("tokenizer", "pretrain"), {}, "share corpus tokenizer pack with it too"),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -286,6 +288,19 @@ def test_the_gradient_of_the_head_does_not_overflow_in_float16():
         loss = lumi.linear_cross_entropy(x, weight, targets)
     loss.backward()
     assert weight.grad[0, 0].item() == pytest.approx(-20 * 63 / 64, rel=1e-3)  # before the division: past 65,504
+
+
+def test_threads_compute_losses_at_once(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    weight, targets = torch.randn(513, 32), torch.arange(512)
+    inputs = [torch.randn(512, 32) for _ in range(2)]
+    loss = lambda x: float(lumi.linear_cross_entropy(x, weight, targets))  # noqa: E731
+    alone = [loss(x) for x in inputs]
+    barrier, cross_entropy = threading.Barrier(2, timeout=10), lumi.cross_entropy
+    # Both have written their logits before either reads them.
+    monkeypatch.setattr(lumi, "cross_entropy", lambda *args: (barrier.wait(), cross_entropy(*args))[1])
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(loss, inputs)) == alone
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -112,6 +112,13 @@ def times(place: Place) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in place.runs.glob("mini/*/manifest.json")}
 
 
+def test_a_missing_file_of_a_later_stage_is_seen_before_the_first(place: Place):
+    (place.raw / "pairs.jsonl").unlink()
+    error = place.run("pipeline.py", place.config, status=2).stderr
+    assert f"no file at {place.raw}/pairs.jsonl" in error
+    assert not (place.runs / "mini").exists()
+
+
 def test_force_from_makes_a_stage_and_all_later_ones_again(everything: Place):
     everything.edit(("learning_rate=1e-2", "learning_rate=2e-2"))  # of sft
     refused = everything.run("pipeline.py", everything.config, status=2).stderr

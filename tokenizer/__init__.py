@@ -48,8 +48,7 @@ class Tokenizer:
         self.bos = pieces.bos_id() if pieces.bos_id() >= 0 else self.eos
         self.opening = [self.bos]
         # SentencePiece would decode U+2581 in a text to a space, so U+2581 is encoded in bytes.
-        space_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._space_bytes = np.array(space_bytes, np.int32)
+        self._space_bytes = np.array([pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()], np.int32)
         self.control: dict[str, int] = {}
         for id, name in enumerate(names):
             if pieces.is_control(id) and id not in (pieces.unk_id(), self.bos, self.eos):

@@ -51,6 +51,13 @@ def test_too_few_tokens_are_named():
         windows(7, 7)
 
 
+def test_the_order_of_the_weights_in_a_config_changes_nothing():
+    sets = {name: windows(99, 4) for name in "abc"}
+    orders = ({"a": 2, "b": 1, "c": 1}, {"c": 1, "b": 1, "a": 2})
+    one, other = (Mixture(sets, [Phase(start=0, weights=weights)], 4) for weights in orders)
+    assert [one.drawn(i) for i in range(40)] == [other.drawn(i) for i in range(40)]
+
+
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_every_beginning_meets_the_weights_within_one_turn(units):
     turns, had = Turns(units), Counter()

@@ -209,7 +209,7 @@ def test_another_base_or_config_is_refused_and_more_steps_continue(done: Place):
         ({"reference": "offline"}, ValueError, r'reference is .offline.; expected "stored" or "adapter_off"'),
         ({"reference": "adapter_off", "lora": None}, ValueError, 'reference is "adapter_off" and lora None'),
         ({"lora": LoRAConfig(dropout=0.1)}, ValueError, "dropout of lora is 0.1; expected 0"),
-        ({"weights": {"chats": 1}}, ValueError, "weights names chats; expected names"),
+        ({"weights": {"chats": 1}}, ValueError, "weights names chats; there are python_pairs"),
         ({"weights": {"python_pairs": -1}}, ValueError, "weights "),
         ({"loss": "sigmoid"}, TypeError, "loss is "),
     ],

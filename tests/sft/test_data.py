@@ -347,7 +347,7 @@ def test_packed_text_is_mixed_in_by_weight(here: Place):
                 assert targets.tolist() == packed[start + 1 : start + length + 1].tolist()
                 assert positions.tolist() == list(range(length))
     assert plain == 8 * 4 / 4
-    assert task.epoch == task.sets["chats"].count / 4  # as many rows as the conversations fill, text included
+    assert task.epoch == round(task.sets["chats"].count * 4 / 3) / 4  # a pass over the conversations
     experiment = configs.load(here.config)
     assert "pack" not in [need for _, need in experiment.inputs("sft")]
     mixed = replace(experiment, sft=replace(experiment.sft, weights={"chats": 3, "pretraining": 1}))
@@ -355,7 +355,7 @@ def test_packed_text_is_mixed_in_by_weight(here: Place):
 
 
 def test_weights_name_sources_that_have_rows(here: Place):
-    with pytest.raises(ValueError, match="weights names others; expected names of the data's sources"):
+    with pytest.raises(ValueError, match="weights names others; there are chats, other, pretraining"):
         task_of(here, chats=1, others=1)
     with pytest.raises(ValueError, match="weights are"):
         task_of(here, chats=0)
