@@ -56,58 +56,47 @@ def experiment(base: Experiment, size: str, tokens: int) -> Experiment:
     return replace(base, name=f"scaling_{size}_{tokens}", model=model, pretrain=pretrain, shared=shared)
 
 
-def power_law(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b) of y = a · x^b, fitted to the logarithms of (x, y) by least squares."""
-    b, log_a = np.polyfit(*np.log(np.array(points)).T, 1)
-    return math.exp(log_a), b
+def power_law(x: list[float], y: list[float]) -> dict[str, float]:
+    """a and b of y = a · x^b, fitted to the logarithms by least squares."""
+    b, log_a = np.polyfit(np.log(x), np.log(y), 1)
+    return {"a": math.exp(log_a), "exponent": b}
 
 
-def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (compute, loss) that no point with at most their compute beats."""
-    kept = []
-    for compute, loss in sorted(points):
-        if not kept or loss < kept[-1][1]:
-            kept.append((compute, loss))
-    return kept
+def column(budgets: dict[str, dict], name: str) -> list[float]:
+    return [each[name] for each in budgets.values()]
 
 
 def analyse(runs: dict[str, dict]) -> dict:
-    """Power laws of each size and of the frontier; the best size for the compute of each run where all overlap."""
-    points = {
-        size: [(each["flops"], each["bits_per_byte"]) for each in budgets.values()] for size, budgets in runs.items()
-    }
-    lines = {size: power_law(own) for size, own in points.items()}
-    lowest = max(min(own)[0] for own in points.values())
-    highest = min(max(own)[0] for own in points.values())
+    """The line of each size in FLOPs; the best size for the compute of each run, where the runs of all sizes overlap."""
+    computes = {size: column(budgets, "flops") for size, budgets in runs.items()}
+    lines = {size: power_law(computes[size], column(budgets, "bits_per_byte")) for size, budgets in runs.items()}
+    lowest, highest = max(map(min, computes.values())), min(map(max, computes.values()))
     best = []
-    for compute in sorted(x for own in points.values() for x, _ in own):
+    for compute in sorted(itertools.chain(*computes.values())):
         if lowest <= compute <= highest:
-            losses = {size: a * compute**b for size, (a, b) in lines.items()}
+            losses = {size: line["a"] * compute ** line["exponent"] for size, line in lines.items()}
             size = min(losses, key=losses.get)
             one = next(iter(runs[size].values()))
             tokens = compute * one["tokens"] / one["flops"]
             which = {"flops": compute, "size": size, "tokens": round(tokens)}
             best.append(which | {"tokens_per_parameter": tokens / one["parameters"], "bits_per_byte": losses})
-    a, b = power_law(frontier([point for own in points.values() for point in own]))
-    return {"exponents": {size: b for size, (_, b) in lines.items()}, "frontier": {"a": a, "exponent": b}, "best": best}
+    return {"lines": lines, "best": best}
 
 
 def draw(runs: dict[str, dict], found: dict, path: Path) -> None:
-    """Draws held-out loss over compute: the runs of each size, and the line fitted to the best of them."""
+    """Draws held-out loss over compute: the runs of each size, and the line fitted to them."""
     from eval.plots import figure
 
-    drawing = figure("held-out loss against compute; dashed: fitted to the runs that no cheaper run beats", 1, 1)
+    drawing = figure("held-out loss against compute; dashed: the lines fitted to each size, extended", 1, 1)
     (axis,) = drawing.axes
     axis.set(xlabel="floating-point operations of training", ylabel="bits per byte", xscale="log", yscale="log")
-    computes = []
-    for size, budgets in runs.items():
-        own = [(each["flops"], each["bits_per_byte"]) for each in budgets.values()]
-        parameters = next(iter(budgets.values()))["parameters"]
-        axis.plot(*zip(*own, strict=True), "o-", label=f"{size}: {parameters:,} parameters")
-        computes += [compute for compute, _ in own]
+    computes = list(itertools.chain(*(column(budgets, "flops") for budgets in runs.values())))
     ends = np.array([min(computes), max(computes)])
-    law = found["frontier"]
-    axis.plot(ends, law["a"] * ends ** law["exponent"], "k--", label=f"compute to the power of {law['exponent']:.3f}")
+    for size, budgets in runs.items():
+        line, parameters = found["lines"][size], column(budgets, "parameters")[0]
+        label = f"{size}, {parameters:,} parameters: compute to the power of {line['exponent']:.3f}"
+        (dots,) = axis.plot(column(budgets, "flops"), column(budgets, "bits_per_byte"), "o", label=label)
+        axis.plot(ends, line["a"] * ends ** line["exponent"], "--", linewidth=1, color=dots.get_color())
     axis.yaxis.set_major_formatter("{x:.2f}")
     axis.yaxis.set_minor_formatter("{x:.2f}")
     axis.legend()

@@ -200,12 +200,11 @@ def test_scaling():
         # A weight of a linear layer costs 6 FLOPs a token; attention over at most 128 keys is added.
         assert 1 < runs["2048"]["flops"] / (2048 * 6 * (matrices + 400 * d_model)) < 1.3
         assert runs["2048"]["flops"] == 2 * runs["1024"]["flops"]
-    assert found["frontier"]["exponent"] < 0
+    assert found["lines"]["tiny"]["exponent"] < 0
 
 
-def test_the_frontier_of_scaling_and_its_line():
-    assert scaling.power_law([(1, 8), (4, 4), (16, 2)]) == pytest.approx((8, -0.5))
-    assert scaling.frontier([(3, 1.9), (1, 3.0), (2, 3.5), (3, 2.0)]) == [(1, 3.0), (3, 1.9)]
+def test_the_lines_of_scaling_and_the_best_size():
+    assert scaling.power_law([1, 4, 16], [8, 4, 2]) == pytest.approx({"a": 8, "exponent": -0.5})
     small = {"tokens": 10, "flops": 100, "parameters": 5}
     runs = {"a": {"10": small | {"bits_per_byte": 4.0}, "40": small | {"flops": 400, "bits_per_byte": 2.0}}}
     runs["b"] = {
