@@ -67,7 +67,7 @@ def column(budgets: dict[str, dict], name: str) -> list[float]:
 
 
 def analyse(runs: dict[str, dict]) -> dict:
-    """The line of each size in FLOPs; the best size for the compute of each run, where the runs of all sizes overlap."""
+    """The line of each size in FLOPs, and the best size for the compute of each run where all sizes overlap."""
     computes = {size: column(budgets, "flops") for size, budgets in runs.items()}
     lines = {size: power_law(computes[size], column(budgets, "bits_per_byte")) for size, budgets in runs.items()}
     lowest, highest = max(map(min, computes.values())), min(map(max, computes.values()))
