@@ -56,7 +56,8 @@ class Windows(Shuffled):
         rows = torch.from_numpy(rows.astype(np.int64))  # PyTorch indexes embeddings with int64
         # Pretraining targets are shifted only here. After a second shift the loss would still fall, but the model would
         # learn to skip every other token.
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # inputs and targets, (B, T) each
+        targets = rows[:, 1:]
+        return rows[:, :-1].contiguous(), targets.contiguous()  # (B, T), (B, T)
 
     def documents(self, window: int) -> range:
         """Numbers of the documents in the packed file that a window touches."""
@@ -71,7 +72,7 @@ class Phase:
 
     start: int  # first step of the phase, counted from 0; it lasts until the next phase starts
     # Share of each set, in any unit. A set is a source of the corpus, or an experiment named in `beside`.
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # sorted here: `Turns` breaks ties by order, and the config's must not matter
 
     def __post_init__(self):
         check_types(self)
@@ -80,8 +81,7 @@ class Phase:
         positive = [isinstance(w, (int, float)) and 0 < w < math.inf for w in self.weights.values()]
         if not positive or not all(positive):
             raise ValueError(f"weights are {self.weights}; expected a positive number for each set")
-        ordered = sorted(self.weights.items(), key=lambda item: (-item[1], item[0]))  # decides ties, see `Turns`
-        object.__setattr__(self, "weights", dict(ordered))
+        object.__setattr__(self, "weights", dict(sorted(self.weights.items(), key=lambda item: (-item[1], item[0]))))
         if sum(self.units) > 1_000_000:
             raise ValueError(f"weights are {self.weights}; expected rounder numbers, in a ratio of small integers")
 
