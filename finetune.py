@@ -29,7 +29,7 @@ ALL = {"": 1}  # the weights of a mixture of one set: "", all sources together
 
 
 def check_weights(weights: Mapping[str, float], sources: Iterable[Records], text: bool = False) -> None:
-    """ValueError if weights are not positive or do not fit the sources. Empty is allowed. text: TEXT is one, too."""
+    """ValueError if weights are not positive or do not fit the sources. Empty is allowed. text: so is TEXT."""
     names = {source.name for source in sources}
     if TEXT in names:
         raise ValueError(f"a source has the name {TEXT}, which in weights means the packed text; expected another name")
@@ -92,10 +92,10 @@ class Tuning(Task):
             if not rows.count:  # rows.holds: "conversations" or "pairs"
                 raise UserError(f"weights names {name}, but no training {rows.holds} of this source are left")
         self.config, self.sets = config, sets
-        # An epoch is as many rows as the batches need, besides text, to have as many examples as there are.
-        self.text = weights.get(TEXT, 0) / sum(weights.values())
+        # An epoch draws as many rows of examples as there are; its rows of text come on top.
+        self.text_share = weights.get(TEXT, 0) / sum(weights.values())
         count = sum(rows.count for name, rows in sets.items() if name != TEXT)
-        self.steps, self.epoch = plan_steps(config, round(count / (1 - self.text)), self.noun)
+        self.steps, self.epoch = plan_steps(config, round(count / (1 - self.text_share)), self.noun)
         self.mixture = Mixture(sets, [Phase(start=0, weights=weights)], config.batch_size)
 
     def batch(self, step: int, rank: int, ranks: int) -> tuple[Tensor, ...]:

@@ -117,7 +117,7 @@ def make(chosen: list[str], experiment: Experiment, switches: argparse.Namespace
             todo.setdefault(owner.directory(needed), (owner, needed))
     for directory, (owner, name) in todo.items():
         config = {"corpus": owner.corpus, "sft_data": owner.sft.data, "dpo_data": owner.dpo.data}.get(name)
-        if config and stage.read_manifest(directory) is None:
+        if config and (directory in switches.again or stage.read_manifest(directory) is None):
             for source in config.sources:
                 if isinstance(source, FileRecords):
                     source.files()  # UserError if they are missing: now, not after hours of training

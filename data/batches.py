@@ -56,8 +56,9 @@ class Windows(Shuffled):
         rows = torch.from_numpy(rows.astype(np.int64))  # PyTorch indexes embeddings with int64
         # Pretraining targets are shifted only here. After a second shift the loss would still fall, but the model would
         # learn to skip every other token.
+        inputs = rows[:, :-1]
         targets = rows[:, 1:]
-        return rows[:, :-1].contiguous(), targets.contiguous()  # (B, T), (B, T)
+        return inputs.contiguous(), targets.contiguous()  # (B, T), (B, T)
 
     def documents(self, window: int) -> range:
         """Numbers of the documents in the packed file that a window touches."""

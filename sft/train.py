@@ -38,8 +38,7 @@ class SFTConfig:
 
     data: ConversationConfig = ConversationConfig()
     lora: LoRAConfig | None = LoRAConfig()  # the adapter that is trained; None trains every weight of the model
-    # Each source's share of the rows, in any unit; empty: all rows. With a share of "pretraining", the packed text, the
-    # model forgets less. Every token of text is trained, so the share of text in the loss is larger than in the rows.
+    # Each source's share of the rows; empty: all rows. With "pretraining", the packed text, the model forgets less.
     weights: Mapping[str, float] = field(default_factory=dict)
     train: TrainConfig = TrainConfig(  # a row of a batch is a row of packed conversations
         epochs=3,
@@ -78,7 +77,7 @@ class FineTuning(Tuning):
         # Logits are made only for trained tokens, and attention stays within a conversation.
         tokens, lengths = config.train.batch_size * length, np.diff(rows.starts) - 1.0
         own = np.square(lengths).sum() / lengths.sum()  # keys of a token of a conversation
-        text = self.text  # its rows are attended and trained whole
+        text = self.text_share  # its rows are attended and trained whole
         in_head, keys = tokens * ((1 - text) * rows.trained.mean() + text), tokens * ((1 - text) * own + text * length)
         self.flops = finetune.step_flops(base.shape, config.lora, tokens, in_head, keys)
 
